@@ -1,0 +1,194 @@
+"""The denoiser: a DiT with a context policy, called the way rollouts and losses call it; and guidance around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from causalreel.flow import guide
+from causalreel.nn.dit import DiT, TextKeys
+from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.masks import Context, Frame, frame_mask, frames_of
+from causalreel.nn.presets import ModelConfig
+from causalreel.types import Cache, Conditioning
+
+
+class DiTDenoiser(nn.Module):
+    """x (B,F,C,H,W), sigma (B,F) -> velocity (B,F,C,H,W) float32. See types.Denoiser for the arguments of a call.
+
+    compute: type of the network's arithmetic where it differs from the weights' (bfloat16 over float32 masters).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        context: Context = Context(),
+        backend: str = "auto",
+        compute: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = DiT(config)
+        self.context, self.backend, self.compute = context, backend, compute
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def new_cache(self) -> KVCache:
+        """An empty context for one rollout."""
+        return KVCache(self.config.layers, self.context)
+
+    @torch.no_grad()
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        """The same conditioning with its text keys and values computed, for many calls without gradient."""
+        with self._precision(conditioning.text.device):
+            return Conditioning(conditioning.text, self.model.text_keys(conditioning.text))
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        sizes: Sequence[int] | None = None,
+        start: int = 0,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """One call: bidirectional (no sizes), chunk-causal over its own frames (sizes), or behind a cache."""
+        sizes = (x.shape[1],) if sizes is None else tuple(sizes)
+        return self._call(x, sigma, conditioning, frames_of(sizes, start=start), cache)
+
+    def teacher_forced(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        clean: Tensor,
+        sizes: Sequence[int],
+        clean_sigma: Tensor | None = None,
+    ) -> Tensor:
+        """Noisy x and its clean context (both (B,F,C,H,W)) in one pass -> velocity of x.
+
+        Noisy chunk i sees clean chunks before it and itself: the same numbers as i cached calls with true context.
+        clean_sigma (B,F): noise level that `clean` carries; 0 if absent. Causal Forcing (arXiv 2602.02214), stage 1.
+        """
+        frames = x.shape[1]
+        if clean.shape != x.shape or sum(sizes) != frames:
+            raise ValueError(f"clean must match x {tuple(x.shape)} and sizes add up; got {tuple(clean.shape)}, {list(sizes)}")
+        sigma = sigma.expand(-1, frames)
+        clean_sigma = torch.zeros_like(sigma) if clean_sigma is None else clean_sigma.expand(-1, frames)
+        both = frames_of(sizes, stream=0) + frames_of(sizes, stream=1)
+        with self._precision(x.device):
+            return self.model(
+                torch.cat([clean.to(x.dtype), x], dim=1),
+                torch.cat([clean_sigma, sigma], dim=1),
+                self._text(conditioning),
+                positions=tuple(range(frames)) * 2,
+                mask=frame_mask(both, both, self.context),
+                outputs=frames,
+                backend=self.backend,
+            ).float()
+
+    @torch.no_grad()
+    def context_of(
+        self, clean: Tensor, conditioning: Conditioning, *, sizes: Sequence[int], clean_sigma: Tensor | None = None
+    ) -> KVCache:
+        """Keys and values of a whole clip (B,F,C,H,W), chunk-causal, without gradient: for `behind`."""
+        cache = KVCache(self.config.layers, self.context, keep_all=True)
+        sigma = torch.zeros_like(clean[:, :, 0, 0, 0]) if clean_sigma is None else clean_sigma
+        self._call(clean, sigma, conditioning, frames_of(sizes), cache)
+        cache.commit(clean.shape[1])
+        return cache
+
+    def behind(
+        self, context: KVCache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
+    ) -> Tensor:
+        """All noisy chunks of x (B,F,C,H,W) at once, each behind the earlier chunks of `context` -> velocity.
+
+        The numbers of `teacher_forced`, but the context is constant: no gradient, and no work when it is used again.
+        """
+        return self._call(x, sigma, conditioning, frames_of(sizes, stream=1), context)
+
+    def _call(
+        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, queries: tuple[Frame, ...], cache: Cache | None
+    ) -> Tensor:
+        if len(queries) != x.shape[1]:
+            raise ValueError(f"sizes must add up to the {x.shape[1]} frames of the call, got {len(queries)}")
+        if cache is None:
+            mask = frame_mask(queries, queries, self.context)
+        else:
+            assert isinstance(cache, KVCache)
+            mask = cache.begin(queries, x.shape[3] * x.shape[4] // self.config.patch**2)
+        with self._precision(x.device):
+            return self.model(
+                x,
+                sigma,
+                self._text(conditioning),
+                positions=tuple(frame.index for frame in queries),
+                mask=mask,
+                cache=cache,
+                backend=self.backend,
+            ).float()
+
+    def _text(self, conditioning: Conditioning) -> TextKeys:
+        if conditioning.prepared is not None and not torch.is_grad_enabled():
+            return conditioning.prepared
+        return self.model.text_keys(conditioning.text)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        if self.compute is None or self.compute == self.model.dtype:
+            return nullcontext()
+        return torch.autocast(device.type, self.compute)
+
+
+class Guided:
+    """A denoiser with classifier-free guidance: one call over [conditional; unconditional] rows, one cache for both.
+
+    negative: the unconditional input, one row or as many as the batch. The released code runs two calls and two caches.
+    """
+
+    def __init__(self, denoise: DiTDenoiser, negative: Conditioning, scale: float) -> None:
+        self.denoise, self.negative, self.scale = denoise, negative, scale
+
+    def new_cache(self) -> KVCache:
+        return self.denoise.new_cache()
+
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, **call: object) -> Tensor:
+        """As types.Denoiser."""
+        return self._both(self.denoise, x, sigma, conditioning, **call)
+
+    def teacher_forced(
+        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, clean: Tensor, sizes: Sequence[int]
+    ) -> Tensor:
+        """As DiTDenoiser.teacher_forced, guided."""
+        call = self.denoise.teacher_forced
+        return self._both(call, x, sigma, conditioning, clean=torch.cat([clean, clean]), sizes=sizes)
+
+    def context_of(self, clean: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]) -> KVCache:
+        """As DiTDenoiser.context_of, of both rows."""
+        return self.denoise.context_of(torch.cat([clean, clean]), self._pair(conditioning), sizes=sizes)
+
+    def behind(
+        self, context: KVCache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
+    ) -> Tensor:
+        """As DiTDenoiser.behind, guided."""
+
+        def call(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+            return self.denoise.behind(context, x, sigma, conditioning, sizes=sizes)
+
+        return self._both(call, x, sigma, conditioning)
+
+    def _both(self, call, x: Tensor, sigma: Tensor, conditioning: Conditioning, **how: object) -> Tensor:  # noqa: ANN001
+        cond, uncond = call(
+            torch.cat([x, x]), torch.cat([sigma, sigma]), self._pair(conditioning), **how
+        ).chunk(2)
+        return guide(cond, uncond, self.scale)
+
+    def _pair(self, conditioning: Conditioning) -> Conditioning:
+        negative = self.negative.text.to(conditioning.text).expand(len(conditioning), -1, -1)
+        return Conditioning(torch.cat([conditioning.text, negative]))

@@ -1,0 +1,201 @@
+"""The diffusion transformer with Wan2.1's exact arithmetic and parameter names.
+
+One network for bidirectional, diffusion-forcing, teacher-forcing and cached use: they differ in the frame mask, the
+positions and the cache that are passed in. The noise level is per frame. It knows no batch of prompts, no schedule.
+Wan (arXiv 2503.20314), section 4; per-frame modulation as in CausVid (arXiv 2412.07772).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from causalreel.nn.attention import attend
+from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.masks import FrameMask
+from causalreel.nn.presets import ModelConfig
+from causalreel.nn.rope import rope_table, rotate
+
+TIME_SCALE = 1000.0
+"""The network's time input is 1000 sigma; this factor exists nowhere else in the network."""
+
+TextKeys = list[tuple[Tensor, Tensor]]
+"""Per block: text keys and values (B,K,N,D)."""
+
+
+def sinusoid(sigma: Tensor, width: int) -> Tensor:
+    """sigma (B,F) -> (B,F,width) float64: cosines, then sines, of 1000 sigma at falling frequencies."""
+    half = width // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=sigma.device) / half)
+    angle = TIME_SCALE * sigma.double()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width, computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Projections and norms of one attention; what is attended is decided outside."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
+
+    def query(self, x: Tensor) -> Tensor:
+        """x (B,L,E) -> (B,L,N,D)."""
+        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B,L,E) -> keys, values (B,L,N,D)."""
+        return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last modulated per frame."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
+        self.self_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(dim, eps=config.eps)
+        self.cross_attn = Attention(config)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+
+    def before_attention(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B,F,S,E), time (B,F,6,E) -> rotated q and k, and v, all (B,F*S,N,D)."""
+        shift, scale = (self.modulation + time).unbind(2)[:2]
+        y = modulate(x, shift, scale, self.eps).flatten(1, 2)  # (B,L,E)
+        k, v = self.self_attn.key_value(y)
+        return rotate(self.self_attn.query(y), cos, sin), rotate(k, cos, sin), v
+
+    def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
+        """x (B,F,S,E), attended (B,F*S,N,D), text keys and values (B,K,N,D) -> x (B,F,S,E)."""
+        _, _, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)  # (B,F,E) each
+        x = x + gate1.unsqueeze(2) * self.self_attn.o(attended.flatten(2)).view_as(x)
+        q = self.cross_attn.query(self.norm3(x).flatten(1, 2))
+        read = attend(q, text_k, text_v, None, 1, backend="sdpa")
+        x = x + self.cross_attn.o(read.flatten(2)).view_as(x)
+        return x + gate2.unsqueeze(2) * self.ffn(modulate(x, shift2, scale2, self.eps))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x (B,F,S,E), shift, scale (B,F,E) -> LayerNorm(x) (1 + scale) + shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)
+
+
+class Head(nn.Module):
+    """Modulated projection of tokens to latent patches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / math.sqrt(config.dim))
+        self.head = nn.Linear(config.dim, config.patch**2 * config.channels)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x (B,F,S,E), time (B,F,E) before its projection -> (B,F,S,patch*patch*C)."""
+        shift, scale = (self.modulation + time.unsqueeze(2)).unbind(2)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+class DiT(nn.Module):
+    """x (B,F,C,H,W) at per-frame noise levels -> velocity."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.dim, (1, config.patch, config.patch)
+        self.patch_embedding = nn.Conv3d(config.channels, dim, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = Head(config)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Wan2.1's initialisation: Xavier, small embeddings, zero output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for module in (*self.text_embedding, *self.time_embedding):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def text_keys(self, text: Tensor) -> TextKeys:
+        """text (B,K,text_dim), K at most text_length -> keys and values per block.
+
+        The text is padded with zero rows to text_length, and these are attended like any other: there is no mask.
+        """
+        room = self.config.text_length - text.shape[1]
+        if room < 0 or text.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"text must have at most {self.config.text_length} tokens of width {self.config.text_dim}, "
+                f"got {tuple(text.shape[1:])}"
+            )
+        read = self.text_embedding(F.pad(text, (0, 0, 0, room)).to(self.dtype))  # (B,K,E)
+        return [block.cross_attn.key_value(read) for block in self.blocks]
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: TextKeys,
+        *,
+        positions: tuple[int, ...],
+        mask: FrameMask | None = None,
+        cache: KVCache | None = None,
+        outputs: int | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """x (B,F,C,H,W), sigma (B,F) or (B,1) -> velocity (B,F,C,H,W), of the last `outputs` frames only if given.
+
+        positions: absolute position of each frame. mask: over [visible cache, own frames]. The input must have height
+        and width that the patch divides.
+        """
+        patch = self.config.patch
+        if x.shape[2] != self.config.channels or x.shape[3] % patch or x.shape[4] % patch:
+            raise ValueError(
+                f"latents must have {self.config.channels} channels and sides divisible by {patch}, got {tuple(x.shape[2:])}"
+            )
+        height, width = x.shape[3] // patch, x.shape[4] // patch
+        tokens = height * width
+        time = self.time_embedding(sinusoid(sigma, self.config.freq_dim).to(self.dtype))  # (B,F,E)
+        time6 = self.time_projection(time).unflatten(-1, (6, -1))  # (B,F,6,E)
+        cos, sin = rope_table(positions, height, width, self.config.dim // self.config.heads, x.device)
+        y = self.patch_embedding(x.to(self.dtype).transpose(1, 2))  # (B,E,F,h,w)
+        y = y.flatten(3).permute(0, 2, 3, 1)  # (B,F,S,E)
+        for layer, block in enumerate(self.blocks):
+            q, k, v = block.before_attention(y, time6, cos, sin)
+            if cache is not None:
+                k, v = cache.extend(layer, k, v)
+            y = block.after_attention(y, attend(q, k, v, mask, tokens, backend=backend), time6, *text[layer])
+        if outputs is not None:
+            y, time = y[:, -outputs:], time[:, -outputs:] if time.shape[1] > 1 else time
+        y = self.head(y, time).unflatten(-1, (patch, patch, -1)).unflatten(2, (height, width))  # (B,F,h,w,p,q,C)
+        return y.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B,F,C,H,W)

@@ -1,0 +1,45 @@
+"""Rotary positions over (frame, row, column), as Wan2.1 splits the head width between them.
+
+Tables are computed in float64 once per argument and kept in float32; the rotation is float32 and returns the input's
+type. The released code multiplies complex128 in every layer; the difference is below float32 rounding.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=256)
+def rope_table(
+    positions: tuple[int, ...], height: int, width: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Absolute frame positions (F), token rows and columns -> cos, sin (F*height*width, 1, head_dim / 2) float32."""
+    pairs = head_dim // 2
+    spatial = head_dim // 6  # pairs for rows and for columns; the rest goes to frames
+    frame = _angles(torch.tensor(positions), pairs - 2 * spatial)  # (F, pairs)
+    row = _angles(torch.arange(height), spatial)
+    column = _angles(torch.arange(width), spatial)
+    grid = (len(positions), height, width, -1)
+    angle = torch.cat(
+        [
+            frame[:, None, None].expand(grid),
+            row[None, :, None].expand(grid),
+            column[None, None, :].expand(grid),
+        ],
+        dim=-1,
+    ).reshape(-1, 1, pairs)  # (L, 1, D/2)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def _angles(positions: Tensor, pairs: int) -> Tensor:
+    frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
+    return positions.double()[:, None] * frequency
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B,L,N,D), cos, sin (L,1,D/2) -> x with neighbouring channels rotated as pairs."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B,L,N,D/2)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

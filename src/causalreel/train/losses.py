@@ -1,0 +1,137 @@
+"""The losses of every stage, as functions of networks, latents and noise that was drawn elsewhere.
+
+Stages draw, these compute; `causalreel verify` calls them with recorded draws. All losses are float32. Conditioning
+and noise levels are per sample; `sizes` are the chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from causalreel.flow import add_noise, expand, velocity_to_x0
+from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.types import Conditioning, Denoiser
+
+Weight = Callable[[Tensor, float], Tensor]
+"""sigma, shift -> weight of the same shape; see `flow.bell_weight` and `flow.uniform_weight`."""
+
+
+def velocity_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+    """velocity, x0, noise (B,F,C,H,W), weight (B,F) -> scalar: weighted mean square of velocity - (noise - x0)."""
+    error = (velocity.float() - (noise - x0).float()).square().mean((2, 3, 4))  # (B,F)
+    return (weight * error).mean()
+
+
+def bidirectional_loss(
+    student: Denoiser, x0: Tensor, told: Conditioning, *, sigma: Tensor, noise: Tensor, weight: Tensor
+) -> Tensor:
+    """Flow matching of whole clips: x0 (B,F,C,H,W), one noise level a clip, sigma (B,1)."""
+    velocity = student(add_noise(x0, noise, sigma), sigma, told)
+    return velocity_loss(velocity, x0, noise, weight.expand(x0.shape[:2]))
+
+
+def teacher_forcing_loss(
+    student: DiTDenoiser,
+    x0: Tensor,
+    told: Conditioning,
+    *,
+    sigma: Tensor,
+    noise: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    clean_sigma: Tensor | None = None,
+) -> Tensor:
+    """AR diffusion, noisy chunks behind clean ones: x0 (B,F,C,H,W), sigma (B,F) constant in a chunk.
+
+    clean_sigma (B,F): light noise on the context, made of the same noise as in the released code.
+    Causal Forcing (arXiv 2602.02214), stage 1; its proposition 3.4 says why not diffusion forcing.
+    """
+    clean = x0 if clean_sigma is None else add_noise(x0, noise, clean_sigma)
+    velocity = student.teacher_forced(
+        add_noise(x0, noise, sigma), sigma, told, clean=clean, sizes=sizes, clean_sigma=clean_sigma
+    )
+    return velocity_loss(velocity, x0, noise, weight)
+
+
+def diffusion_forcing_loss(
+    student: Denoiser,
+    x0: Tensor,
+    told: Conditioning,
+    *,
+    sigma: Tensor,
+    noise: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+) -> Tensor:
+    """AR diffusion, noisy chunks behind noisy ones (CausVid, arXiv 2412.07772): the baseline of stage 1."""
+    return velocity_loss(student(add_noise(x0, noise, sigma), sigma, told, sizes=sizes), x0, noise, weight)
+
+
+def ode_regression_loss(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor, end: Tensor) -> Tensor:
+    """Mean square between the clean estimate at a trajectory's state x (B,F,C,H,W), sigma (B,F), and its end.
+
+    predict: (x, sigma) -> velocity, with context and mask already bound. Causal Forcing (arXiv 2602.02214), stage 2.
+    """
+    return (velocity_to_x0(x, predict(x, sigma), sigma) - end.float()).square().mean()
+
+
+def consistency_loss(
+    student: DiTDenoiser,
+    target: DiTDenoiser,
+    teacher: DiTDenoiser | Guided,
+    x0: Tensor,
+    told: Conditioning,
+    *,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    noise: Tensor,
+    sizes: Sequence[int],
+) -> Tensor:
+    """Causal CD: the student at sigma agrees with the target one teacher step nearer to the data.
+
+    sigma, sigma_next (B,F) or (B,1), neighbours on a grid; sigma_next 0 asks for the teacher's end point itself. The
+    context is the true past. Causal Forcing++ (arXiv 2605.15141), eq. 6, with weight 1 and squared distance as
+    released. The released code takes the step length from bfloat16 times, up to 64 % off; here it is exact.
+    """
+    x = add_noise(x0, noise, sigma)
+    with torch.no_grad():
+        velocity = teacher.teacher_forced(x, sigma, told, clean=x0, sizes=sizes)
+        x_next = x + expand(sigma_next - sigma, x) * velocity
+        goal = velocity_to_x0(
+            x_next, target.teacher_forced(x_next, sigma_next, told, clean=x0, sizes=sizes), sigma_next
+        )
+    guess = velocity_to_x0(x, student.teacher_forced(x, sigma, told, clean=x0, sizes=sizes), sigma)
+    return (guess - goal).square().mean()
+
+
+def distribution_matching_gradient(
+    generated: Tensor, real: Denoiser, fake: Denoiser, told: Conditioning, *, sigma: Tensor, noise: Tensor
+) -> Tensor:
+    """generated (B,F,C,H,W), sigma (B,1) -> what the generated latents should lose, (B,F,C,H,W) float32.
+
+    (fake - real) clean estimates, per sample divided by the mean distance |generated - real|, as in DMD
+    (arXiv 2311.18828), eq. 7-8. `real` is guided (scale 4 here is the released `guidance_scale: 3`).
+    """
+    with torch.no_grad():
+        x = add_noise(generated, noise, sigma)
+        fake_x0 = velocity_to_x0(x, fake(x, sigma, told), sigma)
+        real_x0 = velocity_to_x0(x, real(x, sigma, told), sigma)
+        scale = (generated - real_x0).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
+        return (fake_x0 - real_x0) / scale
+
+
+def surrogate_loss(generated: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar with d/d generated = gradient / numel: half the mean square of what must change."""
+    return 0.5 * (generated.float() - (generated.detach().float() - gradient)).square().mean()
+
+
+def critic_loss(critic: Denoiser, generated: Tensor, told: Conditioning, *, sigma: Tensor, noise: Tensor) -> Tensor:
+    """Flow matching of the critic on generated latents (B,F,C,H,W), sigma (B,1), unweighted.
+
+    The velocity is regressed directly; the released code goes through a clean estimate and two different tables.
+    """
+    velocity = critic(add_noise(generated, noise, sigma), sigma, told)
+    return (velocity - (noise - generated).float()).square().mean()
