@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -33,6 +33,8 @@ class DiTDenoiser(nn.Module):
         super().__init__()
         self.model = DiT(config)
         self.context, self.backend, self.compute = context, backend, compute
+        self.run: Callable[..., Tensor] | None = None
+        """What evaluates the network in its place, if anything: see `parallel.graphs`."""
 
     @property
     def config(self) -> ModelConfig:
@@ -84,7 +86,7 @@ class DiTDenoiser(nn.Module):
         clean_sigma = torch.zeros_like(sigma) if clean_sigma is None else clean_sigma.expand(-1, frames)
         both = frames_of(sizes, stream=0) + frames_of(sizes, stream=1)
         with self._precision(x.device):
-            return self.model(
+            return (self.run or self.model)(
                 torch.cat([clean.to(x.dtype), x], dim=1),
                 torch.cat([clean_sigma, sigma], dim=1),
                 self._text(conditioning),
@@ -125,7 +127,7 @@ class DiTDenoiser(nn.Module):
             assert isinstance(cache, KVCache)
             mask = cache.begin(queries, x.shape[3] * x.shape[4] // self.config.patch**2)
         with self._precision(x.device):
-            return self.model(
+            return (self.run or self.model)(
                 x,
                 sigma,
                 self._text(conditioning),
@@ -135,15 +137,14 @@ class DiTDenoiser(nn.Module):
                 backend=self.backend,
             ).float()
 
-    def _text(self, conditioning: Conditioning) -> TextKeys:
-        if conditioning.prepared is not None and not torch.is_grad_enabled():
-            return conditioning.prepared
-        return self.model.text_keys(conditioning.text)
+    def _text(self, conditioning: Conditioning) -> Tensor | TextKeys:
+        is_prepared = conditioning.prepared is not None and not torch.is_grad_enabled()
+        return conditioning.prepared if is_prepared else conditioning.text
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         if self.compute is None or self.compute == self.model.dtype:
             return nullcontext()
-        return torch.autocast(device.type, self.compute)
+        return torch.autocast(device.type, self.compute, cache_enabled=False)
 
 
 class Guided:

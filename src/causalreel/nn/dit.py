@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -165,7 +165,7 @@ class DiT(nn.Module):
         self,
         x: Tensor,
         sigma: Tensor,
-        text: TextKeys,
+        text: Tensor | TextKeys,
         *,
         positions: tuple[int, ...],
         mask: FrameMask | None = None,
@@ -175,7 +175,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """x (B,F,C,H,W), sigma (B,F) or (B,1) -> velocity (B,F,C,H,W), of the last `outputs` frames only if given.
 
-        positions: absolute position of each frame. mask: over [visible cache, own frames]. The input must have height
+        text: (B,K,text_dim), or its keys and values. positions: absolute position of each frame. mask: over [visible cache, own frames]. The input must have height
         and width that the patch divides.
         """
         patch = self.config.patch
@@ -183,6 +183,7 @@ class DiT(nn.Module):
             raise ValueError(
                 f"latents must have {self.config.channels} channels and sides divisible by {patch}, got {tuple(x.shape[2:])}"
             )
+        text = self.text_keys(text) if isinstance(text, Tensor) else text
         height, width = x.shape[3] // patch, x.shape[4] // patch
         tokens = height * width
         time = self.time_embedding(sinusoid(sigma, self.config.freq_dim).to(self.dtype))  # (B,F,E)

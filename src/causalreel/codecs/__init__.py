@@ -1,0 +1,1 @@
+"""Video codecs: pixels <-> latents, whole clips and streams."""

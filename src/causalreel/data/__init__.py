@@ -1,0 +1,1 @@
+"""Where training rows and videos come from: the tiny world and video files."""

@@ -1,0 +1,155 @@
+"""Evaluation: models against fixed prompts and seeds, beside real clips and the codec's reconstructions of them.
+
+Every model gets the same held-out prompts and, clip for clip, the same noise, so that differences are paired. The
+result is a folder: `scores.json` (means, standard errors, intervals), `table.md`, `scores.safetensors` (every clip's
+numbers), and a contact sheet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from causalreel.data.prepare import held_out
+from causalreel.data.video import contact_sheet
+from causalreel.eval.metrics import Scores, measure
+from causalreel.eval.statistics import features, frechet, summarise
+from causalreel.infer.models import load
+from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.schedule import even_steps
+from causalreel.weights.files import write_tensors
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("follow", "first", "direction", "speed", "dynamic", "consistency", "turn", "quality", "follow_drift")
+"""Metrics of the printed table; the files hold all of them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    label: str
+    scores: Scores
+    frechet: float
+    seconds: float
+    """Wall time of generating (denoiser and codec), 0 for references."""
+
+
+def parse_model(spec: str) -> tuple[str, str, int | None]:
+    """`[label=]model[@steps]` -> label, model, steps: `cd=runs/tiny/cd-frame/export@2`."""
+    label, _, rest = spec.rpartition("=")
+    model, _, steps = rest.rpartition("@") if rest.rpartition("@")[2].isdigit() else (rest, "", "")
+    return label or rest, model, int(steps) if steps else None
+
+
+def with_steps(pipeline: Pipeline, steps: int | None) -> Pipeline:
+    """The same few-step model at 1, 2 or 4 steps; frame-wise with 4 for the first frame, as it is meant to be used."""
+    if steps is None:
+        return pipeline
+    sampling = pipeline.sampling
+    first = even_steps(4) if steps < 4 and sampling.chunk == 1 else None
+    sampling = dataclasses.replace(
+        sampling, steps=even_steps(steps), first_steps=first, solver="renoise", multistep=None, guidance=1.0
+    )
+    return dataclasses.replace(pipeline, sampling=sampling)
+
+
+@torch.no_grad()
+def sample(pipeline: Pipeline, prompts: Sequence[str], *, seed: int, batch: int) -> Tensor:
+    """-> video (B,T,3,H,W) in [-1,1] on the CPU as uint8 steps would show it; clip i has noise seed + i."""
+    parts = []
+    for first in range(0, len(prompts), batch):
+        some = prompts[first : first + batch]
+        parts.append(pipeline.generate(some, seed=list(range(seed + first, seed + first + len(some)))))
+    return torch.cat(parts)
+
+
+def evaluate(
+    models: Sequence[str], *, clips: int, seed: int, batch: int, device: str | None
+) -> tuple[list[Row], dict[str, Tensor], list[str]]:
+    """-> a row per reference and model, and the first clips of each for looking at."""
+    pipelines = []
+    for spec in models:
+        label, model, steps = parse_model(spec)
+        pipelines.append((label, with_steps(load(model, device=device), steps)))
+    first = pipelines[0][1]
+    real, prompts = held_out(clips, seed=seed, device=first.device)
+    reference = features(held_out(clips, seed=seed + 1, device=first.device)[0])  # other clips than the real row's
+    rows, shown = [], {}
+
+    def add(label: str, video: Tensor, seconds: float) -> None:
+        scores = measure(video, prompts)
+        rows.append(Row(label, scores, frechet(reference, features(video)), seconds))
+        shown[label] = video[:8].cpu()
+        log.info("%s: %s", label, ", ".join(f"{k} {v}" for k, v in cells(rows[-1]).items()))
+
+    add("real clips", real, 0.0)
+    with torch.no_grad():
+        again = [first.codec.decode(first.codec.encode(real[i : i + batch])) for i in range(0, clips, batch)]
+    add("codec reconstruction", torch.cat(again), 0.0)
+    for label, pipeline in pipelines:
+        began = time.perf_counter()
+        video = sample(pipeline, prompts, seed=seed, batch=batch)
+        add(label, video, time.perf_counter() - began)
+    return rows, shown, list(prompts[:8])
+
+
+def cells(row: Row) -> dict[str, str]:
+    """Column -> what the table prints."""
+    found = summarise(row.scores)
+    return {name: f"{found[name].mean:.3f}" for name in COLUMNS} | {"frechet": f"{row.frechet:.2f}"}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table; the standard error of `follow` and `direction` beside their means."""
+    lines = ["| model | " + " | ".join((*COLUMNS, "frechet")) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
+    for row in rows:
+        found, shown = summarise(row.scores), cells(row)
+        for name in ("follow", "direction"):
+            shown[name] += f" ± {found[name].stderr:.3f}"
+        lines.append(f"| {row.label} | " + " | ".join(shown.values()) + " |")
+    return "\n".join(lines)
+
+
+def save(out: Path, rows: Sequence[Row], shown: dict[str, Tensor], prompts: Sequence[str], facts: dict[str, Any]) -> None:
+    """Write the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = {
+        row.label: {name: dataclasses.asdict(e) for name, e in summarise(row.scores).items()}
+        | {"frechet": row.frechet, "seconds": row.seconds}
+        for row in rows
+    }
+    (out / "scores.json").write_text(json.dumps({"facts": facts, "models": record}, indent=1), encoding="utf-8")
+    (out / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
+    clips = {
+        f"{row.label}/{f.name}": getattr(row.scores, f.name).float().contiguous()
+        for row in rows
+        for f in dataclasses.fields(row.scores)
+    }
+    write_tensors(out / "scores.safetensors", clips)
+    for label, videos in shown.items():
+        name = "".join(c if c.isalnum() else "-" for c in label)
+        contact_sheet(videos, out / f"{name}.png", prompts, columns=10)
+
+
+def main(
+    models: Sequence[str], *, out: str | Path, clips: int = 512, seed: int = 0, batch: int = 128, device: str | None = None
+) -> int:
+    """`causalreel eval`: evaluate, print the table, write the folder -> exit status."""
+    if not models:
+        raise ValueError("name at least one model: an embedded one such as tiny, or an export folder")
+    rows, shown, prompts = evaluate(models, clips=clips, seed=seed, batch=batch, device=device)
+    facts = {"clips": clips, "seed": seed, "models": list(models), "torch": str(torch.__version__)}
+    save(Path(out), rows, shown, prompts, facts)
+    print(table(rows))
+    return 0

@@ -1,0 +1,125 @@
+"""Models by name: those that come with the package, and folders written by `save_export`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.schedule import adapt
+from causalreel.text.tiny import TinyTextEncoder
+from causalreel.weights import export as exports
+from causalreel.weights.export import Sampling, codec_file, load_codec, load_export, read_export
+
+log = logging.getLogger(__name__)
+
+DEFAULT_VARIANTS = {"tiny": "frame-2step"}
+"""Family -> the variant that its bare name means."""
+
+TEXT_ENCODERS = {"tiny": TinyTextEncoder}
+
+
+def variants() -> dict[str, Path]:
+    """Names of the embedded models, such as `tiny/frame-2step` -> their folders."""
+    folders = sorted(path.parent for path in exports.ASSETS.glob("*/*/config.yaml"))
+    return {f"{folder.parent.name}/{folder.name}": folder for folder in folders}
+
+
+def load(
+    model: str | Path = "tiny",
+    *,
+    steps: int | Sequence[float] | None = None,
+    chunk: int | None = None,
+    device: torch.device | str | None = None,
+) -> Pipeline:
+    """A pipeline for an embedded model (`tiny`, `tiny/frame-1step`, ...) or an export's folder.
+
+    steps, chunk: of a family such as `tiny` they choose the variant trained for them; where there is none, the nearest
+    one is used with them, which is logged. device: None is CUDA if there is one, else the CPU.
+    """
+    folder = find(model, steps=steps, chunk=chunk)
+    device = choose_device(device)
+    denoiser, export = load_export(folder, compute=torch.bfloat16 if device.type == "cuda" else None)
+    if export.text not in TEXT_ENCODERS:
+        raise ValueError(f"{folder}: unknown text encoder {export.text!r}; there are {', '.join(TEXT_ENCODERS)}")
+    codec = load_codec(codec_file(folder, export.codec))
+    if codec.channels != export.latent.channels:
+        raise ValueError(f"{folder}: the codec has {codec.channels} channels, the model {export.latent.channels}")
+    sampling = adapt(export.sampling, steps=steps, chunk=chunk)
+    if sampling != export.sampling:
+        log.info("%s was trained for %s; now using %s", export.name, _describe(export.sampling), _describe(sampling))
+    return Pipeline(
+        denoiser.to(device),
+        export,
+        sampling,
+        codec.to(device),
+        TEXT_ENCODERS[export.text](device),
+        device,
+    )
+
+
+def find(model: str | Path, *, steps: int | Sequence[float] | None = None, chunk: int | None = None) -> Path:
+    """The folder of a model; an unknown name is a ValueError that says which are near."""
+    known = variants()
+    name = str(model)
+    if name in known:
+        return known[name]
+    family = {key: folder for key, folder in known.items() if key.startswith(f"{name}/")}
+    if family:
+        return _choose(name, family, steps, chunk)
+    if Path(model).is_dir():
+        return Path(model)
+    if name in DEFAULT_VARIANTS:
+        raise ValueError(f"model {name!r} is not part of this installation: {exports.ASSETS / name} holds no export")
+    names = [*dict.fromkeys(key.partition("/")[0] for key in known), *known] or list(DEFAULT_VARIANTS)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"unknown model {name!r}: no embedded model and no folder; did you mean {near!r}? there are {', '.join(names)}"
+    )
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(device or ("cuda" if has_cuda else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {device!r}") from None
+    if device.type == "cuda" and not has_cuda:
+        raise ValueError(f"device {str(device)!r}: there is no CUDA here, use cpu")
+    return device
+
+
+def _choose(name: str, family: dict[str, Path], steps: int | Sequence[float] | None, chunk: int | None) -> Path:
+    """The variant for these steps and this chunk, or the nearest one: chunk first, then steps."""
+    default = f"{name}/{DEFAULT_VARIANTS.get(name, '')}"
+    default = default if default in family else next(iter(family))
+    if steps is None and chunk is None:
+        return family[default]
+    count = None if steps is None else steps if isinstance(steps, int) else len(steps)
+
+    def distance(key: str) -> tuple[float, float, bool]:
+        sampling = read_export(family[key]).sampling
+        return _apart(chunk, sampling.chunk), _apart(count, _count(sampling)), key != default
+
+    return family[min(family, key=distance)]
+
+
+def _apart(wanted: int | None, trained: int | None) -> float:
+    """How far a wanted number is from a trained one, in octaves; nothing is far from no wish."""
+    if wanted is None:
+        return 0.0
+    return math.inf if trained is None else abs(math.log2(max(wanted, 1) / trained))
+
+
+def _count(sampling: Sampling) -> int:
+    return sampling.multistep or len(sampling.steps)
+
+
+def _describe(sampling: Sampling) -> str:
+    steps = sampling.multistep or ", ".join(f"{step:g}" for step in sampling.steps)
+    return f"chunk {sampling.chunk}, steps {steps}"

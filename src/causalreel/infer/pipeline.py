@@ -1,0 +1,181 @@
+"""Prompts to pixels: text encoder, rollout, streaming decoder. One loop serves whole clips and streams.
+
+What a clip shows depends on its prompt and seed alone, not on the batch it is in, on fused calls or on the device
+(up to rounding): noise is drawn frame by frame from the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from causalreel.infer.schedule import Schedule, adapt, schedule
+from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.masks import Context
+from causalreel.rollout import KeyedNoise, rollout
+from causalreel.solvers import SOLVERS
+from causalreel.types import Chunk, Conditioning, TextEncoder, VideoCodec
+from causalreel.weights.export import Export, Sampling
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model ready to generate; `causalreel.load` makes one. `sampling` may differ from the export's."""
+
+    denoiser: DiTDenoiser
+    export: Export
+    sampling: Sampling
+    codec: VideoCodec
+    text: TextEncoder
+    device: torch.device
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its videos, in pixels."""
+        factor = self.codec.spatial_factor
+        return self.export.latent.height * factor, self.export.latent.width * factor
+
+    def schedule(
+        self,
+        *,
+        frames: int | None = None,
+        steps: int | Sequence[float] | None = None,
+        chunk: int | None = None,
+        prefix: int = 0,
+    ) -> Schedule:
+        """How a clip of `frames` pixel frames would be made, behind `prefix` latent frames; ValueError if it cannot."""
+        sampling = adapt(self.sampling, steps=steps, chunk=chunk)
+        factor = self.codec.temporal_factor
+        return schedule(sampling, trained=self.export.frames, temporal_factor=factor, frames=frames, prefix=prefix)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | Sequence[float] | None = None,
+        chunk: int | None = None,
+        prefix: Tensor | None = None,
+        fused: bool = True,
+    ) -> Tensor:
+        """-> video (B,T,3,H,W) float32 in [-1,1], one clip per prompt. Arguments as for `stream`."""
+        parts = self.stream(prompts, frames=frames, seed=seed, steps=steps, chunk=chunk, prefix=prefix, fused=fused)
+        return torch.cat(list(parts), dim=1)
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | Sequence[float] | None = None,
+        chunk: int | None = None,
+        prefix: Tensor | None = None,
+        fused: bool = True,
+    ) -> Iterator[Tensor]:
+        """Yield pixel frames (B,t,3,H,W) float32 in [-1,1], chunk by chunk as they are made.
+
+        frames: pixel frames of the clip, 1 + 4 (n - 1) with n a multiple of the chunk; None: as long as a training
+        clip. A longer clip streams on with a window of the training clip's length, so its cost per chunk stays flat.
+        seed: of the first prompt, the others count up from it; or one for each prompt.
+        steps: a number (4: 1000, 750, 500, 250) or a list; chunk: latent frames made together; None: the model's own.
+        prefix: the clip's first frames, (3,H,W), (T,3,H,W) or (B,T,3,H,W) in [-1,1]: one picture is image-to-video,
+        more is continuation. It is encoded, decoded again and yielded first, and counts in `frames`.
+        fused: fewer, larger denoiser calls with the same result.
+        Everything is checked here, before the first frame is asked for; raises ValueError.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("prompts must hold at least one prompt, got none")
+        seeds = _seeds(seed, len(prompts))
+        given = None if prefix is None else _as_batch(prefix, len(prompts))
+        if given is not None and tuple(given.shape[-2:]) != self.size:
+            raise ValueError(f"the prefix must be {_by(self.size)} pixels, got {_by(given.shape[-2:])}")
+        length = 0 if given is None else self._latent_frames(given.shape[1])
+        plan = self.schedule(frames=frames, steps=steps, chunk=chunk, prefix=length)
+        text = self.text.encode(prompts).to(self.device)
+        return self._stream(text, KeyedNoise(seeds, self.export.latent, self.device), plan, given, fused)
+
+    def _stream(
+        self, text: Tensor, noise: KeyedNoise, plan: Schedule, given: Tensor | None, fused: bool
+    ) -> Iterator[Tensor]:
+        decode = self.codec.stream()
+        prefix = None
+        if given is not None:
+            with torch.no_grad():
+                prefix = self.codec.encode(given.to(self.device))  # (B,P,C,h,w)
+                shown = decode(prefix)
+            yield shown
+        chunks = self._chunks(text, noise, plan, prefix, fused)
+        while True:
+            with torch.no_grad():  # around the work and never around a yield
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                shown = decode(chunk.latents)
+            yield shown
+
+    def _chunks(
+        self, text: Tensor, noise: KeyedNoise, plan: Schedule, prefix: Tensor | None, fused: bool
+    ) -> Iterator[Chunk]:
+        sampling = plan.sampling
+        conditioning, denoise = Conditioning(text), self.denoiser
+        if sampling.guidance != 1:
+            denoise = Guided(denoise, Conditioning(self.text.null(1).to(self.device)), sampling.guidance)
+        else:
+            conditioning = self.denoiser.prepare(conditioning)
+        is_causal = sampling.chunk is not None
+        return rollout(
+            denoise,
+            plan.plan(fused=fused),
+            conditioning=conditioning,
+            noise=noise,
+            solver=SOLVERS[sampling.solver],
+            cache=KVCache(self.export.model.layers, self._context(plan)) if is_causal else None,
+            prefix=prefix,
+        )
+
+    def _context(self, plan: Schedule) -> Context:
+        """The model's context; a clip longer than those of training gets a window of their length."""
+        context = self.export.context
+        if context.window is None and plan.frames > self.export.frames:
+            return Context(window=self.export.frames, sink=context.sink)
+        return context
+
+    def _latent_frames(self, frames: int) -> int:
+        """Pixel frames of a prefix -> its latent frames."""
+        factor = self.codec.temporal_factor
+        if (frames - 1) % factor:
+            below = frames - (frames - 1) % factor
+            nearest = f"{below} or {below + factor}"
+            raise ValueError(f"the prefix must have 1 + {factor} n frames, got {frames}; nearest: {nearest}")
+        return 1 + (frames - 1) // factor
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, int):
+        return [seed + i for i in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"seed must be one number or one for each of the {count} prompts, got {len(seed)}")
+    return list(seed)
+
+
+def _as_batch(prefix: Tensor, count: int) -> Tensor:
+    """(3,H,W), (T,3,H,W) or (B,T,3,H,W) -> (count,T,3,H,W)."""
+    if prefix.ndim not in (3, 4, 5) or prefix.shape[-3] != 3:
+        raise ValueError(f"the prefix must be (3,H,W), (T,3,H,W) or (B,T,3,H,W), got {tuple(prefix.shape)}")
+    if not prefix.is_floating_point():
+        raise ValueError(f"the prefix must be floating point in [-1, 1], got {prefix.dtype}")
+    batch = prefix[(None,) * (5 - prefix.ndim)]  # (1 or B,T,3,H,W)
+    if batch.shape[0] not in (1, count):
+        raise ValueError(f"the prefix must be one clip or one for each of the {count} prompts, got {batch.shape[0]}")
+    return batch.expand(count, -1, -1, -1, -1)
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(str(side) for side in size)

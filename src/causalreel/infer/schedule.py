@@ -1,0 +1,112 @@
+"""From a request to a rollout: which noise levels, which chunks, how many frames, and whether the request is possible.
+
+Knows no network and no codec beyond its temporal factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from causalreel.flow import sigma_grid, warp_steps
+from causalreel.rollout import Plan, chunk_sizes, chunked, fuse
+from causalreel.solvers import unipc_sigmas
+from causalreel.weights.export import Sampling
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One clip: latent frames, the given ones (`prefix`) included, and how they are made."""
+
+    frames: int
+    prefix: int
+    sampling: Sampling
+
+    def plan(self, *, fused: bool = True) -> Plan:
+        """The calls of the rollout; `fused` says the same in fewer of them."""
+        chunk = self.sampling.chunk or self.frames
+        plan = chunked(
+            chunk_sizes(self.frames - self.prefix, chunk),
+            noise_levels(self.sampling),
+            first=first_noise_levels(self.sampling),
+            prefix=[chunk] * (self.prefix // chunk),
+        )
+        return fuse(plan) if fused else plan
+
+
+def even_steps(count: int) -> tuple[float, ...]:
+    """The usual list of `count` steps: 4 -> (1000, 750, 500, 250), 2 -> (1000, 500), 1 -> (1000)."""
+    if count < 1:
+        raise ValueError(f"steps must be at least 1, got {count}")
+    return tuple(1000 * (count - i) / count for i in range(count))
+
+
+def adapt(sampling: Sampling, *, steps: int | Sequence[float] | None = None, chunk: int | None = None) -> Sampling:
+    """`sampling` with another number or list of steps, and another chunk size.
+
+    Steps that differ from the model's hold for every chunk, the first included. A many-step model takes a number only.
+    """
+    if chunk is not None and chunk != sampling.chunk:
+        if sampling.chunk is None:
+            raise ValueError(f"chunk cannot be {chunk}: the model generates whole clips, it is not autoregressive")
+        sampling = replace(sampling, chunk=chunk)
+    if steps is None:
+        return sampling
+    if sampling.multistep is not None:
+        if not isinstance(steps, int):
+            raise ValueError(f"steps of a many-step model must be a number, got {list(steps)}")
+        return replace(sampling, multistep=steps)
+    levels = even_steps(steps) if isinstance(steps, int) else tuple(float(s) for s in steps)
+    return sampling if levels == sampling.steps else replace(sampling, steps=levels, first_steps=None)
+
+
+def noise_levels(sampling: Sampling) -> tuple[float, ...]:
+    """Sigmas at which a chunk is denoised, falling, without the final 0."""
+    if sampling.multistep is None:
+        return warp_steps(sampling.steps, sampling.shift)
+    if sampling.solver == "unipc":
+        return unipc_sigmas(sampling.multistep, sampling.shift)[:-1]
+    return tuple(sigma_grid(sampling.multistep, sampling.shift)[:-1].tolist())
+
+
+def first_noise_levels(sampling: Sampling) -> tuple[float, ...] | None:
+    """Those of the first generated chunk, if they differ."""
+    if sampling.multistep is not None or sampling.first_steps is None:
+        return None
+    return warp_steps(sampling.first_steps, sampling.shift)
+
+
+def schedule(
+    sampling: Sampling, *, trained: int, temporal_factor: int, frames: int | None = None, prefix: int = 0
+) -> Schedule:
+    """Check a request for `frames` pixel frames (None: a training clip's) behind `prefix` given latent frames.
+
+    trained: latent frames of a training clip. Raises ValueError naming the nearest numbers of frames that are possible.
+    """
+    chunk = sampling.chunk
+    if chunk is None:
+        if prefix:
+            raise ValueError("a prefix needs an autoregressive model; this one generates whole clips")
+        longest = 1 + temporal_factor * (trained - 1)
+        if frames is not None and frames > longest:
+            raise ValueError(f"frames must be at most {longest} for a model that generates whole clips, got {frames}")
+    elif chunk > trained:
+        raise ValueError(f"chunk must be at most {trained}, the latent frames of a training clip; got {chunk}")
+    elif prefix % chunk:
+        raise ValueError(
+            f"the prefix must have a multiple of the chunk's {chunk} latent frames, got {prefix}; "
+            f"a frame-wise model (chunk 1) takes any prefix"
+        )
+    unit = chunk or 1
+    if frames is None:
+        wanted = max(trained // unit * unit, prefix + unit)
+        return Schedule(wanted, prefix, sampling)
+    wanted = 1 + (frames - 1) // temporal_factor  # latent frames, rounded down
+    if frames >= 1 and (frames - 1) % temporal_factor == 0 and wanted % unit == 0 and wanted > prefix:
+        return Schedule(wanted, prefix, sampling)
+    below = max(wanted // unit * unit, prefix + unit)
+    above = below + unit if 1 + temporal_factor * (below - 1) < frames else below
+    nearest = " or ".join(str(1 + temporal_factor * (n - 1)) for n in dict.fromkeys((below, above)))
+    behind = f" behind a prefix of {1 + temporal_factor * (prefix - 1)}" if prefix else ""
+    rule = f"1 + {temporal_factor} (n - 1)" + (f" with n a multiple of the chunk size {unit}" if unit > 1 else "")
+    raise ValueError(f"frames must be {rule}{behind}, got {frames}; nearest: {nearest}")

@@ -1,0 +1,88 @@
+"""CUDA graphs over a denoiser's cacheless calls in training: forward and backward replayed as one launch each.
+
+A small network in training is bound by the host that launches its kernels; a graph removes that. Calls behind a cache
+change shape from chunk to chunk and stay as they are. A graph's gradient buffers are reused by its next backward pass:
+an update must not accumulate several graphed micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.dit import DiT
+from causalreel.nn.rope import rope_table
+
+WARMUP = 3
+
+
+class _Fixed(nn.Module):
+    """The network with everything but its tensors decided."""
+
+    def __init__(self, model: DiT, how: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.how = model, how
+
+    def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        return self.model(x, sigma, text, **self.how)
+
+
+class GraphedCalls:
+    """Stands in for a DiT: one graph per shape and mask, made at the first such call."""
+
+    def __init__(self, model: DiT) -> None:
+        self.model = model
+        self.graphs: dict[tuple, Callable[..., Tensor]] = {}
+        self.kept: list[Any] = []
+        """Tables that graphs read: alive as long as the graphs, whatever the caches that made them drop."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, text: Any, *, cache: Any = None, **how: Any) -> Tensor:
+        if cache is not None or not isinstance(text, Tensor) or not x.is_cuda:
+            return self.model(x, sigma, text, cache=cache, **how)
+        x, sigma = x.float().contiguous(), sigma.float().contiguous()
+        is_training = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
+        key = (x.shape, sigma.shape, text.shape, tuple(sorted(how.items(), key=lambda item: item[0])), is_training)
+        if key not in self.graphs:
+            make = torch.cuda.make_graphed_callables if is_training else _capture
+            samples = tuple(t.detach().clone() for t in (x, sigma, text))
+            options = {"allow_unused_input": True} if is_training else {}
+            self.kept.append(self._tables(x, how))
+            self.graphs[key] = make(_Fixed(self.model, how), samples, **options)
+        return self.graphs[key](x, sigma, text).clone()
+
+    def _tables(self, x: Tensor, how: dict[str, Any]) -> tuple[Any, ...]:
+        config = self.model.config
+        height, width = x.shape[3] // config.patch, x.shape[4] // config.patch
+        mask = how["mask"] and how["mask"].dense(height * width, x.device)
+        return mask, rope_table(how["positions"], height, width, config.dim // config.heads, x.device)
+
+
+def _capture(module: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """A graph without gradient."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(WARMUP):
+            module(*samples)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        result = module(*samples)
+
+    def replay(*inputs: Tensor) -> Tensor:
+        for held, given in zip(samples, inputs, strict=True):
+            held.copy_(given)
+        graph.replay()
+        return result
+
+    return replay
+
+
+def graph_calls(denoiser: DiTDenoiser) -> DiTDenoiser:
+    """Replay cacheless calls of this denoiser from now on; weights may change in place, not move."""
+    denoiser.run = GraphedCalls(denoiser.model)
+    return denoiser

@@ -1,0 +1,65 @@
+"""The tiny world's text encoder: a fixed code for each word, nothing learned, the same bits on every machine.
+
+A token is the sum of two rows of a 64x64 Hadamard matrix, one for the word and one for its place (slot and object), so
+the codes of different words and of different places are exactly orthogonal. What words exist and how a prompt splits
+into them is `vocabulary`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from causalreel.vocabulary import BACKGROUND_INDEX, SLOTS, WORDS, tokenize
+
+LENGTH = 16
+WIDTH = 64
+PLACES = [(slot, index) for slot in SLOTS for index in range(BACKGROUND_INDEX + 1)]
+
+
+def code_table() -> Tensor:
+    """Row 0 is zero (no token), rows 1.. are distinct rows of the Hadamard matrix: (WIDTH,WIDTH), int8, entries +-1."""
+    table = [[-1 if (i & j).bit_count() % 2 else 1 for j in range(WIDTH)] for i in range(WIDTH)]
+    table[0] = [0] * WIDTH
+    return torch.tensor(table, dtype=torch.int8)
+
+
+class TinyTextEncoder:
+    """Implements `types.TextEncoder` for the tiny world's vocabulary; its entries have unit variance.
+
+    `encode` raises ValueError for unknown words, prompts that describe nothing and whatever else `tokenize` refuses.
+    """
+
+    length = LENGTH
+    width = WIDTH
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        rows = iter(range(1, WIDTH))
+        self._word_row = {word: next(rows) for word in WORDS}
+        self._place_row = {place: next(rows) for place in PLACES}
+        self._codes = code_table().to(device, torch.float32) * 0.5**0.5
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> text (B,length,width) float32, one row a describing word, zero rows after the last."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is one string, expected a sequence of strings")
+        words, places = zip(*map(self._rows, prompts), strict=True) if prompts else ((), ())
+        device = self._codes.device
+        index = torch.tensor([words, places], dtype=torch.long, device=device).view(2, -1, LENGTH)
+        return self._codes[index].sum(0)  # (2,B,K,E) -> (B,K,E)
+
+    def null(self, batch: int) -> Tensor:
+        """The unconditional input: zeros (batch,length,width)."""
+        return self._codes.new_zeros(batch, LENGTH, WIDTH)
+
+    def _rows(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Table rows of a prompt's words and of their places, `length` of each, 0 after the last."""
+        tokens = tokenize(prompt)
+        if len(tokens) > LENGTH:
+            raise ValueError(f"prompt has {len(tokens)} describing words, at most {LENGTH} are allowed: {prompt!r}")
+        padding = [0] * (LENGTH - len(tokens))
+        words = [self._word_row[token.word] for token in tokens]
+        places = [self._place_row[token.slot, token.object_index] for token in tokens]
+        return words + padding, places + padding

@@ -1,0 +1,1 @@
+"""Training: one trainer, and stages that are losses over roles."""

@@ -1,0 +1,109 @@
+"""What stages share beside their losses: random draws per sample and chunk, and previews."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from causalreel.flow import shift_sigma
+from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, rollout
+from causalreel.solvers import SOLVERS
+from causalreel.train.stage import Average, StepContext
+from causalreel.types import Batch, Conditioning, Denoiser, LatentSpec, VideoCodec
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """The average of the student that is shown, evaluated and exported."""
+
+    decay: float = 0.99
+    """Share of the old average kept at each student update."""
+    from_step: int = 0
+    """Trainer step until which the average is a plain copy."""
+
+    def follow(self, roles: dict[str, nn.Module]) -> list[Average]:
+        """Add the role `average`, which follows `student`."""
+        roles["average"] = copy.deepcopy(roles["student"]).requires_grad_(False)
+        return [Average("average", "student", self.decay, self.from_step)]
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """How a stage shows what its student makes: a sampler's plan and a codec."""
+
+    codec: VideoCodec
+    sigmas: tuple[float, ...]
+    """Noise levels, falling, without the final 0."""
+    chunk: int
+    solver: str = "renoise"
+    first: tuple[float, ...] | None = None
+    clips: int = 8
+
+    @torch.no_grad()
+    def show(self, denoise: Denoiser, step: StepContext, *, cached: bool = True) -> Tensor:
+        """-> video (B,T,3,H,W) of the first prompts of the data, the same noise every time."""
+        rows = step.source.batch(torch.arange(min(self.clips, len(step.source))))
+        told, frames, spec = rows.conditioning.to(step.device), *latent_shape(rows)
+        noise = KeyedNoise(range(len(told)), spec, step.device)
+        sizes = chunk_sizes(frames, self.chunk if cached else frames)
+        chunks = rollout(
+            denoise,
+            chunked(sizes, self.sigmas, first=self.first),
+            conditioning=told,
+            noise=noise,
+            solver=SOLVERS[self.solver],
+            cache=denoise.new_cache() if cached else None,  # type: ignore[attr-defined]
+        )
+        return self.codec.decode(collect(chunks))
+
+
+def latent_shape(batch: Batch) -> tuple[int, LatentSpec]:
+    """Frames and frame shape of a batch's latents (B,...,F,C,H,W); ValueError if the source has prompts only."""
+    if batch.latents is None:
+        raise ValueError("this stage needs latents, the data source has only prompts")
+    frames, *shape = batch.latents.shape[-4:]
+    return frames, LatentSpec(*shape)
+
+
+def randn(step: StepContext, purpose: str, like: Tensor) -> Tensor:
+    """Gaussian noise like `like`, float32."""
+    return torch.randn(like.shape, generator=step.generator(purpose, device=like.device), device=like.device)
+
+
+def uniform(step: StepContext, purpose: str, *shape: int) -> Tensor:
+    """Uniform numbers in (0, 1], on the trainer's device."""
+    return 1 - torch.rand(shape, generator=step.generator(purpose), device=step.device)
+
+
+def draw_sigmas(step: StepContext, purpose: str, batch: int, sizes: Sequence[int], shift: float) -> Tensor:
+    """-> (B,F): one shifted-uniform noise level per sample and chunk. The released code draws from 1000 levels."""
+    return per_frame(shift_sigma(uniform(step, purpose, batch, len(sizes)), shift), sizes)
+
+
+def draw_levels(step: StepContext, purpose: str, batch: int, sizes: Sequence[int], levels: Sequence[float]) -> Tensor:
+    """-> (B,F): one of `levels` per sample and chunk."""
+    generator = step.generator(purpose)
+    index = torch.randint(len(levels), (batch, len(sizes)), generator=generator, device=step.device)
+    return per_frame(torch.tensor(levels, device=step.device)[index], sizes)
+
+
+def draw_index(step: StepContext, purpose: str, count: int) -> int:
+    """A whole number below `count`, drawn on the CPU: for choices that shape the computation."""
+    return int(torch.randint(count, (), generator=step.generator(purpose, device="cpu")))
+
+
+def per_frame(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """values (B, chunks) -> (B,F)."""
+    return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=1, output_size=sum(sizes))
+
+
+def drop_text(step: StepContext, told: Conditioning, probability: float) -> Conditioning:
+    """Blank the text of some rows, so that the network also learns the unconditional velocity."""
+    if probability == 0:
+        return told
+    keep = uniform(step, "text dropout", len(told)) > probability
+    return Conditioning(told.text * keep[:, None, None])

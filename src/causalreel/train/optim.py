@@ -1,0 +1,94 @@
+"""AdamW for one role: its parameters, its learning rate by step, and gradient clipping that never waits for the GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW and its schedule, for one role."""
+
+    lr: float
+    """Learning rate after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square, each in [0, 1)."""
+    eps: float = 1e-8
+    """Added to the root of the mean square gradient."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, as a share of the weights per unit of learning rate."""
+    clip: float = 1.0
+    """Largest gradient norm of the role, `.inf` for none."""
+    warmup_steps: int = 0
+    """Trainer steps over which the learning rate rises linearly to `lr`."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Course of the learning rate from the warm-up to the last step."""
+    final_lr_ratio: float = 0.0
+    """Where the cosine ends, as a share of `lr`."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "warmup_steps", "final_lr_ratio"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed 0 or more")
+        if not self.clip > 0:
+            raise ValueError(f"clip: got {self.clip}, allowed above 0 (.inf for no clipping)")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: got {self.betas}, each allowed from 0 to below 1")
+
+
+def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
+    """The learning rate of 0-based trainer step `step` of `steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
+
+
+class RoleOptimiser:
+    """The optimiser of one trained role. Parameters with `requires_grad=False` are left alone."""
+
+    def __init__(self, role: str, module: nn.Module, config: OptimiserConfig) -> None:
+        self.role, self.config = role, config
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(f"role {role!r} has an optimiser but no parameter that requires a gradient")
+        for name, parameter in named:
+            if parameter.dtype != torch.float32:
+                raise ValueError(f"role {role!r}: {name} is {parameter.dtype}; trained weights must be torch.float32")
+        self.parameters = [parameter for _, parameter in named]
+        options = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        self.adamw = torch.optim.AdamW(self.parameters, lr=config.lr, fused=True, **options)
+
+    def step(self, lr: float) -> Tensor:
+        """Clip the gradients and update the weights -> gradient norm () before clipping."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            raise ValueError(f"role {self.role!r}: the losses of its update reach none of its parameters")
+        norm = clip_gradients(gradients, self.config.clip)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        return norm
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def clip_gradients(gradients: list[Tensor], limit: float) -> Tensor:
+    """Scale gradients in place so that their joint norm is at most `limit` -> the norm () before that."""
+    norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if limit < math.inf:
+        scale = (limit / (norm + 1e-6)).clamp_(max=1.0)
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage, reportCallIssue, reportArgumentType]
+    return norm

@@ -1,0 +1,149 @@
+"""What a training stage is: networks by role, and losses over them. The trainer does everything else.
+
+A stage computes losses; it never steps an optimiser, clips, averages, saves or logs. Its randomness comes from
+`StepContext.generator`, which is keyed by (seed, step, purpose) and therefore has no state to save.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from causalreel.types import Batch
+
+Loss: TypeAlias = tuple[Tensor, dict[str, Tensor]]
+"""A scalar float32 loss and detached scalar metrics, all of them tensors: no `.item()` in a loss.
+
+A metric that is NaN in some step (an empty bin) is left out of the average that is logged.
+"""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step on one role: the gradient is the mean over `losses`, one micro-batch each."""
+
+    role: str
+    losses: Sequence[Callable[[], Loss]]
+
+
+@dataclass(frozen=True)
+class Average:
+    """`role` follows `source` after each optimiser step on it: role <- decay * role + (1 - decay) * source.
+
+    It starts as a copy and stays one up to trainer step `from_step`. Both roles must be float32.
+    """
+
+    role: str
+    source: str
+    decay: float
+    from_step: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay of average {self.role!r}: got {self.decay}, allowed 0 to 1")
+
+
+class DataSource(Protocol):
+    """Rows by index. The trainer decides the order."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Rows at indices (B,) int64 on the CPU. On any device; `StepContext.batch` moves them to the trainer's."""
+        ...
+
+
+class Stage(Protocol):
+    """Losses over roles.
+
+    Roles with an optimiser in the trainer's config are trained, roles named by `averages` follow, all others are
+    frozen. Nothing else may change a role's weights.
+    """
+
+    roles: dict[str, nn.Module]
+    averages: Sequence[Average]
+
+    def updates(self, step: StepContext) -> Iterator[Update]:
+        """The updates of one trainer step, in order. Each is applied before the next one is asked for."""
+        ...
+
+    def preview(self, step: StepContext) -> Tensor | None:
+        """A video (B,T,3,H,W) in [-1, 1] that shows progress, or None. Called without gradient."""
+        ...
+
+
+class DataCursor:
+    """Endless pass over `rows` rows: a permutation per epoch, keyed by (seed, epoch). Its only state is `position`."""
+
+    def __init__(self, rows: int, seed: int, position: int = 0) -> None:
+        if rows < 1:
+            raise ValueError(f"data source: got {rows} rows, at least 1 is needed")
+        self.rows, self.seed, self.position = rows, seed, position
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def take(self, size: int) -> Tensor:
+        """The next `size` row indices (size,), continuing into the next epoch; advances the position."""
+        if size < 1:
+            raise ValueError(f"batch size: got {size}, at least 1 is needed")
+        parts = []
+        while size > 0:
+            epoch, start = divmod(self.position, self.rows)
+            part = self._permutation(epoch)[start : start + size]
+            parts.append(part)
+            self.position += len(part)
+            size -= len(part)
+        return torch.cat(parts)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(stable_seed(self.seed, epoch, "data order"))
+            self._epoch, self._order = epoch, torch.randperm(self.rows, generator=generator)
+        return self._order
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a stage gets in each step: the 0-based step number, random generators and data."""
+
+    step: int
+    seed: int
+    source: DataSource
+    cursor: DataCursor
+    device: torch.device
+
+    def generator(
+        self, purpose: str, *, device: torch.device | str | None = None, step: int | None = None
+    ) -> torch.Generator:
+        """A new generator seeded by (seed, step, purpose), on the trainer's device unless another is given.
+
+        The same purpose in the same step gives the same numbers: put what differs (update, micro-batch, rank) in it.
+        `step` replaces the current step, for noise that is the same in every preview.
+        """
+        seed = stable_seed(self.seed, self.step if step is None else step, purpose)
+        return torch.Generator(self.device if device is None else device).manual_seed(seed)
+
+    def batch(self, size: int) -> Batch:
+        """The next `size` rows at the data position, on the trainer's device."""
+        return _move(self.source.batch(self.cursor.take(size)), self.device)
+
+
+def stable_seed(seed: int, step: int, purpose: str) -> int:
+    """A 63-bit seed from (seed, step, purpose) that is the same on every machine and Python."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    """The same dataclass with every field that can move on `device`."""
+    moved = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(batch)
+        if hasattr(value := getattr(batch, field.name), "to")
+    }
+    return dataclasses.replace(batch, **moved)

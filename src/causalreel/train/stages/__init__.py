@@ -1,0 +1,1 @@
+"""The training stages: losses over roles, one module a stage."""

@@ -1,0 +1,84 @@
+"""Stage 2b, causal consistency distillation: no stored trajectories, one teacher step per training step.
+
+Causal Forcing++ (arXiv 2605.15141), section 3.2.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from causalreel.flow import sigma_grid
+from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.rollout import chunk_sizes
+from causalreel.train.kit import Viewer, latent_shape, per_frame, randn
+from causalreel.train.losses import consistency_loss
+from causalreel.train.stage import Average, Loss, StepContext, Update
+from causalreel.types import Conditioning
+
+
+@dataclass(frozen=True)
+class CausalCDConfig:
+    """Consistency distillation behind the true past."""
+
+    batch: int = 64
+    """Clips per step."""
+    chunk: int = 3
+    """Latent frames per chunk."""
+    grid: int = 48
+    """Noise levels of the consistency grid."""
+    shift: float = 5.0
+    """Shift of the grid."""
+    guidance: float = 3.0
+    """Guidance of the teacher's step."""
+    target_decay: float = 0.99
+    """Decay of the target, the average of the student that it must agree with; also what is exported."""
+    include_last: bool = False
+    """Also train the last interval, down to sigma 0, which the released code never draws."""
+
+
+class CausalCD:
+    """roles: student, target, teacher."""
+
+    def __init__(
+        self, config: CausalCDConfig, *, student: DiTDenoiser, teacher: DiTDenoiser, null: Tensor, viewer: Viewer
+    ) -> None:
+        self.config, self.student, self.viewer = config, student, viewer
+        target = copy.deepcopy(student).requires_grad_(False)
+        self.target = target
+        self.teacher = Guided(teacher, Conditioning(null), config.guidance)
+        self.roles: dict[str, nn.Module] = {"student": student, "target": target, "teacher": teacher}
+        self.averages = [Average("target", "student", config.target_decay)]
+        self.grid = sigma_grid(config.grid, config.shift)
+
+    def updates(self, step: StepContext) -> Iterator[Update]:
+        batch = step.batch(self.config.batch)
+        frames, _ = latent_shape(batch)
+        sizes = chunk_sizes(frames, self.config.chunk)
+
+        def loss() -> Loss:
+            x0 = batch.latents.float()
+            last = self.config.grid if self.config.include_last else self.config.grid - 1
+            generator = step.generator("interval")
+            index = torch.randint(last, (len(batch), 1), generator=generator, device=step.device)
+            grid = self.grid.to(step.device)
+            return consistency_loss(
+                self.student,
+                self.target,
+                self.teacher,
+                x0,
+                batch.conditioning,
+                sigma=per_frame(grid[index], [frames]),
+                sigma_next=per_frame(grid[index + 1], [frames]),
+                noise=randn(step, "noise", x0),
+                sizes=sizes,
+            ), {}
+
+        yield Update("student", [loss])
+
+    def preview(self, step: StepContext) -> Tensor:
+        return self.viewer.show(self.target, step)

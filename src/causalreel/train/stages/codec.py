@@ -1,0 +1,133 @@
+"""Train the tiny codec to reconstruct rendered clips.
+
+Rows of this stage are pixels: `Batch.latents` holds video (B,T,3,H,W) in [-1, 1], not latents. The loss is a weighted
+squared error, later joined by absolute and gradient errors that sharpen edges, and a weak KL term. The absolute error
+must not come first: its optimum for small objects on a plain background is the background alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from causalreel.codecs.wan_vae import CausalVAE
+from causalreel.train.stage import Average, Loss, StepContext, Update
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Losses and batches of the codec stage."""
+
+    batch: int = 32
+    """Clips per step."""
+    frames: int = 17
+    """Pixel frames per clip, cut at a random place; 1 + a multiple of the codec's temporal factor."""
+    squared: float = 10.0
+    """Weight of the squared error."""
+    absolute: float = 0.5
+    """Weight of the absolute error once it has joined."""
+    gradient: float = 0.25
+    """Weight of the absolute error of horizontal and vertical differences once it has joined."""
+    sharpen_from: int = 400
+    """Step at which the absolute and gradient errors begin to join."""
+    sharpen_over: int = 200
+    """Steps over which they grow to their full weight."""
+    kl: float = 3e-5
+    """Weight of the KL divergence from a unit Gaussian, mean over latent elements."""
+    edge_weight: float = 3.0
+    """How much more pixels near edges count than flat ones: their weight is 1 + edge_weight before normalisation."""
+    edge_reach: int = 2
+    """Distance in pixels up to which a pixel is near an edge."""
+
+
+def near_edges(video: Tensor, reach: int, *, threshold: float = 0.1) -> Tensor:
+    """1 where a pixel of video (B,T,3,H,W) lies within `reach` pixels of a change in colour, else 0: (B,T,1,H,W)."""
+    change = F.pad(video.diff(dim=-1).abs().amax(2, keepdim=True), (0, 1))
+    change = torch.maximum(change, F.pad(video.diff(dim=-2).abs().amax(2, keepdim=True), (0, 0, 0, 1)))
+    near = F.max_pool2d((change > threshold).float().flatten(0, 1), 2 * reach + 1, stride=1, padding=reach)
+    return near.unflatten(0, video.shape[:2])
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of videos in [-1, 1], over all elements."""
+    return -10 * torch.log10(F.mse_loss(a, b).clamp(min=1e-10) / 4)
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence of a diagonal Gaussian from the unit Gaussian, mean over elements."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+class CodecStage:
+    """Implements `train.stage.Stage` with the single role "codec"."""
+
+    averages: Sequence[Average] = ()
+
+    def __init__(self, codec: CausalVAE, config: CodecConfig | None = None) -> None:
+        self.config = config or CodecConfig()
+        factor = codec.temporal_factor
+        if self.config.frames < 1 or self.config.frames % factor != 1 % factor:
+            raise ValueError(f"frames is {self.config.frames}, expected 1 + {factor}n")
+        self.roles: dict[str, nn.Module] = {"codec": codec}
+        self._shape_factors = factor, codec.spatial_factor, codec.channels
+
+    def updates(self, step: StepContext) -> Iterator[Update]:
+        """One update on a batch of random crops in time."""
+        video = self._crop(step)
+        yield Update("codec", [lambda: self.loss(step, video)])
+
+    def loss(self, step: StepContext, video: Tensor) -> Loss:
+        """Video (B,T,3,H,W) -> loss and metrics of reconstructing it from sampled latents."""
+        config = self.config
+        generator = step.generator("codec posterior", device=video.device)
+        noise = torch.randn(self._latent_shape(video), generator=generator, device=video.device)
+        reconstruction, mean, log_variance = self.roles["codec"](video, noise)
+        with torch.autocast(video.device.type, enabled=False):
+            difference = reconstruction.float() - video
+            weight = 1 + config.edge_weight * near_edges(video, config.edge_reach)
+            weight = weight / weight.mean()
+            squared = (weight * difference.square()).mean()
+            absolute = (weight * difference.abs()).mean()
+            gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+            kl = kl_divergence(mean.float(), log_variance.float())
+            sharpen = min(max((step.step - config.sharpen_from) / max(config.sharpen_over, 1), 0.0), 1.0)
+            loss = config.squared * squared + config.kl * kl
+            loss = loss + sharpen * (config.absolute * absolute + config.gradient * gradient)
+        metrics = {"psnr": psnr(reconstruction.float().clamp(-1, 1), video), "squared": squared, "absolute": absolute}
+        metrics |= {"kl": kl, "latent_std": mean.std(), "noise_std": torch.exp(0.5 * log_variance).mean()}
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def preview(self, step: StepContext) -> Tensor:
+        """Four clips beside their reconstructions: (4,T,3,H,2*W). Always the same rows; the data position stays."""
+        rows = torch.arange(min(4, len(step.source)))
+        video = _pixels(step.source.batch(rows).latents)[:, : self.config.frames].to(step.device)
+        reconstruction = self.roles["codec"](video)[0].float().clamp(-1, 1)
+        return torch.cat([video, reconstruction], -1)
+
+    def _crop(self, step: StepContext) -> Tensor:
+        """The next batch, each clip cut to `frames` frames at a random place of its own."""
+        video = _pixels(step.batch(self.config.batch).latents)
+        clips, frames = video.shape[:2]
+        if frames < self.config.frames:
+            raise ValueError(f"clips have {frames} frames, but config.frames is {self.config.frames}")
+        spare = frames - self.config.frames + 1
+        generator = step.generator("codec crop", device=video.device)
+        first = torch.randint(spare, (clips, 1), generator=generator, device=video.device)
+        index = first + torch.arange(self.config.frames, device=video.device)  # (B,T)
+        return video[torch.arange(clips, device=video.device)[:, None], index]
+
+    def _latent_shape(self, video: Tensor) -> tuple[int, ...]:
+        temporal, spatial, channels = self._shape_factors
+        clips, frames, _, height, width = video.shape
+        return clips, 1 + (frames - 1) // temporal, height // spatial, width // spatial, channels
+
+
+def _pixels(video: Tensor | None) -> Tensor:
+    """The batch's video, or an error for a source of prompts only."""
+    if video is None:
+        raise ValueError("the codec stage needs video in Batch.latents, got a batch without")
+    return video

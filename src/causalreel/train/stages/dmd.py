@@ -1,0 +1,232 @@
+"""Stage 3, asymmetric DMD: the few-step causal student matches the distribution of a bidirectional teacher.
+
+One trainer step is a cycle: several critic updates, each on fresh samples of the student, then one student update. (The
+released code updates the student first, at step 0 against a critic that has seen none of its samples.)
+What the student is trained *on* is exchangeable: its own rollout (the method; Self Forcing), noised data (CausVid), or
+single chunks behind the true past with causal scores (causal score distillation, a negative result of the papers).
+Causal Forcing (arXiv 2602.02214), stage 3; DMD (arXiv 2311.18828); Causal Forcing++ (arXiv 2605.15141), section 3.4.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from causalreel.flow import SCORE_SIGMA_RANGE, add_noise, shift_sigma, velocity_to_x0, warp_steps
+from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.rollout import StreamNoise, chunk_sizes
+from causalreel.train.kit import EMAConfig, Viewer, draw_index, draw_levels, latent_shape, randn, uniform
+from causalreel.train.losses import critic_loss, distribution_matching_gradient, surrogate_loss
+from causalreel.train.self_rollout import Record, parallel_pass, record_rollout, replay_passes, training_plan
+from causalreel.train.stage import Loss, StepContext, Update
+from causalreel.types import Batch, Conditioning, Denoiser
+
+
+@dataclass(frozen=True)
+class DMDConfig:
+    """Distribution matching of the student's samples."""
+
+    batch: int = 64
+    """Clips per update."""
+    chunk: int = 3
+    """Latent frames per chunk."""
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
+    """Step list of every chunk, 0..1000 before the shift."""
+    first_steps: tuple[float, ...] | None = None
+    """Step list of the first chunk, if another: 1- and 2-step models give it 4."""
+    shift: float = 5.0
+    """Shift of the step lists and of the scores' noise levels."""
+    samples: Literal["self_rollout", "data", "teacher_forced"] = "self_rollout"
+    """What is matched: the student's rollout, its estimates of noised data (CausVid), or single chunks behind true
+    context with causal scores (causal score distillation)."""
+    critic_updates: int = 5
+    """Critic updates per student update."""
+    critic_rollouts: int | None = None
+    """Rollouts that these updates share, each with its own exit step; null: one per update."""
+    guidance: float = 4.0
+    """Guidance of the teacher, standard convention; the released `guidance_scale: 3` is 4 here."""
+    context_sigma: float = 0.0
+    """Noise level at which finished chunks are written to the cache."""
+    student_pass: Literal["parallel", "replay"] = "parallel"
+    """How the student's gradient is computed: all chunks at once, or one after the other in less memory."""
+    ema: EMAConfig = EMAConfig()
+    """The average that is exported."""
+
+    def __post_init__(self) -> None:
+        if self.critic_rollouts is not None and not 1 <= self.critic_rollouts <= self.critic_updates:
+            raise ValueError(f"critic_rollouts must be 1 to {self.critic_updates}, got {self.critic_rollouts}")
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        return warp_steps(self.steps, self.shift)
+
+    @property
+    def first_sigmas(self) -> tuple[float, ...] | None:
+        return None if self.first_steps is None else warp_steps(self.first_steps, self.shift)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the student made, how to make it again with gradient, and what the scores are told beside it."""
+
+    latents: Tensor
+    told: Conditioning
+    again: Callable[[], list[Callable[[], Tensor]]]
+    """-> functions that give the latents again, in pieces along the frames, with gradient."""
+    bind: Callable[[DiTDenoiser | Guided], Denoiser]
+    """Score network -> denoiser of these samples: itself, or itself behind their true context."""
+
+    def rows(self, start: int, stop: int) -> Samples:
+        """Some rows, for critic updates only: they cannot be made again."""
+        return Samples(self.latents[start:stop], self.told[start:stop], list, self.bind)
+
+
+class DMD:
+    """roles: student, average, critic (fake score), teacher (real score)."""
+
+    def __init__(
+        self,
+        config: DMDConfig,
+        *,
+        student: DiTDenoiser,
+        critic: DiTDenoiser,
+        teacher: DiTDenoiser,
+        null: Tensor,
+        viewer: Viewer,
+    ) -> None:
+        self.config, self.student, self.critic, self.viewer = config, student, critic, viewer
+        self.teacher = Guided(teacher, Conditioning(null), config.guidance)
+        self.roles: dict[str, nn.Module] = {"student": student, "critic": critic, "teacher": teacher}
+        self.averages = config.ema.follow(self.roles)
+        self._make = {"self_rollout": self._roll_out, "data": self._denoise_data, "teacher_forced": self._behind_data}[
+            config.samples
+        ]
+        if config.samples == "teacher_forced" and config.critic_rollouts not in (None, config.critic_updates):
+            raise ValueError("critic_rollouts must be null with samples: teacher_forced, whose scores see each batch's past")
+        self.sampler = _sampler(student)
+
+    # ---- the cycle
+
+    def updates(self, step: StepContext) -> Iterator[Update]:
+        config = self.config
+        rollouts = config.critic_rollouts or config.critic_updates
+        share = -(-config.critic_updates // rollouts)  # critic updates per rollout, rounded up
+        for update in range(config.critic_updates):
+            if update % share == 0:
+                count = min(share, config.critic_updates - update)
+                made = self._make(step, step.batch(count * config.batch), f"critic {update}")
+            row = update % share * config.batch
+            samples = made if share == 1 else made.rows(row, row + config.batch)
+            yield Update("critic", [lambda u=update, s=samples: self._critic_loss(step, s, f"critic {u}")])
+        yield Update("student", self._student_losses(step, self._make(step, step.batch(config.batch), "student")))
+
+    def _score_sigma(self, step: StepContext, purpose: str, batch: int) -> Tensor:
+        """One level a clip, (B,1), kept where scores say something."""
+        u = uniform(step, f"{purpose} score sigma", batch, 1)
+        return shift_sigma(u, self.config.shift).clamp(*SCORE_SIGMA_RANGE)
+
+    def _critic_loss(self, step: StepContext, made: Samples, purpose: str) -> Loss:
+        sigma = self._score_sigma(step, purpose, len(made.told))
+        noise = randn(step, f"{purpose} score noise", made.latents)
+        return critic_loss(made.bind(self.critic), made.latents, made.told, sigma=sigma, noise=noise), {}
+
+    def _student_losses(self, step: StepContext, made: Samples) -> list[Callable[[], Loss]]:
+        sigma = self._score_sigma(step, "student", len(made.told))
+        noise = randn(step, "student score noise", made.latents)
+        real, fake = made.bind(self.teacher), made.bind(self.critic)
+        gradient = distribution_matching_gradient(made.latents, real, fake, made.told, sigma=sigma, noise=noise)
+        pieces = made.again()
+        metrics = {"gradient_size": gradient.abs().mean(), "latent_std": made.latents.std()}
+
+        def piece_loss(piece: Callable[[], Tensor], start: int) -> Loss:
+            latents = piece()
+            part = gradient[:, start : start + latents.shape[1]]
+            scale = len(pieces) * part.numel() / gradient.numel()  # the trainer takes the mean over pieces
+            return surrogate_loss(latents, part) * scale, metrics
+
+        size = made.latents.shape[1] // len(pieces)
+        return [lambda p=piece, s=i * size: piece_loss(p, s) for i, piece in enumerate(pieces)]
+
+    # ---- samples
+
+    def _roll_out(self, step: StepContext, batch: Batch, purpose: str) -> Samples:
+        """The student's own rollout: every chunk leaves at the exit step drawn for it."""
+        config, told = self.config, batch.conditioning
+        frames, spec = latent_shape(batch)
+        sizes = chunk_sizes(frames, config.chunk)
+        exits = [draw_index(step, f"{purpose} exit", len(config.sigmas))]
+        if config.first_sigmas is not None:
+            exits.insert(0, draw_index(step, f"{purpose} first exit", len(config.first_sigmas)))
+        plan = training_plan(
+            sizes, config.sigmas, exits, first=config.first_sigmas, context_sigma=config.context_sigma
+        )
+        noise = StreamNoise(len(batch), spec, step.generator(f"{purpose} rollout"))
+        sampler = self._current_sampler()
+        with torch.no_grad():
+            prepared = sampler.prepare(told)
+        record = record_rollout(
+            sampler, plan, told=prepared, noise=noise, cache=sampler.new_cache(), keep_caches=config.student_pass == "replay"
+        )
+        return Samples(record.latents, told, lambda: self._again(record, told), lambda net: net)
+
+    def _again(self, record: Record, told: Conditioning) -> list[Callable[[], Tensor]]:
+        if self.config.student_pass == "replay":
+            return replay_passes(self.student, record, told)
+        return [lambda: parallel_pass(self.student, record, told)]
+
+    def _denoise_data(self, step: StepContext, batch: Batch, purpose: str) -> Samples:
+        """CausVid: clean estimates of data noised chunk by chunk to levels of the step list, behind noisy chunks."""
+        x, sigma, sizes, _ = self._noised(step, batch, purpose)
+
+        def make() -> Tensor:
+            return velocity_to_x0(x, self.student(x, sigma, batch.conditioning, sizes=sizes), sigma)
+
+        with torch.no_grad():
+            latents = make()
+        return Samples(latents, batch.conditioning, lambda: [make], lambda net: net)
+
+    def _behind_data(self, step: StepContext, batch: Batch, purpose: str) -> Samples:
+        """Causal score distillation: the same behind the true past, and scored there by causal networks."""
+        x, sigma, sizes, x0 = self._noised(step, batch, purpose)
+        told = batch.conditioning
+
+        def make() -> Tensor:
+            return velocity_to_x0(x, self.student.teacher_forced(x, sigma, told, clean=x0, sizes=sizes), sigma)
+
+        def bind(net: DiTDenoiser | Guided) -> Denoiser:
+            return lambda x, s, told, **_: net.teacher_forced(x, s.expand(-1, x.shape[1]), told, clean=x0, sizes=sizes)
+
+        with torch.no_grad():
+            latents = make()
+        return Samples(latents, told, lambda: [make], bind)
+
+    def _noised(self, step: StepContext, batch: Batch, purpose: str) -> tuple[Tensor, Tensor, Sequence[int], Tensor]:
+        frames, _ = latent_shape(batch)
+        sizes, x0 = chunk_sizes(frames, self.config.chunk), batch.latents.float()
+        sigma = draw_levels(step, f"{purpose} level", len(batch), sizes, self.config.sigmas)
+        return add_noise(x0, randn(step, f"{purpose} noise", x0), sigma), sigma, sizes, x0
+
+    def _current_sampler(self) -> DiTDenoiser:
+        """The sampler, with the student's weights as they are now."""
+        if self.sampler is not self.student:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.sampler.parameters()), list(self.student.parameters()))
+        return self.sampler
+
+    def preview(self, step: StepContext) -> Tensor:
+        return self.viewer.show(self.roles["average"], step)  # type: ignore[arg-type]
+
+
+def _sampler(student: DiTDenoiser) -> DiTDenoiser:
+    """What rolls out: the student, or where it computes in another type a copy in that type.
+
+    The copy spares every call of a rollout the casting of every weight. It is derived, not state: no role.
+    """
+    if student.compute is None or student.compute == student.model.dtype:
+        return student
+    return copy.deepcopy(student).to(student.compute).requires_grad_(False)

@@ -1,0 +1,53 @@
+"""The bidirectional base: flow matching on whole clips. Teacher of distribution matching, start of everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from causalreel.flow import shift_sigma, uniform_weight
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.train.kit import EMAConfig, Viewer, drop_text, randn, uniform
+from causalreel.train.losses import bidirectional_loss
+from causalreel.train.stage import Loss, StepContext, Update
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Flow matching of whole clips."""
+
+    batch: int = 64
+    """Clips per step."""
+    shift: float = 5.0
+    """Shift of the uniform noise levels."""
+    text_dropout: float = 0.1
+    """Share of clips trained without text, for guidance."""
+    ema: EMAConfig = EMAConfig(decay=0.999)
+    """The average that becomes the base."""
+
+
+class Pretrain:
+    """roles: student, average."""
+
+    def __init__(self, config: PretrainConfig, *, student: DiTDenoiser, viewer: Viewer) -> None:
+        self.config, self.student, self.viewer = config, student, viewer
+        self.roles: dict[str, nn.Module] = {"student": student}
+        self.averages = config.ema.follow(self.roles)
+
+    def updates(self, step: StepContext) -> Iterator[Update]:
+        batch = step.batch(self.config.batch)
+
+        def loss() -> Loss:
+            x0 = batch.latents.float()
+            sigma = shift_sigma(uniform(step, "sigma", len(batch), 1), self.config.shift)
+            told = drop_text(step, batch.conditioning, self.config.text_dropout)
+            weight = uniform_weight(sigma, self.config.shift)
+            noise = randn(step, "noise", x0)
+            return bidirectional_loss(self.student, x0, told, sigma=sigma, noise=noise, weight=weight), {}
+
+        yield Update("student", [loss])
+
+    def preview(self, step: StepContext) -> Tensor:
+        return self.viewer.show(self.roles["average"], step, cached=False)  # type: ignore[arg-type]

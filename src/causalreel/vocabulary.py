@@ -1,0 +1,182 @@
+"""The words of the tiny world's captions: which exist, what each one describes, and how a prompt splits into them.
+
+Shared by the world that writes captions (`data.world`), the tiny text encoder and the metrics. Pure Python. A prompt
+such as "a large red circle moves right slowly and a small blue square moves up quickly on a dark background" becomes
+seven or more tokens; articles, verbs and other filler carry nothing and are dropped. What a prompt leaves out is free.
+"""
+
+from __future__ import annotations
+
+import difflib
+import string
+from dataclasses import dataclass
+from typing import NamedTuple
+
+SIZES = ("small", "large")
+COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan")
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = ("right", "down", "left", "up")
+SPEEDS = ("slowly", "quickly")
+BACKGROUNDS = ("dark", "grey", "light")
+
+SLOTS: dict[str, tuple[str, ...]] = {
+    "size": SIZES,
+    "color": COLORS,
+    "shape": SHAPES,
+    "direction": DIRECTIONS,
+    "speed": SPEEDS,
+    "background": BACKGROUNDS,
+}
+"""Slot -> its words, in the order of the class numbers used by `data.world`."""
+
+WORDS: dict[str, str] = {word: slot for slot, words in SLOTS.items() for word in words}
+"""Word -> slot, for the canonical words."""
+
+SYNONYMS: dict[str, str] = {
+    "big": "large",
+    "little": "small",
+    "pink": "magenta",
+    "disc": "circle",
+    "gray": "grey",
+    "slow": "slowly",
+    "quick": "quickly",
+    "fast": "quickly",
+    "upward": "up",
+    "upwards": "up",
+    "downward": "down",
+    "downwards": "down",
+    "leftward": "left",
+    "leftwards": "left",
+    "rightward": "right",
+    "rightwards": "right",
+}
+"""Accepted spellings -> the canonical word that the token carries."""
+
+_VERBS = ("moves", "moving", "move", "goes", "going", "travels", "travelling", "is")
+_SMALL_WORDS = (
+    "a",
+    "an",
+    "the",
+    "one",
+    "that",
+    "which",
+    "to",
+    "toward",
+    "towards",
+    "on",
+    "over",
+    "against",
+    "in",
+    "with",
+)
+FILLER = frozenset((*_VERBS, *_SMALL_WORDS, "background"))
+"""Words that a prompt may contain and that describe nothing."""
+
+MAX_OBJECTS = 2
+BACKGROUND_INDEX = MAX_OBJECTS
+"""The object index of a background word."""
+
+
+class Token(NamedTuple):
+    """One word that describes something: canonical word, its slot, and which object (0, 1; background: 2)."""
+
+    word: str
+    slot: str
+    object_index: int
+
+
+@dataclass(frozen=True)
+class ObjectSpec:
+    """What a caption says of one object; None means that it leaves the choice open."""
+
+    color: str
+    shape: str
+    size: str | None = None
+    direction: str | None = None
+    speed: str | None = None
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A parsed caption: one or two objects in the order named, and the background if it is named."""
+
+    objects: tuple[ObjectSpec, ...]
+    background: str | None = None
+
+
+def tokenize(text: str) -> list[Token]:
+    """Prompt -> its describing words in order, each with its slot and object.
+
+    Case, commas, full stops and filler words do not matter; "and" starts the second object. Raises ValueError for an
+    unknown word, a third object, an attribute given twice, a background word that does not stand before "background",
+    and a prompt that describes nothing.
+    """
+    words = [w for w in (raw.strip(string.punctuation) for raw in text.lower().replace(",", " ").split()) if w]
+    tokens: list[Token] = []
+    taken: dict[tuple[str, int], str] = {}
+    index = 0
+    for position, raw in enumerate(words):
+        if raw == "and":
+            index += 1
+            if index >= MAX_OBJECTS:
+                raise ValueError(f"prompt names more than {MAX_OBJECTS} objects: {text!r}")
+            continue
+        if raw in FILLER:
+            continue
+        word = SYNONYMS.get(raw, raw)
+        slot = WORDS.get(word)
+        if slot is None:
+            raise ValueError(_unknown(raw))
+        if slot == "background" and words[position + 1 : position + 2] != ["background"]:
+            raise ValueError(f"{raw!r} describes the background only: write 'on a {word} background', got {text!r}")
+        owner = BACKGROUND_INDEX if slot == "background" else index
+        earlier = taken.setdefault((slot, owner), word)
+        if earlier != word:
+            raise ValueError(f"prompt gives two {slot} words for one thing, {earlier!r} and {word!r}: {text!r}")
+        if Token(word, slot, owner) not in tokens:
+            tokens.append(Token(word, slot, owner))
+    if words and words[-1] == "and":
+        raise ValueError(f"prompt ends with 'and': {text!r}")
+    if not tokens:
+        raise ValueError(f"prompt {text!r} describes nothing; write for example 'a large red circle moves right'")
+    return tokens
+
+
+def parse_caption(text: str) -> Caption:
+    """Prompt -> what it asks for. Beyond `tokenize`, every object needs a colour and a shape, else ValueError."""
+    objects: list[dict[str, str]] = []
+    background = None
+    for word, slot, index in tokenize(text):
+        if slot == "background":
+            background = word
+            continue
+        while len(objects) <= index:
+            objects.append({})
+        objects[index][slot] = word
+    if not objects:
+        raise ValueError(f"prompt {text!r} names no object; write for example 'a red circle on a dark background'")
+    for number, attributes in enumerate(objects, start=1):
+        for slot in ("color", "shape"):
+            if slot not in attributes:
+                raise ValueError(f"object {number} of prompt {text!r} has no {slot}; allowed: {', '.join(SLOTS[slot])}")
+    return Caption(tuple(ObjectSpec(**attributes) for attributes in objects), background)
+
+
+def compose(caption: Caption) -> str:
+    """Caption -> the sentence that training uses; `parse_caption(compose(c)) == c`."""
+    text = " and ".join(_clause(spec) for spec in caption.objects)
+    return text if caption.background is None else f"{text} on a {caption.background} background"
+
+
+def _clause(spec: ObjectSpec) -> str:
+    words = ["a", spec.size, spec.color, spec.shape]
+    if spec.direction is not None or spec.speed is not None:
+        words += ["moves", spec.direction, spec.speed]
+    return " ".join(word for word in words if word is not None)
+
+
+def _unknown(word: str) -> str:
+    close = difflib.get_close_matches(word, [*WORDS, *SYNONYMS], n=1, cutoff=0.0)[0]
+    nearest = SYNONYMS.get(close, close)
+    allowed = "; ".join(f"{slot}: {', '.join(words)}" for slot, words in SLOTS.items())
+    return f"unknown word {word!r}; the nearest known word is {nearest!r}; allowed words are {allowed}"

@@ -1,0 +1,275 @@
+"""Exports: a model's weights with what is needed to use them, as a folder of two files.
+
+    folder/config.yaml         an `Export`: network, sampling, context, latents, codec, text encoder, provenance
+    folder/model.safetensors   the network under Wan2.1's bare names, bfloat16 unless asked otherwise
+
+A codec is two files side by side as well, `codec.safetensors` and `codec.yaml` with a `CodecExport`; either its folder
+or the .safetensors file names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from causalreel import config
+from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
+from causalreel.flow import warp_steps
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.masks import Context
+from causalreel.nn.presets import ModelConfig
+from causalreel.types import LatentSpec
+from causalreel.weights.files import read_metadata, read_tensors, write_tensors
+from causalreel.weights.layouts import load_strictly
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+"""Where the embedded models are: a folder per family, in it `codec.safetensors` and a folder per variant."""
+
+CONFIG, MODEL = "config.yaml", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model was trained to be sampled."""
+
+    chunk: int | None = 1
+    """Latent frames generated together; null: the whole clip at once and without a cache (a bidirectional model)."""
+    steps: tuple[float, ...] = (1000.0, 500.0)
+    """Noise levels of a chunk before the shift, falling, in (0, 1000]; unused by many-step models."""
+    first_steps: tuple[float, ...] | None = None
+    """Those of the first generated chunk, where they differ."""
+    shift: float = 5.0
+    """The flow-matching time shift, at least 1."""
+    solver: Literal["renoise", "euler", "unipc"] = "renoise"
+    """The move from one noise level to the next."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 is none."""
+    multistep: int | None = None
+    """Many-step models: this many moves on the solver's own grid instead of `steps` (euler or unipc)."""
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, or null for the whole clip; got {self.chunk}")
+        if not self.shift >= 1:
+            raise ValueError(f"shift must be at least 1, got {self.shift}")
+        if not self.guidance > 0:
+            raise ValueError(f"guidance must be positive, got {self.guidance}")
+        if self.multistep is not None and (self.multistep < 1 or self.solver == "renoise"):
+            raise ValueError(
+                f"multistep must be at least 1 with solver euler or unipc; got {self.multistep} with {self.solver}"
+            )
+        if self.multistep is None:
+            for steps in (self.steps, self.first_steps or self.steps):
+                warp_steps(steps, self.shift)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Everything but the weights that it takes to use a model."""
+
+    name: str
+    """What messages call it."""
+    model: ModelConfig
+    """The network."""
+    sampling: Sampling
+    """How to sample from it."""
+    context: Context
+    """How much of the past a chunk was trained to see."""
+    frames: int
+    """Latent frames of a training clip."""
+    fps: float
+    """Pixel frames per second."""
+    latent: LatentSpec
+    """Shape of one latent frame."""
+    codec: str = "tiny"
+    """The codec: an embedded family's name such as tiny, or a path relative to the export's folder, such as `..`."""
+    text: str = "tiny"
+    """The text encoder's name."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from: recipe, commit, seed, metrics."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or (self.sampling.chunk is not None and self.frames % self.sampling.chunk):
+            raise ValueError(f"frames must be a positive multiple of chunk {self.sampling.chunk}, got {self.frames}")
+        if not self.fps > 0:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        if self.latent.channels != self.model.channels:
+            raise ValueError(f"latent has {self.latent.channels} channels, the model {self.model.channels}")
+
+
+@dataclass(frozen=True)
+class CodecExport:
+    """Everything but the weights that it takes to use a codec."""
+
+    codec: VAEConfig
+    """Sizes and latent statistics."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from: recipe, commit, seed, metrics."""
+
+
+def save_export(
+    folder: str | Path,
+    denoiser: DiTDenoiser,
+    export: Export,
+    *,
+    codec: CausalVAE | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Write an export into `folder`, which is made if need be; each file is whole or absent, the config comes last.
+
+    codec: written beside the model as codec.safetensors, to which the config then refers. -> the folder.
+    """
+    folder = Path(folder)
+    if denoiser.config != export.model:
+        raise ValueError(f"export.model differs from the saved network's config: {export.model}, {denoiser.config}")
+    if codec is not None:
+        save_codec(folder / "codec.safetensors", codec)
+        export = dataclasses.replace(export, codec="codec.safetensors")
+    metadata = {"format": "causalreel", "name": export.name, "config_hash": _identity(export)}
+    write_tensors(folder / MODEL, _cast(denoiser.model, dtype), metadata)
+    _write_text(folder / CONFIG, config.dump(export))
+    return folder
+
+
+def read_export(folder: str | Path) -> Export:
+    """The config of an export, without its weights."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is not an export: it has no {CONFIG}")
+    return config.load(folder / CONFIG, Export)
+
+
+def load_export(
+    folder: str | Path, *, compute: torch.dtype | None = None, backend: str = "auto"
+) -> tuple[DiTDenoiser, Export]:
+    """An export as a float32 network on the CPU, in evaluation mode, and its config.
+
+    compute, backend: see DiTDenoiser. Raises ValueError, in one line, for a missing or cut off file and for weights
+    that were saved for another model.
+    """
+    export, path = read_export(folder), Path(folder) / MODEL
+    tensors = read_tensors(path)
+    claimed = read_metadata(path)
+    if claimed.get("config_hash", _identity(export)) != _identity(export):
+        raise ValueError(
+            f"{path} holds the weights of {claimed.get('name', 'another model')!r}, "
+            f"not of {export.name!r} as {CONFIG} beside it says"
+        )
+    with _without_initialisation():
+        denoiser = DiTDenoiser(export.model, context=export.context, backend=backend, compute=compute)
+    load_strictly(denoiser.model, tensors, source=str(path))
+    return denoiser.requires_grad_(False).eval(), export
+
+
+def re_export(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    codec: str | None = None,
+    scores: Path | None = None,
+    label: str | None = None,
+) -> Path:
+    """Save an export again under another name, with its codec beside it or named `codec`, and its scores -> the folder.
+
+    scores: scores.json of an evaluation, of which the row `label` goes into the provenance.
+    """
+    denoiser, export = load_export(source)
+    provenance = dict(export.provenance)
+    if scores is not None:
+        rows = json.loads(Path(scores).read_text(encoding="utf-8"))
+        if label not in rows["models"]:
+            raise ValueError(f"label must be one of {', '.join(rows['models'])}; got {label!r}")
+        row = rows["models"][label]
+        means = {key: round(value["mean"], 4) for key, value in row.items() if isinstance(value, dict)}
+        provenance["metrics"] = {"clips": rows["facts"]["clips"], "seed": rows["facts"]["seed"], **means}
+    beside = load_codec(codec_file(source, export.codec)) if codec is None else None
+    named = dataclasses.replace(export, name=name or export.name, codec=codec or export.codec, provenance=provenance)
+    return save_export(folder, denoiser, named, codec=beside)
+
+
+def save_codec(
+    path: str | Path,
+    codec: CausalVAE,
+    provenance: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write a codec into a folder, or as a .safetensors file with its config beside it; -> the .safetensors file."""
+    path = _codec_path(path)
+    write_tensors(path, _cast(codec, dtype), {"format": "causalreel-codec"})
+    _write_text(path.with_suffix(".yaml"), config.dump(CodecExport(codec.config, dict(provenance or {}))))
+    return path
+
+
+def load_codec(path: str | Path) -> CausalVAE:
+    """A saved codec (its folder or its .safetensors file) in float32 on the CPU, in evaluation mode."""
+    path = _codec_path(path)
+    if not path.with_suffix(".yaml").is_file():
+        raise ValueError(f"no codec at {path}: {path.with_suffix('.yaml').name} is missing")
+    sizes = config.load(path.with_suffix(".yaml"), CodecExport).codec
+    with _without_initialisation():
+        codec = CausalVAE(sizes)
+    load_strictly(codec, read_tensors(path), source=str(path))
+    return codec.requires_grad_(False).eval()
+
+
+def codec_file(folder: str | Path, name: str) -> Path:
+    """The file that an export in `folder` means by its codec's name."""
+    is_embedded = name not in (".", "..") and Path(name).name == name and not name.endswith(".safetensors")
+    return _codec_path(ASSETS / name if is_embedded else Path(folder) / name)
+
+
+def _codec_path(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / "codec.safetensors"
+
+
+class _Unfilled(TorchFunctionMode):
+    """Random fills leave tensors as they are."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in (Tensor.uniform_, Tensor.normal_) else func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _without_initialisation() -> Iterator[None]:
+    """For networks that are loaded at once: no time spent on random weights, and the caller's generator stays.
+
+    A meta device would do as well, but its first arithmetic imports torch's compiler, which takes a second.
+    """
+    with torch.random.fork_rng(devices=[]), _Unfilled():
+        yield
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    return {name: value.to(dtype) for name, value in module.state_dict().items()}
+
+
+def _identity(export: Export) -> str:
+    """A hash of what fixes the meaning of the weights; sampling and provenance may be edited by hand."""
+    facts = {"name": export.name, "text": export.text}
+    text = repr(facts) + config.dump(export.model) + config.dump(export.latent)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,217 @@
+"""The command line: what it writes, and one line on standard error with status 2 for everything that can go wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from causalreel import cli
+from causalreel.data.video import read_video
+from causalreel.infer.pipeline import Pipeline
+from causalreel.weights import export as exports
+from test_weights import small_family
+
+RED, BLUE = "a large red circle moves right", "a small blue square moves up"
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_family(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture(autouse=True)
+def place(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The family of random models is the embedded one, and the working directory is empty."""
+    monkeypatch.setattr(exports, "ASSETS", assets)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def generate(*arguments: str) -> int:
+    return cli.main(["generate", *arguments, "--device", "cpu"])
+
+
+def fails(capsys: pytest.CaptureFixture[str], *parts: str) -> None:
+    """One line on standard error, and no file (hidden ones included) beside those in the list."""
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"causalreel: error: [^\n]+\n", captured.err), captured.err
+    assert captured.out == ""
+    for part in parts:
+        assert part in captured.err
+
+
+def test_a_prompt_becomes_a_video(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(RED, "-o", "red.mp4", "--scale", "1") == 0
+    video, fps = read_video("red.mp4")
+    assert video.shape == (45, 3, 32, 32) and fps == 16
+    line = capsys.readouterr().out
+    assert re.search(r"^red\.mp4: 45 frames in \d+\.\d\d s, first frame after \d+\.\d\d s, [\d.]+ frames/s$", line)
+    assert os.listdir() == ["red.mp4"]
+
+
+def test_options_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    stream = Pipeline.stream
+
+    def spy(self, prompts, **request):
+        seen.append((self.export.name, prompts, request["frames"], request["seed"]))
+        return stream(self, prompts, **request)
+
+    monkeypatch.setattr(Pipeline, "stream", spy)
+    assert generate(RED, BLUE, "-o", "a.gif", "--seed", "3", "--frames", "13", "--chunk", "4") == 0
+    assert seen == [("tiny/chunk-4step", RED, 13, 3), ("tiny/chunk-4step", BLUE, 13, 4)]
+    assert sorted(os.listdir()) == ["a-0.gif", "a-1.gif"]
+
+
+def test_prompt_files_folders_and_sheets() -> None:
+    Path("p.txt").write_text(f"{RED}\n\n  {BLUE}\n")
+    assert generate("--prompt-file", "p.txt", "-o", "clips", "--frames", "5", "--sheet", "s.png") == 0
+    assert sorted(os.listdir("clips")) == ["0.mp4", "1.mp4"]
+    assert Path("s.png").stat().st_size > 0
+    assert generate(RED, "-o", "clips", "--frames", "1", "--steps", "1", "--scale", "1") == 0
+    assert read_video("clips/0.mp4")[0].shape == (1, 3, 32, 32)
+
+
+def test_a_picture_and_a_video_start_a_clip() -> None:
+    from PIL import Image
+
+    Image.new("RGB", (50, 40), (0, 0, 255)).save("blue.png")
+    assert generate(BLUE, "--image", "blue.png", "-o", "a.mp4", "--frames", "9") == 0
+    assert generate(BLUE, "--video", "a.mp4", "-o", "b.mp4", "--frames", "17", "--scale", "1") == 0
+    assert len(read_video("b.mp4")[0]) == 17
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["no prompt"]),
+        ([""], ["describes nothing"]),
+        (["a red dog"], ["unknown word 'dog'", "nearest"]),
+        ([RED, "a red dog"], ["unknown word 'dog'"]),
+        ([RED, "--frames", "44"], ["got 44", "41 or 45"]),
+        ([RED, "--frames", "49", "--chunk", "4"], ["45 or 61"]),
+        ([RED, "--steps", "0"], ["steps must be at least 1"]),
+        ([RED, "--chunk", "0"], ["chunk must be at least 1"]),
+        ([RED, "--model", "tony"], ["unknown model 'tony'", "did you mean 'tiny'"]),
+        ([RED, "--model", "."], ["is not an export"]),
+        ([RED, "-o", "x.avi"], [".mp4", "'x.avi'"]),
+        ([RED, "-o", "no/such/x.mp4"], ["no/such", "does not exist"]),
+        ([RED, "--sheet", "x.pdf"], [".png", "'x.pdf'"]),
+        ([RED, "--sheet", "no/such/x.png"], ["does not exist"]),
+        ([RED, "--prompt-file", "none.txt"], ["none.txt"]),
+        ([RED, "--image", "none.png"], ["no picture at none.png"]),
+        ([RED, "--video", "none.mp4"], ["no video file at none.mp4"]),
+        ([RED, "--image", "a.png", "--video", "b.mp4"], ["exclude each other"]),
+        ([RED, "--scale", "0"], ["scale must be at least 1"]),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(*arguments) == 2
+    fails(capsys, *parts)
+    assert os.listdir() == []
+
+
+def test_an_unwritable_directory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("locked").mkdir(mode=0o500)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may write everywhere
+    assert generate(RED, "-o", "locked/x.mp4") == 2
+    fails(capsys, "not writable")
+
+
+def test_an_unwritable_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """A directory stands where the video should go; a file stands where a directory is needed."""
+    Path("x.mp4").mkdir()
+    Path("y").write_text("")
+    assert generate(RED, "-o", "y/x.mp4") == 2
+    fails(capsys, "y")
+    assert generate(RED, BLUE, "-o", "y") == 2
+    fails(capsys, "y")
+
+
+def test_unreadable_models(capsys: pytest.CaptureFixture[str], assets: Path, place: Path) -> None:
+    import shutil
+
+    shutil.copytree(assets / "tiny", "models")
+    file = Path("models/frame-2step/model.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert generate(RED, "--model", "models/frame-2step") == 2
+    fails(capsys, "model.safetensors", "cut off")
+    file.write_bytes(Path("models/chunk-4step/model.safetensors").read_bytes())
+    assert generate(RED, "--model", "models/frame-2step") == 2
+    fails(capsys, "weights of 'tiny/chunk-4step'", "not of 'tiny/frame-2step'")
+    assert os.listdir() == ["models"]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("broken\nbadly"), OSError(28, "No space left on device"), KeyboardInterrupt()]
+)
+def test_a_failure_half_way_leaves_what_was_there(
+    error: BaseException, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("out.mp4").write_text("before")
+
+    def stream(self, prompts, **request):
+        yield torch.zeros(1, 1, 3, 32, 32)
+        raise error
+
+    monkeypatch.setattr(Pipeline, "stream", stream)
+    assert generate(RED) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert capsys.readouterr().err.count("\n") == 1
+    assert os.listdir() == ["out.mp4"] and Path("out.mp4").read_text() == "before"
+
+
+def test_frames_are_written_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file grows while later chunks are still being made (the encoder itself looks some 40 frames ahead)."""
+    files = []
+
+    def stream(self, prompts, **request):
+        for _ in range(40):
+            files.append(len(os.listdir()))
+            yield torch.zeros(1, 4, 3, 32, 32)
+
+    monkeypatch.setattr(Pipeline, "stream", stream)
+    assert generate(RED) == 0
+    assert files[0] == 0 and files[-1] == 1
+
+
+def test_bench_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--runs", "1", "--frames", "5", "--batch", "2", "--device", "cpu"]) == 0
+    assert "tiny/frame-2step on cpu, 2 x 5 frames: first-frame latency" in capsys.readouterr().out
+    assert cli.main(["bench", "--batch", "0"]) == 2
+    fails(capsys, "batch must be at least 1")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in ("generate", "train", "verify"))])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(arguments)
+    assert done.value.code == 0
+    assert "causalreel" in capsys.readouterr().out
+
+
+def test_version_and_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("causalreel 0.")
+    for arguments in ([], ["fly"], ["generate", "--colour"], ["generate", RED, "--seed", "x"]):
+        with pytest.raises(SystemExit) as done:
+            cli.main(arguments)
+        assert done.value.code == 2
+
+
+def test_train_resolves_recipes_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "tiny/causal_cd", "seed=3", "--dry-run"]) in (0, 2)  # the recipe's own keys decide
+    assert cli.main(["train", "none.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("causalreel: error:")
+    assert os.listdir() == []
+
+
+def test_verify_refuses_a_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "no-such-folder"]) == 2
+    fails(capsys, "no-such-folder")

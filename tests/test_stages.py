@@ -1,0 +1,198 @@
+"""Every stage on a miniature network: it trains what it should, leaves the rest alone, and resumes bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from causalreel.data.sources import LatentSource
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.presets import ModelConfig
+from causalreel.train.checkpoint import latest
+from causalreel.train.kit import EMAConfig, Viewer
+from causalreel.train.optim import OptimiserConfig
+from causalreel.train.stage import DataCursor, Stage, StepContext
+from causalreel.train.stages.ar_diffusion import ARDiffusion, ARDiffusionConfig
+from causalreel.train.stages.causal_cd import CausalCD, CausalCDConfig
+from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_trajectories
+from causalreel.train.stages.dmd import DMD, DMDConfig
+from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
+from causalreel.train.trainer import TrainerConfig, train
+
+CONFIG = ModelConfig(dim=16, ffn_dim=24, heads=2, layers=1, text_dim=8, text_length=4, freq_dim=16, channels=2)
+FRAMES, NULL = 4, torch.zeros(1, 4, 8)
+OPTIMISER = OptimiserConfig(lr=3e-3, betas=(0.0, 0.99))
+
+
+class Pixels:
+    """A codec that shows latents as they are."""
+
+    channels, spatial_factor, temporal_factor = 2, 1, 1
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :, :1].expand(-1, -1, 3, -1, -1).clamp(-1, 1)
+
+
+VIEWER = Viewer(Pixels(), (1.0, 0.5), chunk=2, clips=2)  # type: ignore[arg-type]
+
+
+def net(seed: int = 0, *, trained: bool = True) -> DiTDenoiser:
+    torch.manual_seed(seed)
+    made = DiTDenoiser(CONFIG)
+    nn.init.normal_(made.model.head.head.weight, std=0.1)
+    return made.requires_grad_(trained)
+
+
+def source(rows: int = 24) -> LatentSource:
+    """Clips that a text vector decides: something to learn."""
+    generator = torch.Generator().manual_seed(5)
+    text = torch.randn(rows, 4, 8, generator=generator)
+    shape = text[:, 0, :2, None, None].expand(-1, -1, 4, 4)
+    drift = torch.linspace(0.5, 1.5, FRAMES)[None, :, None, None, None]
+    return LatentSource(shape[:, None] * drift, text)
+
+
+def trajectories(config: CausalODEConfig) -> LatentSource:
+    made = make_trajectories(net(3, trained=False), source(), config, null=NULL, seed=0, device=torch.device("cpu"))
+    return LatentSource(*made)
+
+
+ODE = CausalODEConfig(batch=8, chunk=2, pairs=12, grid=8, keep=(0, 2, 4, 6), maker_batch=5, guidance=2.0)
+BASELINE = dataclasses.replace(ODE, trajectories="bidirectional", forcing="diffusion")
+SELF_ROLLOUT = DMDConfig(batch=3, chunk=1, steps=(1000, 500), first_steps=(1000, 750, 500, 250), critic_updates=2)
+
+
+def make_dmd(config: DMDConfig) -> tuple[Stage, LatentSource]:
+    stage = DMD(config, student=net(), critic=net(1), teacher=net(2, trained=False), null=NULL, viewer=VIEWER)
+    return stage, source()
+
+
+STAGES = {
+    "pretrain": lambda: (Pretrain(PretrainConfig(batch=8), student=net(), viewer=VIEWER), source()),
+    "teacher forcing": lambda: (ARDiffusion(ARDiffusionConfig(batch=8, chunk=2), student=net(), viewer=VIEWER), source()),
+    "noisy context": lambda: (
+        ARDiffusion(ARDiffusionConfig(batch=8, chunk=2, context_noise=0.1), student=net(), viewer=VIEWER),
+        source(),
+    ),
+    "diffusion forcing": lambda: (
+        ARDiffusion(ARDiffusionConfig(batch=8, chunk=1, forcing="diffusion"), student=net(), viewer=VIEWER),
+        source(),
+    ),
+    "causal ODE": lambda: (CausalODE(ODE, student=net(), viewer=VIEWER), trajectories(ODE)),
+    "Self Forcing ODE": lambda: (CausalODE(BASELINE, student=net(), viewer=VIEWER), trajectories(BASELINE)),
+    "causal CD": lambda: (
+        CausalCD(
+            CausalCDConfig(batch=8, chunk=2, grid=6),
+            student=net(),
+            teacher=net(2, trained=False),
+            null=NULL,
+            viewer=VIEWER,
+        ),
+        source(),
+    ),
+    "DMD": lambda: make_dmd(SELF_ROLLOUT),
+    "DMD, replayed": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, student_pass="replay", critic_rollouts=1)),
+    "CausVid": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, samples="data")),
+    "causal score distillation": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, samples="teacher_forced")),
+}
+
+
+def trainer_config(stage: Stage, out: Path, steps: int, **changes: object) -> TrainerConfig:
+    trained = {role: OPTIMISER for role in ("student", "critic") if role in stage.roles}
+    return TrainerConfig(out=out, steps=steps, optimisers=trained, device="cpu", save_every=3, log_every=2, **changes)
+
+
+def weights(stage: Stage) -> dict[str, Tensor]:
+    return {f"{r}.{n}": t.clone() for r, m in stage.roles.items() for n, t in m.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_trains_its_roles_and_no_others(name: str, tmp_path: Path) -> None:
+    """Law 11, and that every role that should move moves."""
+    stage, rows = STAGES[name]()
+    before = weights(stage)
+    train(stage, rows, trainer_config(stage, tmp_path, 2, preview_every=2), write_preview=lambda video, path, step: None)
+    moved = {key.split(".")[0] for key, value in weights(stage).items() if not torch.equal(value, before[key])}
+    assert moved == set(stage.roles) - {"teacher"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_resumed_is_uninterrupted_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Law 9."""
+    whole, rows = STAGES[name]()
+    train(whole, rows, trainer_config(whole, tmp_path / "whole", 6))
+    first, _ = STAGES[name]()
+    train(first, rows, trainer_config(first, tmp_path / "parts", 3))
+    second, _ = STAGES[name]()
+    train(second, rows, trainer_config(second, tmp_path / "parts", 6))
+    for key, value in weights(whole).items():
+        assert torch.equal(weights(second)[key], value), key
+    logs = [(tmp_path / part / "metrics.jsonl").read_text() for part in ("whole", "parts")]
+    assert latest(tmp_path / "parts" / "checkpoints") is not None
+    assert len(logs[0].splitlines()) >= 3
+
+
+def one_loss(stage: Stage, rows: LatentSource, step: int = 0) -> float:
+    context = StepContext(step, 0, rows, DataCursor(len(rows), 0), torch.device("cpu"))
+    with torch.no_grad():
+        update = next(iter(stage.updates(context)))
+        return float(update.losses[0]()[0])
+
+
+@pytest.mark.parametrize("name", ["pretrain", "teacher forcing", "diffusion forcing", "causal ODE", "Self Forcing ODE"])
+def test_stage_learns(name: str, tmp_path: Path) -> None:
+    stage, rows = STAGES[name]()
+    before = sum(one_loss(stage, rows, step) for step in range(8))
+    train(stage, rows, trainer_config(stage, tmp_path, 60))
+    after = sum(one_loss(stage, rows, step) for step in range(8))
+    assert after < 0.7 * before
+
+
+def test_student_updates_are_the_same_in_one_pass_and_replayed(tmp_path: Path) -> None:
+    found = []
+    for student_pass in ("parallel", "replay"):
+        stage, rows = make_dmd(dataclasses.replace(SELF_ROLLOUT, student_pass=student_pass))
+        train(stage, rows, trainer_config(stage, tmp_path / student_pass, 1))
+        found.append(weights(stage))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_dmd_moves_the_student_towards_the_teacher(tmp_path: Path) -> None:
+    """A teacher that always points to one clip draws the student's samples to it."""
+
+    class Pointing(DiTDenoiser):
+        def forward(self, x, sigma, conditioning, **call):  # noqa: ANN001, ANN003, ANN202
+            return (x - 0.8) / sigma.expand(-1, x.shape[1])[..., None, None, None]
+
+    teacher = Pointing(CONFIG).requires_grad_(False)
+    config = dataclasses.replace(SELF_ROLLOUT, batch=8, ema=EMAConfig(0.5))
+    stage = DMD(config, student=net(), critic=net(1), teacher=teacher, null=NULL, viewer=VIEWER)
+
+    def distance() -> float:
+        return float((stage.viewer.show(stage.roles["student"], context) - 0.8).abs().mean())
+
+    rows = source()
+    context = StepContext(0, 0, rows, DataCursor(len(rows), 0), torch.device("cpu"))
+    before = distance()
+    train(stage, rows, trainer_config(stage, tmp_path, 60))
+    assert distance() < 0.5 * before
+
+
+def test_causal_trajectories_start_at_noise_and_end_near_the_teachers_clips() -> None:
+    made = trajectories(ODE)
+    assert made.latents.shape == (12, 6, FRAMES, 2, 4, 4) and made.latents.dtype == torch.float16
+    torch.testing.assert_close(made.latents[:, -1].float(), source().latents[:12], rtol=1e-3, atol=1e-3)
+
+
+def test_prompt_only_data_is_refused() -> None:
+    stage, _ = STAGES["pretrain"]()
+    rows = copy.copy(source())
+    with pytest.raises(ValueError, match="as many rows"):
+        dataclasses.replace(rows, latents=rows.latents[:2])
+    del stage

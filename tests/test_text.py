@@ -1,0 +1,64 @@
+"""The tiny text encoder: fixed codes, zero padding, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from causalreel.text.tiny import TinyTextEncoder, code_table
+from causalreel.types import TextEncoder
+
+PROMPT = "a large red circle moves right slowly and a small blue square moves up quickly on a dark background"
+
+
+def test_table_is_orthogonal_and_never_changes():
+    table = code_table()
+    product = table[1:].int() @ table[1:].int().T
+    assert torch.equal(product, 64 * torch.eye(63, dtype=torch.int32))
+    digest = hashlib.sha256(table.numpy().tobytes()).hexdigest()
+    assert digest == "b019f20efc2516735c70dc8deb5de58a6bd49081b8bdf00201fde7274d57f27f"
+
+
+def test_codes_are_pinned_and_have_unit_variance():
+    text = TinyTextEncoder().encode([PROMPT])
+    signs = text.sign().to(torch.int8).numpy().tobytes()
+    assert hashlib.sha256(signs).hexdigest() == "eb90bb656beb2d6f4a9885972836395146f43948b3cbe67697e4b27af93d92d3"
+    assert text[0, :11].var(unbiased=False).item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_shape_padding_and_protocol():
+    encoder = TinyTextEncoder()
+    assert isinstance(encoder, TextEncoder)
+    text = encoder.encode([PROMPT, "red circle"])
+    assert text.shape == (2, 16, 64) and text.dtype == torch.float32
+    assert text[0, :11].abs().sum(-1).min() > 0 and text[0, 11:].abs().max() == 0
+    assert text[1, :2].abs().sum(-1).min() > 0 and text[1, 2:].abs().max() == 0
+    assert encoder.null(3).shape == (3, 16, 64) and encoder.null(3).abs().max() == 0
+    assert encoder.encode([]).shape == (0, 16, 64)
+
+
+def test_prompts_do_not_influence_each_other():
+    encoder = TinyTextEncoder()
+    assert torch.equal(encoder.encode([PROMPT, "red circle"])[1:], TinyTextEncoder().encode(["red circle"]))
+
+
+def test_objects_and_words_are_told_apart():
+    first, swapped, other = TinyTextEncoder().encode(
+        ["red circle and blue square", "blue square and red circle", "red circle and green square"]
+    )
+    tokens = {tuple(row) for row in first[:4].tolist()}
+    assert tokens.isdisjoint(tuple(row) for row in swapped[:4].tolist())  # a red first object is not a red second one
+    assert torch.equal(first[[0, 1, 3]], other[[0, 1, 3]]) and not torch.equal(first[2], other[2])
+
+
+@pytest.mark.parametrize("prompt", ["a purple circle", "", "   ", "a moving the"])
+def test_bad_prompts_are_refused(prompt):
+    with pytest.raises(ValueError):
+        TinyTextEncoder().encode(["red circle", prompt])
+
+
+def test_one_string_is_refused():
+    with pytest.raises(TypeError, match="sequence"):
+        TinyTextEncoder().encode("red circle")
