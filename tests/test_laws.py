@@ -44,7 +44,9 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> None:
     assert error < tolerance, f"relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("context", [Context(), Context(window=3), Context(window=4, sink=1), Context(window=5, sink=2)])
+@pytest.mark.parametrize(
+    "context", [Context(), Context(window=3), Context(window=4, sink=1), Context(window=5, sink=2)]
+)
 @pytest.mark.parametrize("chunk", [1, 3])
 @torch.no_grad()
 def test_teacher_forcing_in_one_pass_is_cached_chunk_by_chunk(chunk: int, context: Context) -> None:
@@ -109,12 +111,14 @@ def test_training_rollout_that_never_exits_early_is_inference(chunk: int, sigmas
 
 @pytest.mark.parametrize("context", [Context(), Context(window=4, sink=1)])
 @pytest.mark.parametrize(("chunk", "context_sigma"), [(1, 0.0), (3, 0.0), (1, 0.1)])
-def test_replayed_and_parallel_gradients_are_the_full_graphs(chunk: int, context_sigma: float, context: Context) -> None:
+def test_replayed_and_parallel_gradients_are_the_full_graphs(
+    chunk: int, context_sigma: float, context: Context
+) -> None:
     """Law 5: three ways to the same parameter gradient."""
     net, sizes, first = make(context), chunk_sizes(6, chunk), FOUR
     gradient = latents(6, seed=7)
 
-    def plan():  # noqa: ANN202
+    def plan():
         return training_plan(sizes, TWO, [2, 1], first=first, context_sigma=context_sigma)
 
     def grads() -> torch.Tensor:
@@ -134,6 +138,10 @@ def test_replayed_and_parallel_gradients_are_the_full_graphs(chunk: int, context
     surrogate_loss(again, gradient).backward()
     close(grads(), reference)
 
+    fused = record_rollout(net, fuse(plan()), told=told(), noise=noise, cache=net.new_cache())
+    surrogate_loss(parallel_pass(net, fused, told()), gradient).backward()
+    close(grads(), reference)
+
     for part, goal in zip(replay_passes(net, record, told()), gradient.split(chunk, 1), strict=True):
         (surrogate_loss(part(), goal) * goal.numel() / gradient.numel()).backward()
     close(grads(), reference)
@@ -146,7 +154,7 @@ def test_fused_plan_is_the_plain_plan(chunk: int, sigmas: tuple, first: tuple | 
     net, noise = make(context), KeyedNoise([4, 5], SPEC)
     given = latents(3, seed=6)
 
-    def run(change) -> tuple[torch.Tensor, int]:  # noqa: ANN001
+    def run(change) -> tuple[torch.Tensor, int]:
         calls = list(change(chunked(chunk_sizes(9, chunk), sigmas, first=first, prefix=chunk_sizes(3, chunk))))
         chunks = rollout(net, calls, conditioning=told(), noise=noise, cache=net.new_cache(), prefix=given)
         return collect(chunks), len(calls)
@@ -168,12 +176,15 @@ def test_guided_cache_is_two_rollouts() -> None:
             for cache in caches:
                 cache.commit(frames)
 
-    def two_calls(x, sigma, cond, **call):  # noqa: ANN001, ANN003, ANN202
+    def two_calls(x, sigma, cond, **call):
         call.pop("cache")
-        a, b = net(x, sigma, cond, cache=caches[0], **call), net(x, sigma, Conditioning(torch.zeros(2, 5, 8)), cache=caches[1], **call)
+        a, b = (
+            net(x, sigma, cond, cache=caches[0], **call),
+            net(x, sigma, Conditioning(torch.zeros(2, 5, 8)), cache=caches[1], **call),
+        )
         return b + 3 * (a - b)
 
-    def run(denoise, cache) -> torch.Tensor:  # noqa: ANN001
+    def run(denoise, cache) -> torch.Tensor:
         plan = chunked([1, 1, 1], sigmas[:-1])
         return collect(rollout(denoise, plan, conditioning=told(), noise=noise, solver=unipc, cache=cache))
 
@@ -259,11 +270,13 @@ def test_rollout_on_a_toy_function() -> None:
     """A denoiser that knows the answer brings every solver to it, whatever the plan."""
     goal = latents(4)
 
-    def denoise(x, sigma, cond, *, sizes, start, cache):  # noqa: ANN001, ANN202
+    def denoise(x, sigma, cond, *, sizes, start, cache):
         return (x - goal[:, start : start + x.shape[1]]) / sigma[..., None, None, None]
 
     for solver, sigmas in ((euler, FOUR), (unipc, unipc_sigmas(4, 5.0)[:-1])):
-        chunks = rollout(denoise, chunked([2, 2], sigmas), conditioning=told(), noise=KeyedNoise([1, 2], SPEC), solver=solver)
+        chunks = rollout(
+            denoise, chunked([2, 2], sigmas), conditioning=told(), noise=KeyedNoise([1, 2], SPEC), solver=solver
+        )
         close(collect(chunks), goal, 1e-4)
     stream = StreamNoise(2, SPEC, torch.Generator().manual_seed(1))
     chunks = list(rollout(denoise, chunked([1] * 4, TWO), conditioning=told(), noise=stream))
@@ -277,7 +290,7 @@ def test_endless_rollout_is_lazy_and_flat() -> None:
 
     net, asked = make(Context(window=3)), []
 
-    def live(call) -> Conditioning:  # noqa: ANN001
+    def live(call) -> Conditioning:
         asked.append(call.start)
         return told(1)
 

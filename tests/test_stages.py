@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.trainer import TrainerConfig, train
+from causalreel.types import Batch, Conditioning
 
 CONFIG = ModelConfig(dim=16, ffn_dim=24, heads=2, layers=1, text_dim=8, text_length=4, freq_dim=16, channels=2)
 FRAMES, NULL = 4, torch.zeros(1, 4, 8)
@@ -74,7 +74,10 @@ def make_dmd(config: DMDConfig) -> tuple[Stage, LatentSource]:
 
 STAGES = {
     "pretrain": lambda: (Pretrain(PretrainConfig(batch=8), student=net(), viewer=VIEWER), source()),
-    "teacher forcing": lambda: (ARDiffusion(ARDiffusionConfig(batch=8, chunk=2), student=net(), viewer=VIEWER), source()),
+    "teacher forcing": lambda: (
+        ARDiffusion(ARDiffusionConfig(batch=8, chunk=2), student=net(), viewer=VIEWER),
+        source(),
+    ),
     "noisy context": lambda: (
         ARDiffusion(ARDiffusionConfig(batch=8, chunk=2, context_noise=0.1), student=net(), viewer=VIEWER),
         source(),
@@ -97,6 +100,8 @@ STAGES = {
     ),
     "DMD": lambda: make_dmd(SELF_ROLLOUT),
     "DMD, replayed": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, student_pass="replay", critic_rollouts=1)),
+    "DMD, shared exits": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, exits="shared")),
+    "DMD, last exits": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, exits="last")),
     "CausVid": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, samples="data")),
     "causal score distillation": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, samples="teacher_forced")),
 }
@@ -116,7 +121,9 @@ def test_stage_trains_its_roles_and_no_others(name: str, tmp_path: Path) -> None
     """Law 11, and that every role that should move moves."""
     stage, rows = STAGES[name]()
     before = weights(stage)
-    train(stage, rows, trainer_config(stage, tmp_path, 2, preview_every=2), write_preview=lambda video, path, step: None)
+    train(
+        stage, rows, trainer_config(stage, tmp_path, 2, preview_every=2), write_preview=lambda video, path, step: None
+    )
     moved = {key.split(".")[0] for key, value in weights(stage).items() if not torch.equal(value, before[key])}
     assert moved == set(stage.roles) - {"teacher"}
 
@@ -167,7 +174,7 @@ def test_dmd_moves_the_student_towards_the_teacher(tmp_path: Path) -> None:
     """A teacher that always points to one clip draws the student's samples to it."""
 
     class Pointing(DiTDenoiser):
-        def forward(self, x, sigma, conditioning, **call):  # noqa: ANN001, ANN003, ANN202
+        def forward(self, x, sigma, conditioning, **call):
             return (x - 0.8) / sigma.expand(-1, x.shape[1])[..., None, None, None]
 
     teacher = Pointing(CONFIG).requires_grad_(False)
@@ -190,9 +197,26 @@ def test_causal_trajectories_start_at_noise_and_end_near_the_teachers_clips() ->
     torch.testing.assert_close(made.latents[:, -1].float(), source().latents[:12], rtol=1e-3, atol=1e-3)
 
 
-def test_prompt_only_data_is_refused() -> None:
-    stage, _ = STAGES["pretrain"]()
-    rows = copy.copy(source())
-    with pytest.raises(ValueError, match="as many rows"):
-        dataclasses.replace(rows, latents=rows.latents[:2])
-    del stage
+class Prompts:
+    """A data source without latents."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def batch(self, indices: Tensor) -> Batch:
+        return Batch(Conditioning(torch.zeros(len(indices), 4, 8)))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_prompt_only_data_is_refused(name: str, tmp_path: Path) -> None:
+    stage, _ = STAGES[name]()
+    before = weights(stage)
+    with pytest.raises(ValueError, match="this stage needs latents, the data source has only prompts"):
+        train(stage, Prompts(), trainer_config(stage, tmp_path, 2))
+    assert all(torch.equal(value, before[key]) for key, value in weights(stage).items())
+    assert latest(tmp_path / "checkpoints") is None
+
+
+def test_trajectories_need_latents() -> None:
+    with pytest.raises(ValueError, match="this stage needs latents"):
+        make_trajectories(net(), Prompts(), ODE, null=NULL, seed=0, device=torch.device("cpu"))

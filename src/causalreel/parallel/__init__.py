@@ -1,1 +1,1 @@
-"""Functions applied to a finished model: compilation now, sharding and sequence parallelism later. None of them edits nn."""
+"""Functions applied to a finished model: compilation and CUDA graphs. None of them edits nn."""

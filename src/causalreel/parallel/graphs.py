@@ -36,7 +36,7 @@ class GraphedCalls:
 
     def __init__(self, model: DiT) -> None:
         self.model = model
-        self.graphs: dict[tuple, Callable[..., Tensor]] = {}
+        self.graphs: dict[tuple, Callable[..., Any]] = {}
         self.kept: list[Any] = []
         """Tables that graphs read: alive as long as the graphs, whatever the caches that made them drop."""
 
@@ -47,11 +47,9 @@ class GraphedCalls:
         is_training = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
         key = (x.shape, sigma.shape, text.shape, tuple(sorted(how.items(), key=lambda item: item[0])), is_training)
         if key not in self.graphs:
-            make = torch.cuda.make_graphed_callables if is_training else _capture
-            samples = tuple(t.detach().clone() for t in (x, sigma, text))
-            options = {"allow_unused_input": True} if is_training else {}
+            make = _capture_training if is_training else _capture
             self.kept.append(self._tables(x, how))
-            self.graphs[key] = make(_Fixed(self.model, how), samples, **options)
+            self.graphs[key] = make(_Fixed(self.model, how), tuple(t.detach().clone() for t in (x, sigma, text)))
         return self.graphs[key](x, sigma, text).clone()
 
     def _tables(self, x: Tensor, how: dict[str, Any]) -> tuple[Any, ...]:
@@ -61,7 +59,12 @@ class GraphedCalls:
         return mask, rope_table(how["positions"], height, width, config.dim // config.heads, x.device)
 
 
-def _capture(module: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+def _capture_training(module: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """A graph of the forward and one of the backward pass."""
+    return torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True)
+
+
+def _capture(module: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Any]:
     """A graph without gradient."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

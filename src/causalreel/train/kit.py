@@ -61,11 +61,16 @@ class Viewer:
         return self.codec.decode(collect(chunks))
 
 
-def latent_shape(batch: Batch) -> tuple[int, LatentSpec]:
-    """Frames and frame shape of a batch's latents (B,...,F,C,H,W); ValueError if the source has prompts only."""
+def latents_of(batch: Batch) -> Tensor:
+    """A batch's latents (B,...,F,C,H,W), in the type they are kept in; ValueError if the source has prompts only."""
     if batch.latents is None:
         raise ValueError("this stage needs latents, the data source has only prompts")
-    frames, *shape = batch.latents.shape[-4:]
+    return batch.latents
+
+
+def latent_shape(batch: Batch) -> tuple[int, LatentSpec]:
+    """Frames and frame shape of a batch's latents; ValueError if the source has prompts only."""
+    frames, *shape = latents_of(batch).shape[-4:]
     return frames, LatentSpec(*shape)
 
 

@@ -25,7 +25,7 @@ Writer = Callable[[Record], None]
 logger = logging.getLogger("causalreel.train")
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FloatingPointError):
     """A loss or a gradient norm is infinite or NaN."""
 
 

@@ -10,7 +10,7 @@ import difflib
 import logging
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.presets import preset
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.graphs import graph_calls
+from causalreel.rollout import chunk_sizes
 from causalreel.solvers import unipc_sigmas
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.train import trainer
@@ -86,9 +87,15 @@ class Recipe:
     """On the GPU: compile blocks with torch.compile, and also replay calls as CUDA graphs. The CPU is always plain."""
 
     def __post_init__(self) -> None:
+        expected = SETTINGS[self.stage]
         if isinstance(self.settings, dict):
-            parsed = configs.build(SETTINGS[self.stage], self.settings, "settings")
-            object.__setattr__(self, "settings", parsed)
+            object.__setattr__(self, "settings", configs.build(expected, self.settings, "settings"))
+        if not isinstance(self.settings, expected):
+            raise ValueError(
+                f"settings: got {self.settings!r}, expected a mapping with the keys of {expected.__name__}"
+            )
+        if self.stage == "codec" and self.model != "tiny":
+            raise ValueError(f"model: got {self.model!r}, the codec stage trains only 'tiny'")
 
 
 def find_recipe(name: str) -> Path:
@@ -105,14 +112,9 @@ def find_recipe(name: str) -> Path:
     return found
 
 
-def main(recipe: str, overrides: list[str], *, dry_run: bool = False) -> int:
-    """`causalreel train`: -> exit status. dry_run: print the resolved recipe and the plan, touch nothing."""
-    resolved = configs.load(find_recipe(recipe), Recipe, overrides)
-    if dry_run:
-        print(configs.dump(resolved))
-        print(describe(resolved))
-        return 0
-    return run(resolved).exit_code
+def resolve(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe `name` (see `find_recipe`) with `key.key=value` overrides laid upon it; reads, touches nothing."""
+    return configs.load(find_recipe(name), Recipe, overrides)
 
 
 def describe(recipe: Recipe) -> str:
@@ -129,6 +131,7 @@ def describe(recipe: Recipe) -> str:
 
 def run(recipe: Recipe) -> Result:
     """Train and export; the same call again continues. Returns how it ended."""
+    _check_folder(Path(recipe.trainer.out))
     device = trainer.choose_device(recipe.trainer.device)
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # denormal activations slow a CPU down several times
@@ -139,6 +142,15 @@ def run(recipe: Recipe) -> Result:
     if not result.is_interrupted:
         export(Path(recipe.trainer.out) / "export")
     return result
+
+
+def _check_folder(out: Path) -> None:
+    """Fail before the work if nothing could be written into `out`; makes nothing."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"trainer.out: cannot write to {out}, {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"trainer.out: cannot write to {out}, {there} is not writable")
 
 
 # ---- codec
@@ -166,12 +178,29 @@ def _build_codec(recipe: Recipe, device: torch.device) -> tuple[Stage, DataSourc
 def _build_denoising(recipe: Recipe, device: torch.device) -> tuple[Stage, DataSource, Callable[[Path], None]]:
     if recipe.data is None or recipe.codec is None:
         raise ValueError(f"stage {recipe.stage} needs `data` (a prepared folder) and `codec` (a codec's export folder)")
-    latents, told = load_prepared(recipe.data, rows=recipe.rows)
-    encoder = TinyTextEncoder()
-    text = torch.cat([encoder.encode(told[i : i + 4096]) for i in range(0, len(told), 4096)])
-    source = LatentSource(latents.to(device), text.to(device))
+    codec_folder = recipe.codec.resolve()
     codec = load_codec(recipe.codec).to(device)
+    latents, told = load_prepared(recipe.data, rows=recipe.rows)
+    spec = LatentSpec(*latents.shape[2:])
+    if spec.channels != codec.channels:
+        raise ValueError(
+            f"{recipe.data} has {spec.channels} latent channels, the codec {recipe.codec} {codec.channels}"
+        )
+    if not isinstance(recipe.settings, PretrainConfig):
+        chunk_sizes(latents.shape[1], recipe.settings.chunk)
+    encoder = TinyTextEncoder()
+    try:
+        text = torch.cat([encoder.encode(told[i : i + 4096]) for i in range(0, len(told), 4096)])
+    except ValueError as error:
+        raise ValueError(f"captions of {recipe.data}: {error}") from None
+    source = LatentSource(latents.to(device), text.to(device))
     roles = _roles(recipe, device)
+    for role, net in roles.items():
+        if (net.config.channels, net.config.text_dim) != (spec.channels, encoder.width):
+            raise ValueError(
+                f"{role} takes {net.config.channels} latent channels and text of width {net.config.text_dim}, "
+                f"the data have {spec.channels} and {encoder.width}"
+            )
     null = encoder.null(1).to(device)
     stage, source, exported, sampling = STAGES[recipe.stage](recipe, roles, source, null, codec, device)
 
@@ -179,7 +208,6 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> tuple[Stage, DataS
         student = roles["student"]
         model = DiTDenoiser(student.config, context=student.context)
         model.load_state_dict(stage.roles[exported].state_dict())
-        spec = LatentSpec(*latents.shape[2:])
         card = Export(
             name=f"{recipe.stage}-{Path(recipe.trainer.out).name}",
             model=student.config,
@@ -188,7 +216,7 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> tuple[Stage, DataS
             frames=latents.shape[1],
             fps=16,
             latent=spec,
-            codec=os.path.relpath(recipe.codec.resolve(), folder.resolve()),
+            codec=os.path.relpath(codec_folder, folder.resolve()),
             text="tiny",
             provenance=provenance(recipe),
         )
@@ -198,7 +226,11 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> tuple[Stage, DataS
     return stage, source, export
 
 
-ROLES = {"dmd": ("student", "critic", "teacher"), "causal_cd": ("student", "teacher"), "causal_ode": ("student", "teacher")}
+ROLES = {
+    "dmd": ("student", "critic", "teacher"),
+    "causal_cd": ("student", "teacher"),
+    "causal_ode": ("student", "teacher"),
+}
 """Networks a stage needs from outside; the others need a student only."""
 
 
@@ -207,7 +239,9 @@ def _roles(recipe: Recipe, device: torch.device) -> dict[str, DiTDenoiser]:
     for role in recipe.init:
         if role not in wanted:
             raise ValueError(f"init names the role {role!r}; stage {recipe.stage} takes {', '.join(wanted)}")
-    compute = torch.bfloat16 if recipe.compute == "bfloat16" or (recipe.compute == "auto" and device.type == "cuda") else None
+    compute = (
+        torch.bfloat16 if recipe.compute == "bfloat16" or (recipe.compute == "auto" and device.type == "cuda") else None
+    )
     roles = {}
     for role in wanted:
         if role in recipe.init:
@@ -232,15 +266,18 @@ Built = tuple[Stage, DataSource, str, Sampling]
 def _compiled(recipe: Recipe, stage: Stage) -> Stage:
     """Compile and graph after the stage has copied its roles: a copy does not inherit either."""
     for net in stage.roles.values():
+        assert isinstance(net, DiTDenoiser)
         is_on_gpu = next(net.parameters()).is_cuda
         if is_on_gpu and recipe.speed != "plain":
-            compile_blocks(net)  # type: ignore[arg-type]
+            compile_blocks(net)
         if is_on_gpu and recipe.speed == "graphed":
-            graph_calls(net)  # type: ignore[arg-type]
+            graph_calls(net)
     return stage
 
 
-def _pretrain(recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device) -> Built:
+def _pretrain(
+    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
+) -> Built:
     c: PretrainConfig = recipe.settings
     sampling = Sampling(chunk=None, solver="euler", guidance=3.0, multistep=48, shift=c.shift)
     viewer = Viewer(codec, tuple(sigma_grid(24, c.shift).tolist()[:-1]), chunk=1, solver="euler")
@@ -248,7 +285,9 @@ def _pretrain(recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, c
     return _compiled(recipe, stage), source, "average", sampling
 
 
-def _ar_diffusion(recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device) -> Built:
+def _ar_diffusion(
+    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
+) -> Built:
     c: ARDiffusionConfig = recipe.settings
     sampling = Sampling(chunk=c.chunk, solver="unipc", guidance=2.0, multistep=48, shift=c.shift)
     viewer = Viewer(codec, unipc_sigmas(16, c.shift)[:-1], chunk=c.chunk, solver="unipc")
@@ -258,7 +297,9 @@ def _ar_diffusion(recipe: Recipe, roles: dict, source: LatentSource, null: Tenso
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 
 
-def _causal_ode(recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device) -> Built:
+def _causal_ode(
+    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
+) -> Built:
     c: CausalODEConfig = recipe.settings
     file = Path(recipe.trainer.out) / "trajectories.safetensors"
     if not file.is_file():
@@ -268,14 +309,18 @@ def _causal_ode(recipe: Recipe, roles: dict, source: LatentSource, null: Tensor,
         write_tensors(file, {"states": states, "text": text})
     held = read_tensors(file)
     if len(held["states"]) != c.pairs:
-        raise ValueError(f"{file} holds {len(held['states'])} trajectories, settings.pairs is {c.pairs}: use another out")
+        raise ValueError(
+            f"{file} holds {len(held['states'])} trajectories, settings.pairs is {c.pairs}: use another out"
+        )
     rows = LatentSource(held["states"].to(device), held["text"].to(device))
     sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift)
     viewer = Viewer(codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
     return _compiled(recipe, CausalODE(c, student=roles["student"], viewer=viewer)), rows, "average", sampling
 
 
-def _causal_cd(recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device) -> Built:
+def _causal_cd(
+    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
+) -> Built:
     c: CausalCDConfig = recipe.settings
     sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift)
     viewer = Viewer(codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
@@ -283,7 +328,9 @@ def _causal_cd(recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, 
     return _compiled(recipe, stage), source, "target", sampling
 
 
-def _dmd(recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device) -> Built:
+def _dmd(
+    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
+) -> Built:
     c: DMDConfig = recipe.settings
     sampling = Sampling(chunk=c.chunk, steps=c.steps, first_steps=c.first_steps, shift=c.shift)
     viewer = Viewer(codec, c.sigmas, chunk=c.chunk, first=c.first_sigmas)
@@ -306,9 +353,18 @@ def provenance(recipe: Recipe) -> dict[str, Any]:
     """Where weights come from: the resolved recipe, the seed and the commit, if there is one."""
     try:
         found = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         commit = found.stdout.strip() or "unknown"
     except OSError:
         commit = "unknown"
-    return {"commit": commit, "seed": recipe.trainer.seed, "torch": str(torch.__version__), "recipe": configs.to_dict(recipe)}
+    return {
+        "commit": commit,
+        "seed": recipe.trainer.seed,
+        "torch": str(torch.__version__),
+        "recipe": configs.to_dict(recipe),
+    }

@@ -78,7 +78,7 @@ def record_rollout(
             if keep_caches:
                 record.caches.append(cache.copy())
         elif call.commit:
-            record.committed.append(x)
+            record.committed.append(x[:, : call.commit])
             record.context_sigma = call.parts[0].sigma
 
     with torch.no_grad():

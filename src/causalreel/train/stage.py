@@ -66,8 +66,11 @@ class Stage(Protocol):
     frozen. Nothing else may change a role's weights.
     """
 
-    roles: dict[str, nn.Module]
-    averages: Sequence[Average]
+    @property
+    def roles(self) -> dict[str, nn.Module]: ...
+
+    @property
+    def averages(self) -> Sequence[Average]: ...
 
     def updates(self, step: StepContext) -> Iterator[Update]:
         """The updates of one trainer step, in order. Each is applied before the next one is asked for."""

@@ -22,7 +22,7 @@ from causalreel.types import Conditioning
 def integrate(
     velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Sequence[float], keep: Sequence[int]
 ) -> Tensor:
-    """Euler from noise (B,F,C,H,W) over the grid `sigmas` (falling to 0) -> states (B,S,F,C,H,W) at grid indices `keep`.
+    """Euler from noise (B,F,C,H,W) over the grid `sigmas` (falling to 0) -> states (B,S,F,C,H,W) at indices `keep`.
 
     velocity: (x, sigma (B,1)) -> velocity, with context, guidance and mask already bound.
     """
@@ -33,7 +33,7 @@ def integrate(
         if index in keep:
             states.append(x)
         level = torch.full((x.shape[0], 1), sigma, device=x.device)
-        x = move(x, velocity(x, level), sigma, sigma_next, lambda: x)
+        x = move(x, velocity(x, level), sigma, sigma_next, lambda x=x: x)
     if len(sigmas) - 1 in keep:
         states.append(x)
     return torch.stack(states, dim=1)

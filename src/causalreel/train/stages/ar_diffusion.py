@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from causalreel.flow import bell_weight, shift_sigma, uniform_weight, unshift_sigma
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.rollout import chunk_sizes
-from causalreel.train.kit import EMAConfig, Viewer, draw_sigmas, drop_text, latent_shape, per_frame, randn, uniform
+from causalreel.train.kit import (
+    EMAConfig,
+    Viewer,
+    draw_sigmas,
+    drop_text,
+    latent_shape,
+    latents_of,
+    per_frame,
+    randn,
+    uniform,
+)
 from causalreel.train.losses import diffusion_forcing_loss, teacher_forcing_loss
 from causalreel.train.stage import Loss, StepContext, Update
 
@@ -64,7 +74,7 @@ class ARDiffusion:
         sizes = chunk_sizes(frames, config.chunk)
 
         def loss() -> Loss:
-            x0 = batch.latents.float()
+            x0 = latents_of(batch).float()
             told = drop_text(step, batch.conditioning, config.text_dropout)
             sigma = draw_sigmas(step, "sigma", len(batch), sizes, config.shift)
             weight = WEIGHTS[config.weight](sigma, config.shift)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from causalreel.flow import sigma_grid
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.rollout import chunk_sizes
-from causalreel.train.kit import Viewer, latent_shape, per_frame, randn
+from causalreel.train.kit import Viewer, latent_shape, latents_of, per_frame, randn
 from causalreel.train.losses import consistency_loss
 from causalreel.train.stage import Average, Loss, StepContext, Update
 from causalreel.types import Conditioning
@@ -61,7 +61,7 @@ class CausalCD:
         sizes = chunk_sizes(frames, self.config.chunk)
 
         def loss() -> Loss:
-            x0 = batch.latents.float()
+            x0 = latents_of(batch).float()
             last = self.config.grid if self.config.include_last else self.config.grid - 1
             generator = step.generator("interval")
             index = torch.randint(last, (len(batch), 1), generator=generator, device=step.device)

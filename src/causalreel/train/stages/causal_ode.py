@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from causalreel.flow import sigma_grid
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.rollout import chunk_sizes
-from causalreel.train.kit import EMAConfig, Viewer, draw_levels, latent_shape
+from causalreel.train.kit import EMAConfig, Viewer, draw_levels, latent_shape, latents_of
 from causalreel.train.losses import ode_regression_loss
-from causalreel.train.stage import DataSource, Loss, StepContext, Update, stable_seed
+from causalreel.train.stage import DataSource, StepContext, Update, stable_seed
 from causalreel.train.trajectories import causal_trajectories, integrate
 from causalreel.types import Batch, Conditioning
 
@@ -77,7 +77,7 @@ def make_trajectories(
     for first in range(0, config.pairs, config.maker_batch):
         rows = torch.arange(first, min(first + config.maker_batch, config.pairs)) % len(source)
         batch = source.batch(rows)
-        clean, told = batch.latents.to(device).float(), batch.conditioning.to(device)
+        clean, told = latents_of(batch).to(device).float(), guided.prepare(batch.conditioning.to(device))
         generator = torch.Generator(device).manual_seed(stable_seed(seed, first, "trajectory noise"))
         noise = torch.randn(clean.shape, generator=generator, device=device)
         if config.trajectories == "causal":
@@ -110,7 +110,7 @@ class CausalODE:
 
     def _behind_clean(self, step: StepContext, batch: Batch, sizes: Sequence[int]) -> Tensor:
         """One noise level a clip, true past: the released causal ODE."""
-        states = batch.latents.float()
+        states = latents_of(batch).float()
         sigma = draw_levels(step, "level", len(batch), [states.shape[2]], self.config.levels)  # (B,F)
         x = self._state_at(states, sigma)
 
@@ -121,7 +121,7 @@ class CausalODE:
 
     def _behind_states(self, step: StepContext, batch: Batch, sizes: Sequence[int]) -> Tensor:
         """One noise level a chunk, the past at its own level (0 included): CausVid and Self Forcing."""
-        states = batch.latents.float()
+        states = latents_of(batch).float()
         sigma = draw_levels(step, "level", len(batch), sizes, (*self.config.levels, 0.0))
         x = self._state_at(states, sigma)
 

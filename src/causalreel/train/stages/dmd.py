@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from causalreel.flow import SCORE_SIGMA_RANGE, add_noise, shift_sigma, velocity_to_x0, warp_steps
 from causalreel.nn.denoiser import DiTDenoiser, Guided
-from causalreel.rollout import StreamNoise, chunk_sizes
-from causalreel.train.kit import EMAConfig, Viewer, draw_index, draw_levels, latent_shape, randn, uniform
+from causalreel.rollout import StreamNoise, chunk_sizes, fuse
+from causalreel.train.kit import EMAConfig, Viewer, draw_index, draw_levels, latent_shape, latents_of, randn, uniform
 from causalreel.train.losses import critic_loss, distribution_matching_gradient, surrogate_loss
 from causalreel.train.self_rollout import Record, parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.train.stage import Loss, StepContext, Update
@@ -44,6 +44,8 @@ class DMDConfig:
     samples: Literal["self_rollout", "data", "teacher_forced"] = "self_rollout"
     """What is matched: the student's rollout, its estimates of noised data (CausVid), or single chunks behind true
     context with causal scores (causal score distillation)."""
+    exits: Literal["independent", "shared", "last"] = "independent"
+    """Exit steps of self-rollouts: drawn for each rollout (released), once for all of a cycle, or always the last."""
     critic_updates: int = 5
     """Critic updates per student update."""
     critic_rollouts: int | None = None
@@ -107,7 +109,9 @@ class DMD:
             config.samples
         ]
         if config.samples == "teacher_forced" and config.critic_rollouts not in (None, config.critic_updates):
-            raise ValueError("critic_rollouts must be null with samples: teacher_forced, whose scores see each batch's past")
+            raise ValueError(
+                "critic_rollouts must be null with samples: teacher_forced, whose scores see each batch's past"
+            )
         self.sampler = _sampler(student)
 
     # ---- the cycle
@@ -116,13 +120,12 @@ class DMD:
         config = self.config
         rollouts = config.critic_rollouts or config.critic_updates
         share = -(-config.critic_updates // rollouts)  # critic updates per rollout, rounded up
-        for update in range(config.critic_updates):
-            if update % share == 0:
-                count = min(share, config.critic_updates - update)
-                made = self._make(step, step.batch(count * config.batch), f"critic {update}")
-            row = update % share * config.batch
-            samples = made if share == 1 else made.rows(row, row + config.batch)
-            yield Update("critic", [lambda u=update, s=samples: self._critic_loss(step, s, f"critic {u}")])
+        for first in range(0, config.critic_updates, share):
+            count = min(share, config.critic_updates - first)
+            made = self._make(step, step.batch(count * config.batch), f"critic {first}")
+            for row in range(count):
+                samples = made if share == 1 else made.rows(row * config.batch, (row + 1) * config.batch)
+                yield Update("critic", [lambda u=first + row, s=samples: self._critic_loss(step, s, f"critic {u}")])
         yield Update("student", self._student_losses(step, self._make(step, step.batch(config.batch), "student")))
 
     def _score_sigma(self, step: StepContext, purpose: str, batch: int) -> Tensor:
@@ -159,20 +162,34 @@ class DMD:
         config, told = self.config, batch.conditioning
         frames, spec = latent_shape(batch)
         sizes = chunk_sizes(frames, config.chunk)
-        exits = [draw_index(step, f"{purpose} exit", len(config.sigmas))]
-        if config.first_sigmas is not None:
-            exits.insert(0, draw_index(step, f"{purpose} first exit", len(config.first_sigmas)))
         plan = training_plan(
-            sizes, config.sigmas, exits, first=config.first_sigmas, context_sigma=config.context_sigma
+            sizes,
+            config.sigmas,
+            self._exits(step, purpose),
+            first=config.first_sigmas,
+            context_sigma=config.context_sigma,
         )
         noise = StreamNoise(len(batch), spec, step.generator(f"{purpose} rollout"))
         sampler = self._current_sampler()
         with torch.no_grad():
             prepared = sampler.prepare(told)
         record = record_rollout(
-            sampler, plan, told=prepared, noise=noise, cache=sampler.new_cache(), keep_caches=config.student_pass == "replay"
+            sampler,
+            fuse(plan),
+            told=prepared,
+            noise=noise,
+            cache=sampler.new_cache(),
+            keep_caches=config.student_pass == "replay",
         )
         return Samples(record.latents, told, lambda: self._again(record, told), lambda net: net)
+
+    def _exits(self, step: StepContext, purpose: str) -> list[int]:
+        """Exit step of the first chunk and of the others."""
+        lists = [levels for levels in (self.config.first_sigmas, self.config.sigmas) if levels is not None]
+        if self.config.exits == "last":
+            return [len(levels) - 1 for levels in lists]
+        who = purpose if self.config.exits == "independent" else "cycle"
+        return [draw_index(step, f"{who} exit {i}", len(levels)) for i, levels in enumerate(lists)]
 
     def _again(self, record: Record, told: Conditioning) -> list[Callable[[], Tensor]]:
         if self.config.student_pass == "replay":
@@ -199,7 +216,10 @@ class DMD:
             return velocity_to_x0(x, self.student.teacher_forced(x, sigma, told, clean=x0, sizes=sizes), sigma)
 
         def bind(net: DiTDenoiser | Guided) -> Denoiser:
-            return lambda x, s, told, **_: net.teacher_forced(x, s.expand(-1, x.shape[1]), told, clean=x0, sizes=sizes)
+            def behind(x: Tensor, sigma: Tensor, conditioning: Conditioning, **_: object) -> Tensor:
+                return net.teacher_forced(x, sigma.expand(-1, x.shape[1]), conditioning, clean=x0, sizes=sizes)
+
+            return behind
 
         with torch.no_grad():
             latents = make()
@@ -207,7 +227,7 @@ class DMD:
 
     def _noised(self, step: StepContext, batch: Batch, purpose: str) -> tuple[Tensor, Tensor, Sequence[int], Tensor]:
         frames, _ = latent_shape(batch)
-        sizes, x0 = chunk_sizes(frames, self.config.chunk), batch.latents.float()
+        sizes, x0 = chunk_sizes(frames, self.config.chunk), latents_of(batch).float()
         sigma = draw_levels(step, f"{purpose} level", len(batch), sizes, self.config.sigmas)
         return add_noise(x0, randn(step, f"{purpose} noise", x0), sigma), sigma, sizes, x0
 
@@ -215,7 +235,9 @@ class DMD:
         """The sampler, with the student's weights as they are now."""
         if self.sampler is not self.student:
             with torch.no_grad():
-                torch._foreach_copy_(list(self.sampler.parameters()), list(self.student.parameters()))
+                own: list[Tensor] = [*self.sampler.parameters()]
+                new: list[Tensor] = [*self.student.parameters()]
+                torch._foreach_copy_(own, new)  # pyright: ignore[reportPrivateImportUsage]
         return self.sampler
 
     def preview(self, step: StepContext) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from causalreel.flow import shift_sigma, uniform_weight
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.train.kit import EMAConfig, Viewer, drop_text, randn, uniform
+from causalreel.train.kit import EMAConfig, Viewer, drop_text, latents_of, randn, uniform
 from causalreel.train.losses import bidirectional_loss
 from causalreel.train.stage import Loss, StepContext, Update
 
@@ -40,7 +40,7 @@ class Pretrain:
         batch = step.batch(self.config.batch)
 
         def loss() -> Loss:
-            x0 = batch.latents.float()
+            x0 = latents_of(batch).float()
             sigma = shift_sigma(uniform(step, "sigma", len(batch), 1), self.config.shift)
             told = drop_text(step, batch.conditioning, self.config.text_dropout)
             weight = uniform_weight(sigma, self.config.shift)
