@@ -31,7 +31,7 @@ train() {
       tiny/codec) more+=(rows=8) ;;
       tiny/base) more+=(model=tiny-smoke) ;;
       tiny/causal_ode) more+=(settings.pairs=4 settings.grid=4 "settings.keep=[0,1,2,3]") ;;
-      tiny/dmd*) more+=(settings.critic_updates=2) ;;
+      tiny/dmd*) more+=(settings.critic_updates=2 rows=null) ;;
     esac
   fi
   echo "== $name ($(date +%T))"
@@ -60,9 +60,9 @@ for stage in $stages; do
       train cd-frame tiny/causal_cd $(from student=ar-frame teacher=ar-frame)
       train cd-chunk tiny/causal_cd $(from student=ar-chunk teacher=ar-chunk) settings.chunk=3 ;;
     dmd)
-      init=${INIT:-cd}
+      init=${INIT:-ode}
       train "frame-2step" tiny/dmd $(from student=$init-frame critic=base teacher=base)
-      train "frame-1step" tiny/dmd $(from student=$init-frame critic=base teacher=base) "settings.steps=[1000]"
+      train "frame-1step" tiny/dmd_1step $(from student=$init-frame critic=base teacher=base)
       train "chunk-4step" tiny/dmd_chunk $(from student=$init-chunk critic=base teacher=base) ;;
     eval)
       reel eval --clips "$eval_clips" --out "$run/eval" "base=$run/base/export" \
