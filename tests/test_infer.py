@@ -29,7 +29,10 @@ from causalreel.weights import export as exports
 from causalreel.weights.export import Sampling, save_export
 from test_weights import SMALL_CODEC, small_denoiser, small_export, small_family
 
-PROMPTS = ["a large red circle moves right", "a small blue square moves up slowly on a dark background"]
+PROMPTS = [
+    "a large red circle moves right slowly on a grey background",
+    "a small blue square moves up slowly on a dark background",
+]
 FRAME, CHUNK = Sampling(1), Sampling(4)
 FULL = Sampling(None, (), multistep=3, solver="euler", guidance=2.0)
 
@@ -326,7 +329,7 @@ def test_embedded_models_generate(variant: str) -> None:
     if name not in causalreel.variants():
         pytest.skip(f"the embedded model {name} has not been trained yet")
     pipe = causalreel.load(name, device="cpu")
-    video = pipe.generate(PROMPTS[0], frames=17 if pipe.sampling.chunk == 1 else 13)
+    video = pipe.generate(PROMPTS[0], frames=9)
     assert tuple(video.shape[-2:]) == (64, 64) == pipe.size
     assert video.std() > 0.1  # a red circle is not a flat picture
     assert pipe.export.provenance
@@ -375,7 +378,7 @@ def test_public_names_exist() -> None:
         assert getattr(causalreel, name) is not None
         assert name in dir(causalreel)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        causalreel.nothing  # noqa: B018
+        causalreel.nothing  # noqa: B018 - the access is what fails
     assert causalreel.Pipeline is Pipeline
     assert LatentSpec(1, 2, 3).shape == (1, 2, 3)
 
@@ -384,3 +387,46 @@ def _env() -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": str(Path(causalreel.__file__).parents[1])}
+
+
+# ---- prepared text
+
+
+def test_prepared_guidance_changes_nothing() -> None:
+    """Text keys of both rows, computed once, give the bits of keys computed in every call."""
+    net, text = small_denoiser(), TinyTextEncoder()
+    guided, told = Guided(net, Conditioning(text.null(1)), 3.0), Conditioning(text.encode(PROMPTS))
+    prepared = guided.prepare(told)
+    x, sigma, sizes = torch.randn(2, 4, 16, 4, 4), torch.full((2, 4), 0.7), (2, 2)
+    calls = (
+        lambda told: guided(x, sigma, told),
+        lambda told: guided(x, sigma, told, sizes=sizes, cache=guided.new_cache()),
+        lambda told: guided.teacher_forced(x, sigma, told, clean=x, sizes=sizes),
+        lambda told: guided.behind(guided.context_of(x, told, sizes=sizes), x, sigma, told, sizes=sizes),
+    )
+    for call in calls:
+        with torch.no_grad():
+            assert torch.equal(call(prepared), call(told))
+    call = calls[0]
+    call(prepared).sum().backward()  # with gradient the text is projected anew
+    assert net.model.blocks[0].cross_attn.k.weight.grad is not None
+
+
+def test_conditioning_prepared_by_another_denoiser_is_refused() -> None:
+    net, text = small_denoiser(), TinyTextEncoder()
+    guided, told = Guided(net, Conditioning(text.null(1)), 3.0), Conditioning(text.encode(PROMPTS))
+    x, sigma = torch.zeros(2, 1, 16, 4, 4), torch.ones(2, 1)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="2 rows was prepared for 4"):
+            net(x, sigma, guided.prepare(told))
+        with pytest.raises(ValueError, match="4 rows was prepared for 2"):
+            guided(x, sigma, net.prepare(told))
+
+
+@pytest.mark.parametrize("sampling", [FRAME, FULL, dataclasses.replace(FULL, chunk=2, solver="unipc")])
+def test_a_clip_projects_its_text_once(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pipeline(sampling)
+    counted, project = [], made.denoiser.model.text_keys
+    monkeypatch.setattr(made.denoiser.model, "text_keys", lambda text: (counted.append(len(text)), project(text))[1])
+    made.generate(PROMPTS)
+    assert counted == [2 if sampling.guidance == 1 else 4]

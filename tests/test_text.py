@@ -7,8 +7,10 @@ import hashlib
 import pytest
 import torch
 
+from causalreel.data.world import prompts
 from causalreel.text.tiny import TinyTextEncoder, code_table
 from causalreel.types import TextEncoder
+from causalreel.vocabulary import complete, parse_caption
 
 PROMPT = "a large red circle moves right slowly and a small blue square moves up quickly on a dark background"
 
@@ -62,3 +64,19 @@ def test_bad_prompts_are_refused(prompt):
 def test_one_string_is_refused():
     with pytest.raises(TypeError, match="sequence"):
         TinyTextEncoder().encode("red circle")
+
+
+def test_full_captions_are_complete_already() -> None:
+    for caption in prompts(200, seed=3):
+        assert complete(caption, 0) == caption
+
+
+def test_short_prompts_are_completed_by_the_seed() -> None:
+    short = "a red circle moves left and a square"
+    made = [parse_caption(complete(short, seed)) for seed in range(40)]
+    assert complete(short, 7) == complete(short, 7)
+    assert len({str(caption) for caption in made}) > 20
+    for caption in made:
+        first, second = caption.objects
+        assert (first.color, first.shape, first.direction, second.shape) == ("red", "circle", "left", "square")
+        assert second.color != "red" and None not in (*vars(first).values(), *vars(second).values(), caption.background)

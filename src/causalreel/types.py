@@ -1,4 +1,4 @@
-"""The nouns that every layer shares: conditioning, batches, chunks, and the protocols of the parts that can be exchanged.
+"""The nouns that every layer shares: conditioning, batches, chunks, and the protocols of exchangeable parts.
 
 Letters, one meaning each: B batch, F latent frames, T pixel frames, C channels, H W height and width of what the
 tensor is (latents or pixels), K text tokens, E text width. Nothing here computes anything.
@@ -131,6 +131,10 @@ class TextEncoder(Protocol):
 
     length: int
     width: int
+
+    def complete(self, prompt: str, seed: int) -> str:
+        """The prompt in the wording the model was trained on; encoders of free text return it unchanged."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor: ...
 

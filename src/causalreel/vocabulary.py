@@ -8,6 +8,7 @@ seven or more tokens; articles, verbs and other filler carry nothing and are dro
 from __future__ import annotations
 
 import difflib
+import random
 import string
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -166,6 +167,32 @@ def compose(caption: Caption) -> str:
     """Caption -> the sentence that training uses; `parse_caption(compose(c)) == c`."""
     text = " and ".join(_clause(spec) for spec in caption.objects)
     return text if caption.background is None else f"{text} on a {caption.background} background"
+
+
+def complete(text: str, seed: int) -> str:
+    """Prompt -> a full sentence in the wording of training; what it leaves open is drawn by (prompt, seed).
+
+    The world's captions name every attribute, and a model trained on them reads a shorter prompt poorly: this is to the
+    tiny world what rewriting prompts is to large models. A full sentence comes back as it was; `tokenize` refuses the
+    rest.
+    """
+    chance = random.Random(f"{seed}/{' '.join(text.split()).lower()}")
+    objects: list[dict[str, str]] = [{}]
+    background = chance.choice(BACKGROUNDS)
+    for word, slot, index in tokenize(text):
+        if slot == "background":
+            background = word
+            continue
+        while len(objects) <= index:
+            objects.append({})
+        objects[index][slot] = word
+    named = {attributes["color"] for attributes in objects if "color" in attributes}
+    for attributes in objects:
+        free = [color for color in COLORS if color not in named]
+        named.add(attributes.setdefault("color", chance.choice(free)))
+        for slot in ("shape", "size", "direction", "speed"):
+            attributes.setdefault(slot, chance.choice(SLOTS[slot]))
+    return compose(Caption(tuple(ObjectSpec(**attributes) for attributes in objects), background))
 
 
 def _clause(spec: ObjectSpec) -> str:

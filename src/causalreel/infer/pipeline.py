@@ -82,7 +82,8 @@ class Pipeline:
 
         frames: pixel frames of the clip, 1 + 4 (n - 1) with n a multiple of the chunk; None: as long as a training
         clip. A longer clip streams on with a window of the training clip's length, so its cost per chunk stays flat.
-        seed: of the first prompt, the others count up from it; or one for each prompt.
+        seed: of the first prompt, the others count up from it; or one for each prompt. It also decides what a prompt
+        leaves open (see `TextEncoder.complete`).
         steps: a number (4: 1000, 750, 500, 250) or a list; chunk: latent frames made together; None: the model's own.
         prefix: the clip's first frames, (3,H,W), (T,3,H,W) or (B,T,3,H,W) in [-1,1]: one picture is image-to-video,
         more is continuation. It is encoded, decoded again and yielded first, and counts in `frames`.
@@ -98,7 +99,8 @@ class Pipeline:
             raise ValueError(f"the prefix must be {_by(self.size)} pixels, got {_by(given.shape[-2:])}")
         length = 0 if given is None else self._latent_frames(given.shape[1])
         plan = self.schedule(frames=frames, steps=steps, chunk=chunk, prefix=length)
-        text = self.text.encode(prompts).to(self.device)
+        full = [self.text.complete(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        text = self.text.encode(full).to(self.device)
         return self._stream(text, KeyedNoise(seeds, self.export.latent, self.device), plan, given, fused)
 
     def _stream(
@@ -124,16 +126,14 @@ class Pipeline:
         self, text: Tensor, noise: KeyedNoise, plan: Schedule, prefix: Tensor | None, fused: bool
     ) -> Iterator[Chunk]:
         sampling = plan.sampling
-        conditioning, denoise = Conditioning(text), self.denoiser
+        denoise = self.denoiser
         if sampling.guidance != 1:
             denoise = Guided(denoise, Conditioning(self.text.null(1).to(self.device)), sampling.guidance)
-        else:
-            conditioning = self.denoiser.prepare(conditioning)
         is_causal = sampling.chunk is not None
         return rollout(
             denoise,
             plan.plan(fused=fused),
-            conditioning=conditioning,
+            conditioning=denoise.prepare(Conditioning(text)),
             noise=noise,
             solver=SOLVERS[sampling.solver],
             cache=KVCache(self.export.model.layers, self._context(plan)) if is_causal else None,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalreel.vocabulary import BACKGROUND_INDEX, SLOTS, WORDS, tokenize
+from causalreel.vocabulary import BACKGROUND_INDEX, SLOTS, WORDS, complete, tokenize
 
 LENGTH = 16
 WIDTH = 64
@@ -40,6 +40,10 @@ class TinyTextEncoder:
         self._word_row = {word: next(rows) for word in WORDS}
         self._place_row = {place: next(rows) for place in PLACES}
         self._codes = code_table().to(device, torch.float32) * 0.5**0.5
+
+    def complete(self, prompt: str, seed: int) -> str:
+        """The prompt as a full sentence of the tiny world: what it leaves open is drawn by the seed."""
+        return complete(prompt, seed)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> text (B,length,width) float32, one row a describing word, zero rows after the last."""
