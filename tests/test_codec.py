@@ -139,7 +139,7 @@ def test_bad_latents_streams_and_configs_are_refused(codec):
         replace(SMALL, latent_std=(1.0, 2.0))
     with pytest.raises(ValueError, match="temporal_down"):
         VAEConfig(temporal_down=(True,))
-    with pytest.raises(ValueError, match="huge.*tiny, wan2.1"):
+    with pytest.raises(ValueError, match=r"huge.*tiny, wan2\.1"):
         vae_config("huge")
 
 

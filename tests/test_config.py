@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+import sys
+import textwrap
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +16,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalreel import config
+import causalreel
+from causalreel import cli, config
+from causalreel.codecs.wan_vae import VAEConfig
+from causalreel.data.world import WorldConfig
+from causalreel.eval.metrics import MetricConfig
+from causalreel.nn.masks import Context
+from causalreel.nn.presets import ModelConfig
+from causalreel.train.kit import EMAConfig
+from causalreel.train.optim import OptimiserConfig
+from causalreel.train.run import SETTINGS, Recipe
+from causalreel.train.trainer import TrainerConfig
+from causalreel.weights.export import CodecExport, Export, Sampling
 
 
 @dataclass(frozen=True)
@@ -118,7 +134,7 @@ def test_a_file_that_extends_itself_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("extends: a.yaml")
     with pytest.raises(ValueError, match="extends itself"):
         config.load(tmp_path / "a.yaml", Run)
-    with pytest.raises(ValueError, match="no file .*missing.yaml"):
+    with pytest.raises(ValueError, match=r"no file .*missing\.yaml"):
         config.load(tmp_path / "missing.yaml", Run)
 
 
@@ -167,3 +183,56 @@ def test_fixed_leaves_out_the_fields_that_may_change() -> None:
     kept = config.fixed(Run(optimisers={"student": Optimiser(1.0)}, steps=99))
     assert "steps" not in kept
     assert kept["optimisers.student.lr"] == 1.0 and kept["stage.kind"] == "dmd" and kept["out"] == "out"
+
+
+# ---- the package's own configs
+
+CONFIGS = [
+    *(Recipe, TrainerConfig, OptimiserConfig, *SETTINGS.values(), EMAConfig),
+    *(Export, CodecExport, Sampling, ModelConfig, Context, VAEConfig, WorldConfig, MetricConfig),
+]
+
+
+@pytest.mark.parametrize("cls", [*CONFIGS, *cli.COMMANDS], ids=lambda cls: cls.__name__)
+def test_every_field_has_its_line_of_documentation(cls: type) -> None:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef) and ast.get_docstring(definition)
+    documented = {
+        first.target.id: inspect.cleandoc(second.value.value)
+        for first, second in zip(definition.body, definition.body[1:], strict=False)
+        if isinstance(first, ast.AnnAssign)
+        and isinstance(first.target, ast.Name)
+        and isinstance(second, ast.Expr)
+        and isinstance(second.value, ast.Constant)
+        and isinstance(second.value.value, str)
+    }
+    assert [f.name for f in fields(cls) if f.name not in documented] == []
+    assert [name for name, text in documented.items() if not text.endswith(".") and not text.endswith(")")] == []
+
+
+@cache
+def reads() -> dict[str, set[tuple[str, str]]]:
+    """Attribute name -> (module, class or its __post_init__) of every place in the package that reads it."""
+    found: dict[str, set[tuple[str, str]]] = {}
+
+    def visit(node: ast.AST, module: str, place: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inside = place
+            if isinstance(child, ast.ClassDef):
+                inside = child.name
+            if isinstance(child, ast.FunctionDef) and child.name == "__post_init__":
+                inside = f"{place}.__post_init__"
+            if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load):
+                found.setdefault(child.attr, set()).add((module, inside))
+            visit(child, module, inside)
+
+    for path in Path(causalreel.__file__).parent.rglob("*.py"):
+        visit(ast.parse(path.read_text(encoding="utf-8")), str(path), "")
+    return found
+
+
+@pytest.mark.parametrize("cls", [*CONFIGS, *cli.COMMANDS], ids=lambda cls: cls.__name__)
+def test_every_field_is_read_somewhere(cls: type) -> None:
+    """In code that does something with it: a check in the class's own __post_init__ does not count."""
+    own = (str(Path(sys.modules[cls.__module__].__file__ or "")), f"{cls.__name__}.__post_init__")
+    assert [f.name for f in fields(cls) if not reads().get(f.name, set()) - {own}] == []

@@ -117,7 +117,7 @@ def test_speed_is_as_captioned_throughout() -> None:
 
 def test_every_class_appears_and_colours_differ() -> None:
     state = simulate(2000, seed=4)
-    sizes = dict(shape=SHAPES, color=COLORS, scale=SIZES, direction=DIRECTIONS, speed=SPEEDS)
+    sizes = {"shape": SHAPES, "color": COLORS, "scale": SIZES, "direction": DIRECTIONS, "speed": SPEEDS}
     for name, words in sizes.items():
         share = torch.bincount(getattr(state, name).flatten(), minlength=len(words)) / (2 * len(state))
         assert (share * len(words)).sub(1).abs().max() < 0.2, name
@@ -245,7 +245,14 @@ def test_prompts_are_the_captions_of_held_out_clips() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(size=32), dict(frames=0), dict(max_objects=3), dict(turn_probability=2.0), dict(jitter=50.0), dict(quiet=40)],
+    [
+        {"size": 32},
+        {"frames": 0},
+        {"max_objects": 3},
+        {"turn_probability": 2.0},
+        {"jitter": 50.0},
+        {"quiet": 40},
+    ],
 )
 def test_impossible_worlds_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

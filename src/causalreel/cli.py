@@ -1,7 +1,8 @@
 """The command `causalreel`: reads arguments, calls the package, prints. Nothing else in the package does any of it.
 
 Each subcommand is a dataclass of its arguments and a function that imports what it needs. Known errors (ValueError,
-OSError, a missing optional package) become one line on standard error and exit status 2; Ctrl-C is 130.
+OSError, a loss that is not finite, a missing optional package) become one line on standard error and exit status 2;
+Ctrl-C is 130.
 """
 
 from __future__ import annotations
@@ -68,14 +69,22 @@ def generate(args: Generate) -> int:
         raise ValueError("no prompt: give one on the command line or with --prompt-file")
     if args.image is not None and args.video is not None:
         raise ValueError("--image and --video exclude each other")
-    from causalreel.data.video import GIF_SUFFIX, PICTURE_SUFFIXES, VIDEO_SUFFIXES, contact_sheet, to_bytes, write_video
+    from causalreel.data.video import (
+        GIF_SUFFIX,
+        PICTURE_SUFFIXES,
+        VIDEO_SUFFIXES,
+        check_target,
+        contact_sheet,
+        to_bytes,
+        write_video,
+    )
     from causalreel.infer.models import load
 
     paths = _outputs(args.output, len(prompts))
-    for path in paths:
-        _check_output(path, (*VIDEO_SUFFIXES, GIF_SUFFIX))
+    for path in paths:  # before the work and not after it; the writers check again
+        check_target(path, (*VIDEO_SUFFIXES, GIF_SUFFIX), may_make_folder=True)
     if args.sheet is not None:
-        _check_output(args.sheet, PICTURE_SUFFIXES)
+        check_target(args.sheet, PICTURE_SUFFIXES)
     pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device)
     pipeline.text.encode(prompts)  # all of them are understood before the first is made
     prefix = _prefix(args, pipeline)
@@ -144,21 +153,6 @@ def _outputs(output: Path, count: int) -> list[Path]:
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
 
 
-def _check_output(path: Path, suffixes: Sequence[str]) -> None:
-    """Fail before the work and not after it; the writers check again."""
-    import os
-
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"output must end in {', '.join(suffixes)}; got {path.name!r}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; name a file")
-    folder = path.parent if path.parent.exists() else path.parent.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: directory {path.parent} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"cannot write {path}: directory {folder} is not writable")
-
-
 def _prefix(args: Generate, pipeline: Pipeline) -> Tensor | None:
     """The frames (T,3,H,W) that the video starts with, if any."""
     from causalreel.infer.inputs import read_clip, read_picture
@@ -193,9 +187,15 @@ class Train:
 
 
 def train(args: Train) -> int:
-    from causalreel.train import run
+    from causalreel import config
+    from causalreel.train.run import describe, resolve, run
 
-    return run.main(args.recipe, list(args.overrides), dry_run=args.dry_run)
+    recipe = resolve(args.recipe, args.overrides)
+    if args.dry_run:
+        print(config.dump(recipe))
+        print(describe(recipe))
+        return 0
+    return run(recipe).exit_code
 
 
 # -------------------------------------------------------------------------------------------------------------- encode
@@ -203,7 +203,7 @@ def train(args: Train) -> int:
 
 @dataclass(frozen=True)
 class Encode:
-    """Prepare training data: render clips of the tiny world and encode them into latent shards. Continues if stopped."""
+    """Prepare training data: render clips of the tiny world, encode them into latent shards. Continues if stopped."""
 
     codec: Path
     """Folder of a trained codec."""
@@ -220,15 +220,22 @@ class Encode:
 
 
 def encode(args: Encode) -> int:
-    if args.clips < 1:
-        raise ValueError(f"clips must be at least 1, got {args.clips}")
+    _at_least(1, clips=args.clips, batch=args.batch)
     from causalreel.data.prepare import prepare
     from causalreel.infer.models import choose_device
-    from causalreel.weights.export import load_codec
+    from causalreel.weights.export import codec_identity, load_codec
 
     device = choose_device(args.device)
     codec = load_codec(args.codec).to(device)
-    folder = prepare(args.out, codec, clips=args.clips, seed=args.seed, batch=args.batch, device=device)
+    folder = prepare(
+        args.out,
+        codec,
+        codec_id=codec_identity(args.codec),
+        clips=args.clips,
+        seed=args.seed,
+        batch=args.batch,
+        device=device,
+    )
     print(folder)
     return 0
 
@@ -248,20 +255,20 @@ class Evaluate:
     """Held-out prompts."""
     seed: int = 0
     """Which held-out prompts, and the noise."""
-    batch: int = 128
-    """Clips generated together."""
+    batch: int | None = None
+    """Clips generated together; default: 128 on a GPU, 8 on a CPU, whose caches are small."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
 
 
 def evaluate(args: Evaluate) -> int:
-    if args.clips < 2:
-        raise ValueError(f"clips must be at least 2, got {args.clips}")
-    from causalreel.eval import run
+    _at_least(2, clips=args.clips)
+    _at_least(1, batch=1 if args.batch is None else args.batch)
+    from causalreel.eval.run import run, table
 
-    return run.main(
-        args.models, out=args.out, clips=args.clips, seed=args.seed, batch=args.batch, device=args.device
-    )
+    rows = run(args.models, out=args.out, clips=args.clips, seed=args.seed, batch=args.batch, device=args.device)
+    print(table(rows))
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------------------- export
@@ -341,8 +348,7 @@ class Bench:
 
 
 def bench(args: Bench) -> int:
-    if args.batch < 1:
-        raise ValueError(f"batch must be at least 1, got {args.batch}")
+    _at_least(1, batch=args.batch)
     from causalreel.infer.bench import measure
     from causalreel.infer.models import load
 
@@ -404,18 +410,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"causalreel: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+class _ToStderr(logging.Handler):
+    """Log lines to what is standard error at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def _log_to_stderr() -> None:
     logger = logging.getLogger("causalreel")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _ToStderr()
         handler.setFormatter(logging.Formatter("causalreel: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ All arithmetic here is float32. Source: Causal Forcing (arXiv 2602.02214), secti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def sigma_grid(steps: int, shift: float) -> Tensor:
 
 def warp_steps(steps: Sequence[float], shift: float) -> tuple[float, ...]:
     """A released step list such as (1000, 750, 500, 250) -> noise levels (1, 0.9375, 0.8333, 0.625) at shift 5."""
-    if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+    if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in pairwise(steps)):
         raise ValueError(f"steps must fall strictly and lie in (0, 1000], got {list(steps)}")
     return tuple(shift_sigma(torch.tensor(steps, dtype=torch.float64) / 1000, shift).tolist())
 

@@ -76,7 +76,8 @@ def chunk_sizes(frames: int, chunk: int) -> list[int]:
     if chunk < 1 or frames < 1 or frames % chunk:
         below = max(frames // max(chunk, 1), 1) * max(chunk, 1)
         raise ValueError(
-            f"frames must be a positive multiple of the chunk size {chunk}, got {frames} (nearest: {below} or {below + chunk})"
+            f"frames must be a positive multiple of the chunk size {chunk}, got {frames} "
+            f"(nearest: {below} or {below + chunk})"
         )
     return [chunk] * (frames // chunk)
 
@@ -141,7 +142,7 @@ def fuse(plan: Plan) -> Iterator[Call]:
 
 
 def truncate(plan: Plan, exits: Sequence[int]) -> Iterator[Call]:
-    """The training rollout: chunk i leaves after step `exits[i]` (0-based) with its clean estimate and takes gradient there.
+    """The training rollout: chunk i leaves after step `exits[i]` (0-based) with its clean estimate and gradient.
 
     The last entry of `exits` counts for all further chunks. Self Forcing (arXiv 2506.08009), algorithm 1: the exit
     step is drawn by the caller. Plain plans only, one part a call.

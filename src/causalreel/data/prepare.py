@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,6 +39,7 @@ def prepare(
     out: str | Path,
     codec: VideoCodec,
     *,
+    codec_id: str,
     clips: int,
     seed: int,
     config: WorldConfig = WorldConfig(),
@@ -45,16 +47,19 @@ def prepare(
     shard: int = 8192,
     batch: int = 256,
 ) -> Path:
-    """Render `clips` clips of world `seed`, encode them, write shards. Raises ValueError where `out` holds other data."""
+    """Render clips of world `seed`, encode them, write shards. Raises ValueError where `out` holds other data.
+
+    codec_id: what tells this codec from others, such as `weights.export.codec_identity`.
+    """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    info = {"world_seed": seed, "shard": shard, "frames": config.frames, "size": config.size}
+    info = {"world_seed": seed, "shard": shard, "frames": config.frames, "size": config.size, "codec": codec_id}
     _claim(folder, info)
     for number, first in enumerate(range(0, clips, shard)):
         path = folder / f"latents-{number:05d}.safetensors"
         size = min(shard, clips - first)
-        if path.is_file():
-            continue
+        if path.is_file() and len(_latents(path)) >= size:
+            continue  # a shorter one is the last of a smaller set: made again
         told, parts = [], []
         for start in range(first, first + size, batch):
             state = simulate(min(batch, first + size - start), seed=seed, first=start, config=config, device=device)
@@ -76,7 +81,7 @@ def load_prepared(folder: str | Path, *, rows: int | None = None) -> tuple[Tenso
         raise ValueError(f"no prepared data in {folder}: make it with `causalreel encode`")
     latents, told = [], []
     for path in shards:
-        latents.append(load_file(path)["latents"])
+        latents.append(_latents(path))
         told += path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
         if rows is not None and len(told) >= rows:
             break
@@ -88,7 +93,14 @@ def load_prepared(folder: str | Path, *, rows: int | None = None) -> tuple[Tenso
     return joined[:rows], told[:rows]
 
 
-def _claim(folder: Path, info: dict[str, int]) -> None:
+def _latents(shard: Path) -> Tensor:
+    try:
+        return load_file(shard)["latents"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{shard} is damaged ({error}); delete it and run `causalreel encode` again") from None
+
+
+def _claim(folder: Path, info: Mapping[str, int | str]) -> None:
     """Write what makes this data, or check that the folder holds the same."""
     path = folder / "info.yaml"
     if path.is_file():
@@ -100,7 +112,7 @@ def _claim(folder: Path, info: dict[str, int]) -> None:
                 f"{folder} holds data with {key}={held.get(key)}, asked for {key}={info[key]}: use another folder"
             )
         return
-    _write_text(path, yaml.safe_dump(info))
+    _write_text(path, yaml.safe_dump(dict(info)))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,26 @@ from torch import Tensor
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 GIF_SUFFIX = ".gif"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def check_target(path: str | os.PathLike[str], suffixes: Sequence[str], *, may_make_folder: bool = False) -> Path:
+    """A file that can be written, as a Path, or a ValueError or OSError that says why not; writes nothing.
+
+    may_make_folder: the file's folder need not be there if the folder above it is, because the caller will make it.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in suffixes:
+        raise ValueError(f"path must end in {', '.join(suffixes)}, got {target.name!r}")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory; name a file")
+    folder = target.parent
+    if may_make_folder and not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"cannot write {target}: directory {target.parent} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write {target}: directory {folder} is not writable")
+    return target
 
 
 def to_bytes(frames: Tensor) -> Tensor:
@@ -47,7 +68,7 @@ def write_video(
     Raises ValueError for a bad suffix, size or empty input, OSError if the file cannot be made. On any error, including
     one raised by the iterable, nothing is left behind.
     """
-    target = _target(path, (*VIDEO_SUFFIXES, GIF_SUFFIX))
+    target = check_target(path, (*VIDEO_SUFFIXES, GIF_SUFFIX))
     if not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")
     if scale < 1:
@@ -97,7 +118,7 @@ def contact_sheet(
     The first and the last frame are always shown. Labels stand above the rows.
     """
     image_module, draw_module = _need("PIL.Image", "Pillow"), _need("PIL.ImageDraw", "Pillow")
-    target = _target(path, PICTURE_SUFFIXES)
+    target = check_target(path, PICTURE_SUFFIXES)
     if len(videos) == 0:
         raise ValueError("videos must hold at least one clip, got none")
     if labels is not None and len(labels) != len(videos):
@@ -168,7 +189,7 @@ def _write_gif(path: Path, pictures: Iterator[Tensor], fps: float) -> int:
     image_module = _need("PIL.Image", "Pillow")
     count = 0
 
-    def images() -> Iterator[object]:
+    def images() -> Iterator[Any]:
         nonlocal count
         for picture in pictures:
             count += 1
@@ -178,19 +199,6 @@ def _write_gif(path: Path, pictures: Iterator[Tensor], fps: float) -> int:
     first = next(stream)
     first.save(path, save_all=True, append_images=stream, duration=max(20, round(1000 / fps)), loop=0)
     return count
-
-
-def _target(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
-    target = Path(path)
-    if target.suffix.lower() not in suffixes:
-        raise ValueError(f"path must end in {', '.join(suffixes)}, got {target.name!r}")
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a directory; name a file")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target.name}: directory {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise PermissionError(f"cannot write {target.name}: directory {target.parent} is not writable")
-    return target
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ class WorldState:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> WorldState:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return WorldState(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+        return dataclasses.replace(self, **{k: change(v) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 # ---------------------------------------------------------------------------------------------------------- random

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,15 @@ from causalreel.eval.statistics import features, frechet, summarise
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import even_steps
-from causalreel.weights.files import write_tensors
+from causalreel.weights.files import write_tensors, write_text
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("follow", "first", "direction", "speed", "dynamic", "consistency", "turn", "quality", "follow_drift")
 """Metrics of the printed table; the files hold all of them."""
+
+REFERENCES = ("real clips", "codec reconstruction")
+"""Rows above the models'."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,22 @@ def sample(pipeline: Pipeline, prompts: Sequence[str], *, seed: int, batch: int)
     return torch.cat(parts)
 
 
-def evaluate(
-    models: Sequence[str], *, clips: int, seed: int, batch: int, device: str | None
-) -> tuple[list[Row], dict[str, Tensor], list[str]]:
-    """-> a row per reference and model, and the first clips of each for looking at."""
-    pipelines = []
+def load_models(models: Sequence[str], *, device: str | None) -> dict[str, Pipeline]:
+    """Label -> pipeline of each `[label=]model[@steps]`."""
+    pipelines: dict[str, Pipeline] = {}
     for spec in models:
         label, model, steps = parse_model(spec)
-        pipelines.append((label, with_steps(load(model, device=device), steps)))
-    first = pipelines[0][1]
+        if label in (*pipelines, *REFERENCES):
+            raise ValueError(f"two rows would be called {label!r}: name one of them, label=model")
+        pipelines[label] = with_steps(load(model, device=device), steps)
+    return pipelines
+
+
+def evaluate(
+    pipelines: Mapping[str, Pipeline], *, clips: int, seed: int, batch: int
+) -> tuple[list[Row], dict[str, Tensor], list[str]]:
+    """-> a row per reference and model, and the first clips of each for looking at, with their prompts."""
+    first = next(iter(pipelines.values()))
     real, prompts = held_out(clips, seed=seed, device=first.device)
     reference = features(held_out(clips, seed=seed + 1, device=first.device)[0])  # other clips than the real row's
     rows, shown = [], {}
@@ -93,11 +103,11 @@ def evaluate(
         shown[label] = video[:8].cpu()
         log.info("%s: %s", label, ", ".join(f"{k} {v}" for k, v in cells(rows[-1]).items()))
 
-    add("real clips", real, 0.0)
+    add(REFERENCES[0], real, 0.0)
     with torch.no_grad():
         again = [first.codec.decode(first.codec.encode(real[i : i + batch])) for i in range(0, clips, batch)]
-    add("codec reconstruction", torch.cat(again), 0.0)
-    for label, pipeline in pipelines:
+    add(REFERENCES[1], torch.cat(again), 0.0)
+    for label, pipeline in pipelines.items():
         began = time.perf_counter()
         video = sample(pipeline, prompts, seed=seed, batch=batch)
         add(label, video, time.perf_counter() - began)
@@ -121,16 +131,17 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def save(out: Path, rows: Sequence[Row], shown: dict[str, Tensor], prompts: Sequence[str], facts: dict[str, Any]) -> None:
-    """Write the folder."""
-    out.mkdir(parents=True, exist_ok=True)
+def save(
+    out: Path, rows: Sequence[Row], shown: dict[str, Tensor], prompts: Sequence[str], facts: dict[str, Any]
+) -> None:
+    """Write the folder, which must be there."""
     record = {
         row.label: {name: dataclasses.asdict(e) for name, e in summarise(row.scores).items()}
         | {"frechet": row.frechet, "seconds": row.seconds}
         for row in rows
     }
-    (out / "scores.json").write_text(json.dumps({"facts": facts, "models": record}, indent=1), encoding="utf-8")
-    (out / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
+    write_text(out / "scores.json", json.dumps({"facts": facts, "models": record}, indent=1))
+    write_text(out / "table.md", table(rows) + "\n")
     clips = {
         f"{row.label}/{f.name}": getattr(row.scores, f.name).float().contiguous()
         for row in rows
@@ -142,14 +153,26 @@ def save(out: Path, rows: Sequence[Row], shown: dict[str, Tensor], prompts: Sequ
         contact_sheet(videos, out / f"{name}.png", prompts, columns=10)
 
 
-def main(
-    models: Sequence[str], *, out: str | Path, clips: int = 512, seed: int = 0, batch: int = 128, device: str | None = None
-) -> int:
-    """`causalreel eval`: evaluate, print the table, write the folder -> exit status."""
+def run(
+    models: Sequence[str],
+    *,
+    out: str | Path,
+    clips: int = 512,
+    seed: int = 0,
+    batch: int | None = None,
+    device: str | None = None,
+) -> list[Row]:
+    """`causalreel eval`: evaluate and write the folder -> the rows of the table.
+
+    batch: clips made together; None: 128 on a GPU, 8 on a CPU, where larger ones only leave its caches.
+    """
     if not models:
         raise ValueError("name at least one model: an embedded one such as tiny, or an export folder")
-    rows, shown, prompts = evaluate(models, clips=clips, seed=seed, batch=batch, device=device)
+    pipelines = load_models(models, device=device)
+    Path(out).mkdir(parents=True, exist_ok=True)  # before the work and not after it
+    is_on_cpu = next(iter(pipelines.values())).device.type == "cpu"
+    batch = batch or (8 if is_on_cpu else 128)
+    rows, shown, prompts = evaluate(pipelines, clips=clips, seed=seed, batch=batch)
     facts = {"clips": clips, "seed": seed, "models": list(models), "torch": str(torch.__version__)}
     save(Path(out), rows, shown, prompts, facts)
-    print(table(rows))
-    return 0
+    return rows

@@ -81,7 +81,9 @@ class DiTDenoiser(nn.Module):
         """
         frames = x.shape[1]
         if clean.shape != x.shape or sum(sizes) != frames:
-            raise ValueError(f"clean must match x {tuple(x.shape)} and sizes add up; got {tuple(clean.shape)}, {list(sizes)}")
+            raise ValueError(
+                f"clean must match x {tuple(x.shape)} and sizes add up; got {tuple(clean.shape)}, {list(sizes)}"
+            )
         sigma = sigma.expand(-1, frames)
         clean_sigma = torch.zeros_like(sigma) if clean_sigma is None else clean_sigma.expand(-1, frames)
         both = frames_of(sizes, stream=0) + frames_of(sizes, stream=1)
@@ -138,8 +140,15 @@ class DiTDenoiser(nn.Module):
             ).float()
 
     def _text(self, conditioning: Conditioning) -> Tensor | TextKeys:
-        is_prepared = conditioning.prepared is not None and not torch.is_grad_enabled()
-        return conditioning.prepared if is_prepared else conditioning.text
+        if conditioning.prepared is None or torch.is_grad_enabled():
+            return conditioning.text
+        keys: TextKeys = conditioning.prepared
+        if len(keys[0][0]) != len(conditioning):
+            raise ValueError(
+                f"the conditioning of {len(conditioning)} rows was prepared for {len(keys[0][0])}: "
+                f"guided calls need Guided.prepare, plain ones DiTDenoiser.prepare"
+            )
+        return keys
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         if self.compute is None or self.compute == self.model.dtype:
@@ -158,6 +167,10 @@ class Guided:
 
     def new_cache(self) -> KVCache:
         return self.denoise.new_cache()
+
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        """As DiTDenoiser.prepare, for guided calls only: it holds the text keys of both rows."""
+        return Conditioning(conditioning.text, self.denoise.prepare(self._pair(conditioning)).prepared)
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, **call: object) -> Tensor:
         """As types.Denoiser."""
@@ -185,11 +198,9 @@ class Guided:
         return self._both(call, x, sigma, conditioning)
 
     def _both(self, call, x: Tensor, sigma: Tensor, conditioning: Conditioning, **how: object) -> Tensor:  # noqa: ANN001
-        cond, uncond = call(
-            torch.cat([x, x]), torch.cat([sigma, sigma]), self._pair(conditioning), **how
-        ).chunk(2)
+        cond, uncond = call(torch.cat([x, x]), torch.cat([sigma, sigma]), self._pair(conditioning), **how).chunk(2)
         return guide(cond, uncond, self.scale)
 
     def _pair(self, conditioning: Conditioning) -> Conditioning:
         negative = self.negative.text.to(conditioning.text).expand(len(conditioning), -1, -1)
-        return Conditioning(torch.cat([conditioning.text, negative]))
+        return Conditioning(torch.cat([conditioning.text, negative]), conditioning.prepared)

@@ -8,6 +8,8 @@ Wan (arXiv 2503.20314), section 4; per-frame modulation as in CausVid (arXiv 241
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +79,9 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
         self.cross_attn = Attention(config)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
 
     def before_attention(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B,F,S,E), time (B,F,6,E) -> rotated q and k, and v, all (B,F*S,N,D)."""
@@ -124,10 +128,12 @@ class DiT(nn.Module):
         self.config = config
         dim, patch = config.dim, (1, config.patch, config.patch)
         self.patch_embedding = nn.Conv3d(config.channels, dim, kernel_size=patch, stride=patch)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config) for _ in range(config.layers)))
         self.head = Head(config)
         self.initialise()
 
@@ -175,13 +181,14 @@ class DiT(nn.Module):
     ) -> Tensor:
         """x (B,F,C,H,W), sigma (B,F) or (B,1) -> velocity (B,F,C,H,W), of the last `outputs` frames only if given.
 
-        text: (B,K,text_dim), or its keys and values. positions: absolute position of each frame. mask: over [visible cache, own frames]. The input must have height
-        and width that the patch divides.
+        text: (B,K,text_dim), or its keys and values. positions: absolute position of each frame. mask: over [visible
+        cache, own frames]. The input must have height and width that the patch divides.
         """
         patch = self.config.patch
         if x.shape[2] != self.config.channels or x.shape[3] % patch or x.shape[4] % patch:
             raise ValueError(
-                f"latents must have {self.config.channels} channels and sides divisible by {patch}, got {tuple(x.shape[2:])}"
+                f"latents must have {self.config.channels} channels and sides divisible by {patch}, "
+                f"got {tuple(x.shape[2:])}"
             )
         text = self.text_keys(text) if isinstance(text, Tensor) else text
         height, width = x.shape[3] // patch, x.shape[4] // patch

@@ -29,11 +29,12 @@ class KVCache:
         self._fresh: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, queries: tuple[Frame, ...], tokens: int) -> FrameMask | None:
-        """Announce a call over these frames, `tokens` each; -> its mask over [visible context, the call's own frames]."""
+        """Announce a call over these frames, `tokens` each; -> its mask over [visible context, own frames]."""
         is_next = not self.frames or queries[0].chunk_start == self.frames[-1].chunk_end
         if queries[0].stream == 0 and not is_next:
             raise ValueError(
-                f"the call starts at frame {queries[0].chunk_start}, but the cache ends at frame {self.frames[-1].chunk_end}"
+                f"the call starts at frame {queries[0].chunk_start}, "
+                f"but the cache ends at frame {self.frames[-1].chunk_end}"
             )
         self._call, self._tokens = queries, tokens
         sink, oldest = self.context.sink, self.context.first_visible(queries[0].chunk_end)

@@ -37,7 +37,9 @@ class Context:
 
     def __post_init__(self) -> None:
         if self.sink < 0 or (self.window is not None and self.window <= self.sink):
-            raise ValueError(f"window must exceed sink, and sink be at least 0; got window={self.window}, sink={self.sink}")
+            raise ValueError(
+                f"window must exceed sink, and sink be at least 0; got window={self.window}, sink={self.sink}"
+            )
 
     def first_visible(self, chunk_end: int) -> int:
         """Oldest frame, beside the sink, that a chunk ending at `chunk_end` sees."""

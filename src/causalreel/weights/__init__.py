@@ -1,1 +1,1 @@
-"""Weights on disk: strict loading and saving, foreign parameter names, exported models. The only room that knows them."""
+"""Weights on disk: strict loading and saving, foreign parameter names, exported models. Nothing else knows them."""

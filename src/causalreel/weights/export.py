@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.types import LatentSpec
-from causalreel.weights.files import read_metadata, read_tensors, write_tensors
+from causalreel.weights.files import read_metadata, read_tensors, write_tensors, write_text
 from causalreel.weights.layouts import load_strictly
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -138,7 +137,7 @@ def save_export(
         export = dataclasses.replace(export, codec="codec.safetensors")
     metadata = {"format": "causalreel", "name": export.name, "config_hash": _identity(export)}
     write_tensors(folder / MODEL, _cast(denoiser.model, dtype), metadata)
-    _write_text(folder / CONFIG, config.dump(export))
+    write_text(folder / CONFIG, config.dump(export))
     return folder
 
 
@@ -209,7 +208,7 @@ def save_codec(
     """Write a codec into a folder, or as a .safetensors file with its config beside it; -> the .safetensors file."""
     path = _codec_path(path)
     write_tensors(path, _cast(codec, dtype), {"format": "causalreel-codec"})
-    _write_text(path.with_suffix(".yaml"), config.dump(CodecExport(codec.config, dict(provenance or {}))))
+    write_text(path.with_suffix(".yaml"), config.dump(CodecExport(codec.config, dict(provenance or {}))))
     return path
 
 
@@ -229,6 +228,11 @@ def codec_file(folder: str | Path, name: str) -> Path:
     """The file that an export in `folder` means by its codec's name."""
     is_embedded = name not in (".", "..") and Path(name).name == name and not name.endswith(".safetensors")
     return _codec_path(ASSETS / name if is_embedded else Path(folder) / name)
+
+
+def codec_identity(path: str | Path) -> str:
+    """What tells one trained codec from another: a hash of its weights file."""
+    return hashlib.sha256(_codec_path(path).read_bytes()).hexdigest()[:16]
 
 
 def _codec_path(path: str | Path) -> Path:
@@ -264,12 +268,3 @@ def _identity(export: Export) -> str:
     facts = {"name": export.name, "text": export.text}
     text = repr(facts) + config.dump(export.model) + config.dump(export.latent)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

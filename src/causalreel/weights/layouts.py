@@ -29,7 +29,7 @@ LAYOUT_MARKS = {
 
 
 def select(found: Mapping[str, Any], which: str | None = None) -> dict[str, Tensor]:
-    """What a file holds -> name -> tensor. which: a top-level key such as `generator_ema`; None takes the first there is."""
+    """What a file holds -> name -> tensor. which: a top-level key such as `generator_ema`; None is the first one."""
     nested = [key for key, value in found.items() if isinstance(value, Mapping)]
     if which is not None and which not in nested:
         raise ValueError(f"the file has no weights called {which!r}; it has {', '.join(nested) or 'only bare tensors'}")
@@ -70,7 +70,8 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
     unexpected = [name for name in tensors if name not in wanted]
     if missing or unexpected:
         raise ValueError(
-            f"{source} does not fit the network: {len(missing)} names missing (first: {missing[0] if missing else '-'}), "
+            f"{source} does not fit the network: "
+            f"{len(missing)} names missing (first: {missing[0] if missing else '-'}), "
             f"{len(unexpected)} unexpected (first: {unexpected[0] if unexpected else '-'}); "
             f"the file looks like: {guess_layout(tensors)}"
         )

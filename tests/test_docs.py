@@ -1,0 +1,173 @@
+"""The documentation holds: snippets and examples run, commands parse, names of code exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import pkgutil
+import re
+import runpy
+import shlex
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import causalreel
+from causalreel import cli
+from causalreel.infer.models import variants
+from causalreel.train.run import find_recipe, resolve
+from causalreel.weights import export as exports
+from test_weights import small_family
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+ROOMS = {module.name for module in pkgutil.iter_modules(causalreel.__path__)}
+FILES = (".md", ".py", ".yaml", ".toml", ".mp4", ".png", ".jsonl", ".safetensors", ".txt", ".sh")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])
+
+
+def fenced(page: Path, kind: str) -> list[str]:
+    """The code blocks of a page that start with exactly this word or these words."""
+    return re.findall(rf"^```{re.escape(kind)}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory; the embedded models are the size of a test and random."""
+    monkeypatch.setattr(exports, "ASSETS", small_family(tmp_path / "assets"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+SNIPPETS = [(page, code) for page in PAGES for code in fenced(page, "python run")]
+
+
+@pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[page.name for page, _ in SNIPPETS])
+def test_snippets_run(page: Path, code: str, place: Path) -> None:
+    exec(compile(code, str(page), "exec"), {"__name__": "snippet"})
+
+
+def test_every_python_snippet_is_run() -> None:
+    """A snippet that is not marked is one that nobody notices when it breaks."""
+    assert not [page.name for page in PAGES if fenced(page, "python")]
+    assert SNIPPETS
+
+
+@each_example
+def test_examples_are_short_and_run(
+    example: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(example.read_text(encoding="utf-8").splitlines()) <= 40
+    monkeypatch.setattr("sys.argv", [example.name])
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Arguments of every `causalreel ...` line in the shell blocks of a page."""
+    blocks = "\n".join(fenced(page, "bash")).replace("\\\n", " ")
+    lines = [part for line in blocks.splitlines() for part in line.split("&&")]
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words[1:] for words in split if words and Path(words[0]).name == "causalreel"]
+
+
+@each_page
+def test_commands_are_understood(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names and options exist; recipes resolve with their overrides; nothing is carried out."""
+
+    def understand(args: Any) -> int:
+        if isinstance(args, cli.Train):
+            resolve(args.recipe, args.overrides)
+        return 0
+
+    monkeypatch.setattr(cli, "COMMANDS", dict.fromkeys(cli.COMMANDS, understand))
+    for words in commands(page):
+        status = cli.main(words)
+        assert status == 0, (words, capsys.readouterr().err)
+
+
+def test_commands_are_found() -> None:
+    assert len(commands(ROOT / "README.md")) >= 8
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name below `causalreel` is a module, or an attribute or a field of something."""
+    found: Any = causalreel
+    for part in name.removeprefix("causalreel.").split("."):
+        if dataclasses.is_dataclass(found) and part in {field.name for field in dataclasses.fields(found)}:
+            return True
+        if isinstance(found, ModuleType) and not hasattr(found, part):
+            try:
+                importlib.import_module(f"{found.__name__}.{part}")
+            except ImportError:
+                return False
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+def names_of_code(page: Path) -> list[str]:
+    """Dotted names in backticks that begin with the package or one of its rooms."""
+    quoted = re.findall(r"`([A-Za-z_]\w*(?:\.\w+)+)(?:\(\))?`", prose(page))
+    return [name for name in quoted if name.split(".")[0] in {*ROOMS, "causalreel"} and not name.endswith(FILES)]
+
+
+@each_page
+def test_names_of_code_exist(page: Path) -> None:
+    assert [name for name in names_of_code(page) if not exists(name)] == []
+
+
+def test_names_of_code_are_found() -> None:
+    assert len(names_of_code(ROOT / "docs" / "architecture.md")) > 40
+    assert not exists("rollout.never") and not exists("causalreel.nn.never") and exists("causalreel.rollout.chunked")
+
+
+@each_page
+def test_recipes_and_models_exist(page: Path) -> None:
+    """`tiny/...` in backticks is a recipe that resolves, or an embedded model."""
+    known = {"tiny/frame-2step", "tiny/frame-1step", "tiny/chunk-4step", *variants()}
+    for words in re.findall(r"`(tiny/[^`]*)`", prose(page)):
+        name, *overrides = words.split()
+        if name not in known:
+            assert find_recipe(name).is_file()
+            resolve(name, overrides)
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), f"{page.name} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Paths in backticks that begin in a folder of the repository."""
+    for name in re.findall(r"`((?:src|tests|docs|runs|examples|\.ci)/[\w./-]+)`", prose(page)):
+        if not name.startswith("runs/") or name.endswith(".sh"):
+            assert (ROOT / name).exists(), name
+
+
+def test_ci_can_be_run() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
