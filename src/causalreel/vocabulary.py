@@ -145,15 +145,7 @@ def tokenize(text: str) -> list[Token]:
 
 def parse_caption(text: str) -> Caption:
     """Prompt -> what it asks for. Beyond `tokenize`, every object needs a colour and a shape, else ValueError."""
-    objects: list[dict[str, str]] = []
-    background = None
-    for word, slot, index in tokenize(text):
-        if slot == "background":
-            background = word
-            continue
-        while len(objects) <= index:
-            objects.append({})
-        objects[index][slot] = word
+    objects, background = _gather(text)
     if not objects:
         raise ValueError(f"prompt {text!r} names no object; write for example 'a red circle on a dark background'")
     for number, attributes in enumerate(objects, start=1):
@@ -177,15 +169,9 @@ def complete(text: str, seed: int) -> str:
     rest.
     """
     chance = random.Random(f"{seed}/{' '.join(text.split()).lower()}")
-    objects: list[dict[str, str]] = [{}]
-    background = chance.choice(BACKGROUNDS)
-    for word, slot, index in tokenize(text):
-        if slot == "background":
-            background = word
-            continue
-        while len(objects) <= index:
-            objects.append({})
-        objects[index][slot] = word
+    objects, background = _gather(text)
+    background = background or chance.choice(BACKGROUNDS)
+    objects = objects or [{}]
     named = {attributes["color"] for attributes in objects if "color" in attributes}
     for attributes in objects:
         free = [color for color in COLORS if color not in named]
@@ -193,6 +179,20 @@ def complete(text: str, seed: int) -> str:
         for slot in ("shape", "size", "direction", "speed"):
             attributes.setdefault(slot, chance.choice(SLOTS[slot]))
     return compose(Caption(tuple(ObjectSpec(**attributes) for attributes in objects), background))
+
+
+def _gather(text: str) -> tuple[list[dict[str, str]], str | None]:
+    """Prompt -> slot -> word of each object, and the background if it is named."""
+    objects: list[dict[str, str]] = []
+    background = None
+    for word, slot, index in tokenize(text):
+        if slot == "background":
+            background = word
+            continue
+        while len(objects) <= index:
+            objects.append({})
+        objects[index][slot] = word
+    return objects, background
 
 
 def _clause(spec: ObjectSpec) -> str:
