@@ -14,6 +14,7 @@ clips=32768 eval_clips=512
 if [ "${1:-}" = "--smoke" ]; then
   run=${RUN:-runs/smoke} clips=48 eval_clips=8
   smoke=(smoke)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # networks this small only lose by more
 fi
 stages=${STAGES:-codec data base ar ode cd dmd eval embed}
 reel() { python3 -m causalreel "$@"; }
