@@ -2,10 +2,10 @@
 
     python runs/evidence.py --run runs/tiny --cycles 60
 
-Rows are initialisations (Self Forcing ODE, AR diffusion, causal ODE, causal CD), columns settings (chunk-wise 4-step,
-frame-wise 4, 2 and 1 step; 1 and 2 steps give the first frame 4). Needs what `runs/speedrun.sh` made (codec, data, base,
-ar, ode, cd); makes the Self Forcing initialisation itself. All in one process, so that compilation is paid once. Run it
-again and it continues. One training seed: read differences with the standard errors in mind.
+Four initialisations (Self Forcing ODE, AR diffusion, causal ODE, causal CD) in four settings (chunk-wise 4-step, frame-wise
+4, 2 and 1 step; 1 and 2 steps give the first frame 4). Needs what `runs/speedrun.sh` made (codec, data, base, ar, ode, cd)
+and makes the Self Forcing initialisation itself. All in one process, so that compilation is paid once. Run it again and it
+continues. One training seed: read differences with the standard errors in mind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from causalreel.train import run as training
 
 INITS = {"Self Forcing ODE": "sf", "AR diffusion": "ar", "causal ODE": "ode", "causal CD": "cd"}
 SETTINGS = {
-    "chunk 4-step": ("chunk", 4, ["settings.chunk=3", "settings.steps=[1000,750,500,250]", "settings.first_steps=null"]),
+    "chunk 4-step": (
+        "chunk",
+        4,
+        ["settings.chunk=3", "settings.steps=[1000,750,500,250]", "settings.first_steps=null"],
+    ),
     "frame 4-step": ("frame", 4, ["settings.steps=[1000,750,500,250]", "settings.first_steps=null"]),
     "frame 2-step": ("frame", 2, ["settings.steps=[1000,500]"]),
     "frame 1-step": ("frame", 1, ["settings.steps=[1000]"]),
@@ -31,9 +35,11 @@ def train(name: str, recipe: str, overrides: list[str], run: Path) -> None:
     """One training run below `run`, unless its export is there already."""
     if (run / name / "export" / "config.yaml").is_file():
         return
-    common = [f"trainer.out={run / name}", f"data={run / 'data'}", f"codec={run / 'codec/export'}", "trainer.preview_every=0"]
+    common = [f"trainer.out={run / name}", f"data={run / 'data'}", f"codec={run / 'codec/export'}"]
     print(f"== {name}", flush=True)
-    training.run(config.load(training.find_recipe(recipe), training.Recipe, [*common, *overrides]))
+    training.run(
+        config.load(training.find_recipe(recipe), training.Recipe, [*common, "trainer.preview_every=0", *overrides])
+    )
 
 
 def start(run: Path, **roles: str) -> list[str]:
@@ -47,15 +53,18 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=512)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--inits", nargs="*", default=list(INITS.values()))
-    parser.add_argument("--more", nargs="*", default=[], help="key=value for every run")
+    parser.add_argument("--smoke", action="store_true", help="two steps a run on a CPU, after speedrun.sh --smoke")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run, more = args.run, args.more
+    run = args.run
+    tiny = ["trainer.steps=2", "trainer.device=cpu", "settings.batch=2", "rows=null"] if args.smoke else []
+    dmd = [*tiny, "settings.critic_updates=2"] if args.smoke else []
+    sf = [*tiny, "settings.pairs=4", "settings.grid=4", "settings.keep=[0,1,2,3]"] if args.smoke else []
 
     chunks = {"frame": "settings.chunk=1", "chunk": "settings.chunk=3"}
     for unit, chunk in chunks.items():
         if "sf" in args.inits:
-            train(f"sf-{unit}", "tiny/self_forcing_ode", [*start(run, student="base", teacher="base"), chunk, *more], run)
+            train(f"sf-{unit}", "tiny/self_forcing_ode", [*start(run, student="base", teacher="base"), chunk, *sf], run)
     cells = [(label, setting) for label, name in INITS.items() if name in args.inits for setting in SETTINGS]
     before, after = [], []
     for label, setting in cells:
@@ -63,11 +72,13 @@ def main() -> None:
         init = f"{INITS[label]}-{unit}"
         cell = f"cells/{INITS[label]}-{setting.replace(' ', '-')}"
         roles = start(run, student=init, critic="base", teacher="base")
-        train(cell, "tiny/dmd", [*roles, f"trainer.steps={args.cycles}", *overrides, *more], run)
+        train(cell, "tiny/dmd", [*roles, f"trainer.steps={args.cycles}", *overrides, *dmd], run)
         before.append(f"{label}, {setting}, stage 2={run / init / 'export'}@{steps}")
         after.append(f"{label}, {setting}, stage 3={run / cell / 'export'}")
-    teachers = [f"{n}={run / p / 'export'}" for n, p in (("bidirectional, 48 steps", "base"), ("AR frame-wise, 48 steps", "ar-frame"), ("AR chunk-wise, 48 steps", "ar-chunk"))]
-    evaluation.main([*teachers, *before, *after], out=run / "evidence", clips=args.clips, batch=args.batch)
+    names = {"bidirectional": "base", "AR frame-wise": "ar-frame", "AR chunk-wise": "ar-chunk"}
+    teachers = [f"{label}, 48 steps={run / name / 'export'}" for label, name in names.items()]
+    rows = evaluation.run([*teachers, *before, *after], out=run / "evidence", clips=args.clips, batch=args.batch)
+    print(evaluation.table(rows))
 
 
 if __name__ == "__main__":
