@@ -2,10 +2,10 @@
 
     python runs/evidence.py --run runs/tiny --cycles 60
 
-Four initialisations (Self Forcing ODE, AR diffusion, causal ODE, causal CD) in four settings (chunk-wise 4-step, frame-wise
-4, 2 and 1 step; 1 and 2 steps give the first frame 4). Needs what `runs/speedrun.sh` made (codec, data, base, ar, ode, cd)
-and makes the Self Forcing initialisation itself. All in one process, so that compilation is paid once. Run it again and it
-continues. One training seed: read differences with the standard errors in mind.
+Four initialisations (Self Forcing ODE, AR diffusion, causal ODE, causal CD) in four settings: chunk-wise 4-step, and
+frame-wise 4, 2 and 1 step, where 1 and 2 steps give the first frame 4. Needs what `runs/speedrun.sh` made and makes the
+Self Forcing initialisation itself. All in one process, so that compilation is paid once. Run it again and it continues.
+One training seed: read differences with the standard errors in mind.
 """
 
 from __future__ import annotations
