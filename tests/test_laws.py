@@ -14,7 +14,7 @@ from causalreel.nn.masks import Context, frame_mask, frames_of
 from causalreel.nn.presets import ModelConfig
 from causalreel.rollout import KeyedNoise, StreamNoise, chunk_sizes, chunked, collect, fuse, rollout
 from causalreel.solvers import euler, unipc, unipc_sigmas
-from causalreel.train.losses import surrogate_loss
+from causalreel.train.losses import consistency_loss, surrogate_loss
 from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.train.trajectories import cached_causal_trajectories, causal_trajectories
 from causalreel.types import Conditioning, LatentSpec
@@ -301,6 +301,37 @@ def test_endless_rollout_is_lazy_and_flat() -> None:
     assert asked[-1] == 8 and len(cache.frames) == 3
     frames = run.gi_frame.f_locals["frames"]
     assert len(frames) <= 2
+
+
+def test_context_never_carries_gradient() -> None:
+    """Also when the call that is committed does: a later chunk sends nothing into an earlier one."""
+    net = make()
+    cache = net.new_cache()
+    x = latents(1).requires_grad_()
+    net(x, torch.full((2, 1), 0.5), told(), sizes=(1,), cache=cache)
+    cache.commit(1)
+    assert not any(t.requires_grad for t in (*cache.keys, *cache.values) if t is not None)
+    net(
+        latents(1, seed=2), torch.full((2, 1), 0.5), told(), sizes=(1,), start=1, cache=cache
+    ).square().mean().backward()
+    assert x.grad is None
+
+
+def test_consistency_target_is_one_teacher_step_nearer_to_the_data() -> None:
+    """With a teacher that knows the noise, the target is asked at exactly that noise's next level."""
+    x0, noise, asked = latents(4), latents(4, seed=2), []
+
+    class Knowing:
+        def teacher_forced(self, x, sigma, told, *, clean, sizes):
+            asked.append(x)
+            return noise - x0
+
+    sigma, sigma_next = torch.full((2, 1), 0.8), torch.full((2, 1), 0.6)
+    knowing, how = Knowing(), {"noise": noise, "sizes": [2, 2]}
+    loss = consistency_loss(knowing, knowing, knowing, x0, told(), sigma=sigma, sigma_next=sigma_next, **how)
+    close(asked[0], add_noise(x0, noise, sigma))  # teacher
+    close(asked[1], add_noise(x0, noise, sigma_next))  # target
+    assert loss < 1e-10
 
 
 def test_a_call_must_continue_the_cache() -> None:
