@@ -236,7 +236,7 @@ def rollout(
         if cache is None and call.commit == call.frames:
             continue  # nothing to write to
         x = torch.cat([_input(part, frames, noise, fresh) for part in call.parts], dim=1)
-        sigma = torch.tensor([part.sigma for part in call.parts for _ in range(part.frames)], device=x.device)
+        sigma = torch.tensor([part.sigma for part in call.parts for _ in range(part.frames)])  # (F,), on the CPU
         told = conditioning(call) if callable(conditioning) else conditioning
         finished = []
         with torch.set_grad_enabled(call.grad and torch.is_grad_enabled()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from causalreel.flow import guide
 from causalreel.nn.dit import DiT, TextKeys
-from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, Frame, frame_mask, frames_of
 from causalreel.nn.presets import ModelConfig
 from causalreel.types import Cache, Conditioning
@@ -126,7 +126,7 @@ class DiTDenoiser(nn.Module):
         if cache is None:
             mask = frame_mask(queries, queries, self.context)
         else:
-            assert isinstance(cache, KVCache)
+            assert isinstance(cache, FrameCache)
             mask = cache.begin(queries, x.shape[3] * x.shape[4] // self.config.patch**2)
         with self._precision(x.device):
             return (self.run or self.model)(

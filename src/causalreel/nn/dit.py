@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causalreel.nn.attention import attend
-from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.kv_cache import FrameCache
 from causalreel.nn.masks import FrameMask
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rope_table, rotate
@@ -26,6 +26,29 @@ TIME_SCALE = 1000.0
 
 TextKeys = list[tuple[Tensor, Tensor]]
 """Per block: text keys and values (B,K,N,D)."""
+
+
+class TokenExchange(Protocol):
+    """How several processes share one call: each holds some tokens of every frame, and all tokens of some heads.
+
+    n processes; everything but self-attention is computed on tokens, self-attention on heads. See `parallel.ulysses`.
+    """
+
+    def split(self, y: Tensor) -> Tensor:
+        """Tokens of all (B,F,S,E) -> of this process (B,F,S/n,E)."""
+        ...
+
+    def to_heads(self, x: Tensor, frames: int) -> Tensor:
+        """Tokens of this process, all heads (B,F*S/n,N,D) -> all tokens, heads of this process (B,F*S,N/n,D)."""
+        ...
+
+    def to_tokens(self, x: Tensor, frames: int) -> Tensor:
+        """The way back: (B,F*S,N/n,D) -> (B,F*S/n,N,D)."""
+        ...
+
+    def join(self, y: Tensor) -> Tensor:
+        """Tokens of this process (B,F,S/n,C) -> of all (B,F,S,C), on every process."""
+        ...
 
 
 def sinusoid(sigma: Tensor, width: int) -> Tensor:
@@ -126,6 +149,7 @@ class DiT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.exchange: TokenExchange | None = None
         dim, patch = config.dim, (1, config.patch, config.patch)
         self.patch_embedding = nn.Conv3d(config.channels, dim, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(
@@ -153,6 +177,10 @@ class DiT(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
     def text_keys(self, text: Tensor) -> TextKeys:
         """text (B,K,text_dim), K at most text_length -> keys and values per block.
 
@@ -175,7 +203,7 @@ class DiT(nn.Module):
         *,
         positions: tuple[int, ...],
         mask: FrameMask | None = None,
-        cache: KVCache | None = None,
+        cache: FrameCache | None = None,
         outputs: int | None = None,
         backend: str = "auto",
     ) -> Tensor:
@@ -192,18 +220,50 @@ class DiT(nn.Module):
             )
         text = self.text_keys(text) if isinstance(text, Tensor) else text
         height, width = x.shape[3] // patch, x.shape[4] // patch
-        tokens = height * width
-        time = self.time_embedding(sinusoid(sigma, self.config.freq_dim).to(self.dtype))  # (B,F,E)
-        time6 = self.time_projection(time).unflatten(-1, (6, -1))  # (B,F,6,E)
-        cos, sin = rope_table(positions, height, width, self.config.dim // self.config.heads, x.device)
-        y = self.patch_embedding(x.to(self.dtype).transpose(1, 2))  # (B,E,F,h,w)
-        y = y.flatten(3).permute(0, 2, 3, 1)  # (B,F,S,E)
+        tokens, frames = height * width, x.shape[1]
+        time, time6 = self.time_levels(sigma)
+        cos, sin = self.rotation(positions, height, width, x.device)
+        y = self.tokens(x)
         for layer, block in enumerate(self.blocks):
             q, k, v = block.before_attention(y, time6, cos, sin)
+            if self.exchange is not None:
+                q, k, v = (self.exchange.to_heads(part, frames) for part in (q, k, v))
             if cache is not None:
                 k, v = cache.extend(layer, k, v)
-            y = block.after_attention(y, attend(q, k, v, mask, tokens, backend=backend), time6, *text[layer])
+            attended = attend(q, k, v, mask, tokens, backend=backend)
+            if self.exchange is not None:
+                attended = self.exchange.to_tokens(attended, frames)
+            y = block.after_attention(y, attended, time6, *text[layer])
         if outputs is not None:
             y, time = y[:, -outputs:], time[:, -outputs:] if time.shape[1] > 1 else time
-        y = self.head(y, time).unflatten(-1, (patch, patch, -1)).unflatten(2, (height, width))  # (B,F,h,w,p,q,C)
+        return self.latents(y, time, height, width)
+
+    def time_levels(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma (B,F) -> its embedding (B,F,E) for the head, and the blocks' modulation (B,F,6,E)."""
+        time = self.time_embedding(sinusoid(sigma, self.config.freq_dim).to(self.device, self.dtype))  # (B,F,E)
+        return time, self.time_projection(time).unflatten(-1, (6, -1))
+
+    def rotation(
+        self, positions: tuple[int, ...], height: int, width: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Absolute frame positions, token rows and columns -> cos, sin (L,1,D/2) of this process's tokens."""
+        cos, sin = rope_table(positions, height, width, self.config.dim // self.config.heads, device)
+        if self.exchange is None:
+            return cos, sin
+        shape = (1, len(positions), height * width, -1)
+        cos, sin = (self.exchange.split(part.view(shape)).flatten(0, 2).unsqueeze(1) for part in (cos, sin))
+        return cos, sin
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Latents (B,F,C,H,W) -> tokens (B,F,S,E), those of this process."""
+        y = self.patch_embedding(x.to(self.dtype).transpose(1, 2))  # (B,E,F,h,w)
+        y = y.flatten(3).permute(0, 2, 3, 1)  # (B,F,S,E)
+        return y if self.exchange is None else self.exchange.split(y)
+
+    def latents(self, y: Tensor, time: Tensor, height: int, width: int) -> Tensor:
+        """Tokens (B,F,S,E) after the last block, their noise level's embedding (B,F,E) -> velocity (B,F,C,H,W)."""
+        patch = self.config.patch
+        y = self.head(y, time)  # (B,F,S,patch*patch*C)
+        y = y if self.exchange is None else self.exchange.join(y)
+        y = y.unflatten(-1, (patch, patch, -1)).unflatten(2, (height, width))  # (B,F,h,w,p,q,C)
         return y.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B,F,C,H,W)

@@ -6,10 +6,29 @@ and used alike in training and inference. Keys are stored after norm and rotatio
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
 
 from causalreel.nn.masks import Context, Frame, FrameMask, frame_mask
+
+
+@runtime_checkable
+class FrameCache(Protocol):
+    """What a network needs of a cache: announce a call, lend its context layer by layer, make it permanent."""
+
+    def begin(self, queries: tuple[Frame, ...], tokens: int) -> FrameMask | None:
+        """Announce a call over these frames, `tokens` each; -> its mask over [visible context, own frames]."""
+        ...
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Fresh k, v (B,L,N,D) of the announced call -> those of the whole mask, in its order."""
+        ...
+
+    def commit(self, frames: int) -> None:
+        """Make the first `frames` frames of the latest call permanent."""
+        ...
 
 
 class KVCache:
