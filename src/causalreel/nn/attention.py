@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from causalreel.nn.masks import FrameMask
+from causalreel.nn.split_attention import attend_split
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,14 @@ def _block_mask(mask: FrameMask, tokens: int, device: torch.device):  # noqa: AN
     return create_block_mask(mask_mod, None, None, queries, keys, device=str(device))
 
 
+def _split(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask | None, tokens: int) -> Tensor:
+    return attend_split(q, k, v, mask, tokens)[0]
+
+
 BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(_sdpa, lambda mask, dtype, device: True),
+    # no gradient; see nn.split_attention
+    "split": Backend(_split, lambda mask, dtype, device: not torch.is_grad_enabled()),
     # flex_attention has no backward on the CPU; there it is for comparison without gradient only.
     "flex": Backend(_flex, lambda mask, dtype, device: device.type == "cuda" or not torch.is_grad_enabled()),
 }

@@ -34,6 +34,9 @@ class TokenExchange(Protocol):
     n processes; everything but self-attention is computed on tokens, self-attention on heads. See `parallel.ulysses`.
     """
 
+    count: int
+    """Processes that share the call."""
+
     def split(self, y: Tensor) -> Tensor:
         """Tokens of all (B,F,S,E) -> of this process (B,F,S/n,E)."""
         ...
@@ -262,8 +265,11 @@ class DiT(nn.Module):
 
     def latents(self, y: Tensor, time: Tensor, height: int, width: int) -> Tensor:
         """Tokens (B,F,S,E) after the last block, their noise level's embedding (B,F,E) -> velocity (B,F,C,H,W)."""
+        return self.unpatch(self.head(y, time), height * self.config.patch, width * self.config.patch)
+
+    def unpatch(self, y: Tensor, height: int, width: int) -> Tensor:
+        """The head's output for this process's tokens (B,F,S,patch*patch*C) -> (B,F,C,height,width)."""
         patch = self.config.patch
-        y = self.head(y, time)  # (B,F,S,patch*patch*C)
         y = y if self.exchange is None else self.exchange.join(y)
-        y = y.unflatten(-1, (patch, patch, -1)).unflatten(2, (height, width))  # (B,F,h,w,p,q,C)
+        y = y.unflatten(-1, (patch, patch, -1)).unflatten(2, (height // patch, width // patch))  # (B,F,h,w,p,q,C)
         return y.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B,F,C,H,W)

@@ -1,0 +1,316 @@
+"""The network's pointwise work, fused: each function is a formula in torch, and one Triton kernel on a GPU.
+
+The formulas are what tests compare with and what runs on a CPU. Arithmetic is float32 inside, inputs and outputs keep
+their type; intermediate roundings of the layer-by-layer form fall away, so results are nearer to float32, not farther.
+None of these functions carries gradient. Matrices are (R,E): R rows of tokens, those of one frame together.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP8_MAX = 448.0
+"""Largest finite e4m3 number."""
+
+FP8 = torch.float8_e4m3fn
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether the Triton form runs: on a GPU, or on a CPU where Triton's interpreter was asked for."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# ---------------------------------------------------------------------------------------------- norm and residual
+
+
+def residual_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float,
+    tokens: int,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    quantised: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, branch (R,E); scale, shift, gate (F,E) float32, or (E) for all frames -> x + gate branch, and its LayerNorm
+    times scale plus shift; with `quantised` that is e4m3 with a scale (R,1) per row, else the third is None.
+
+    Row r belongs to frame (r / tokens) mod F. Without a branch, x itself comes back; without a gate, gate is 1.
+    """
+    if not uses_triton(x):
+        return _residual_norm_formula(x, scale, shift, eps, tokens, branch, gate, quantised)
+    rows, width = x.shape
+    total = x if branch is None else torch.empty_like(x)
+    out = torch.empty_like(x, dtype=FP8) if quantised else torch.empty_like(x)
+    row_scale = torch.empty(rows, 1, device=x.device) if quantised else None
+    frames = scale.shape[0] if scale.ndim == 2 else 1
+    frames = max(frames, gate.shape[0] if gate is not None and gate.ndim == 2 else 1)
+    _triton().residual_norm[(rows,)](
+        x,
+        branch if branch is not None else x,
+        gate if gate is not None else scale,
+        scale,
+        shift,
+        total,
+        out,
+        row_scale if row_scale is not None else scale,
+        width,
+        tokens,
+        frames,
+        eps,
+        width if gate is not None and gate.ndim == 2 else 0,
+        width if scale.ndim == 2 else 0,
+        HAS_BRANCH=branch is not None,
+        HAS_GATE=gate is not None,
+        QUANTISED=quantised,
+        BLOCK=_power_of_two(width),
+        num_warps=_warps(width),
+    )
+    return total, out, row_scale
+
+
+def _residual_norm_formula(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    tokens: int,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    quantised: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    def per_row(table: Tensor) -> Tensor:
+        if table.ndim == 1:
+            return table
+        rows = table.repeat_interleave(tokens, 0)  # (F*S,E)
+        return rows.repeat(x.shape[0] // rows.shape[0], 1)
+
+    if branch is not None:
+        added = branch.float() if gate is None else branch.float() * per_row(gate)
+        x = (x.float() + added).to(x.dtype)
+    y = F.layer_norm(x.float(), x.shape[-1:], eps=eps) * per_row(scale) + per_row(shift)
+    if quantised:
+        return x, *quantise_rows(y)
+    return x, y.to(x.dtype), None
+
+
+# ---------------------------------------------------------------------------------------------- queries and keys
+
+
+def norm_rotate(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B,L,3E), weights (E), cos, sin (L,D/2) float32 -> q, k, v (B,L,N,D), q and k RMS-normed and rotated.
+
+    v is a view of qkv.
+    """
+    batch, length, width3 = qkv.shape
+    width = width3 // 3
+    v = qkv[..., 2 * width :].unflatten(-1, (heads, -1))
+    if not uses_triton(qkv):
+        q, k = (
+            _rms(part, weight, eps) for part, weight in zip(qkv.split(width, -1)[:2], (q_weight, k_weight), strict=True)
+        )
+        q, k = (_rotate(part.unflatten(-1, (heads, -1)), cos, sin).to(qkv.dtype) for part in (q, k))
+        return q, k, v
+    q = torch.empty(batch, length, heads, width // heads, dtype=qkv.dtype, device=qkv.device)
+    k = torch.empty_like(q)
+    _launch_norm_rotate(qkv, q_weight, k_weight, cos, sin, q, k, k, None, heads=heads, eps=eps)
+    return q, k, v
+
+
+def norm_rotate_into(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> Tensor:
+    """As norm_rotate, but keys and values go into rows `slots` (L) int64 of keys, values (B,capacity,N,D) -> q."""
+    batch, length, _ = qkv.shape
+    heads = keys.shape[2]
+    if not uses_triton(qkv):
+        q, k, v = norm_rotate(qkv, q_weight, k_weight, cos, sin, heads=heads, eps=eps)
+        keys.index_copy_(1, slots, k.to(keys.dtype))
+        values.index_copy_(1, slots, v.to(values.dtype))
+        return q
+    q = torch.empty(batch, length, heads, keys.shape[3], dtype=qkv.dtype, device=qkv.device)
+    _launch_norm_rotate(qkv, q_weight, k_weight, cos, sin, q, keys, values, slots, heads=heads, eps=eps)
+    return q
+
+
+def _launch_norm_rotate(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor | None,
+    *,
+    heads: int,
+    eps: float,
+) -> None:
+    batch, length, width3 = qkv.shape
+    width = width3 // 3
+    _triton().norm_rotate[(batch * length,)](
+        qkv,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        q,
+        keys,
+        values,
+        slots if slots is not None else qkv,
+        length,
+        width,
+        width // heads // 2,
+        eps,
+        keys.stride(0),
+        HAS_SLOTS=slots is not None,
+        BLOCK=_power_of_two(width),
+        num_warps=_warps(width),
+    )
+
+
+def norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (R,E), weight (E) -> RMS-normed x."""
+    if not uses_triton(x):
+        return _rms(x, weight, eps).to(x.dtype)
+    out = torch.empty_like(x)
+    rows, width = x.shape
+    _triton().norm_rows[(rows,)](x, weight, out, width, eps, BLOCK=_power_of_two(width), num_warps=_warps(width))
+    return out
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B,L,N,D/2)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+# -------------------------------------------------------------------------------------------- partial attentions
+
+
+def merge(parts: list[tuple[Tensor, Tensor]], *, quantised: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Attentions of the same queries over disjoint keys, out (P,L,N,D) and log-sum-exp (P,N,L) each -> (L,N,D).
+
+    At most two entries; P of them in each. With `quantised` the result is e4m3 with a scale (L,1) per row.
+    """
+    (out, lse), (extra, extra_lse) = parts[0], parts[-1]
+    if not uses_triton(out):
+        merged = _merge_formula([o for o, _ in parts], [s for _, s in parts])
+        if not quantised:
+            return merged.to(out.dtype), None
+        values, row_scale = quantise_rows(merged.flatten(1))
+        return values.view(merged.shape), row_scale
+    _, length, heads, width = out.shape
+    result = torch.empty(length, heads, width, dtype=FP8 if quantised else out.dtype, device=out.device)
+    row_scale = torch.empty(length, 1, device=out.device) if quantised else None
+    for part, _ in parts:
+        if part.stride(3) != 1 or part.stride(2) != width:
+            raise ValueError(f"partial results must hold a token's heads side by side, got strides {part.stride()}")
+    _triton().merge[(length,)](
+        out,
+        lse,
+        extra,
+        extra_lse,
+        result,
+        row_scale if row_scale is not None else lse,
+        *(out.stride(0), out.stride(1), lse.stride(0), lse.stride(1), lse.stride(2)),
+        *(extra.stride(0), extra.stride(1), extra_lse.stride(0), extra_lse.stride(1), extra_lse.stride(2)),
+        PARTS=out.shape[0],
+        EXTRA=extra.shape[0] if len(parts) > 1 else 0,
+        HEADS=heads,
+        HEAD_BLOCK=_power_of_two(heads),
+        WIDTH=width,
+        QUANTISED=quantised,
+        num_warps=_warps(heads * width),
+    )
+    return result, row_scale
+
+
+def quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B,L,N,D) -> e4m3 (B,L,N,D) and a scale (B*L,1) per row of all heads."""
+    values, scale = quantise_rows(x.flatten(2).flatten(0, 1))
+    return values.view(x.shape), scale
+
+
+def _merge_formula(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
+    """-> (L,N,D) float32."""
+    weight = torch.cat(lses).float().transpose(1, 2).softmax(0).unsqueeze(-1)  # (P,L,N,1)
+    return (torch.cat(outs).float() * weight).sum(0)
+
+
+# ------------------------------------------------------------------------------------------------- feed-forward
+
+
+def gelu(x: Tensor, *, quantised: bool = False) -> tuple[Tensor, Tensor | None]:
+    """x (R,E) -> GELU in its tanh form; with `quantised` as e4m3 with a scale (R,1) per row."""
+    if not uses_triton(x):
+        y = F.gelu(x.float(), approximate="tanh")
+        return quantise_rows(y) if quantised else (y.to(x.dtype), None)
+    rows, width = x.shape
+    out = torch.empty_like(x, dtype=FP8) if quantised else torch.empty_like(x)
+    row_scale = torch.empty(rows, 1, device=x.device) if quantised else None
+    _triton().gelu[(rows,)](
+        x,
+        out,
+        row_scale if row_scale is not None else x,
+        width,
+        QUANTISED=quantised,
+        BLOCK=_power_of_two(width),
+        num_warps=_warps(width),
+    )
+    return out, row_scale
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (R,E) -> e4m3 values and float32 scales (R,1): x is about values times scale."""
+    if x.is_cuda:
+        rows, width = x.shape
+        out, scale = torch.empty_like(x, dtype=FP8), torch.empty(rows, 1, device=x.device)
+        _triton().quantise[(rows,)](x, out, scale, width, BLOCK=_power_of_two(width), num_warps=_warps(width))
+        return out, scale
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+# ------------------------------------------------------------------------------------------------------- Triton
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 2048 else 8 if width <= 8192 else 16
+
+
+def _triton() -> Any:
+    """The kernels; Triton comes with torch on Linux with CUDA."""
+    try:
+        from causalreel.nn import triton_kernels
+    except ImportError as error:
+        raise ImportError("fused kernels on a GPU need triton: pip install triton") from error
+    return triton_kernels

@@ -1,0 +1,207 @@
+"""A KV cache in memory that never moves: one buffer for all layers, so that calls can be recorded and replayed.
+
+The same frames are visible as with `KVCache`; only where they lie differs. Attention does not care about the order of
+keys, so a full window is a ring: finished frames stay where they are and the oldest ones are overwritten. Layout, in
+latent frames, for chunks of c:
+
+    [ leaving c | sink and ring W - c | own c ]
+
+While the video is shorter than the window, frame f lies at c + f. From then on a call's own keys lie at the end, and a
+fused call first moves the oldest chunk of the ring to the front, where its first half still sees it. Only chunks that
+divide the ring fit (else use `KVCache`). A call writes to places that no committed frame holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from causalreel.nn.masks import Context, Frame, FrameMask, frame_mask
+
+
+@dataclass(frozen=True)
+class Call:
+    """Where a call reads and writes, in frames; equal ones can share a recording."""
+
+    reads: tuple[int, int]
+    """Visible context and own frames, as one run of places."""
+    writes: int
+    """Frames written."""
+
+
+class CacheMemory:
+    """What a static cache lies in: keys and values of all layers, and the rows that a call writes.
+
+    frames: places for latent frames, window and one chunk.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        tokens: int,
+        frames: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.tokens, self.frames = tokens, frames
+        self.buffer = torch.zeros(layers, 2, batch, frames * tokens, heads, head_dim, dtype=dtype, device=device)
+        self.places = torch.arange(frames * tokens, device=device)
+        self.slots = torch.zeros_like(self.places)
+        """Rows that the announced call writes, at the start."""
+
+
+class StaticCache:
+    """Context of one rollout, in a memory that no other live rollout uses.
+
+    frames: latent frames of the whole video, None if endless; the smaller of it and the window decides the size. chunk:
+    frames generated together; all chunks, prefix included, have this size. Raises ValueError where the layout does not
+    fit; `fits` asks before, `places` says how large the memory must be.
+    """
+
+    def __init__(self, context: Context, *, chunk: int, frames: int | None, memory: CacheMemory) -> None:
+        if not self.fits(context, chunk, frames):
+            raise ValueError(
+                f"a static cache needs a finite window or length, and chunks that divide window - sink; got "
+                f"window={context.window}, sink={context.sink}, frames={frames}, chunk={chunk}"
+            )
+        if memory.frames != self.places(context, chunk, frames):
+            raise ValueError(f"memory must have {self.places(context, chunk, frames)} frames, got {memory.frames}")
+        self.context, self.chunk, self.memory, self.tokens = context, chunk, memory, memory.tokens
+        self.window = memory.frames - chunk
+        self._wraps = frames is None or frames > self.window
+        self.frames: tuple[Frame, ...] = ()
+        self.call: Call | None = None
+        self._queries: tuple[Frame, ...] = ()
+        self._commits: dict[int, tuple[int, int] | None] = {}
+
+    @staticmethod
+    def places(context: Context, chunk: int, frames: int | None) -> int:
+        """Latent frames that the memory must hold."""
+        return chunk + min(n for n in (context.window, frames) if n is not None)
+
+    @staticmethod
+    def fits(context: Context, chunk: int, frames: int | None) -> bool:
+        """Whether such a rollout can use a static cache."""
+        window = min((n for n in (context.window, frames) if n is not None), default=0)
+        if context.window is None or (frames is not None and frames <= context.window):
+            return window >= chunk and window % chunk == 0
+        ring = window - context.sink - chunk
+        return ring >= chunk and ring % chunk == 0 and context.sink % chunk == 0
+
+    # ---- what a network asks ----
+
+    def begin(self, queries: tuple[Frame, ...], tokens: int) -> FrameMask | None:
+        """As FrameCache.begin; also moves what a fused call with a full window needs, and sets `call` and `slots`."""
+        c, start, end = self.chunk, queries[0].chunk_start, queries[-1].chunk_end
+        if tokens != self.tokens:
+            raise ValueError(f"the cache was made for {self.tokens} tokens a frame, the call has {tokens}")
+        if any(f.chunk_end - f.chunk_start != c for f in queries):
+            raise ValueError(f"the cache was made for chunks of {c} frames; the call has others: {queries}")
+        if start != (self.frames[-1].chunk_end if self.frames else 0):
+            raise ValueError(f"the call starts at frame {start}, where the cache does not end")
+        self._queries = queries
+        if end <= self.window:
+            visible = (*self.frames, *queries)
+            self.call = Call((c, c + end), end - start)
+            self._write_to([(c + start, c + end)])
+            self._commits = dict.fromkeys(range(c, end - start + 1, c))
+            if self._wraps and end == self.window:  # its last chunk lies where the next one will work
+                self._commits[end - start] = (self.window, self._place(end - c))
+        elif end - start == c:
+            visible = (*self._in_ring(start), *queries)
+            self.call = Call((c, c + self.window), c)
+            self._write_to([(self.window, self.window + c)])
+            self._commits = {c: (self.window, self._place(start))}
+        elif end - start == 2 * c:
+            visible = self._begin_fused(queries, start)
+        else:
+            raise ValueError(f"with a full window a call has one or two chunks of {c} frames, got {end - start} frames")
+        return frame_mask(queries, visible, self.context)
+
+    def _begin_fused(self, queries: tuple[Frame, ...], start: int) -> tuple[Frame, ...]:
+        """One chunk goes into the place of the oldest one, which moves to the front; another is denoised behind it."""
+        c, place, ring = self.chunk, self._place(start), self._in_ring(start)
+        oldest = start - self._ring
+        leaving = tuple(f for f in ring if oldest <= f.index < oldest + c)
+        self._copy(place, 0)
+        stays = sorted((*(f for f in ring if f not in leaving), *queries[:c]), key=lambda f: self._place(f.index))
+        self.call = Call((0, self.window + c), 2 * c)
+        self._write_to([(place, place + c), (self.window, self.window + c)])
+        self._commits = {c: None}
+        return (*leaving, *stays, *queries[c:])
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As FrameCache.extend: writes k, v (B,L,N,D) to `slots` and lends the run that the call reads."""
+        assert self.call is not None
+        self.keys(layer).index_copy_(1, self.slots, k.to(self.memory.buffer.dtype))
+        self.values(layer).index_copy_(1, self.slots, v.to(self.memory.buffer.dtype))
+        return self.view(layer)
+
+    def commit(self, frames: int) -> None:
+        """As FrameCache.commit; whole chunks only."""
+        if frames not in self._commits:
+            raise ValueError(f"commit takes {', '.join(map(str, self._commits))} frames of this call, got {frames}")
+        move = self._commits[frames]
+        if move is not None:
+            self._copy(*move)
+        everything = (*self.frames, *self._queries[:frames])
+        oldest = self.context.first_visible(everything[-1].chunk_end)
+        self.frames = tuple(f for f in everything if f.index < self.context.sink or f.index >= oldest)
+        self._queries, self._commits, self.call = (), {}, None
+
+    # ---- places ----
+
+    @property
+    def slots(self) -> Tensor:
+        """Rows of keys and values (L) int64 that the announced call writes."""
+        assert self.call is not None
+        return self.memory.slots[: self.call.writes * self.tokens]
+
+    def keys(self, layer: int) -> Tensor:
+        """All places of a layer's keys (B,capacity*S,N,D)."""
+        return self.memory.buffer[layer, 0]
+
+    def values(self, layer: int) -> Tensor:
+        return self.memory.buffer[layer, 1]
+
+    def view(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B,Lk,N,D) of what the announced call reads, its own frames included."""
+        assert self.call is not None
+        rows = slice(*(n * self.tokens for n in self.call.reads))
+        return self.keys(layer)[:, rows], self.values(layer)[:, rows]
+
+    @property
+    def _ring(self) -> int:
+        return self.window - self.context.sink - self.chunk
+
+    def _place(self, frame: int) -> int:
+        """Where a committed frame lies."""
+        if frame < self.window - self.chunk:
+            return self.chunk + frame
+        return self.chunk + self.context.sink + (frame - self.context.sink) % self._ring
+
+    def _in_ring(self, start: int) -> tuple[Frame, ...]:
+        """Frames in sink and ring when the next chunk starts at `start`, in the order of their places."""
+        kept = (f for f in self.frames if f.index < self.context.sink or f.index >= start - self._ring)
+        return tuple(sorted(kept, key=lambda f: self._place(f.index)))
+
+    def _write_to(self, runs: list[tuple[int, int]]) -> None:
+        at = 0
+        for first, last in runs:
+            count = (last - first) * self.tokens
+            rows = self.memory.places[first * self.tokens : last * self.tokens]
+            self.memory.slots[at : at + count].copy_(rows)
+            at += count
+
+    def _copy(self, source: int, target: int) -> None:
+        """One chunk of all layers, from place to place."""
+        length = self.chunk * self.tokens
+        a, b = source * self.tokens, target * self.tokens
+        buffer = self.memory.buffer
+        buffer[:, :, :, b : b + length].copy_(buffer[:, :, :, a : a + length])

@@ -1,0 +1,194 @@
+"""Triton kernels behind `nn.kernels`, which says what they compute. One program handles one row of tokens."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _row_to_fp8(y, out, row_scale, row, width, at, inside):
+    """Write one row as e4m3 and its scale."""
+    scale = tl.maximum(tl.max(tl.where(inside, tl.abs(y), 0.0), 0), 1e-12) / 448.0
+    tl.store(row_scale + row, scale)
+    tl.store(out + row * width + at, (y / scale).to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit
+def residual_norm(
+    x,
+    branch,
+    gate,
+    scale,
+    shift,
+    total,
+    out,
+    row_scale,
+    width,
+    tokens,
+    frames,
+    eps,
+    gate_stride,
+    scale_stride,
+    HAS_BRANCH: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    frame = (row // tokens) % frames
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    y = tl.load(x + row * width + at, mask=inside, other=0.0)
+    if HAS_BRANCH:
+        added = tl.load(branch + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            added *= tl.load(gate + frame * gate_stride + at, mask=inside, other=0.0)
+        y = (y.to(tl.float32) + added).to(y.dtype)
+        tl.store(total + row * width + at, y, mask=inside)
+    y = y.to(tl.float32)
+    mean = tl.sum(y, 0) / width
+    y = tl.where(inside, y - mean, 0.0)
+    y *= tl.rsqrt(tl.sum(y * y, 0) / width + eps)
+    y *= tl.load(scale + frame * scale_stride + at, mask=inside, other=0.0).to(tl.float32)
+    y += tl.load(shift + frame * scale_stride + at, mask=inside, other=0.0).to(tl.float32)
+    if QUANTISED:
+        _row_to_fp8(y, out, row_scale, row, width, at, inside)
+    else:
+        tl.store(out + row * width + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _normed_and_rotated(x, weight, cosine, sine, width, eps, at, inside, BLOCK: tl.constexpr):
+    """One row: RMS norm over the full width, then neighbouring channels turned as pairs."""
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    y *= tl.rsqrt(tl.sum(y * y, 0) / width + eps)
+    y *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(y, [BLOCK // 2, 2]))
+    return tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), [BLOCK])
+
+
+@triton.jit
+def norm_rotate(
+    qkv,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    q,
+    keys,
+    values,
+    slots,
+    length,
+    width,
+    pairs,
+    eps,
+    batch_stride,
+    HAS_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    sample, token = row // length, row % length
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    pair = tl.arange(0, BLOCK // 2) % pairs
+    cosine, sine = tl.load(cos + token * pairs + pair), tl.load(sin + token * pairs + pair)
+    start = qkv + row * 3 * width
+    turned = _normed_and_rotated(start, q_weight, cosine, sine, width, eps, at, inside, BLOCK)
+    tl.store(q + row * width + at, turned.to(q.dtype.element_ty), mask=inside)
+    turned = _normed_and_rotated(start + width, k_weight, cosine, sine, width, eps, at, inside, BLOCK)
+    if HAS_SLOTS:
+        there = sample * batch_stride + tl.load(slots + token) * width + at
+        value = tl.load(start + 2 * width + at, mask=inside, other=0.0)
+        tl.store(values + there, value.to(values.dtype.element_ty), mask=inside)
+    else:
+        there = row * width + at
+    tl.store(keys + there, turned.to(keys.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_rows(x, weight, out, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    y = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    y *= tl.rsqrt(tl.sum(y * y, 0) / width + eps)
+    y *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def merge(
+    out,
+    lse,
+    extra,
+    extra_lse,
+    result,
+    row_scale,
+    out_p,
+    out_l,
+    lse_p,
+    lse_n,
+    lse_l,
+    extra_p,
+    extra_l,
+    extra_lse_p,
+    extra_lse_n,
+    extra_lse_l,
+    PARTS: tl.constexpr,
+    EXTRA: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUANTISED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEAD_BLOCK)
+    is_head = head < HEADS
+    at = head[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = is_head[:, None] & (at >= 0)
+    top = tl.full([HEAD_BLOCK], float("-inf"), tl.float32)
+    for p in tl.static_range(PARTS):
+        top = tl.maximum(top, tl.load(lse + p * lse_p + head * lse_n + row * lse_l, mask=is_head, other=0.0))
+    for p in tl.static_range(EXTRA):
+        there = extra_lse + p * extra_lse_p + head * extra_lse_n + row * extra_lse_l
+        top = tl.maximum(top, tl.load(there, mask=is_head, other=0.0))
+    total = tl.zeros([HEAD_BLOCK], tl.float32)
+    y = tl.zeros([HEAD_BLOCK, WIDTH], tl.float32)
+    for p in tl.static_range(PARTS):
+        weight = tl.exp(tl.load(lse + p * lse_p + head * lse_n + row * lse_l, mask=is_head, other=0.0) - top)
+        y += weight[:, None] * tl.load(out + p * out_p + row * out_l + at, mask=inside, other=0.0).to(tl.float32)
+        total += weight
+    for p in tl.static_range(EXTRA):
+        there = extra_lse + p * extra_lse_p + head * extra_lse_n + row * extra_lse_l
+        weight = tl.exp(tl.load(there, mask=is_head, other=0.0) - top)
+        y += weight[:, None] * tl.load(extra + p * extra_p + row * extra_l + at, mask=inside, other=0.0).to(tl.float32)
+        total += weight
+    y /= total[:, None]
+    if QUANTISED:
+        scale = tl.maximum(tl.max(tl.max(tl.where(inside, tl.abs(y), 0.0), 1), 0), 1e-12) / 448.0
+        tl.store(row_scale + row, scale)
+        y /= scale
+    tl.store(result + row * HEADS * WIDTH + at, y.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gelu(x, out, row_scale, width, QUANTISED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    y = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))  # 0.5 (1 + tanh z) = sigmoid(2 z)
+    if QUANTISED:
+        _row_to_fp8(y, out, row_scale, row, width, at, inside)
+    else:
+        tl.store(out + row * width + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantise(x, out, row_scale, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    y = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    _row_to_fp8(y, out, row_scale, row, width, at, inside)

@@ -1,0 +1,331 @@
+"""A DiT for inference: the same function in fewer, larger kernels, and recorded as CUDA graphs.
+
+`FastDiT` stands in for the network of a denoiser (`DiTDenoiser.run`) in calls without gradient. What depends only on
+the noise level (modulation), the prompt (text keys) or the shape (rotation, masks) is computed once; projections of one
+input are one product; pointwise work is `nn.kernels`; attention is `nn.split_attention`. With a `StaticCache` on a GPU
+each kind of call is recorded once and replayed. Everything else works as well, on a CPU too, only without a recording.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from causalreel.nn import kernels
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.dit import Block, DiT, TextKeys
+from causalreel.nn.kv_cache import FrameCache, KVCache
+from causalreel.nn.masks import Context, FrameMask
+from causalreel.nn.split_attention import attend_plain, attend_split
+from causalreel.nn.static_cache import CacheMemory, StaticCache
+from causalreel.parallel.quantise import Fp8Linear
+
+WARMUP = 2
+"""Runs before a recording, in which kernels are compiled and libraries choose theirs."""
+
+
+class Bf16Linear:
+    """A product in the weights' own type."""
+
+    quantised = False
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor, row_scale: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def with_gelu(self, x: Tensor, row_scale: Tensor | None = None) -> tuple[Tensor, None]:
+        """The product's GELU (tanh form); on a GPU the library adds it as the product leaves the registers."""
+        if x.is_cuda:
+            return torch.ops.aten._addmm_activation(self.bias, x, self.weight.t(), use_gelu=True), None
+        return F.gelu(self(x), approximate="tanh"), None
+
+
+class FastBlock:
+    """The products of one block; its weights are shared with the block, not copied."""
+
+    def __init__(self, block: Block, linear: type) -> None:
+        attn, cross = block.self_attn, block.cross_attn
+        self.qkv = linear(*_as_one([attn.q, attn.k, attn.v]))
+        self.o, self.cross_q, self.cross_o = (linear(m.weight, m.bias) for m in (attn.o, cross.q, cross.o))
+        up, down = block.ffn[0], block.ffn[2]
+        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
+        self.up, self.down = linear(up.weight, up.bias), linear(down.weight, down.bias)
+        self.q_norm, self.k_norm, self.cross_norm = attn.norm_q.weight, attn.norm_k.weight, cross.norm_q.weight
+        self.norm3 = block.norm3.weight.float(), block.norm3.bias.float()
+
+
+def _as_one(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Weights (3E,E) and bias (3E) of neighbouring products; the layers become views of them."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    bias = torch.cat([layer.bias.detach() for layer in layers])
+    for layer, w, b in zip(layers, weight.chunk(len(layers)), bias.chunk(len(layers)), strict=True):
+        layer.weight.data, layer.bias.data = w, b
+    return weight, bias
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Modulation of one tuple of noise levels, float32: scales already hold the 1 that is added to them."""
+
+    blocks: Tensor
+    """(layers,6,F,E): shift, scale, gate of attention; shift, scale, gate of the feed-forward."""
+    head: Tensor
+    """(2,F,E): shift and scale."""
+
+
+class FastDiT:
+    """x, sigma, text -> velocity, as the DiT it is made of. precision: bf16 (the weights' own type) or fp8.
+
+    With fp8 the products of the blocks are e4m3 with a scale per token and per output channel; attention, embeddings
+    and the head stay as they are. The released code has no such mode: it is a change of numerics, never a default.
+    """
+
+    def __init__(self, model: DiT, *, precision: str = "bf16", graphs: bool = True) -> None:
+        if precision not in ("bf16", "fp8"):
+            raise ValueError(f"precision must be bf16 or fp8, got {precision!r}")
+        self.model, self.precision = model, precision
+        self.blocks = [FastBlock(block, Fp8Linear if precision == "fp8" else Bf16Linear) for block in model.blocks]
+        self.graphs = Recordings(self) if graphs else None
+        self._levels: dict[tuple[float, ...], Levels] = {}
+        self._free: dict[tuple[int, int, int], list[CacheMemory]] = {}
+        """Memories that no rollout uses, per size: places, batch, tokens a frame."""
+
+    def new_cache(
+        self, context: Context, *, chunk: int, frames: int | None, batch: int, size: tuple[int, int]
+    ) -> FrameCache:
+        """A cache for a rollout over latents of `size` (H,W): static where that works, else one that grows.
+
+        The memory of a rollout that is over, and with it the recordings of its calls, are used again.
+        """
+        config, exchange = self.model.config, self.model.exchange
+        if context.window is not None and frames is not None and frames > context.window:
+            frames = None  # longer than the window is as good as endless
+        if not StaticCache.fits(context, chunk, frames):
+            return KVCache(config.layers, context)
+        tokens = size[0] * size[1] // config.patch**2
+        key = (StaticCache.places(context, chunk, frames), batch, tokens)
+        free = self._free.setdefault(key, [])
+        if not free:
+            free.append(
+                CacheMemory(
+                    layers=config.layers,
+                    heads=config.heads if exchange is None else config.heads // exchange.count,
+                    head_dim=config.dim // config.heads,
+                    tokens=tokens,
+                    frames=key[0],
+                    batch=batch,
+                    dtype=self.model.dtype,
+                    device=self.model.device,
+                )
+            )
+        memory = free.pop()
+        cache = StaticCache(context, chunk=chunk, frames=frames, memory=memory)
+        weakref.finalize(cache, free.append, memory)
+        return cache
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: Tensor | TextKeys,
+        *,
+        positions: tuple[int, ...],
+        mask: FrameMask | None = None,
+        cache: FrameCache | None = None,
+        outputs: int | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """As DiT.forward. Calls with gradient, or with other noise levels in other rows, go to the DiT itself."""
+        sigmas = sigma.expand(-1, x.shape[1]).tolist()
+        if torch.is_grad_enabled() or outputs is not None or any(row != sigmas[0] for row in sigmas):
+            how: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache, "outputs": outputs}
+            return self.model(x, sigma, text, backend=backend, **how)
+        keys = self.model.text_keys(text) if isinstance(text, Tensor) else text
+        levels = self.levels(tuple(sigmas[0]))
+        size = x.shape[3] // self.model.config.patch, x.shape[4] // self.model.config.patch
+        cos, sin = self.model.rotation(positions, *size, x.device)  # (L,1,D/2)
+        rotation = cos.squeeze(1), sin.squeeze(1)
+        if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache):
+            return self.graphs(x, levels, rotation, keys, mask, cache)
+        return self.evaluate(x, levels, rotation, keys, mask, cache)
+
+    def levels(self, sigmas: tuple[float, ...]) -> Levels:
+        """Modulation of a call's noise levels, one a frame; kept, because rollouts use few."""
+        if sigmas not in self._levels:
+            if len(self._levels) >= 256:
+                self._levels.clear()
+            model = self.model
+            sigma = torch.tensor([sigmas], device=model.device)
+            time, time6 = (part.float() for part in model.time_levels(sigma))
+            blocks = torch.stack([block.modulation.float() + time6[0] for block in model.blocks])  # (layers,F,6,E)
+            blocks[:, :, [1, 4]] += 1
+            head = model.head.modulation.float() + time[0].unsqueeze(1)  # (F,2,E)
+            head[:, 1] += 1
+            self._levels[sigmas] = Levels(blocks.transpose(1, 2).contiguous(), head.transpose(0, 1).contiguous())
+        return self._levels[sigmas]
+
+    def evaluate(
+        self,
+        x: Tensor,
+        levels: Levels,
+        rotation: tuple[Tensor, Tensor],
+        text: TextKeys,
+        mask: FrameMask | None,
+        cache: FrameCache | None,
+    ) -> Tensor:
+        """One evaluation, kernel by kernel: x (B,F,C,H,W) -> velocity (B,F,C,H,W)."""
+        model, eps = self.model, self.model.config.eps
+        y = model.tokens(x).contiguous()  # (B,F,S,E)
+        shape, tokens = y.shape, y.shape[2]
+        quantised = self.precision == "fp8"
+        whole = x.shape[3] * x.shape[4] // model.config.patch**2
+        y = y.flatten(0, 2)
+        first = levels.blocks[0]
+        _, z, scale = kernels.residual_norm(y, first[1], first[0], eps=eps, tokens=tokens, quantised=quantised)
+        for layer, block in enumerate(self.blocks):
+            attended, scale = self._self_attention(layer, block, z, scale, shape, rotation, mask, cache, whole)
+            here, norm3 = levels.blocks[layer], block.norm3
+            how: dict[str, Any] = {"eps": eps, "tokens": tokens, "quantised": quantised}
+            y, z, scale = kernels.residual_norm(y, *norm3, branch=block.o(attended, scale), gate=here[2], **how)
+            q = kernels.norm_rows(block.cross_q(z, scale), block.cross_norm, eps)
+            heads = q.view(shape[0], -1, model.config.heads, q.shape[-1] // model.config.heads)
+            read = attend_plain(heads, *text[layer]).flatten(2).flatten(0, 1)
+            read, scale = kernels.quantise_rows(read) if quantised else (read, None)
+            y, z, scale = kernels.residual_norm(y, here[4], here[3], branch=block.cross_o(read, scale), **how)
+            hidden, scale = block.up.with_gelu(z, scale)
+            branch = block.down(hidden, scale)
+            if layer + 1 < len(self.blocks):
+                after = levels.blocks[layer + 1]
+                y, z, scale = kernels.residual_norm(y, after[1], after[0], branch=branch, gate=here[5], **how)
+            else:
+                how["quantised"] = False
+                shift, widen = levels.head
+                y, z, scale = kernels.residual_norm(y, widen, shift, branch=branch, gate=here[5], **how)
+        z = model.head.head(z).view(*shape[:3], -1)
+        return model.unpatch(z, x.shape[3], x.shape[4]).float()
+
+    def _self_attention(
+        self,
+        layer: int,
+        block: FastBlock,
+        z: Tensor,
+        scale: Tensor | None,
+        shape: torch.Size,
+        rotation: tuple[Tensor, Tensor],
+        mask: FrameMask | None,
+        cache: FrameCache | None,
+        tokens: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """z (B*F*S,E) -> what it reads (B*F*S,E), before the output projection; e4m3 with row scales for fp8."""
+        model, exchange, frames = self.model, self.model.exchange, shape[1]
+        qkv = block.qkv(z, scale).view(shape[0], frames * shape[2], -1)
+        weights = (block.q_norm, block.k_norm, *rotation)
+        quantised = self.precision == "fp8"
+        if exchange is None and isinstance(cache, StaticCache):
+            where = {"keys": cache.keys(layer), "values": cache.values(layer), "slots": cache.slots}
+            q = kernels.norm_rotate_into(qkv, *weights, eps=model.config.eps, **where)
+            k, v = cache.view(layer)
+        else:
+            q, k, v = kernels.norm_rotate(qkv, *weights, heads=model.config.heads, eps=model.config.eps)
+            if exchange is not None:
+                q, k, v = (exchange.to_heads(part, frames) for part in (q, k, v))
+            if cache is not None:
+                k, v = cache.extend(layer, k, v)
+        if exchange is None:
+            out, scale = attend_split(q, k, v, mask, tokens, quantised=quantised)
+            return out.flatten(2).flatten(0, 1), scale
+        out = exchange.to_tokens(attend_split(q, k, v, mask, tokens)[0], frames).flatten(2).flatten(0, 1)
+        return kernels.quantise_rows(out) if quantised else (out, None)
+
+
+class _Recording:
+    """One kind of call as a CUDA graph, with the tensors it reads and writes."""
+
+    def __init__(self, inputs: list[Tensor], run: Callable[[], Tensor], pool: Any) -> None:
+        self.inputs = inputs
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.result = run()
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        for held, given in zip(self.inputs, inputs, strict=True):
+            if held is not given:
+                held.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.result.clone()
+
+
+class Recordings:
+    """CUDA graphs of a FastDiT's calls: one per shape, visible length and cache; memory is shared between them."""
+
+    def __init__(self, fast: FastDiT) -> None:
+        self.fast = fast
+        self.graphs: dict[tuple[Any, ...], _Recording] = {}
+        self.text: dict[torch.Size, tuple[TextKeys, list[Tensor]]] = {}
+        """Per shape of text keys: those in use, and the tensors that graphs read."""
+        self.pool: Any = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        levels: Levels,
+        rotation: tuple[Tensor, Tensor],
+        text: TextKeys,
+        mask: FrameMask | None,
+        cache: StaticCache,
+    ) -> Tensor:
+        keys = self._place_text(text)
+        inputs = [x, levels.blocks, levels.head, *rotation]
+        kind = (x.shape, x.dtype, mask, cache.call, id(cache.memory), keys[0][0].shape)
+        if kind not in self.graphs:
+            held = [part.clone() for part in inputs]
+
+            def run() -> Tensor:
+                own = Levels(held[1], held[2])
+                return self.fast.evaluate(held[0], own, (held[3], held[4]), keys, mask, cache)
+
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[kind] = _Recording(held, run, self.pool)
+        return self.graphs[kind](inputs)
+
+    def _place_text(self, text: TextKeys) -> TextKeys:
+        """The text keys, copied into the tensors that graphs read if they are not there yet."""
+        shape = text[0][0].shape
+        if shape not in self.text:
+            self.text[shape] = text, [torch.stack(pair) for pair in text]
+        known, held = self.text[shape]
+        if known is not text:
+            for mine, pair in zip(held, text, strict=True):
+                mine[0].copy_(pair[0])
+                mine[1].copy_(pair[1])
+            self.text[shape] = text, held
+        return [(pair[0], pair[1]) for pair in held]
+
+
+def accelerate(denoiser: DiTDenoiser, *, precision: str = "bf16", graphs: bool = True) -> DiTDenoiser:
+    """Use a FastDiT for this denoiser's calls without gradient from now on; the same denoiser is returned.
+
+    The network must hold its weights in the type it computes in. fp8 keeps the original weights beside the quantised
+    ones only as long as somebody else holds them.
+    """
+    if denoiser.compute is not None and denoiser.compute != denoiser.model.dtype:
+        raise ValueError(
+            f"accelerate needs weights in the type of the arithmetic; they are {denoiser.model.dtype}, "
+            f"computed in {denoiser.compute}: call denoiser.to({denoiser.compute}) first"
+        )
+    denoiser.run = FastDiT(denoiser.model, precision=precision, graphs=graphs)
+    return denoiser

@@ -1,0 +1,238 @@
+"""The inference path: other arithmetic order, other memory, same function."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.masks import Context, FrameMask, frame_mask, frames_of
+from causalreel.nn.presets import ModelConfig
+from causalreel.nn.split_attention import attend_split, parts_of, rectangles
+from causalreel.nn.static_cache import CacheMemory, StaticCache
+from causalreel.parallel.fast import FastDiT, accelerate
+from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
+from causalreel.types import Conditioning, LatentSpec
+
+CONFIG = ModelConfig(dim=48, ffn_dim=80, heads=3, layers=2, text_dim=8, text_length=4, freq_dim=32, channels=4)
+SPEC = LatentSpec(4, 4, 6)
+TOKENS = 6
+
+# window, sink, chunk, frames, prefix
+ROLLOUTS = [
+    (None, 0, 1, 6, 0),
+    (None, 0, 3, 9, 3),
+    (4, 0, 1, 11, 0),
+    (5, 1, 1, 12, 2),
+    (3, 1, 1, 9, 0),
+    (2, 0, 1, 7, 0),
+    (9, 0, 3, 21, 0),
+    (12, 3, 3, 24, 3),
+    (6, 0, 1, 6, 0),
+    (6, 0, 2, 14, 0),
+]
+
+
+def denoiser() -> DiTDenoiser:
+    torch.manual_seed(0)
+    net = DiTDenoiser(CONFIG)
+    for name, parameter in net.named_parameters():
+        if "norm" in name or "head.head" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return net.requires_grad_(False)
+
+
+def run(net, cache, plan: str, case: tuple, *, batch: int = 1) -> torch.Tensor:
+    _, _, chunk, frames, prefix = case
+    calls = chunked(
+        [chunk] * ((frames - prefix) // chunk), (1.0, 0.6), first=(1.0, 0.8, 0.5), prefix=[chunk] * (prefix // chunk)
+    )
+    generator = torch.Generator().manual_seed(1)
+    given_frames = torch.randn(batch, prefix, 4, 4, 6, generator=generator) if prefix else None
+    told = Conditioning(torch.randn(batch, 4, 8, generator=generator))
+    noise = KeyedNoise(range(batch), SPEC)
+    with torch.no_grad():
+        return collect(
+            rollout(
+                net,
+                fuse(calls) if plan == "fused" else calls,
+                conditioning=net.prepare(told),
+                noise=noise,
+                cache=cache,
+                prefix=given_frames,
+            )
+        )
+
+
+def static(context: Context, chunk: int, frames: int | None) -> StaticCache:
+    places = StaticCache.places(context, chunk, frames)
+    memory = CacheMemory(
+        layers=2, heads=3, head_dim=16, tokens=TOKENS, frames=places, batch=1, dtype=torch.float32, device="cpu"
+    )
+    memory.buffer.fill_(float("nan"))  # what nobody wrote must not be read
+    return StaticCache(context, chunk=chunk, frames=frames, memory=memory)
+
+
+@pytest.mark.parametrize("plan", ["plain", "fused"])
+@pytest.mark.parametrize("case", ROLLOUTS, ids=str)
+def test_a_static_cache_shows_what_a_growing_one_shows(case: tuple, plan: str) -> None:
+    window, sink, chunk, frames, _ = case
+    net, context = denoiser(), Context(window=window, sink=sink)
+    net.context = context
+    expected = run(net, KVCache(2, context), plan, case)
+    assert torch.allclose(run(net, static(context, chunk, frames), plan, case), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["plain", "fused"])
+@pytest.mark.parametrize("case", ROLLOUTS, ids=str)
+def test_the_fast_network_is_the_network(case: tuple, plan: str) -> None:
+    window, sink, chunk, frames, _ = case
+    net, context = denoiser(), Context(window=window, sink=sink)
+    net.context = context
+    expected = run(net, KVCache(2, context), plan, case)
+    fast = accelerate(denoiser())
+    assert isinstance(fast.run, FastDiT)
+    cache = fast.run.new_cache(context, chunk=chunk, frames=frames, batch=1, size=(4, 6))
+    assert isinstance(cache, StaticCache)
+    assert torch.allclose(run(fast, cache, plan, case), expected, atol=2e-5)
+
+
+def test_the_fast_network_serves_guidance_batches_and_calls_without_a_cache() -> None:
+    net, fast = denoiser(), accelerate(denoiser())
+    case = (None, 0, 1, 4, 0)
+    pair = [Guided(d, Conditioning(torch.ones(1, 4, 8)), 2.5) for d in (net, fast)]
+    assert isinstance(fast.run, FastDiT)
+    cache = fast.run.new_cache(Context(), chunk=1, frames=4, batch=4, size=(4, 6))
+    caches = (KVCache(2, Context()), cache)
+    a, b = (run(d, c, "fused", case, batch=2) for d, c in zip(pair, caches, strict=True))
+    assert torch.allclose(a, b, atol=2e-5)
+    x, sigma = torch.randn(2, 3, 4, 4, 6), torch.tensor([[0.3, 0.7, 1.0]])
+    told = Conditioning(torch.randn(2, 4, 8))
+    with torch.no_grad():
+        for how in ({}, {"sizes": (1, 2)}):
+            assert torch.allclose(net(x, sigma, told, **how), fast(x, sigma, told, **how), atol=1e-5)
+        rows = torch.tensor([[0.3], [0.9]])  # other noise levels in other rows go to the network itself
+        assert torch.allclose(net(x, rows, told), fast(x, rows, told), atol=1e-5)
+
+
+def test_gradients_do_not_take_the_fast_path() -> None:
+    net = accelerate(denoiser())
+    x = torch.randn(1, 2, 4, 4, 6, requires_grad=True)
+    net(x, torch.tensor([[0.5]]), Conditioning(torch.randn(1, 4, 8))).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_fp8_is_near_and_is_not_the_default() -> None:
+    net, fast, fp8 = denoiser(), accelerate(denoiser()), accelerate(denoiser(), precision="fp8")
+    x, sigma, told = torch.randn(1, 3, 4, 4, 6), torch.tensor([[0.5]]), Conditioning(torch.randn(1, 4, 8))
+    with torch.no_grad():
+        exact, plain, coarse = (d(x, sigma, told) for d in (net, fast, fp8))
+    assert (plain - exact).norm() < 1e-5 * exact.norm()
+    assert 1e-3 < (coarse - exact).norm() / exact.norm() < 0.1  # e4m3 was used, and is e4m3
+    with pytest.raises(ValueError, match="bf16 or fp8, got 'fp4'"):
+        accelerate(denoiser(), precision="fp4")
+
+
+def test_sharing_weights_keeps_the_network_and_its_names() -> None:
+    net = denoiser()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    size = sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in net.parameters()}.values())
+    accelerate(net)
+    after = net.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    stores = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in net.parameters()}
+    assert sum(stores.values()) <= size
+
+
+def test_memories_are_used_again_and_never_by_two_rollouts_at_once() -> None:
+    fast = FastDiT(denoiser().model)
+
+    def new() -> StaticCache:
+        cache = fast.new_cache(Context(window=4), chunk=1, frames=None, batch=1, size=(4, 6))
+        assert isinstance(cache, StaticCache)
+        return cache
+
+    first, second = new(), new()
+    assert first.memory is not second.memory
+    kept = first.memory
+    del first
+    gc.collect()
+    assert new().memory is kept
+    assert second.memory is not kept
+    assert isinstance(fast.new_cache(Context(), chunk=1, frames=None, batch=1, size=(4, 6)), KVCache)
+
+
+def test_a_static_cache_refuses_what_it_cannot_hold() -> None:
+    with pytest.raises(ValueError, match="finite window or length"):
+        static(Context(window=5), 3, None)
+    cache = static(Context(window=4), 1, None)
+    with pytest.raises(ValueError, match="where the cache does not end"):
+        cache.begin(frames_of((1,), start=2), TOKENS)
+    with pytest.raises(ValueError, match="chunks of 1 frames"):
+        cache.begin(frames_of((2,)), TOKENS)
+    with pytest.raises(ValueError, match="6 tokens a frame, the call has 7"):
+        cache.begin(frames_of((1,)), 7)
+    cache.begin(frames_of((1, 1)), TOKENS)
+    with pytest.raises(ValueError, match="commit takes 1, 2 frames"):
+        cache.commit(3)
+
+
+# ------------------------------------------------------------------------------------------------ split attention
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_rectangles_cover_the_mask_once(rows: list[list[bool]]) -> None:
+    covered = torch.zeros(len(rows), 5, dtype=torch.int)
+    for r in rectangles(FrameMask(tuple(map(tuple, rows)))):
+        covered[r.top : r.bottom, r.left : r.right] += 1
+    assert torch.equal(covered, torch.tensor(rows).int())
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        frame_mask(frames_of((1, 1), start=3), frames_of((1,) * 5), Context()),  # fused
+        frame_mask(frames_of((1, 1), start=4), frames_of((1,) * 6), Context(window=4)),  # fused, full window
+        frame_mask(frames_of((1,) * 4), frames_of((1,) * 4), Context()),  # a long prefix
+        FrameMask(((True, False, True), (False, True, True), (True, True, True))),
+        FrameMask(((True, False, True, False), (False, True, False, True))),
+    ],
+)
+def test_split_attention_is_attention(mask: FrameMask | None, processors: int, monkeypatch) -> None:
+    monkeypatch.setattr("causalreel.nn.split_attention._processors", lambda device: processors)
+    torch.manual_seed(0)
+    tokens = 6
+    rows, columns = (2, 5) if mask is None else (len(mask.allowed), len(mask.allowed[0]))
+    q = torch.randn(2, rows * tokens, 3, 16)
+    k, v = torch.randn(2, 2, columns * tokens, 3, 16)
+    bias = None if mask is None else mask.dense(tokens, q.device)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias).transpose(1, 2)
+    for samples in (1, 2):
+        got, _ = attend_split(q[:samples], k[:samples], v[:samples], mask, tokens)
+        assert torch.allclose(got, expected[:samples], atol=1e-5)
+
+
+def test_keys_are_cut_where_waves_are_empty() -> None:
+    """Frames of 1560 tokens, 12 heads, 132 processors: the choices that measured best on an H200."""
+    one, two, three = 1560, 3120, 4680
+    best = {
+        (one, 1): 1,
+        (one, 3): 4,
+        (one, 6): 4,
+        (one, 21): 5,
+        (two, 3): 1,
+        (two, 11): 3,
+        (two, 21): 3,
+        (three, 11): 2,
+    }
+    assert {(q, n): parts_of(q, 12, n * one, 132) for q, n in best} == best
+    assert parts_of(100, 2, 101, 132) == 1  # a prime number of keys

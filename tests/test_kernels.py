@@ -1,0 +1,161 @@
+"""Fused pointwise kernels: Triton's interpreter gives what the formulas give, and these what the network computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from causalreel.nn import kernels
+from causalreel.nn.dit import RMSNorm, modulate
+from causalreel.nn.rope import rope_table, rotate
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_residual_norm_is_the_blocks_arithmetic() -> None:
+    torch.manual_seed(0)
+    batch, frames, tokens, width = 2, 3, 5, 24
+    x, branch = torch.randn(2, batch, frames, tokens, width)
+    gate, scale, shift = torch.randn(3, frames, width)
+    total, y, _ = kernels.residual_norm(
+        x.flatten(0, 2),
+        scale + 1,
+        shift,
+        eps=1e-6,
+        tokens=tokens,
+        branch=branch.flatten(0, 2),
+        gate=gate,
+    )
+    expected = x + gate[None, :, None] * branch
+    assert torch.allclose(total.view_as(x), expected, atol=1e-6)
+    normed = modulate(expected, shift.expand(batch, -1, -1), scale.expand(batch, -1, -1), 1e-6)
+    assert torch.allclose(y.view_as(x), normed, atol=1e-5)
+
+
+def test_norm_rotate_is_the_blocks_arithmetic() -> None:
+    torch.manual_seed(0)
+    heads, width, eps = 3, 36, 1e-6
+    qkv = torch.randn(2, 2 * 4, 3 * width)
+    norms = [RMSNorm(width, eps), RMSNorm(width, eps)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    cos, sin = rope_table((3, 7), 2, 2, width // heads, torch.device("cpu"))
+    weights = [norm.weight.detach() for norm in norms]
+    q, k, v = kernels.norm_rotate(qkv, *weights, cos[:, 0], sin[:, 0], heads=heads, eps=eps)
+    for got, norm, part in ((q, norms[0], qkv[..., :width]), (k, norms[1], qkv[..., width : 2 * width])):
+        expected = rotate(norm(part).unflatten(-1, (heads, -1)), cos, sin)
+        assert torch.allclose(got, expected, atol=1e-5)
+    assert torch.equal(v, qkv[..., 2 * width :].unflatten(-1, (heads, -1)))
+
+
+def test_merging_parts_is_attention_over_all_keys() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 12, 8)  # (N,L,D)
+    scores = q @ k.transpose(1, 2) / 8**0.5
+    parts = []
+    for keys in (slice(0, 4), slice(4, 7), slice(7, 12)):
+        out = scores[..., keys].softmax(-1) @ v[:, keys]
+        parts.append((out.transpose(0, 1)[None], scores[..., keys].logsumexp(-1)[None]))
+    first = tuple(torch.cat(pair) for pair in zip(parts[0], parts[1], strict=True))
+    merged, _ = kernels.merge([(first[0], first[1]), parts[2]])
+    expected = F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
+    assert torch.allclose(merged, expected, atol=1e-6)
+
+
+def test_quantised_rows_keep_three_bits_and_their_largest_entry() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 64) * torch.logspace(-3, 3, 16)[:, None]
+    values, scale = kernels.quantise_rows(x)
+    back = values.float() * scale
+    assert values.dtype == kernels.FP8 and scale.shape == (16, 1)
+    assert ((back - x).abs() <= 2**-4 * x.abs() + scale * 2**-9).all()  # half a step, or of the smallest number
+    largest = x.abs().argmax(1, keepdim=True)
+    assert torch.allclose(back.gather(1, largest), x.gather(1, largest), rtol=1e-6)
+    zeros, scale = kernels.quantise_rows(torch.zeros(2, 8))
+    assert (zeros.float() == 0).all() and scale.isfinite().all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_kernels_are_the_formulas() -> None:
+    """In a process of its own: the interpreter must be chosen before Triton is imported."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compare(device: str = "cpu") -> None:
+    """Every kernel against its formula, poisoned outputs included."""
+    torch.manual_seed(0)
+    batch, frames, tokens, heads, dim = 2, 2, 3, 3, 8
+    width = heads * dim
+
+    def formula(function, *args, **how):
+        chosen, kernels.uses_triton = kernels.uses_triton, lambda x: False
+        try:
+            return function(*args, **how)
+        finally:
+            kernels.uses_triton = chosen
+
+    def check(name: str, got, expected, *, atol: float = 1e-5) -> None:
+        for a, b in zip(got, expected, strict=True):
+            assert (a is None) == (b is None), name
+            if a is not None:
+                assert a.dtype == b.dtype and a.shape == b.shape, name
+                error = (a.float() - b.float()).abs().max().item()
+                assert error <= atol * max(1.0, b.float().abs().max().item()), f"{name}: {error}"
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device)
+
+    rows = batch * frames * tokens
+    x, branch, gate = normal(rows, width), normal(rows, width), normal(frames, width)
+    for scale, shift in ((normal(frames, width), normal(frames, width)), (normal(width), normal(width))):
+        for how in ({}, {"branch": branch}, {"branch": branch, "gate": gate}):
+            args = (x, scale, shift)
+            how = {**how, "eps": 1e-6, "tokens": tokens}
+            check("residual_norm", kernels.residual_norm(*args, **how), formula(kernels.residual_norm, *args, **how))
+    length = frames * tokens
+    qkv, weights = normal(batch, length, 3 * width), (normal(width), normal(width))
+    turn = normal(length, dim // 2), normal(length, dim // 2)
+    args, how = (qkv, *weights, *turn), {"heads": heads, "eps": 1e-6}
+    check("norm_rotate", kernels.norm_rotate(*args, **how), formula(kernels.norm_rotate, *args, **how))
+    found = []
+    for run in (lambda f, *a, **k: f(*a, **k), formula):
+        buffer = torch.full((2, batch, 9, heads, dim), -7.0, device=device)
+        slots = torch.tensor([8, 0, 3, 1, 2, 6], device=device)
+        where = {"keys": buffer[0], "values": buffer[1], "slots": slots, "eps": 1e-6}
+        found.append((run(kernels.norm_rotate_into, *args, **where), buffer))
+    check("norm_rotate_into", *found)
+    check("norm_rows", [kernels.norm_rows(x, weights[0], 1e-6)], [formula(kernels.norm_rows, x, weights[0], 1e-6)])
+    part = normal(4, length, heads, dim), normal(4, heads, length)
+    extra = normal(1, length, heads, dim), 3 * normal(1, heads, length)
+    for parts in ([part], [part, extra], [part, (extra[0][:, :length], extra[1][:, :, :length])]):
+        check("merge", kernels.merge(parts), formula(kernels.merge, parts))
+    half = [(part[0][:, tokens:], part[1][:, :, tokens:])]
+    check("merge of rows", kernels.merge(half), formula(kernels.merge, half))
+    check("gelu", kernels.gelu(x), formula(kernels.gelu, x))
+    if device == "cuda":
+        for name, function, args, how in (
+            ("residual_norm", kernels.residual_norm, (x, gate, gate), {"eps": 1e-6, "tokens": tokens}),
+            ("merge", kernels.merge, ([part, extra],), {}),
+            ("gelu", kernels.gelu, (x,), {}),
+        ):
+            got = function(*args, **how, quantised=True)[-2:]
+            expected = [t.cuda() for t in formula(function, *(_cpu(a) for a in args), **how, quantised=True)[-2:]]
+            both = [(v.float().flatten(1) * s).cpu() for v, s in (got, expected)]
+            assert (both[0] - both[1]).norm() < 0.02 * both[1].norm(), name  # a tie may round the other way
+
+
+def _cpu(x):
+    return x.cpu() if isinstance(x, torch.Tensor) else [tuple(t.cpu() for t in pair) for pair in x]
+
+
+if __name__ == "__main__":
+    compare()
