@@ -226,7 +226,6 @@ def test_keys_are_cut_where_waves_are_empty() -> None:
     one, two, three = 1560, 3120, 4680
     best = {
         (one, 1): 1,
-        (one, 3): 4,
         (one, 6): 4,
         (one, 21): 5,
         (two, 3): 1,

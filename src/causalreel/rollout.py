@@ -181,7 +181,10 @@ class KeyedNoise:
 
     def renoise(self, start: int, frames: int, draw: int) -> Tensor:
         rows = [torch.stack([self._frame(seed, start + f, draw) for f in range(frames)]) for seed in self.seeds]
-        return torch.stack(rows).to(self.device)  # (B,F,C,H,W)
+        drawn = torch.stack(rows)  # (B,F,C,H,W)
+        if torch.device(self.device).type == "cuda":  # pinned, so that the host does not wait for the GPU here
+            return drawn.pin_memory().to(self.device, non_blocking=True)
+        return drawn.to(self.device)
 
     def _frame(self, seed: int, frame: int, draw: int) -> Tensor:
         generator = torch.Generator().manual_seed(((seed * 0x9E3779B1 + frame) * 0x85EBCA77 + draw) % (1 << 63))

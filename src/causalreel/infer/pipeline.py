@@ -6,7 +6,7 @@ What a clip shows depends on its prompt and seed alone, not on the batch it is i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,10 @@ from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import Context
+from causalreel.parallel.fast import FastDiT
 from causalreel.rollout import KeyedNoise, rollout
 from causalreel.solvers import SOLVERS
-from causalreel.types import Chunk, Conditioning, TextEncoder, VideoCodec
+from causalreel.types import Cache, Chunk, Conditioning, DecodeStream, TextEncoder, VideoCodec
 from causalreel.weights.export import Export, Sampling
 
 
@@ -32,6 +33,8 @@ class Pipeline:
     codec: VideoCodec
     text: TextEncoder
     device: torch.device
+    decoder: Callable[[], DecodeStream] | None = None
+    """What opens a stream of pixels; None: the codec's own."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,6 +80,7 @@ class Pipeline:
         chunk: int | None = None,
         prefix: Tensor | None = None,
         fused: bool = True,
+        ahead: bool = True,
     ) -> Iterator[Tensor]:
         """Yield pixel frames (B,t,3,H,W) float32 in [-1,1], chunk by chunk as they are made.
 
@@ -87,7 +91,8 @@ class Pipeline:
         steps: a number (4: 1000, 750, 500, 250) or a list; chunk: latent frames made together; None: the model's own.
         prefix: the clip's first frames, (3,H,W), (T,3,H,W) or (B,T,3,H,W) in [-1,1]: one picture is image-to-video,
         more is continuation. It is encoded, decoded again and yielded first, and counts in `frames`.
-        fused: fewer, larger denoiser calls with the same result.
+        fused: fewer, larger denoiser calls with the same result. ahead: on a GPU, the next chunk is being made while
+        one is decoded and looked at.
         Everything is checked here, before the first frame is asked for; raises ValueError.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -101,44 +106,55 @@ class Pipeline:
         plan = self.schedule(frames=frames, steps=steps, chunk=chunk, prefix=length)
         full = [self.text.complete(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         text = self.text.encode(full).to(self.device)
-        return self._stream(text, KeyedNoise(seeds, self.export.latent, self.device), plan, given, fused)
+        return self._stream(text, KeyedNoise(seeds, self.export.latent, self.device), plan, given, fused, ahead)
 
     def _stream(
-        self, text: Tensor, noise: KeyedNoise, plan: Schedule, given: Tensor | None, fused: bool
+        self, text: Tensor, noise: KeyedNoise, plan: Schedule, given: Tensor | None, fused: bool, ahead: bool
     ) -> Iterator[Tensor]:
-        decode = self.codec.stream()
+        decode = self.codec.stream() if self.decoder is None else self.decoder()
         prefix = None
         if given is not None:
             with torch.no_grad():
                 prefix = self.codec.encode(given.to(self.device))  # (B,P,C,h,w)
                 shown = decode(prefix)
             yield shown
-        chunks = self._chunks(text, noise, plan, prefix, fused)
+        source = _Ahead(self._chunks(text, noise, plan, prefix, fused), self.device, ahead)
         while True:
             with torch.no_grad():  # around the work and never around a yield
-                chunk = next(chunks, None)
+                chunk = source.take()
                 if chunk is None:
                     return
                 shown = decode(chunk.latents)
+                source.start_next()
             yield shown
 
     def _chunks(
         self, text: Tensor, noise: KeyedNoise, plan: Schedule, prefix: Tensor | None, fused: bool
     ) -> Iterator[Chunk]:
         sampling = plan.sampling
-        denoise = self.denoiser
+        denoise, batch = self.denoiser, len(text)
         if sampling.guidance != 1:
-            denoise = Guided(denoise, Conditioning(self.text.null(1).to(self.device)), sampling.guidance)
-        is_causal = sampling.chunk is not None
-        return rollout(
-            denoise,
-            plan.plan(fused=fused),
-            conditioning=denoise.prepare(Conditioning(text)),
-            noise=noise,
-            solver=SOLVERS[sampling.solver],
-            cache=KVCache(self.export.model.layers, self._context(plan)) if is_causal else None,
-            prefix=prefix,
-        )
+            negative = self.text.null(1).to(self.device)
+            denoise, batch = Guided(denoise, Conditioning(negative), sampling.guidance), 2 * batch
+        with torch.no_grad():
+            return rollout(
+                denoise,
+                plan.plan(fused=fused),
+                conditioning=denoise.prepare(Conditioning(text)),
+                noise=noise,
+                solver=SOLVERS[sampling.solver],
+                cache=None if sampling.chunk is None else self._new_cache(plan, sampling.chunk, batch),
+                prefix=prefix,
+            )
+
+    def _new_cache(self, plan: Schedule, chunk: int, batch: int) -> Cache:
+        context, fast = self._context(plan), self.denoiser.run
+        is_long_prefix = context.window is not None and plan.prefix + chunk > context.window
+        if not isinstance(fast, FastDiT) or is_long_prefix:
+            return KVCache(self.export.model.layers, context)
+        latent = self.export.latent
+        size = (latent.height, latent.width)
+        return fast.new_cache(context, chunk=chunk, frames=plan.frames, batch=batch, size=size)
 
     def _context(self, plan: Schedule) -> Context:
         """The model's context; a clip longer than those of training gets a window of their length."""
@@ -155,6 +171,36 @@ class Pipeline:
             nearest = f"{below} or {below + factor}"
             raise ValueError(f"the prefix must have 1 + {factor} n frames, got {frames}; nearest: {nearest}")
         return 1 + (frames - 1) // factor
+
+
+class _Ahead:
+    """Chunks of a rollout; on a GPU the next one is made on a stream of its own while the caller uses the last."""
+
+    def __init__(self, chunks: Iterator[Chunk], device: torch.device, ahead: bool) -> None:
+        self.chunks, self.ready = chunks, None
+        self.side = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream(device))
+
+    def start_next(self) -> None:
+        """Have the GPU begin with the next chunk, if chunks are made ahead."""
+        if self.side is not None:
+            with torch.cuda.stream(self.side):
+                self.ready = next(self.chunks, None), self.side.record_event()
+
+    def take(self) -> Chunk | None:
+        """The next chunk, ready for the caller's stream."""
+        if self.side is None:
+            return next(self.chunks, None)
+        if self.ready is None:
+            self.start_next()
+        assert self.ready is not None
+        (chunk, event), self.ready = self.ready, None
+        if chunk is not None:
+            here = torch.cuda.current_stream(chunk.latents.device)
+            here.wait_event(event)
+            chunk.latents.record_stream(here)
+        return chunk
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from causalreel.nn import kernels
@@ -179,9 +180,9 @@ def _two(x: Tensor, first: int, second: int, length: int) -> Tensor:
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B,Lq,N,D), k, v (B,Lk,N,D) -> (B,Lq,N,D), no mask, by the fastest kernel there is."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,N,L,D)
     if not _has_cudnn_attention(q):
-        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0].transpose(1, 2)
 
 
