@@ -87,12 +87,14 @@ def test_groups_hand_over_what_they_print_and_say_what_is_missing(capsys: pytest
 
 
 def test_a_group_that_hangs_is_killed_with_its_children_and_the_rest_is_not_started() -> None:
+    late = 'import time; time.sleep(4); print(\'RECORD {"setting": "taehv-by3", "status": "ok"}\', flush=True)'
+
     def command(members: list[str]) -> list[str]:
-        hang = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
-        return child('RECORD {"setting": "chunkwise-4step", "status": "ok"}', then=hang + "; time.sleep(600)")
+        start = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {late!r}]); time.sleep(600)"
+        return child('RECORD {"setting": "chunkwise-4step", "status": "ok"}', then=start)
 
     records = list(driver.run_groups(["chunkwise-4step", "taehv-by3"], command, 1.0))
-    assert [r["setting"] for r in records] == ["chunkwise-4step", "taehv-by3"]
+    assert [(r["setting"], r["status"]) for r in records] == [("chunkwise-4step", "ok"), ("taehv-by3", "failed")]
     assert records[1]["error"].startswith("not started")
 
 
@@ -147,6 +149,30 @@ def test_the_report_holds_what_the_groups_gave(
     assert capsys.readouterr().out == "flashdreams 0.1.0 on none, torch 2; stubbed: boto3\nvae-by1: failed: why\n"
 
 
+def test_sums_pair_generators_and_decoders_of_one_chunk_size() -> None:
+    generated = {"status": "ok", "kind": "generator", "rollout_ms": 1500.0, "block_1_denoise_ms": 50.0}
+    decoded = {"status": "ok", "kind": "decoder", "first_chunk_ms": 20.0}
+    results = [
+        {**generated, "setting": "framewise-2step"},
+        {**generated, "setting": "chunkwise-4step"},
+        {"setting": "framewise-1step", "status": "failed", "error": "why"},
+        {**decoded, "setting": "vae-by1", "steady_ms_per_latent": 70.0},
+        {**decoded, "setting": "taehv-by3", "steady_ms_per_latent": 2.0},
+    ]
+    assert driver.sums(results, Work()) == [
+        {
+            "settings": ["framewise-2step", "vae-by1"],
+            "pixel_fps": pytest.approx(81000 / (1500 + 20 + 20 * 70)),
+            "first_pixels_ms": 70,
+        },
+        {
+            "settings": ["chunkwise-4step", "taehv-by3"],
+            "pixel_fps": pytest.approx(81000 / (1500 + 20 + 18 * 2)),
+            "first_pixels_ms": 70,
+        },
+    ]
+
+
 def test_a_group_s_process_prints_records(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
 
@@ -165,7 +191,7 @@ def test_a_group_s_process_prints_records(monkeypatch: pytest.MonkeyPatch, capsy
 def test_steady_decoding_leaves_out_first_chunk_warm_up_and_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     class Spans(timing.Marks):
         def spans_ms(self) -> list[float]:
-            return [1000.0, 500, 500, 900, *[6.0] * (len(self.points) - 5)]
+            return [1000.0, 500, 500, 900, 6, 3, 3, 6, 9, 9, 12, 12]
 
     class Decoder:
         def initialize_autoregressive_cache(self) -> None:
@@ -176,7 +202,71 @@ def test_steady_decoding_leaves_out_first_chunk_warm_up_and_capture(monkeypatch:
 
     monkeypatch.setattr(timing, "Marks", Spans)
     times = timing.time_decoder(Decoder(), SETTINGS["taehv-by3"], Work(height=2, width=2), CPU)
-    assert (times["steady_ms_per_latent"], times["first_chunk_ms"], times["clip_ms"]) == (2, 1000, 2900 + 3 * 6)
+    assert (times["steady_ms_per_latent"], times["first_chunk_ms"], times["clip_ms"]) == (2.5, 1000, 2900 + 6 + 3 + 3)
+
+
+class FakePipeline:
+    """Notes which calls come, and which scheduler is set while they do."""
+
+    def __init__(self) -> None:
+        self.diffusion_model = types.SimpleNamespace(scheduler="unset")
+        self.seen: list[tuple[object, ...]] = []
+
+    def initialize_cache(self, transformer_context: dict[str, Any]) -> str:
+        assert (transformer_context["height"], transformer_context["width"]) == (4, 4)
+        assert transformer_context["text_embeddings"].shape == (1, 8, 16)
+        return "cache"
+
+    def generate(self, block: int, cache: str) -> Tensor:
+        self.seen.append(("generate", block, cache, self.diffusion_model.scheduler))
+        return torch.randn(1, 16, 4, 4)
+
+    def finalize(self, block: int, cache: str) -> None:
+        self.seen.append(("finalize", block, cache))
+
+
+def test_a_rollout_calls_in_order_and_splits_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spans(timing.Marks):
+        def spans_ms(self) -> list[float]:
+            return [10.0 * n for n in range(1, len(self.points))]
+
+    monkeypatch.setattr(timing, "Marks", Spans)
+    pipeline = FakePipeline()
+    generator = timing.Generator(pipeline, SMALL, CPU)
+    generator.blocks, generator.first, generator.rest = 3, "four", "two"
+    for _ in range(2):
+        pipeline.seen.clear()
+        done = generator.rollout()
+        assert pipeline.seen == [
+            ("generate", 0, "cache", "four"),
+            ("finalize", 0, "cache"),
+            ("generate", 1, "cache", "two"),
+            ("finalize", 1, "cache"),
+            ("generate", 2, "cache", "two"),
+            ("finalize", 2, "cache"),
+        ]
+        assert (done.denoise, done.update) == ([10, 30, 50], [20, 40, 60])
+
+
+def test_a_record_gives_medians_with_and_without_the_last_update() -> None:
+    rollouts = iter(
+        timing.Rollout(total, [5.0, 6, 7], [1, 2, last], [torch.randn(4)])
+        for total, last in ((0, 0), (0, 0), (110.0, 3.0), (130.0, 4.0), (100.0, 30.0))
+    )
+    fake = types.SimpleNamespace(work=SMALL, blocks=3, set_steps=lambda _: None, rollout=lambda: next(rollouts))
+    fake.calls_of = lambda run: run() or 4 + 2 + 2 + 3
+    pixels = iter((900.0, 800.0, 30.0, 50.0, 40.0))  # two to warm up
+    fake.first_pixels = lambda decoder: next(pixels)
+    options = Options(warmup=2, repeats=3, device="cpu")
+    record = timing.time_generator(fake, SETTINGS["framewise-2step"], options, "decoder")  # type: ignore[arg-type]
+    assert (record["rollout_ms"], record["without_last_update_ms"]) == (110, 107)
+    assert (record["block_1_ms"], record["block_2_ms"], record["block_last_ms"]) == (6, 8, 11)
+    assert (record["block_1_denoise_ms"], record["first_pixels_wan_vae_ms"]) == (5, 40)
+    assert record["pixel_fps"] == pytest.approx(1000 * 21 / 110)
+
+    fake.calls_of, fake.rollout = lambda run: 99, lambda: timing.Rollout(1, [1], [1], [])
+    with pytest.raises(RuntimeError, match="99 network calls in a rollout, 11 expected"):
+        timing.time_generator(fake, SETTINGS["framewise-2step"], options, None)  # type: ignore[arg-type]
 
 
 # ---- with the peer, made small ---------------------------------------------------------------------------------------

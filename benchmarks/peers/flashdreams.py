@@ -115,6 +115,29 @@ def line_of(record: dict[str, Any]) -> str:
     )
 
 
+def sums(results: list[dict[str, Any]], work: Work) -> list[dict[str, Any]]:
+    """Generation and decoding of one chunk size added up, as the package runs them: one after the other.
+
+    Decoding is counted at its steady rate from the second chunk on: warm-up and graph capture are left out, which
+    favours the package.
+    """
+    rows = {
+        kind: [r for r in results if r["status"] == "ok" and r["kind"] == kind] for kind in ("generator", "decoder")
+    }
+    added = []
+    for generated in rows["generator"]:
+        for decoded in rows["decoder"]:
+            chunk = SETTINGS[generated["setting"]].chunk
+            if SETTINGS[decoded["setting"]].chunk != chunk:
+                continue
+            decode_ms = decoded["first_chunk_ms"] + (work.frames - chunk) * decoded["steady_ms_per_latent"]
+            row = {"settings": [generated["setting"], decoded["setting"]]}
+            row["pixel_fps"] = 1000 * work.pixel_frames / (generated["rollout_ms"] + decode_ms)
+            row["first_pixels_ms"] = generated["block_1_denoise_ms"] + decoded["first_chunk_ms"]
+            added.append(row)
+    return added
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write to a temporary name beside `path`, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,8 +219,12 @@ def collect(arguments: argparse.Namespace, given: list[str], work: Work, options
     for record in run_groups(arguments.settings, command, arguments.budget_s):
         (environments if record.get("kind") == "environment" else results).append(record)
         print(line_of(record), flush=True)
+        report["sums"] = sums(results, work)
         if arguments.json:
             write_json(arguments.json, report)
+    for row in sums(results, work):
+        speed = f"{row['pixel_fps']:.1f} pixel FPS, first pixels {row['first_pixels_ms']:.1f} ms"
+        print(f"{' + '.join(row['settings'])}, added up: {speed}", flush=True)
     return int(any(record["status"] != "ok" for record in results))
 
 
