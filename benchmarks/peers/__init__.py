@@ -1,0 +1,1 @@
+"""Other systems, timed on the same machine doing the same work."""
