@@ -1,0 +1,106 @@
+"""The inference path on a GPU: kernels, split attention, recordings, fp8 and decoding beside the next chunk."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import causalreel
+from causalreel.infer.accelerate import accelerate as accelerate_pipeline
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.masks import Context, frame_mask, frames_of
+from causalreel.nn.presets import ModelConfig
+from causalreel.nn.split_attention import attend_split
+from causalreel.parallel.fast import FastDiT, accelerate
+from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
+from causalreel.types import Conditioning, LatentSpec
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+CONFIG = ModelConfig(dim=384, ffn_dim=768, heads=3, layers=3, text_dim=32, text_length=16, channels=16)
+SPEC = LatentSpec(16, 16, 24)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def test_triton_kernels_are_the_formulas() -> None:
+    from test_kernels import compare
+
+    compare("cuda")
+
+
+@pytest.mark.parametrize(("chunk", "frames", "window"), [(1, 2, None), (1, 9, None), (1, 9, 8), (3, 12, None)])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_split_attention_is_attention(chunk: int, frames: int, window: int | None, samples: int) -> None:
+    tokens, heads, width = 390, 12, 128
+    context = Context(window=window)
+    mask = frame_mask(
+        frames_of((chunk, chunk), start=frames - 2 * chunk), frames_of((chunk,) * (frames // chunk)), context
+    )
+    q = torch.randn(samples, 2 * chunk * tokens, heads, width, device="cuda")
+    k, v = torch.randn(2, samples, frames * tokens, heads, width, device="cuda")
+    bias = None if mask is None else mask.dense(tokens, q.device)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias).transpose(1, 2)
+    half = [x.bfloat16() for x in (q, k, v)]
+    for rows in (mask, None):
+        if rows is None:
+            plain = (x.transpose(1, 2) for x in (q, k, v))
+            expected = F.scaled_dot_product_attention(*plain).transpose(1, 2)
+        found, _ = attend_split(*half, rows, tokens)
+        assert relative(found, expected) < 5e-3
+        values, scale = attend_split(*half, rows, tokens, quantised=True)
+        assert scale is not None
+        coarse = values.float().flatten(2).flatten(0, 1) * scale
+        assert relative(coarse, expected.flatten(2).flatten(0, 1)) < 4e-2
+
+
+def run(net: DiTDenoiser, *, chunk: int, frames: int, context: Context, plan: str, seed: int) -> torch.Tensor:
+    fast = net.run
+    if isinstance(fast, FastDiT):
+        cache = fast.new_cache(context, chunk=chunk, frames=frames, batch=1, size=(SPEC.height, SPEC.width))
+    else:
+        cache = KVCache(CONFIG.layers, context)
+    calls = chunked([chunk] * (frames // chunk), (1.0, 0.7), first=(1.0, 0.8, 0.5))
+    told = Conditioning(torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(seed)).cuda())
+    with torch.no_grad():
+        chunks = rollout(
+            net,
+            fuse(calls) if plan == "fused" else calls,
+            conditioning=net.prepare(told),
+            noise=KeyedNoise([seed], SPEC, "cuda"),
+            cache=cache,
+        )
+        return collect(chunks)
+
+
+@pytest.mark.parametrize("plan", ["plain", "fused"])
+@pytest.mark.parametrize(("chunk", "frames", "window"), [(1, 5, None), (1, 9, 4), (3, 15, 9)])
+def test_recorded_rollouts_are_the_networks(chunk: int, frames: int, window: int | None, plan: str) -> None:
+    torch.manual_seed(0)
+    net = DiTDenoiser(CONFIG).requires_grad_(False).cuda()
+    torch.nn.init.normal_(net.model.head.head.weight, std=0.1)
+    context = Context(window=window)
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    fast, coarse = accelerate(copy.deepcopy(half)), accelerate(copy.deepcopy(half), precision="fp8")
+    for seed in (0, 1):  # the second rollout replays, with another prompt and other noise
+        how = {"chunk": chunk, "frames": frames, "context": context, "seed": seed}
+        exact = run(net, plan="plain", **how)
+        plain = relative(run(half, plan="plain", **how), exact)
+        assert relative(run(fast, plan=plan, **how), exact) < max(1.2 * plain, 1e-3)
+        assert relative(run(coarse, plan=plan, **how), exact) < 0.2
+
+
+def test_the_tiny_model_makes_the_same_video_accelerated_and_ahead() -> None:
+    prompt = "a large red circle moves right"
+    exact = causalreel.load("tiny", device="cpu").generate(prompt, seed=3)
+    pipeline = accelerate_pipeline(causalreel.load("tiny", device="cuda"))
+    for ahead in (False, True, True):
+        video = torch.cat(list(pipeline.stream(prompt, seed=3, ahead=ahead)), 1).cpu()
+        assert video.shape == exact.shape
+        assert (video - exact).abs().mean() < 0.03  # bfloat16 against float32; another video differs by 0.3
