@@ -64,7 +64,8 @@ def test_merging_parts_is_attention_over_all_keys() -> None:
         out = scores[..., keys].softmax(-1) @ v[:, keys]
         parts.append((out.transpose(0, 1)[None], scores[..., keys].logsumexp(-1)[None]))
     first = tuple(torch.cat(pair) for pair in zip(parts[0], parts[1], strict=True))
-    merged, _ = kernels.merge([(first[0], first[1]), parts[2]])
+    merged = torch.empty(12, 2, 8)
+    kernels.merge([(first[0], first[1]), parts[2]], merged)
     expected = F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
     assert torch.allclose(merged, expected, atol=1e-6)
 
@@ -136,25 +137,35 @@ def compare(device: str = "cpu") -> None:
     check("norm_rows", [kernels.norm_rows(x, weights[0], 1e-6)], [formula(kernels.norm_rows, x, weights[0], 1e-6)])
     part = normal(4, length, heads, dim), normal(4, heads, length)
     extra = normal(1, length, heads, dim), 3 * normal(1, heads, length)
-    for parts in ([part], [part, extra], [part, (extra[0][:, :length], extra[1][:, :, :length])]):
-        check("merge", kernels.merge(parts), formula(kernels.merge, parts))
-    half = [(part[0][:, tokens:], part[1][:, :, tokens:])]
-    check("merge of rows", kernels.merge(half), formula(kernels.merge, half))
+    for parts in ([part], [part, extra], [(part[0][:, tokens:], part[1][:, :, tokens:])]):
+        got = torch.full((2, *parts[0][0].shape[1:]), -7.0, device=device)
+        kernels.merge(parts, got[0])
+        formula(kernels.merge, parts, got[1])
+        check("merge", [got[0]], [got[1]])
     check("gelu", kernels.gelu(x), formula(kernels.gelu, x))
     if device == "cuda":
         for name, function, args, how in (
             ("residual_norm", kernels.residual_norm, (x, gate, gate), {"eps": 1e-6, "tokens": tokens}),
-            ("merge", kernels.merge, ([part, extra],), {}),
             ("gelu", kernels.gelu, (x,), {}),
         ):
             got = function(*args, **how, quantised=True)[-2:]
-            expected = [t.cuda() for t in formula(function, *(_cpu(a) for a in args), **how, quantised=True)[-2:]]
-            both = [(v.float().flatten(1) * s).cpu() for v, s in (got, expected)]
-            assert (both[0] - both[1]).norm() < 0.02 * both[1].norm(), name  # a tie may round the other way
+            expected = formula(function, *(a.cpu() for a in args), **how, quantised=True)[-2:]
+            alike(name, got, expected)
+        for where in ("cuda", "cpu"):
+            out = torch.zeros(length, heads, dim, dtype=kernels.FP8, device=where)
+            scale = torch.zeros(length, 1, device=where)
+            parts = [tuple(t.to(where) for t in pair) for pair in (part, extra)]
+            (kernels.merge if where == "cuda" else lambda *a: formula(kernels.merge, *a))(parts, out, scale)
+            if where == "cuda":
+                got = out, scale
+            else:
+                alike("merge", got, (out, scale))
 
 
-def _cpu(x):
-    return x.cpu() if isinstance(x, torch.Tensor) else [tuple(t.cpu() for t in pair) for pair in x]
+def alike(name: str, got, expected) -> None:
+    """e4m3 values with their scales; a tie may round the other way."""
+    both = [v.cpu().float().flatten(1) * s.cpu() for v, s in (got, expected)]
+    assert (both[0] - both[1]).norm() < 0.02 * both[1].norm(), name
 
 
 if __name__ == "__main__":

@@ -212,42 +212,42 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------- partial attentions
 
 
-def merge(parts: list[tuple[Tensor, Tensor]], *, quantised: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Attentions of the same queries over disjoint keys, out (P,L,N,D) and log-sum-exp (P,N,L) each -> (L,N,D).
+def merge(parts: list[tuple[Tensor, Tensor]], out: Tensor, row_scale: Tensor | None = None) -> None:
+    """Attentions of the same queries over disjoint keys, (P,L,N,D) and log-sum-exp (P,N,L) each -> out (L,N,D).
 
-    At most two entries; P of them in each. With `quantised` the result is e4m3 with a scale (L,1) per row.
+    At most two entries; P of them in each. With `row_scale` (L,1), out is e4m3 and gets a scale per row.
     """
-    (out, lse), (extra, extra_lse) = parts[0], parts[-1]
-    if not uses_triton(out):
+    (first, lse), (extra, extra_lse) = parts[0], parts[-1]
+    if not uses_triton(first):
         merged = _merge_formula([o for o, _ in parts], [s for _, s in parts])
-        if not quantised:
-            return merged.to(out.dtype), None
-        values, row_scale = quantise_rows(merged.flatten(1))
-        return values.view(merged.shape), row_scale
-    _, length, heads, width = out.shape
-    result = torch.empty(length, heads, width, dtype=FP8 if quantised else out.dtype, device=out.device)
-    row_scale = torch.empty(length, 1, device=out.device) if quantised else None
-    for part, _ in parts:
+        if row_scale is None:
+            out.copy_(merged)
+        else:
+            values, scale = quantise_rows(merged.flatten(1))
+            out.copy_(values.view(merged.shape))
+            row_scale.copy_(scale)
+        return
+    _, length, heads, width = first.shape
+    for part in (first, extra, out.unsqueeze(0)):
         if part.stride(3) != 1 or part.stride(2) != width:
-            raise ValueError(f"partial results must hold a token's heads side by side, got strides {part.stride()}")
+            raise ValueError(f"results must hold a token's heads side by side, got strides {part.stride()}")
     _triton().merge[(length,)](
-        out,
+        first,
         lse,
         extra,
         extra_lse,
-        result,
+        out,
         row_scale if row_scale is not None else lse,
-        *(out.stride(0), out.stride(1), lse.stride(0), lse.stride(1), lse.stride(2)),
+        *(first.stride(0), first.stride(1), lse.stride(0), lse.stride(1), lse.stride(2)),
         *(extra.stride(0), extra.stride(1), extra_lse.stride(0), extra_lse.stride(1), extra_lse.stride(2)),
-        PARTS=out.shape[0],
+        PARTS=first.shape[0],
         EXTRA=extra.shape[0] if len(parts) > 1 else 0,
         HEADS=heads,
         HEAD_BLOCK=_power_of_two(heads),
         WIDTH=width,
-        QUANTISED=quantised,
+        QUANTISED=row_scale is not None,
         num_warps=_warps(heads * width),
     )
-    return result, row_scale
 
 
 def quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,30 +101,82 @@ def _sample(
     frames = q.shape[1] // tokens
     full = [r for r in cut if r.shape[0] == frames]
     rest = [r for r in cut if r.shape[0] < frames]
-    if len(full) > 1 or len(rest) > 2 or (len(rest) == 2 and rest[0].shape != rest[1].shape):
+    if len(full) != 1 or len(rest) > 2 or (len(rest) == 2 and not _halves(rest, frames)):
         return _general(q, k, v, cut, tokens, quantised)
+    aside = _Aside(q.device)
+    with aside:  # small, and it fills what the last wave of the large ones leaves idle
+        extra = _pair(q, k, v, rest[0], rest[1], tokens) if len(rest) == 2 else None
+        if len(rest) == 1:
+            rows, keys = (slice(a * tokens, b * tokens) for a, b in _sides(rest[0]))
+            extra = _in_parts(q[:, rows], k[:, keys], v[:, keys], 1)
     parts: list[tuple[Tensor, Tensor]] = []
     for r in full:
         keys = slice(r.left * tokens, r.right * tokens)
         count = parts_of(q.shape[1], q.shape[2], (r.right - r.left) * tokens, processors)
         parts.append(_in_parts(q, k[:, keys], v[:, keys], count))
-    if not rest:
-        return _finish(parts, quantised)
-    if len(rest) == 2:
-        extra = _pair(q, k, v, rest[0], rest[1], tokens)
-        if rest[0].top == 0 and rest[0].bottom == rest[1].top and rest[1].bottom == frames:
-            return _finish([*parts, extra], quantised)
-        return _general(q, k, v, cut, tokens, quantised)
-    (r,) = rest
-    rows, keys = slice(r.top * tokens, r.bottom * tokens), slice(r.left * tokens, r.right * tokens)
-    extra = _in_parts(q[:, rows], k[:, keys], v[:, keys], 1)
-    pieces = []
-    for top, bottom in ((0, r.top), (r.top, r.bottom), (r.bottom, frames)):
+    aside.join()
+    result = _Result(q, quantised)
+    if extra is None or len(rest) == 2:
+        result.write(slice(None), parts if extra is None else [*parts, extra])
+        return result.whole()
+    for top, bottom in ((0, rest[0].top), (rest[0].top, rest[0].bottom), (rest[0].bottom, frames)):
         if top < bottom:
-            here = [_rows(part, slice(top * tokens, bottom * tokens)) for part in parts]
-            pieces.append(_finish([*here, extra] if top == r.top else here, quantised))
-    outs, scales = zip(*pieces, strict=True)
-    return torch.cat(outs, 1), (None if scales[0] is None else torch.cat(scales))
+            rows = slice(top * tokens, bottom * tokens)
+            here = [(out[:, rows], lse[:, :, rows]) for out, lse in parts]
+            result.write(rows, [*here, extra] if top == rest[0].top else here)
+    return result.whole()
+
+
+class _Result:
+    """Where partial results of one sample's queries q (1,Lq,N,D) come together; e4m3 with row scales if `quantised`."""
+
+    def __init__(self, q: Tensor, quantised: bool) -> None:
+        self.out = torch.empty(q.shape[1:], dtype=kernels.FP8 if quantised else q.dtype, device=q.device)
+        self.scale = torch.empty(q.shape[1], 1, device=q.device) if quantised else None
+
+    def write(self, rows: slice, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """Merge (P,L,N,D), (P,N,L) of these rows."""
+        kernels.merge(parts, self.out[rows], None if self.scale is None else self.scale[rows])
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        return self.out.unsqueeze(0), self.scale
+
+
+def _halves(rest: list[Rectangle], frames: int) -> bool:
+    """Whether two rectangles of one shape lie one below the other and take up all rows."""
+    first, second = rest
+    covers = first.top == 0 and first.bottom == second.top and second.bottom == frames
+    return covers and first.shape == second.shape
+
+
+def _sides(r: Rectangle) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (r.top, r.bottom), (r.left, r.right)
+
+
+class _Aside:
+    """A branch beside the work that follows; `join` waits for it. On a CPU it is simply done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = _side_stream(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            self._context = torch.cuda.stream(self.stream)
+            self._context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self.stream is not None:
+            self._context.__exit__(*error)
+
+    def join(self) -> None:
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _general(
@@ -139,16 +191,6 @@ def _general(
         pieces.append(attend_plain(q[:, rows], keys, values))
     out = torch.cat(pieces, 1)
     return kernels.quantise_heads(out) if quantised else (out, None)
-
-
-def _finish(parts: list[tuple[Tensor, Tensor]], quantised: bool) -> tuple[Tensor, Tensor | None]:
-    """Partial results (P,L,N,D), (P,N,L) of the same queries -> (1,L,N,D)."""
-    out, scale = kernels.merge(parts, quantised=quantised)
-    return out.unsqueeze(0), scale
-
-
-def _rows(part: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
-    return part[0][:, rows], part[1][:, :, rows]
 
 
 def _in_parts(q: Tensor, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
