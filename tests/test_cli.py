@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -181,9 +182,13 @@ def test_frames_are_written_as_they_are_made(monkeypatch: pytest.MonkeyPatch) ->
     assert files[0] == 0 and files[-1] == 1
 
 
-def test_bench_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "--runs", "1", "--frames", "5", "--batch", "2", "--device", "cpu"]) == 0
-    assert "tiny/frame-2step on cpu, 2 x 5 frames: first-frame latency" in capsys.readouterr().out
+def test_bench_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "speed.json"
+    how = ["bench", "--runs", "1", "--frames", "5", "--batch", "2", "--device", "cpu"]
+    assert cli.main([*how, "-o", str(written)]) == 0
+    assert "first pixels" in capsys.readouterr().out
+    assert json.loads(written.read_text())["batch"] == 2
+    assert cli.main([*how, "--precision", "eager"]) == 0
     assert cli.main(["bench", "--batch", "0"]) == 2
     fails(capsys, "batch must be at least 1")
 

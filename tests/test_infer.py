@@ -14,14 +14,15 @@ import torch
 
 import causalreel
 from causalreel.codecs.wan_vae import CausalVAE
-from causalreel.infer.bench import measure
+from causalreel.infer.bench import measure, operations
 from causalreel.infer.inputs import fit, read_clip, read_picture
 from causalreel.infer.models import find
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt, even_steps, noise_levels, schedule
 from causalreel.nn.denoiser import Guided
+from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import Context
-from causalreel.rollout import KeyedNoise, chunked, collect, rollout
+from causalreel.rollout import Call, KeyedNoise, Part, chunked, collect, rollout
 from causalreel.solvers import SOLVERS
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.types import Conditioning, LatentSpec
@@ -200,7 +201,7 @@ def test_longer_clips_stream_on_behind_a_window(context: Context) -> None:
     assert long.shape[1] == 29
     close(long[:, :13], short)  # the window makes no difference before it is full
     plan = pipe.schedule(frames=29)
-    assert pipe._context(plan) == (context if context.window else Context(window=4))
+    assert plan.context == (context if context.window else Context(window=4))
 
 
 def test_a_prefix_leads_the_clip_and_is_seen() -> None:
@@ -258,9 +259,30 @@ def test_grad_mode_of_the_caller_is_left_alone() -> None:
 def test_bench_measures() -> None:
     speed = measure(pipeline(), PROMPTS, runs=2)
     assert (speed.frames, speed.batch) == (13, 2)
-    assert speed.first_frame_latency_s > 0 and speed.chunk_latency_s > 0 and speed.throughput > 0
+    assert 0 < speed.first_frame_latency_s < speed.first_frame_latency_with_text_s
+    assert speed.generator_throughput > 0 and speed.throughput > 0
+    assert (speed.chunk_at_start.count, speed.chunk_at_end.count) == (6, 6) and speed.chunk_at_end.p50 > 0
+    assert speed.window_fill == 1.0 and "first pixels" in speed.table() and speed.record()["batch"] == 2
     with pytest.raises(ValueError, match="runs must be at least 1"):
         measure(pipeline(), PROMPTS, runs=0)
+
+
+def test_bench_counts_the_operations_that_torch_counts() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = small_denoiser().config
+    denoiser, cache = small_denoiser(), KVCache(config.layers, Context())
+    told = denoiser.prepare(Conditioning(torch.zeros(1, 2, config.text_dim)))
+    x = torch.randn(1, 5, config.channels, 16, 16)
+    tokens = 16 * 16 // config.patch**2
+    first, second = Call((Part(0, 2, 1.0, 0.0),)), Call((Part(2, 3, 1.0, 0.0),))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        denoiser(x[:, :2], torch.zeros(1, 2), told, sizes=(2,), cache=cache)
+        cache.commit(2)
+        denoiser(x[:, 2:], torch.zeros(1, 3), told, sizes=(3,), start=2, cache=cache)
+    expected = sum(operations(call, config, tokens, Context()) for call in (first, second))
+    assert 0.8 < expected / counter.get_total_flops() < 1.0  # without embeddings and head, which weigh more when small
 
 
 # ---- models by name

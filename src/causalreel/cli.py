@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -327,7 +327,7 @@ def verify(args: Verify) -> int:
 
 @dataclass(frozen=True)
 class Bench:
-    """Time a model: first-frame latency, chunk latency, throughput. Decoding is included."""
+    """Time a model: first pixels, chunk latency at the start and with a full window, throughput, memory."""
 
     model: str = "tiny"
     """Embedded model or an export's folder."""
@@ -336,30 +336,37 @@ class Bench:
     batch: int = 1
     """Clips made together."""
     frames: int | None = None
-    """Pixel frames; default: as many as a training clip."""
+    """Pixel frames; default: as many as a training clip. More fill the window."""
     runs: int = 3
-    """Measured runs, after one to warm up."""
+    """Measured runs of each kind, after one to warm up."""
     steps: int | None = None
     """Denoising steps per chunk; default: the model's."""
     chunk: int | None = None
     """Latent frames made together; default: the model's."""
+    precision: Literal["eager", "bf16", "fp8"] = "bf16"
+    """bf16: fused kernels, and recorded calls on a GPU; fp8: with e4m3 products; eager: the plain network."""
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """Also write everything as JSON."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
 
 
 def bench(args: Bench) -> int:
-    _at_least(1, batch=args.batch)
+    _at_least(1, batch=args.batch, runs=args.runs)
+    import json
+
+    from causalreel.infer.accelerate import accelerate
     from causalreel.infer.bench import measure
     from causalreel.infer.models import load
+    from causalreel.weights.files import write_text
 
     pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device)
+    if args.precision != "eager":
+        pipeline = accelerate(pipeline, precision=args.precision)
     speed = measure(pipeline, [args.prompt] * args.batch, frames=args.frames, runs=args.runs)
-    memory = "" if speed.peak_memory_mib is None else f", peak memory {speed.peak_memory_mib:.0f} MiB"
-    print(
-        f"{pipeline.export.name} on {pipeline.device}, {speed.batch} x {speed.frames} frames: "
-        f"first-frame latency {speed.first_frame_latency_s:.3f} s, chunk latency {speed.chunk_latency_s:.3f} s, "
-        f"throughput {speed.throughput:.1f} frames/s{memory}"
-    )
+    print(speed.table())
+    if args.output is not None:
+        write_text(args.output, json.dumps(speed.record() | {"precision": args.precision}, indent=1))
     return 0
 
 

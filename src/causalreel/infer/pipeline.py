@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.kv_cache import KVCache
-from causalreel.nn.masks import Context
 from causalreel.parallel.fast import FastDiT
 from causalreel.rollout import KeyedNoise, rollout
 from causalreel.solvers import SOLVERS
@@ -53,7 +53,8 @@ class Pipeline:
         """How a clip of `frames` pixel frames would be made, behind `prefix` latent frames; ValueError if it cannot."""
         sampling = adapt(self.sampling, steps=steps, chunk=chunk)
         factor = self.codec.temporal_factor
-        return schedule(sampling, trained=self.export.frames, temporal_factor=factor, frames=frames, prefix=prefix)
+        how: dict[str, Any] = {"trained": self.export.frames, "temporal_factor": factor, "context": self.export.context}
+        return schedule(sampling, **how, frames=frames, prefix=prefix)
 
     def generate(
         self,
@@ -95,6 +96,33 @@ class Pipeline:
         one is decoded and looked at.
         Everything is checked here, before the first frame is asked for; raises ValueError.
         """
+        request = self._request(prompts, frames=frames, seed=seed, steps=steps, chunk=chunk, prefix=prefix)
+        return self._stream(request, fused, ahead)
+
+    def latents(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | Sequence[float] | None = None,
+        chunk: int | None = None,
+        fused: bool = True,
+    ) -> Iterator[Chunk]:
+        """Yield chunks of latents (B,F,C,H,W) float32, not decoded. Arguments as for `stream`."""
+        return self._chunks(self._request(prompts, frames=frames, seed=seed, steps=steps, chunk=chunk), None, fused)
+
+    def _request(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        frames: int | None,
+        seed: int | Sequence[int],
+        steps: int | Sequence[float] | None,
+        chunk: int | None,
+        prefix: Tensor | None = None,
+    ) -> _Request:
+        """Check everything, encode the text."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("prompts must hold at least one prompt, got none")
@@ -106,19 +134,17 @@ class Pipeline:
         plan = self.schedule(frames=frames, steps=steps, chunk=chunk, prefix=length)
         full = [self.text.complete(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         text = self.text.encode(full).to(self.device)
-        return self._stream(text, KeyedNoise(seeds, self.export.latent, self.device), plan, given, fused, ahead)
+        return _Request(text, KeyedNoise(seeds, self.export.latent, self.device), plan, given)
 
-    def _stream(
-        self, text: Tensor, noise: KeyedNoise, plan: Schedule, given: Tensor | None, fused: bool, ahead: bool
-    ) -> Iterator[Tensor]:
+    def _stream(self, request: _Request, fused: bool, ahead: bool) -> Iterator[Tensor]:
         decode = self.codec.stream() if self.decoder is None else self.decoder()
         prefix = None
-        if given is not None:
+        if request.given is not None:
             with torch.no_grad():
-                prefix = self.codec.encode(given.to(self.device))  # (B,P,C,h,w)
+                prefix = self.codec.encode(request.given.to(self.device))  # (B,P,C,h,w)
                 shown = decode(prefix)
             yield shown
-        source = _Ahead(self._chunks(text, noise, plan, prefix, fused), self.device, ahead)
+        source = _Ahead(self._chunks(request, prefix, fused), self.device, ahead)
         while True:
             with torch.no_grad():  # around the work and never around a yield
                 chunk = source.take()
@@ -128,40 +154,30 @@ class Pipeline:
                 source.start_next()
             yield shown
 
-    def _chunks(
-        self, text: Tensor, noise: KeyedNoise, plan: Schedule, prefix: Tensor | None, fused: bool
-    ) -> Iterator[Chunk]:
-        sampling = plan.sampling
-        denoise, batch = self.denoiser, len(text)
+    def _chunks(self, request: _Request, prefix: Tensor | None, fused: bool) -> Iterator[Chunk]:
+        plan, text = request.plan, request.text
+        sampling, denoise, batch = plan.sampling, self.denoiser, len(request.text)
         if sampling.guidance != 1:
             negative = self.text.null(1).to(self.device)
             denoise, batch = Guided(denoise, Conditioning(negative), sampling.guidance), 2 * batch
-        with torch.no_grad():
-            return rollout(
-                denoise,
-                plan.plan(fused=fused),
-                conditioning=denoise.prepare(Conditioning(text)),
-                noise=noise,
-                solver=SOLVERS[sampling.solver],
-                cache=None if sampling.chunk is None else self._new_cache(plan, sampling.chunk, batch),
-                prefix=prefix,
-            )
+        return rollout(
+            denoise,
+            plan.plan(fused=fused),
+            conditioning=denoise.prepare(Conditioning(text)),
+            noise=request.noise,
+            solver=SOLVERS[sampling.solver],
+            cache=None if sampling.chunk is None else self._new_cache(plan, sampling.chunk, batch),
+            prefix=prefix,
+        )
 
     def _new_cache(self, plan: Schedule, chunk: int, batch: int) -> Cache:
-        context, fast = self._context(plan), self.denoiser.run
+        context, fast = plan.context, self.denoiser.run
         is_long_prefix = context.window is not None and plan.prefix + chunk > context.window
         if not isinstance(fast, FastDiT) or is_long_prefix:
             return KVCache(self.export.model.layers, context)
         latent = self.export.latent
         size = (latent.height, latent.width)
         return fast.new_cache(context, chunk=chunk, frames=plan.frames, batch=batch, size=size)
-
-    def _context(self, plan: Schedule) -> Context:
-        """The model's context; a clip longer than those of training gets a window of their length."""
-        context = self.export.context
-        if context.window is None and plan.frames > self.export.frames:
-            return Context(window=self.export.frames, sink=context.sink)
-        return context
 
     def _latent_frames(self, frames: int) -> int:
         """Pixel frames of a prefix -> its latent frames."""
@@ -171,6 +187,17 @@ class Pipeline:
             nearest = f"{below} or {below + factor}"
             raise ValueError(f"the prefix must have 1 + {factor} n frames, got {frames}; nearest: {nearest}")
         return 1 + (frames - 1) // factor
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a checked request comes to."""
+
+    text: Tensor
+    noise: KeyedNoise
+    plan: Schedule
+    given: Tensor | None
+    """Pixels (B,T,3,H,W) that the clip begins with."""
 
 
 class _Ahead:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from causalreel.flow import sigma_grid, warp_steps
+from causalreel.nn.masks import Context
 from causalreel.rollout import Plan, chunk_sizes, chunked, fuse
 from causalreel.solvers import unipc_sigmas
 from causalreel.weights.export import Sampling
@@ -21,6 +22,8 @@ class Schedule:
     frames: int
     prefix: int
     sampling: Sampling
+    context: Context = Context()
+    """How much of the past a chunk sees."""
 
     def plan(self, *, fused: bool = True) -> Plan:
         """The calls of the rollout; `fused` says the same in fewer of them."""
@@ -77,11 +80,18 @@ def first_noise_levels(sampling: Sampling) -> tuple[float, ...] | None:
 
 
 def schedule(
-    sampling: Sampling, *, trained: int, temporal_factor: int, frames: int | None = None, prefix: int = 0
+    sampling: Sampling,
+    *,
+    trained: int,
+    temporal_factor: int,
+    frames: int | None = None,
+    prefix: int = 0,
+    context: Context = Context(),
 ) -> Schedule:
     """Check a request for `frames` pixel frames (None: a training clip's) behind `prefix` given latent frames.
 
-    trained: latent frames of a training clip. Raises ValueError naming the nearest numbers of frames that are possible.
+    trained: latent frames of a training clip. context: the model's; a clip longer than those of training gets a window
+    of their length. Raises ValueError naming the nearest numbers of frames that are possible.
     """
     chunk = sampling.chunk
     if chunk is None:
@@ -100,10 +110,12 @@ def schedule(
     unit = chunk or 1
     if frames is None:
         wanted = max(trained // unit * unit, prefix + unit)
-        return Schedule(wanted, prefix, sampling)
+        return Schedule(wanted, prefix, sampling, context)
     wanted = 1 + (frames - 1) // temporal_factor  # latent frames, rounded down
     if frames >= 1 and (frames - 1) % temporal_factor == 0 and wanted % unit == 0 and wanted > prefix:
-        return Schedule(wanted, prefix, sampling)
+        if context.window is None and wanted > trained:
+            context = Context(window=trained, sink=context.sink)
+        return Schedule(wanted, prefix, sampling, context)
     below = max(wanted // unit * unit, prefix + unit)
     above = below + unit if 1 + temporal_factor * (below - 1) < frames else below
     nearest = " or ".join(str(1 + temporal_factor * (n - 1)) for n in dict.fromkeys((below, above)))
