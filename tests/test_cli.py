@@ -189,6 +189,7 @@ def test_bench_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "first pixels" in capsys.readouterr().out
     assert json.loads(written.read_text())["batch"] == 2
     assert cli.main([*how, "--precision", "eager"]) == 0
+    capsys.readouterr()
     assert cli.main(["bench", "--batch", "0"]) == 2
     fails(capsys, "batch must be at least 1")
 
