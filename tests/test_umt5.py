@@ -183,6 +183,29 @@ def test_folders_of_transformers_and_diffusers_are_read(shards: int, tmp_path: P
     assert torch.allclose(encoder.encode(["a cat"])[0, : len(ids)], forward(official(), ids), atol=1e-4)
 
 
+def test_the_config_beside_the_weights_is_heard(tmp_path: Path) -> None:
+    folder, ids = save_pretrained(tmp_path / "text_encoder"), list(range(1, 60))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"relative_attention_max_distance": 16}))
+    got = embed(files.load_umt5(tmp_path, dtype=torch.float32), ids, torch.device("cpu"))
+    wanted = forward(official(), ids, UMT5Sizes(**{**vars(SIZES), "max_distance": 16}))
+    assert (got - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    for change in ({"model_type": "t5"}, {"feed_forward_proj": "gated-silu"}, {"layer_norm_epsilon": 1e-5}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=f"config.json: {next(iter(change))} is"):
+            files.load_umt5(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        files.load_umt5(folder)
+
+
+def test_the_config_of_wan_is_not_the_encoders(wan_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(wan_folder, tmp_path / "wan")
+    (tmp_path / "wan" / "config.json").write_text(json.dumps({"model_type": "t2v", "dim": 1536}))
+    for path in (tmp_path / "wan", tmp_path / "wan" / files.OFFICIAL_FILE):
+        assert files.stated_max_distance(path) == 128
+
+
 def test_the_embedding_may_come_under_both_names_if_they_agree(tmp_path: Path) -> None:
     path, names = tmp_path / "umt5.safetensors", files.to_transformers(official())
     twice = names | {files.TIED: names["shared.weight"].clone()}

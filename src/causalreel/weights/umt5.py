@@ -179,17 +179,38 @@ def official_shapes(sizes: UMT5Sizes = UMT5Sizes()) -> dict[str, tuple[int, ...]
     return shapes
 
 
-def load_umt5(
-    path: str | Path, *, dtype: torch.dtype = torch.bfloat16, max_distance: int = UMT5Sizes.max_distance
-) -> nn.Module:
+def load_umt5(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, max_distance: int | None = None) -> nn.Module:
     """A text encoder's weights as transformers' network on the CPU, in evaluation mode.
 
+    max_distance: of relative positions; None is what the folder's config.json says, else UMT5-XXL's.
     Tensors that have the dtype already stay mapped from disk; others are converted one after another.
     """
     official = read_umt5(path)
+    max_distance = stated_max_distance(path) if max_distance is None else max_distance
     model = build(sizes_of(official, max_distance=max_distance))
     fill(model, {transformers_name(name): official.pop(name).to(dtype) for name in list(official)})
     return model
+
+
+def stated_max_distance(path: str | Path) -> int:
+    """The reach of relative positions by a folder's config.json; ValueError if that tells another network.
+
+    Everything else that it says is in the shapes, or fixed for UMT5. What lies beside a single file or Wan2.1's own is
+    not the encoder's.
+    """
+    file = weight_files(path)[0]
+    config = file.with_name("config.json")
+    if Path(path).is_file() or file.name == OFFICIAL_FILE or not config.is_file():
+        return UMT5Sizes.max_distance
+    try:
+        stated = dict(json.loads(config.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{config} is damaged: {error}") from error
+    fixed = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6}
+    for name, value in fixed.items():
+        if stated.get(name, value) != value:
+            raise ValueError(f"{config}: {name} is {stated[name]!r}, a UMT5 encoder has {value!r}")
+    return int(stated.get("relative_attention_max_distance", UMT5Sizes.max_distance))
 
 
 def load_text_encoder(
