@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def read_tensors(path: str | Path) -> dict[str, Any]:
-    """A .safetensors file as name -> tensor, or a .pt/.pth file as what was saved (loaded with weights_only=True)."""
+def read_tensors(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
+    """A .safetensors file as name -> tensor, or a .pt/.pth file as what was saved (loaded with weights_only=True).
+
+    mmap: leave the tensors of a .pt/.pth file on disk until they are read (files of before PyTorch 1.6 cannot).
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"weights file not found: {path}")
@@ -26,7 +30,8 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path} is damaged or was cut off while it was written: {error}") from error
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mmap and zipfile.is_zipfile(path)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # torch raises many types for a bad pickle or archive; all mean the same to the user
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} is damaged, cut off, or holds more than tensors: {reason}") from error
