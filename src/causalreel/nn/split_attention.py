@@ -196,7 +196,7 @@ def _general(
 def _in_parts(q: Tensor, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """q (1,Lq,N,D), k, v (1,Lk,N,D) -> per part of the keys: out (P,Lq,N,D), log-sum-exp (P,N,Lq)."""
     keys, values = (x[0].unflatten(0, (count, -1)) for x in (k, v))  # (P,Lk/P,N,D)
-    return attend_with_sum(q.expand(count, -1, -1, -1), keys, values)
+    return attend_with_sum(q.expand(count, -1, -1, -1).contiguous(), keys, values)
 
 
 def _pair(q: Tensor, k: Tensor, v: Tensor, a: Rectangle, b: Rectangle, tokens: int) -> tuple[Tensor, Tensor]:
