@@ -33,7 +33,9 @@ def needs_triton() -> None:
 def run(backend: passes.Backend, source: str, sink: str | None, dtype: torch.dtype, fresh: bool) -> list[Tensor | None]:
     """One pass with everything in it -> frames, sink, state, pending."""
     pending, state = noise(2, 2, 4, 6, 5, seed=5).to(dtype), noise(2, 2, 4, 6, 5, seed=6).to(dtype)
-    given = Source(source, noise(*SHAPES[source]).to(dtype), noise(5, seed=1), pending)
+    data = noise(*SHAPES[source]).to(dtype)
+    first, more = (data[0], tuple(data[1:])) if source == "winograd" else (data, ())
+    given = Source(source, first, noise(5, seed=1), pending, more)
     wanted = None if sink is None else Sink(sink, noise(5, seed=2) + 1, state)
     residual = noise(2, 4, 4, 6, 5, seed=3).to(dtype)
     kept, out = between(given, wanted, residual=residual, keep=True, fresh=fresh, backend=backend)
@@ -66,7 +68,7 @@ def test_head_kernel(times: int, fresh: bool) -> None:
     found = []
     for backend in ("triton", "torch"):
         pending = noise(2, 2, 3, 5, 6, seed=2) if times == 3 else None
-        how = dict(times=times, pending=pending, fresh=fresh, scale=0.3, shift=0.1, backend=backend)
+        how = {"times": times, "pending": pending, "fresh": fresh, "scale": 0.3, "shift": 0.1, "backend": backend}
         found.append((gather_head(noise(88, 2 * 4 * 30), noise(3, seed=1), (2, 4, 5, 6), **how), pending))
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
 

@@ -1,10 +1,13 @@
 """Triton kernels of `codecs.passes`, for CUDA (and, for tests, Triton's interpreter)."""
 
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from causalreel.codecs.passes import EPS, Sink, Source
@@ -16,6 +19,9 @@ SINKS = {"none": 0, "frames": 1, "halo": 2, "taps": 3, "winograd": 4}
 @triton.jit(do_not_specialize=["pixels", "width"])
 def _between(
     data,  # noqa: ANN001
+    product1,  # noqa: ANN001
+    product2,  # noqa: ANN001
+    product3,  # noqa: ANN001
     bias,  # noqa: ANN001
     pending,  # noqa: ANN001
     residual,  # noqa: ANN001
@@ -29,6 +35,7 @@ def _between(
     C: tl.constexpr,
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
     SOURCE: tl.constexpr,
     SINK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -68,70 +75,71 @@ def _between(
         tl.store(sink + (b * (T + 2) + 1) * frame + place, newer.to(sink.dtype.element_ty), mask=inside)
 
     second = zero
-    for t in tl.static_range(T):
-        x = zero
-        if SOURCE == 0:
-            x = tl.load(data + (b * T + t) * frame + place, mask=inside, other=0.0).to(tl.float32)
-        if SOURCE == 1:
-            half = (b * (T // 2) + t // 2) * frame * 2
-            x = tl.load(data + half + pixel * (2 * C) + (t % 2) * C + c, mask=inside, other=0.0).to(tl.float32)
-        if SOURCE == 2:
-            if t % 2 == 0:
-                step = tl.num_programs(1).to(tl.int64) * (T // 2) * frame
-                m = data + (b * (T // 2) + t // 2) * frame + place
-                m0 = tl.load(m, mask=inside, other=0.0).to(tl.float32)
-                m1 = tl.load(m + step, mask=inside, other=0.0).to(tl.float32)
-                m2 = tl.load(m + 2 * step, mask=inside, other=0.0).to(tl.float32)
-                m3 = tl.load(m + 3 * step, mask=inside, other=0.0).to(tl.float32)
-                x = m0 + m1 + m2
-                second = m1 - m2 - m3
-            else:
-                x = second
-        if SOURCE == 3:
-            three = data + (b * T + t) * frame * 3 + pixel * (3 * C) + c
-            x = tl.load(three + 2 * C, mask=inside, other=0.0).to(tl.float32) + begun
-            begun = tl.load(three + C, mask=inside, other=0.0).to(tl.float32) + begun_next
-            begun_next = tl.load(three, mask=inside, other=0.0).to(tl.float32)
-        if SOURCE == 4:
-            row, column = pixel // width, pixel % width
-            across = width // 2 + 1
-            down = pixels // width // 2 + 1
-            where = (row // 2 + row % 2) * across + column // 2 + column % 2
-            four = (b * T + t) * (tl.cast(down, tl.int64) * across * (4 * C))
-            offset = where * (4 * C) + ((row % 2) * 2 + column % 2) * C + c
-            x = tl.load(data + four + offset, mask=inside, other=0.0).to(tl.float32)
-        x += shift
-        if HAS_RESIDUAL:
-            x += tl.load(residual + (b * T + t) * frame + place, mask=inside, other=0.0).to(tl.float32)
-        if KEEP:
-            tl.store(kept + (b * T + t) * frame + place, x.to(kept.dtype.element_ty), mask=inside)
-        if SINK >= 1:
-            y = x
-            if NORM:
-                x = tl.where(inside, x, 0.0)
-                mean = tl.sum(x * x, 1) / C
-                y = x * (1.0 / tl.sqrt(mean + EPSILON))[:, None] * gain
-                y = y / (1.0 + tl.exp(-y))
-            stored = y.to(sink.dtype.element_ty)
-            if SINK == 1:
-                tl.store(sink + (b * T + t) * frame + place, stored, mask=inside)
-            if SINK == 2:
-                tl.store(sink + (b * (T + 2) + 2 + t) * frame + place, stored, mask=inside)
-            if SINK == 3:
-                taps = sink + (b * T + t) * frame * 3 + pixel * (3 * C) + c
-                tl.store(taps, older.to(sink.dtype.element_ty), mask=inside)
-                tl.store(taps + C, newer.to(sink.dtype.element_ty), mask=inside)
-                tl.store(taps + 2 * C, stored, mask=inside)
-            if SINK == 4 and t % 2 == 1:  # the pair's four frames are oldest, older, newer, y
-                far = tl.num_programs(1).to(tl.int64) * (T // 2) * frame
-                v = sink + (b * (T // 2) + t // 2) * frame + place
-                tl.store(v, (oldest - newer).to(sink.dtype.element_ty), mask=inside)
-                tl.store(v + far, (older + newer).to(sink.dtype.element_ty), mask=inside)
-                tl.store(v + 2 * far, (newer - older).to(sink.dtype.element_ty), mask=inside)
-                tl.store(v + 3 * far, (older - y).to(sink.dtype.element_ty), mask=inside)
-            oldest = older
-            older = newer
-            newer = y
+    for group in range(T // UNROLL):
+        for step in tl.static_range(UNROLL):
+            t = group * UNROLL + step
+            x = zero
+            if SOURCE == 0:
+                x = tl.load(data + (b * T + t) * frame + place, mask=inside, other=0.0).to(tl.float32)
+            if SOURCE == 1:
+                half = (b * (T // 2) + t // 2) * frame * 2
+                x = tl.load(data + half + pixel * (2 * C) + (step % 2) * C + c, mask=inside, other=0.0).to(tl.float32)
+            if SOURCE == 2:
+                if step % 2 == 0:
+                    pair = (b * (T // 2) + t // 2) * frame
+                    m0 = tl.load(data + pair + place, mask=inside, other=0.0).to(tl.float32)
+                    m1 = tl.load(product1 + pair + place, mask=inside, other=0.0).to(tl.float32)
+                    m2 = tl.load(product2 + pair + place, mask=inside, other=0.0).to(tl.float32)
+                    m3 = tl.load(product3 + pair + place, mask=inside, other=0.0).to(tl.float32)
+                    x = m0 + m1 + m2
+                    second = m1 - m2 - m3
+                else:
+                    x = second
+            if SOURCE == 3:
+                three = data + (b * T + t) * frame * 3 + pixel * (3 * C) + c
+                x = tl.load(three + 2 * C, mask=inside, other=0.0).to(tl.float32) + begun
+                begun = tl.load(three + C, mask=inside, other=0.0).to(tl.float32) + begun_next
+                begun_next = tl.load(three, mask=inside, other=0.0).to(tl.float32)
+            if SOURCE == 4:
+                row, column = pixel // width, pixel % width
+                across = width // 2 + 1
+                down = pixels // width // 2 + 1
+                where = (row // 2 + row % 2) * across + column // 2 + column % 2
+                four = (b * T + t) * (tl.cast(down, tl.int64) * across * (4 * C))
+                offset = where * (4 * C) + ((row % 2) * 2 + column % 2) * C + c
+                x = tl.load(data + four + offset, mask=inside, other=0.0).to(tl.float32)
+            x += shift
+            if HAS_RESIDUAL:
+                x += tl.load(residual + (b * T + t) * frame + place, mask=inside, other=0.0).to(tl.float32)
+            if KEEP:
+                tl.store(kept + (b * T + t) * frame + place, x.to(kept.dtype.element_ty), mask=inside)
+            if SINK >= 1:
+                y = x
+                if NORM:
+                    x = tl.where(inside, x, 0.0)
+                    mean = tl.sum(x * x, 1) / C
+                    y = x * (1.0 / tl.sqrt(mean + EPSILON))[:, None] * gain
+                    y = y / (1.0 + tl.exp(-y))
+                stored = y.to(sink.dtype.element_ty)
+                if SINK == 1:
+                    tl.store(sink + (b * T + t) * frame + place, stored, mask=inside)
+                if SINK == 2:
+                    tl.store(sink + (b * (T + 2) + 2 + t) * frame + place, stored, mask=inside)
+                if SINK == 3:
+                    taps = sink + (b * T + t) * frame * 3 + pixel * (3 * C) + c
+                    tl.store(taps, older.to(sink.dtype.element_ty), mask=inside)
+                    tl.store(taps + C, newer.to(sink.dtype.element_ty), mask=inside)
+                    tl.store(taps + 2 * C, stored, mask=inside)
+                if SINK == 4 and step % 2 == 1:  # the pair's four frames are oldest, older, newer, y
+                    far = tl.num_programs(1).to(tl.int64) * (T // 2) * frame
+                    v = sink + (b * (T // 2) + t // 2) * frame + place
+                    tl.store(v, (oldest - newer).to(sink.dtype.element_ty), mask=inside)
+                    tl.store(v + far, (older + newer).to(sink.dtype.element_ty), mask=inside)
+                    tl.store(v + 2 * far, (newer - older).to(sink.dtype.element_ty), mask=inside)
+                    tl.store(v + 3 * far, (older - y).to(sink.dtype.element_ty), mask=inside)
+                oldest = older
+                older = newer
+                newer = y
     if SOURCE == 3:
         tl.store(pending + 2 * b * frame + place, begun.to(pending.dtype.element_ty), mask=inside)
         tl.store(pending + (2 * b + 1) * frame + place, begun_next.to(pending.dtype.element_ty), mask=inside)
@@ -150,12 +158,13 @@ def between(
     kept = data.new_empty(shape) if keep else None
     out = None if sink is None else data.new_empty(sink.stored(shape))
     gamma, state = (None, None) if sink is None else (sink.gamma, sink.state)
-    for tensor in (data, residual, state, source.pending):
+    for tensor in (data, *source.more, residual, state, source.pending):
         assert tensor is None or tensor.is_contiguous(), "passes read dense channels-last tensors"
     lanes = triton.next_power_of_2(c)
     rows = max(1, 2048 // lanes) if lanes > 128 else max(1, 1024 // lanes)
     _between[(triton.cdiv(h * w, rows), b)](
         data,
+        *(source.more or (data, data, data)),
         *(data if tensor is None else tensor for tensor in (source.bias, source.pending, residual, kept, gamma)),
         *(data if tensor is None else tensor for tensor in (out, state)),
         h * w,
@@ -164,6 +173,7 @@ def between(
         C=c,
         LANES=lanes,
         ROWS=rows,
+        UNROLL=next(n for n in (t if t <= 4 else 4, 2, 1) if t % n == 0),
         SOURCE=SOURCES[source.kind],
         SINK=SINKS[sink.kind if sink is not None else "none"],
         HAS_BIAS=source.bias is not None,

@@ -8,7 +8,7 @@ Activations are channels-last. Arithmetic inside a pass is float32, storage is t
 Sources, as stored -> frames (B,T,H,W,C):
     frames    (B,T,H,W,C)
     pairs     (B,T/2,H,W,2*C), two frames side by side
-    winograd  (4,B,T/2,H,W,C), the four products of F(2,3) over time
+    winograd  four times (B,T/2,H,W,C), the products of F(2,3) over time
     stacked   (B,T,H,W,3*C), what each frame adds to the output two frames later, one later and its own
     phases    (B,T,H/2+1,W/2+1,4*C), the four output phases of a doubling followed by a 3x3 convolution
 Sinks, frames (B,T,H,W,C) -> as stored:
@@ -33,20 +33,23 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Source:
-    """What a convolution left. bias (C,) float32; pending (B,2,H,W,C): sums begun by earlier calls, if stacked."""
+    """What a convolution left. bias (C,) float32; pending (B,2,H,W,C): sums begun by earlier calls, if stacked.
+
+    data is the first of the four products if winograd, and `more` the others.
+    """
 
     kind: Literal["frames", "pairs", "winograd", "stacked", "phases"]
     data: Tensor
     bias: Tensor | None = None
     pending: Tensor | None = None
+    more: tuple[Tensor, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """(B,T,H,W,C) of the frames."""
-        *batch, h, w, c = self.data.shape
+        b, t, h, w, c = self.data.shape
         if self.kind == "winograd":
-            return batch[1], 2 * batch[2], h, w, c
-        b, t = batch
+            return b, 2 * t, h, w, c
         if self.kind == "pairs":
             return b, 2 * t, h, w, c // 2
         if self.kind == "phases":
@@ -95,7 +98,7 @@ def between(
         x = x + source.bias
     if residual is not None:
         x = x + residual.float()
-    kept = x.to(source.data.dtype) if keep else None
+    kept = x.to(source.data.dtype).contiguous() if keep else None
     return kept, None if sink is None else _write(sink, x, source.data.dtype, fresh)
 
 
@@ -104,7 +107,7 @@ def _read(source: Source, fresh: bool) -> Tensor:
     if source.kind == "pairs":
         return data.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)  # (B,T,H,W,C)
     if source.kind == "winograd":
-        m0, m1, m2, m3 = data  # (B,T/2,H,W,C) each
+        m0, (m1, m2, m3) = data, (part.float() for part in source.more)  # (B,T/2,H,W,C) each
         return torch.stack([m0 + m1 + m2, m1 - m2 - m3], 2).flatten(1, 2)
     if source.kind == "stacked":
         return _sum_stacked(data, source.pending, fresh)
@@ -133,7 +136,7 @@ def _write(sink: Sink, y: Tensor, dtype: torch.dtype, fresh: bool) -> Tensor:
     if sink.gamma is not None:
         y = F.silu(F.rms_norm(y, (y.shape[-1],), sink.gamma, eps=EPS))
     if sink.kind == "frames":
-        return y.to(dtype)
+        return y.to(dtype).contiguous()
     assert sink.state is not None
     past = torch.zeros_like(sink.state) if fresh else sink.state
     padded = torch.cat([past.float(), y], 1)  # (B,2+T,H,W,C)
