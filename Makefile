@@ -2,7 +2,7 @@
 
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 BIN := $(dir $(shell $(PYTHON) -c 'import sys; print(sys.executable)'))
-CODE := src tests examples runs claims
+CODE := src tests examples runs claims benchmarks
 TESTS ?= -n auto
 
 export OMP_NUM_THREADS ?= 1

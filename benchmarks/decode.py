@@ -213,8 +213,8 @@ def variants(bench: Bench, best: Arithmetic | None) -> Iterator[tuple[str, str, 
             on_gpu = bench.device.type == "cuda"
             program = TAEHVProgram(bench.taehv, fp16, bench.device, "triton" if on_gpu else "torch")
             program._is_fused = False
-            shape = (1, *bench.latents.shape[2:])
-            return FastDecoder(program, shape, device=bench.device, sizes=(by, 1), graphs=on_gpu).stream
+            c, h, w = bench.latents.shape[2:]
+            return FastDecoder(program, (1, c, h, w), device=bench.device, sizes=(by, 1), graphs=on_gpu).stream
 
         return make
 

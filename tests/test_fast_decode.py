@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,3 +183,21 @@ def test_graphs_replay_the_plain_stream(make: type, sizes: tuple[int, ...]) -> N
             two(interleaved)
         wanted = codec.decode(latents)
         assert (torch.cat(frames, 1) - wanted).norm() / wanted.norm() < 0.02
+
+
+def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "decode.py"
+    sizes = ["--height", "16", "--width", "16", "--dim", "4", "--repeat", "1", "--device", "cpu", "--only"]
+    monkeypatch.setattr(
+        "sys.argv", [str(script), *sizes, "bf16 conv3d,taehv fast bf", "--out", str(tmp_path / "x.json")]
+    )
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = tf32
+    found = json.loads((tmp_path / "x.json").read_text())
+    rows = found["rows"]
+    assert {"wan fast bf16 conv3d, by 1", "wan fast bf16 conv3d, by 3", "taehv fast bfloat16, by 3"} <= set(rows)
+    assert all(0 < row["error"] < 0.1 and row["p50_ms"] > 0 for row in rows.values())
+    assert found["conditions"]["pixels"] == [16, 16] and "failed" not in capsys.readouterr().out

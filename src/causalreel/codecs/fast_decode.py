@@ -10,6 +10,8 @@ one in (about 3 GB moved for the Wan VAE at 480x832, a millisecond). Without CUD
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -176,7 +178,7 @@ def fast_decoder(
     if min(height, width) < factor or height % factor or width % factor:
         raise ValueError(f"height and width must be multiples of {factor}, got {height}x{width}")
     on_gpu = device.type == "cuda"
-    backend = ("triton" if on_gpu else "torch") if backend is None else backend
+    backend = _backend(on_gpu) if backend is None else backend
     if isinstance(codec, TAEHV):
         if arithmetic is not None:
             raise ValueError("arithmetic is for the Wan VAE, this codec is a TAEHV")
@@ -185,6 +187,14 @@ def fast_decoder(
         program = WanProgram(codec, dtype, device, backend, arithmetic or Arithmetic())
     latent = (batch, codec.channels, height // factor, width // factor)
     return FastDecoder(program, latent, device=device, sizes=sizes, graphs=on_gpu if graphs is None else graphs)
+
+
+def _backend(on_gpu: bool) -> Backend:
+    if on_gpu and importlib.util.find_spec("triton") is not None:
+        return "triton"
+    if on_gpu:
+        logging.getLogger(__name__).warning("fast decode without Triton: the passes are several kernels each, and slow")
+    return "torch"
 
 
 def fast_stream(

@@ -86,16 +86,16 @@ class Convolution:
     """A causal 3x3x3 convolution with the norm and SiLU before it; its bias is left to the pass after it."""
 
     def __init__(self, conv: CausalConv, norm: ChannelNorm | None, arithmetic: Arithmetic, dtype: torch.dtype) -> None:
-        self.weight = conv.weight.detach().float()  # (O,C,3,3,3)
+        self.weight = conv.weight.detach()  # (O,C,3,3,3), the codec's own
         self.width = self.weight.shape[0]
         self.gamma = None if norm is None else norm.gamma.detach().float().flatten().contiguous()
         assert conv.bias is not None
         self.bias = conv.bias.detach().float()
-        self.arithmetic, self.dtype = arithmetic, dtype
+        self.arithmetic, self.dtype, self.device = arithmetic, dtype, conv.weight.device
         self._prepared: dict[Method, list[Tensor]] = {}
 
     def to(self, device: torch.device) -> Convolution:
-        self.weight, self.bias = self.weight.to(device), self.bias.to(device)
+        self.device, self.bias = device, self.bias.to(device)
         self.gamma = None if self.gamma is None else self.gamma.to(device)
         return self
 
@@ -121,20 +121,21 @@ class Convolution:
 
     def _weights(self, method: Method) -> list[Tensor]:
         if method not in self._prepared:
-            self._prepared[method] = [dense(w.to(self.dtype)) for w in self._kernels(method)]
+            kernels = self._kernels(method, self.weight.to(self.device).float())
+            self._prepared[method] = [dense(kernel.to(self.dtype)) for kernel in kernels]
         return self._prepared[method]
 
-    def _kernels(self, method: Method) -> list[Tensor]:
+    def _kernels(self, method: Method, weight: Tensor) -> list[Tensor]:
         if method == "winograd":
-            return list(winograd_weights(self.weight))
+            return list(winograd_weights(weight))
         if method == "paired":
-            early, late = F.pad(self.weight, (0, 0, 0, 0, 0, 1)), F.pad(self.weight, (0, 0, 0, 0, 1, 0))
+            early, late = F.pad(weight, (0, 0, 0, 0, 0, 1)), F.pad(weight, (0, 0, 0, 0, 1, 0))
             return [torch.cat([early, late])]  # (2*O,C,4,3,3)
         if method == "conv3d":
-            return [self.weight]
+            return [weight]
         if method == "stacked":  # the oldest tap belongs to the output two frames later
-            return [self.weight.movedim(2, 0).flatten(0, 1)]  # (3*O,C,3,3)
-        return [self.weight.transpose(1, 2).flatten(1, 2)]  # (O,3*C,3,3)
+            return [weight.movedim(2, 0).flatten(0, 1)]  # (3*O,C,3,3)
+        return [weight.transpose(1, 2).flatten(1, 2)]  # (O,3*C,3,3)
 
 
 def dense(weight: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ class _Attention:
         b, t, h, w, c = x.shape
         tokens = F.rms_norm(x.view(b * t, h * w, c), (c,), self._gamma, eps=1e-12)
         q, k, v = F.linear(tokens, *self._qkv).chunk(3, -1)  # (B*T,H*W,C) each
-        weights = torch.softmax((q * c**-0.5) @ k.transpose(1, 2), -1, dtype=torch.float32).to(q.dtype)
+        weights = torch.softmax((q * c**-0.5) @ k.transpose(1, 2), -1)  # float32 inside, stored as q is
         y = F.linear(weights @ v, *self._proj).view(x.shape)
         flow.source, flow.residual = Source("frames", y), x
 

@@ -161,7 +161,7 @@ def between(
     for tensor in (data, *source.more, residual, state, source.pending):
         assert tensor is None or tensor.is_contiguous(), "passes read dense channels-last tensors"
     lanes = triton.next_power_of_2(c)
-    rows = max(1, 2048 // lanes) if lanes > 128 else max(1, 1024 // lanes)
+    rows = max(1, 1024 // lanes)
     _between[(triton.cdiv(h * w, rows), b)](
         data,
         *(source.more or (data, data, data)),
