@@ -179,6 +179,8 @@ def fast_decoder(
         raise ValueError(f"height and width must be multiples of {factor}, got {height}x{width}")
     on_gpu = device.type == "cuda"
     backend = _backend(on_gpu) if backend is None else backend
+    if not isinstance(codec, (CausalVAE, TAEHV)):
+        raise TypeError(f"codec must be a CausalVAE or a TAEHV, got {type(codec).__name__}")
     if isinstance(codec, TAEHV):
         if arithmetic is not None:
             raise ValueError("arithmetic is for the Wan VAE, this codec is a TAEHV")

@@ -34,13 +34,15 @@ from causalreel.codecs.wan_vae import (
     Upsample,
 )
 
-Method = Literal["conv3d", "concat", "stacked", "paired", "winograd"]
-METHODS: tuple[Method, ...] = get_args(Method)
+Method = Literal["conv3d", "concat", "stacked", "paired", "winograd", "alone"]
+METHODS: tuple[Method, ...] = get_args(Method)[:-1]
 """conv3d    one conv3d behind a halo of two frames, which the pass before it writes
 concat    one conv2d over three frames side by side, which the pass before it writes
 stacked   one conv2d to three outputs a frame, summed over time by the pass after it; nothing is written twice
 paired    one conv3d to two frames at once, kernel 4 and stride 2 in time: 4/3 of the arithmetic, twice the channels
 winograd  four conv2d on combinations of four frames for two outputs: 2/3 of the arithmetic
+
+The first frame of a video has only zeros before it: there a convolution is one conv2d by its last tap ("alone").
 """
 
 
@@ -99,10 +101,10 @@ class Convolution:
         self.gamma = None if self.gamma is None else self.gamma.to(device)
         return self
 
-    def sink(self, method: Method) -> Literal["frames", "halo", "taps", "winograd"]:
+    def sink(self, method: Method) -> Literal["frames", "halo", "taps", "winograd", "alone"]:
         """What it wants to read."""
-        if method == "winograd":
-            return "winograd"
+        if method == "winograd" or method == "alone":
+            return method
         return "taps" if method == "concat" else "frames" if method == "stacked" else "halo"
 
     def __call__(self, x: Tensor, method: Method, pending: Tensor | None) -> Source:
@@ -133,6 +135,8 @@ class Convolution:
             return [torch.cat([early, late])]  # (2*O,C,4,3,3)
         if method == "conv3d":
             return [weight]
+        if method == "alone":
+            return [weight[:, :, 2]]  # (O,C,3,3)
         if method == "stacked":  # the oldest tap belongs to the output two frames later
             return [weight.movedim(2, 0).flatten(0, 1)]  # (3*O,C,3,3)
         return [weight.transpose(1, 2).flatten(1, 2)]  # (O,3*C,3,3)
@@ -203,6 +207,8 @@ class WanProgram:
         """Norm, SiLU and convolution; -> what came in, if `keep`."""
         b, t, h, w, c = flow.source.shape
         method = conv.arithmetic.method(t, conv.width)
+        if flow.fresh and t == 1 and method != "stacked":  # which makes its parts of the next two frames at once
+            method = "alone"
         kind = conv.sink(method)
         state = None if kind == "frames" else self._state(conv, (b, 2, h, w, c))
         sink = Sink(kind, conv.gamma, state)

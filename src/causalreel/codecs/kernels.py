@@ -13,7 +13,7 @@ from torch import Tensor
 from causalreel.codecs.passes import EPS, Sink, Source
 
 SOURCES = {"frames": 0, "pairs": 1, "winograd": 2, "stacked": 3, "phases": 4}
-SINKS = {"none": 0, "frames": 1, "halo": 2, "taps": 3, "winograd": 4}
+SINKS = {"none": 0, "frames": 1, "halo": 2, "taps": 3, "winograd": 4, "alone": 5}
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -121,7 +121,7 @@ def _between(
                     y = x * (1.0 / tl.sqrt(mean + EPSILON))[:, None] * gain
                     y = y / (1.0 + tl.exp(-y))
                 stored = y.to(sink.dtype.element_ty)
-                if SINK == 1:
+                if SINK == 1 or SINK == 5:
                     tl.store(sink + (b * T + t) * frame + place, stored, mask=inside)
                 if SINK == 2:
                     tl.store(sink + (b * (T + 2) + 2 + t) * frame + place, stored, mask=inside)

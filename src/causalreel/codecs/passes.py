@@ -16,6 +16,7 @@ Sinks, frames (B,T,H,W,C) -> as stored:
     halo      (B,2+T,H,W,C), the two frames before in front
     taps      (B,T,H,W,3*C), each frame beside the two before it, oldest first
     winograd  (4,B,T/2,H,W,C), the four inputs of F(2,3) over time
+    alone     (B,T,H,W,C), and remembered: for the first frame of a video, before which there is nothing
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Sink:
     state (B,2,H,W,C): the last two frames of the stream, read and then replaced; unused by sink "frames".
     """
 
-    kind: Literal["frames", "halo", "taps", "winograd"]
+    kind: Literal["frames", "halo", "taps", "winograd", "alone"]
     gamma: Tensor | None = None
     state: Tensor | None = None
 
@@ -73,7 +74,9 @@ class Sink:
         b, t, h, w, c = shape
         if self.kind == "winograd":
             return 4, b, t // 2, h, w, c
-        return {"frames": (b, t, h, w, c), "halo": (b, t + 2, h, w, c), "taps": (b, t, h, w, 3 * c)}[self.kind]
+        if self.kind == "taps":
+            return b, t, h, w, 3 * c
+        return b, t + 2 if self.kind == "halo" else t, h, w, c
 
 
 def between(
@@ -143,6 +146,8 @@ def _write(sink: Sink, y: Tensor, dtype: torch.dtype, fresh: bool) -> Tensor:
     sink.state.copy_(padded[:, -2:])
     if sink.kind == "halo":
         return padded.to(dtype)
+    if sink.kind == "alone":
+        return y.to(dtype).contiguous()
     if sink.kind == "taps":
         return torch.cat([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], -1).to(dtype)
     d0, d1, d2, d3 = padded[:, :-2:2], padded[:, 1:-2:2], padded[:, 2::2], padded[:, 3::2]  # (B,T/2,H,W,C) each

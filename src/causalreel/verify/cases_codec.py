@@ -29,7 +29,7 @@ DEMO_CHUNK = 3
 @torch.no_grad()
 def wan_vae(case: Case, found: Findings) -> None:
     """c10: encoding, decoding, and decoding in every recorded split of the latents over calls."""
-    codec = load_wan_vae(case.folder / f"{case.get('weights', default='weights_vae')}.safetensors")
+    codec = load_wan_vae(_weights(case, "weights_vae"))
     _check_size(case, codec)
     if "in.channel_mean" in case.tensors:
         codec.set_statistics(case.tensors["in.channel_mean"].tolist(), case.tensors["in.channel_std"].tolist())
@@ -130,7 +130,7 @@ def taehv(case: Case, found: Findings) -> None:
 def _network(case: Case) -> TAEHV:
     """From the weights file, or made by the recipe that the case states."""
     if case.get("weights") != "recipe":
-        return load_taehv(_weights(case))
+        return load_taehv(_weights(case, "weights_taehv"))
     config = TAEHVConfig(
         channels=case.model["latent_channels"],
         encoder_width=case.model["encoder_width"],
@@ -173,8 +173,9 @@ def recipe_weights(codec: TAEHV, recipe: str, shift: Sequence[float] | None) -> 
     return made
 
 
-def _weights(case: Case) -> str:
-    return str(case.folder / f"{case.get('weights', default='weights_taehv')}.safetensors")
+def _weights(case: Case, default: str) -> str:
+    name = str(case.get("weights", default=default)).removesuffix(".safetensors")
+    return str(case.folder / f"{name}.safetensors")
 
 
 def _previews(case: Case, found: Findings, latents: Tensor) -> None:
@@ -196,7 +197,7 @@ def _smaller(case: Case, **less: tuple[int, ...] | tuple[bool, ...]) -> TAEHV:
     """The case's network with less growth or fewer doublings."""
     whole = _network(case)
     codec = TAEHV(replace(whole.config, **less))  # pyright: ignore[reportArgumentType]
-    load_strictly(codec, cut_growth(codec, whole.state_dict()), source=_weights(case))
+    load_strictly(codec, cut_growth(codec, whole.state_dict()), source=case.name)
     return codec
 
 
