@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from causalreel.verify import cases_network, cases_rollout, cases_schedule, cases_text, cases_training
+from causalreel.verify import (
+    cases_codec,
+    cases_network,
+    cases_rollout,
+    cases_schedule,
+    cases_text,
+    cases_training,
+)
 from causalreel.verify.case import Case, Findings, read_case
 
 Handler = Callable[[Case, Findings], None]
@@ -22,6 +29,8 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c5": lambda case: cases_rollout.many_step,
     "c6": lambda case: cases_schedule.schedules,
     "c7": cases_training.handler,
+    "c10": lambda case: cases_codec.wan_vae,
+    "c11": lambda case: cases_codec.taehv,
     "c12": lambda case: cases_text.umt5,
     "c13": lambda case: cases_text.cleaning,
 }

@@ -165,7 +165,7 @@ def load_export(
             f"{path} holds the weights of {claimed.get('name', 'another model')!r}, "
             f"not of {export.name!r} as {CONFIG} beside it says"
         )
-    with _without_initialisation():
+    with without_initialisation():
         denoiser = DiTDenoiser(export.model, context=export.context, backend=backend, compute=compute)
     load_strictly(denoiser.model, tensors, source=str(path))
     return denoiser.requires_grad_(False).eval(), export
@@ -218,7 +218,7 @@ def load_codec(path: str | Path) -> CausalVAE:
     if not path.with_suffix(".yaml").is_file():
         raise ValueError(f"no codec at {path}: {path.with_suffix('.yaml').name} is missing")
     sizes = config.load(path.with_suffix(".yaml"), CodecExport).codec
-    with _without_initialisation():
+    with without_initialisation():
         codec = CausalVAE(sizes)
     load_strictly(codec, read_tensors(path), source=str(path))
     return codec.requires_grad_(False).eval()
@@ -250,7 +250,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _without_initialisation() -> Iterator[None]:
+def without_initialisation() -> Iterator[None]:
     """For networks that are loaded at once: no time spent on random weights, and the caller's generator stays.
 
     A meta device would do as well, but its first arithmetic imports torch's compiler, which takes a second.
