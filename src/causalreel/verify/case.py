@@ -34,7 +34,10 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Case:
-    """<name>.json and <name>.safetensors of a folder. Tensors are `in.*`, draws in order of use, and `out.*`."""
+    """<name>.json and <name>.safetensors of a folder. Tensors are `in.*`, draws in order of use, and `out.*`.
+
+    Cases of text or names have no tensors: what they hold is in `document`, the whole JSON.
+    """
 
     name: str
     folder: Path
@@ -44,6 +47,7 @@ class Case:
     model: dict[str, Any]
     tensors: dict[str, Tensor]
     tolerance: float
+    document: dict[str, Any] = field(default_factory=dict)
 
     def get(self, *keys: str, default: Any = None) -> Any:
         """The first of these settings that the case has, in its `config` or `extra`: a single value, not a list."""
@@ -80,10 +84,10 @@ class Case:
     def told(self, name: str = "in.prompt_embeds") -> Conditioning:
         return Conditioning(self.tensors[name].float())
 
-    def network(self, role: str = "generator", context: Context = Context()) -> DiTDenoiser:
-        """A network of the case's size with the weights that this role has, read by their official names."""
+    def size(self) -> ModelConfig:
+        """The size of the case's networks."""
         model = self.model
-        config = ModelConfig(
+        return ModelConfig(
             dim=model["dim"],
             ffn_dim=model["ffn_dim"],
             heads=model["num_heads"],
@@ -94,7 +98,10 @@ class Case:
             channels=model.get("in_dim", 16),
             eps=model.get("eps", 1e-6),
         )
-        net = DiTDenoiser(config, context=context, backend="sdpa")
+
+    def network(self, role: str = "generator", context: Context = Context()) -> DiTDenoiser:
+        """A network of the case's size with the weights that this role has, read by their official names."""
+        net = DiTDenoiser(self.size(), context=context, backend="sdpa")
         load_file_into(net.model, str(self.folder / f"{self._weights(role)}.safetensors"))
         return net
 
@@ -122,8 +129,9 @@ class Case:
 def read_case(path: Path) -> Case | None:
     """A case's JSON with its tensors; None if the file describes something else."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not {"case", "tensors", "tolerance"} <= set(found):
+    if not isinstance(found, dict) or "case" not in found:
         return None
+    tolerance = found.get("tolerance") or {"suggested_max_abs_error_relative_to_max_abs_output": 0}
     return Case(
         name=path.stem,
         folder=path.parent,
@@ -131,8 +139,9 @@ def read_case(path: Path) -> Case | None:
         config=found.get("config") or {},
         extra=found.get("extra") or {},
         model=found.get("model") or {},
-        tensors=read_tensors(path.with_suffix(".safetensors")),
-        tolerance=float(found["tolerance"]["suggested_max_abs_error_relative_to_max_abs_output"]),
+        tensors=read_tensors(path.with_suffix(".safetensors")) if "tensors" in found else {},
+        tolerance=float(tolerance["suggested_max_abs_error_relative_to_max_abs_output"]),
+        document=found,
     )
 
 
@@ -179,6 +188,10 @@ class Findings:
         label = f"{name} ({via})" if via else name
         self.seen.add(name)
         self.checks.append(Check(label, relative_error(got, self.case.tensors[name]), self.case.tolerance))
+
+    def add_exact(self, name: str, got: object, wanted: object) -> None:
+        """Compare what is not a tensor, such as text; only equality will do."""
+        self.checks.append(Check(name, float(got != wanted), 0.0))
 
     def add_printed(self, name: str, value: float | Mapping[str, float], *, via: str = "") -> None:
         """Compare with a number, or a table of numbers, printed in the JSON; each relative to itself."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from causalreel.verify import cases_network, cases_rollout, cases_schedule, cases_training
+from causalreel.verify import cases_checkpoints, cases_network, cases_rollout, cases_schedule, cases_training
 from causalreel.verify.case import Case, Findings, read_case
 
 Handler = Callable[[Case, Findings], None]
@@ -22,6 +22,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c5": lambda case: cases_rollout.many_step,
     "c6": lambda case: cases_schedule.schedules,
     "c7": cases_training.handler,
+    "c14": cases_checkpoints.handler,
 }
 """Family of a case, the beginning of its name -> what checks it; None where nothing does."""
 
