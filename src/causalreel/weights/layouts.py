@@ -83,7 +83,7 @@ def read_network(path: str | Path, which: str | None = None) -> Network:
     """
     path = _settle(Path(path))
     found = _read_shards(path) if path.name.endswith(".index.json") else read_tensors(path)
-    facts = _facts(path.parent)
+    facts = {} if path.suffix in PICKLE_SUFFIXES else _facts(path.parent)
     tensors, key = select(found, which, source=str(path))
     try:
         bare = bare_names(tensors)
@@ -268,7 +268,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder; empty if there is none."""
+    """The config.json of a folder of weights; empty if there is none, or one of something else."""
     path = folder / "config.json"
     if not path.is_file():
         return {}
@@ -276,7 +276,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    return facts if isinstance(facts, dict) else {}
+    return facts if isinstance(facts, dict) and "Wan" in str(facts.get("_class_name")) else {}
 
 
 def _layout(tensors: Mapping[str, Tensor], bare: Mapping[str, Tensor], key: str | None, path: Path) -> str:
