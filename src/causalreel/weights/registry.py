@@ -76,7 +76,9 @@ class ReleasedModel:
 
     def export(self, *, height: int | None = None, width: int | None = None) -> Export:
         """Everything but the weights, as for exported models; for other sides in pixels if given."""
-        latent = latent_of(height or 8 * self.latent.height, width or 8 * self.latent.width)
+        latent = latent_of(
+            8 * self.latent.height if height is None else height, 8 * self.latent.width if width is None else width
+        )
         model = PRESETS[self.preset]
         return Export(
             self.name, model, self.sampling, self.context, self.frames, self.fps, latent, self.codec, self.text
