@@ -155,6 +155,17 @@ def test_denoising_calls_of_a_training_clip(name: str, calls: int) -> None:
     assert model.sampling.shift == 5 and model.frames == 21 and model.fps == 16
 
 
+def test_the_page_lists_them_all() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    for name, model in MODELS.items():
+        assert f"`{model.files[0].path}`" in rows[name], name
+        inside = {"generator": "| raw |", "generator_ema": "| averaged |", None: "|"}[model.which]
+        assert inside in rows[name], name
+        assert str(model.sampling.multistep or len(model.sampling.steps)) in rows[name] or model.rollout == "rolling"
+    assert {name for name in rows if name.startswith("causal-forcing/")} <= {*MODELS}
+
+
 def test_rows_are_complete() -> None:
     for name, model in MODELS.items():
         export = model.export()

@@ -3,6 +3,7 @@ and the names and shapes of full-size networks."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -131,8 +132,9 @@ def shapes(case: Case, found: Findings) -> None:
         found.add_exact(f"{label}: names", sorted(ours), sorted(given))
         found.add_exact(f"{label}: shapes", ours, {name: list(tensor.shape) for name, tensor in given.items()})
         counts = case.document.get("counts", {}).get(label, {})
-        total = sum(tensor.numel() for tensor in given.values())
-        found.add_exact(f"{label}: counts", {"tensors": len(ours), "parameters": total} | counts, counts)
+        total = sum(math.prod(shape) for shape in ours.values())
+        counted = {"tensors": len(ours), "parameters": total}
+        found.add_exact(f"{label}: counts", {key: counted.get(key) for key in counts}, counts)
         if "text_len" in sizes:
             found.add_exact(f"{label}: there and back", _there_and_back(given), "")
             config = Network(given, "wan", None, {}, label).config()
