@@ -123,6 +123,23 @@ def test_shards_are_cut_between_tensors() -> None:
     assert split({}, 1) == [{}]
 
 
+def test_heads_come_from_a_known_size() -> None:
+    """No shape shows them: a preset does, another size needs them said."""
+    from causalreel.nn.presets import PRESETS
+    from causalreel.weights.build import random_denoiser
+
+    known = random_denoiser(PRESETS["tiny-smoke"]).model.state_dict()
+    write_tensors("known.safetensors", known)
+    convert("known.safetensors", "known", "wan")
+    assert json.loads(Path("known/config.json").read_text())["num_heads"] == PRESETS["tiny-smoke"].heads
+    wide = ModelConfig(dim=128, ffn_dim=8, heads=2, layers=1, text_dim=8, text_length=4, freq_dim=16)
+    write_tensors("wide.safetensors", random_denoiser(wide).model.state_dict())
+    with pytest.raises(ValueError, match="attention heads"):
+        convert("wide.safetensors", "wide", "wan")
+    with pytest.raises(ValueError, match="heads=3"):
+        convert("wide.safetensors", "wide", "wan", heads=3)
+
+
 def run(*arguments: str) -> int:
     return cli.main(["convert", *arguments])
 

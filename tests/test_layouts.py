@@ -239,6 +239,17 @@ def test_relatives_of_the_network_are_named(extra: str, parts: list[str], tmp_pa
     refused(path, *parts)
 
 
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    """An image-to-video network has more names and another shape, and both are in the message."""
+    tensors = named("")
+    tensors["img_emb.proj.0.weight"] = torch.ones(3)
+    tensors["patch_embedding.weight"] = torch.ones(16, 36, 1, 2, 2)
+    with pytest.raises(ValueError) as caught:
+        load_strictly(network(0), tensors, source="x")
+    for part in ("1 unexpected (first: img_emb.proj.0.weight)", "wrong shape: patch_embedding.weight is (16, 36,"):
+        assert part in str(caught.value)
+
+
 def test_other_sizes_are_named() -> None:
     with torch.device("meta"):
         small, large = (DiT(PRESETS[name]) for name in ("wan-1.3b", "wan-14b"))
@@ -261,7 +272,7 @@ def test_quantised_weights_are_refused(change: str, tmp_path: Path) -> None:
     else:
         tensors[name] = tensors[name].to(torch.float8_e4m3fn if change == "float8" else torch.int8)
     write_tensors(path, tensors)
-    refused(path, "fp8 weights" if change != "integers" else "quantised weights", "bfloat16")
+    refused(path, "fp8 (quantised) weights" if change != "integers" else "integers", "bfloat16")
 
 
 def shards(folder: Path, count: int = 3) -> Path:
@@ -290,7 +301,7 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     second.write_bytes(whole[:-10])
     refused(index.parent, second.name, f"shorter than its header says, {len(whole) - 10} of {len(whole)} bytes")
     second.unlink()
-    refused(index.parent, f"lacks 1 of 3 shards (missing: {second.name})")
+    refused(index.parent, "lacks 1 of the 3 shards", index.name, f"(missing: {second.name})")
     second.write_bytes(third.read_bytes())
     refused(index.parent, second.name, "not the shard that", "describes")
     second.write_bytes(whole)

@@ -376,7 +376,7 @@ def test_another_size_is_said_with_the_models_that_have_it(place: Path) -> None:
     with pytest.raises(ValueError) as caught:
         load("causal-forcing/chunkwise", weights=path, wan_dir=wan_dir(place / "wan"), **FAST)
     assert "another model size: it looks like wan-14b (width 24, 3 blocks)" in str(caught.value)
-    assert "models of that size: wan2.1-t2v-14b (--model NAME)" in str(caught.value)
+    assert "give --model NAME of that size: wan2.1-t2v-14b" in str(caught.value)
 
 
 def test_taehv_decodes_and_the_vae_encodes(place: Path) -> None:

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from causalreel.infer.pipeline import Pipeline
     from causalreel.infer.requests import Wanted
 
-PROMPT_CACHE = Path.home() / ".cache" / "causalreel" / "prompts"
-"""Where text embeddings of prompts are kept, which take seconds to make at full size."""
-
-
 # ------------------------------------------------------------------------------------------------------------ generate
 
 
@@ -186,7 +182,8 @@ def _wanted(args: Generate) -> list[Wanted]:
 def _full_size(args: Generate) -> dict[str, Any]:
     """What `load` takes for released models."""
     names = ("weights", "which", "wan_dir", "decoder", "height", "width")
-    return {name: getattr(args, name) for name in names} | {"prompt_cache": PROMPT_CACHE}
+    cache = Path("~/.cache/causalreel/prompts").expanduser()  # embeddings of prompts, which take seconds to make
+    return {name: getattr(args, name) for name in names} | {"prompt_cache": cache}
 
 
 def _frames(args: Generate, pipeline: Pipeline) -> int | None:

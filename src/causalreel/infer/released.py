@@ -83,6 +83,8 @@ def load_released(
         choices.before_loading(export, device)
     denoiser = _denoiser(model, export, choices, files, device, dtype)
     codec = _codec(choices.decoder, files, device, dtype)
+    if codec.channels != export.latent.channels:
+        raise ValueError(f"the codec has {codec.channels} channels, {model.name} has {export.latent.channels}")
     return Pipeline(denoiser, export, sampling, codec, _text(export, files, choices, device), device)
 
 
@@ -122,7 +124,8 @@ def _denoiser(
         names = [name for name, row in MODELS.items() if row.preset == preset]
         raise ValueError(
             f"{files.weights} is of another model size: it looks like {size_in_words(found)}, and {model.name} is "
-            f"{size_in_words(export.model)}; models of that size: {', '.join(names) or 'none'} (--model NAME)"
+            f"{size_in_words(export.model)}; give --model NAME of that size: {', '.join(names[:3]) or 'there is none'}"
+            f"{' ...: causalreel models' if len(names) > 3 else ''}"
         )
     if is_others:
         log.warning("%s is used as %s%s", files.weights, model.name, hint)

@@ -15,6 +15,7 @@ from causalreel.nn.presets import ModelConfig
 from causalreel.weights.build import empty_denoiser, moved
 from causalreel.weights.diffusers import diffusers_config, wan_config
 from causalreel.weights.files import write_tensors, write_text, write_whole
+from causalreel.weights.identify import preset_of
 from causalreel.weights.layouts import LAYOUTS, check_finite, check_fits, read_network, to_layout
 
 SHARD_BYTES = 5 * 10**9
@@ -53,7 +54,7 @@ def convert(
         config = network.config()
     is_folder = target.suffix == ""
     told = network.facts.get("num_heads") or network.facts.get("num_attention_heads")
-    if is_folder and not told and config.dim % 128:
+    if is_folder and not told and preset_of(config) is None:
         raise ValueError(f"{source} does not say how many attention heads it has, and config.json needs it: --heads N")
     check_fits(empty_denoiser(config).model, network.tensors, source=network.source)
     check_finite(network.tensors, source=network.source)

@@ -70,7 +70,7 @@ def check_header(path: str | Path) -> dict[str, Any]:
     if size < 8 + length + end:
         raise ValueError(
             f"{path} is damaged or was cut off while it was written: it is shorter than its header says, "
-            f"{size} of {8 + length + end} bytes (a download that did not finish? run it again, it resumes)"
+            f"{size} of {8 + length + end} bytes (truncated: a download that did not finish? run it again, it resumes)"
         )
     return entries
 
@@ -82,7 +82,7 @@ def _read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
     is_zip = first.startswith(b"PK\x03\x04")
     if is_zip and not _has_zip_directory(path):
         raise ValueError(
-            f"{path} was cut off: the zip directory at its end is missing (a download that did not finish? "
+            f"{path} was cut off: the zip directory at its end is missing (truncated: a download that did not finish? "
             f"run it again, it resumes)"
         )
     if not is_zip and not first.startswith(b"\x80"):

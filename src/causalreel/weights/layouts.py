@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,25 +172,33 @@ def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str)
         return
     config, size = config_of(shapes), config_of(wanted)
     is_other_size = config is not None and size is not None and size_in_words(config) != size_in_words(size)
-    if wrong and (is_other_size or not (missing or unexpected)):
-        of_size = " is of another model size:" if is_other_size or len(wrong) > 1 else " does not fit the network:"
+    is_other_size = is_other_size or (len(wrong) > 1 and not (missing or unexpected))
+    told = [f"{len(missing)} names missing (first: {_few(missing)})"] if missing else []
+    told += [f"{len(unexpected)} unexpected (first: {_few(unexpected)})"] if unexpected else []
+    if wrong:
         wants = f" ({size_in_words(size)})" if is_other_size and size is not None else ""
-        raise ValueError(
-            f"{source}{of_size} wrong shape: {wrong[0]} is {shapes[wrong[0]]}, "
-            f"the network{wants} has {wanted[wrong[0]]}; {describe(shapes)}"
-        )
-    told = [f"{len(missing)} names missing (first: {missing[0]})"] if missing else []
-    told += [f"{len(unexpected)} unexpected (first: {unexpected[0]})"] if unexpected else []
-    raise ValueError(f"{source} does not fit the network: {', '.join(told)}; {describe(shapes)}")
+        shape = f"wrong shape: {wrong[0]} is {shapes[wrong[0]]}, the network{wants} has {wanted[wrong[0]]}"
+        told = [shape, *told] if is_other_size else [*told, shape]
+    verdict = "is of another model size" if is_other_size else "does not fit the network"
+    raise ValueError(f"{source} {verdict}: {', '.join(told)}; {describe(shapes)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3])
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
     """ValueError naming the first tensor with a value that is not finite. Reads everything once."""
-    sums = [(name, value.sum(dtype=torch.float32)) for name, value in tensors.items() if value.device.type != "meta"]
-    if not sums or torch.stack([total for _, total in sums]).isfinite().all():  # one wait for a GPU, not one each
+    real = {name: value for name, value in tensors.items() if value.device.type != "meta"}
+    totals = torch.zeros(len(real), device=next(iter(real.values())).device) if real else torch.zeros(0)
+    for i, value in enumerate(real.values()):  # into one tensor: one wait for a GPU, and a heap without holes
+        totals[i] = value.sum(dtype=torch.float32)
+    if totals.isfinite().all():
         return
-    for name, total in sums:  # a sum of finite values may overflow
-        if not total.isfinite() and not (good := tensors[name].isfinite()).all():
+    for (name, value), total in zip(
+        real.items(), totals.tolist(), strict=True
+    ):  # finite values may have a sum that is not
+        if not math.isfinite(total) and not (good := value.isfinite()).all():
             count = good.numel() - int(good.sum())
             raise ValueError(f"{source}: not finite: {name} has {count} values that are NaN or infinite")
 
@@ -253,7 +262,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     absent = [name for name in shards if not (index.parent / name).is_file()]
     if absent:
         raise ValueError(
-            f"{index.parent} lacks {len(absent)} of {len(shards)} shards (missing: {', '.join(absent)}); download again"
+            f"{index.parent} lacks {len(absent)} of the {len(shards)} shards that {index.name} names "
+            f"(missing: {', '.join(absent)}); download again"
         )
     tensors: dict[str, Tensor] = {}
     for name in shards:
@@ -294,10 +304,11 @@ def _refuse_quantised(tensors: Mapping[str, Tensor], path: Path) -> None:
     low = [name for name, value in tensors.items() if value.dtype in FP8]
     whole = [name for name, value in tensors.items() if not value.is_floating_point() and name not in scales]
     if scales or low or whole:
-        what = "fp8 weights" if scales or low else "quantised weights"
+        first = (low or scales or whole)[0]
+        what = "fp8 (quantised) weights" if scales or low else "integers where weights should be (quantised?)"
         raise ValueError(
-            f"{path} holds {what} (first: {(low or scales or whole)[0]}), which lost precision and are not read; "
-            f"use the float32, bfloat16 or float16 file of the same model"
+            f"{path} holds {what} (first: {first}, {str(tensors[first].dtype).removeprefix('torch.')}), which are not "
+            f"read; use the float32, bfloat16 or float16 file of the same model"
         )
 
 
