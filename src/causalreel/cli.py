@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from causalreel.infer.pipeline import Pipeline
-
+    from causalreel.infer.requests import Wanted
 
 # ------------------------------------------------------------------------------------------------------------ generate
 
@@ -40,35 +40,50 @@ class Generate:
     output: Annotated[Path, arg(aliases=["-o"])] = Path("out.mp4")
     """Video file (.mp4, .mkv, .mov, .gif), or a directory."""
     prompt_file: Path | None = None
-    """Text file with one prompt a line, besides those on the command line."""
+    """Text file with one prompt a line, or .jsonl with {"prompt": ..., "image": ..., "seed": ...} a line, besides those
+    on the command line."""
     model: str = "tiny"
-    """Embedded model (tiny, tiny/frame-1step ...) or an export's folder."""
+    """Embedded model (tiny, tiny/frame-1step ...), released one (see `causalreel models`) or an export's folder."""
+    weights: str | None = None
+    """Released models: their weights' file or folder here, of any layout; "random" needs no file, for benchmarks."""
+    which: str | None = None
+    """Released models: top-level key of a .pt file, such as generator_ema; default: the one that the release means."""
+    wan_dir: Path | None = None
+    """Released models: folder with VAE, text encoder and tokenizer (Wan2.1_VAE.pth ...), and taew2_1.pth."""
+    decoder: Literal["wan", "taehv"] = "wan"
+    """Released models: the model's own VAE, or a tiny one, faster and less exact."""
+    height: Annotated[int | None, arg(aliases=["--pixel-height"])] = None
+    """Released models: height in pixels, a multiple of 16; default: the model's 480."""
+    width: Annotated[int | None, arg(aliases=["--pixel-width"])] = None
+    """Released models: width in pixels, a multiple of 16; default: the model's 832."""
     seed: int = 0
     """Seed of the first prompt."""
     frames: int | None = None
     """Pixel frames, 1 + 4 (n - 1); default: as many as a training clip. More streams on."""
+    latent_frames: Annotated[int | None, arg(aliases=["--num-output-frames"])] = None
+    """The same in latent frames: n."""
+    blocks: Annotated[int | None, arg(aliases=["--total-blocks"])] = None
+    """The same in chunks, those of a given picture or video counted too."""
     steps: int | None = None
     """Denoising steps per chunk; default: the model's."""
     chunk: int | None = None
     """Latent frames made together; default: the model's."""
     image: Path | None = None
-    """Picture that the video starts with."""
+    """Picture that the video starts with; or a folder of pictures, each with its prompt in a .txt of the same name."""
     video: Path | None = None
     """Video to continue; it becomes the beginning of the result."""
+    fit: Literal["crop", "pad"] = "crop"
+    """A picture or video of another shape keeps its aspect: cut to fill the frame, or set between black bars."""
     sheet: Path | None = None
     """Also write a picture (.png, .jpg) with a row of frames per prompt."""
-    scale: int = 4
-    """Repeat each pixel so often, which keeps small videos sharp."""
+    scale: int | None = None
+    """Repeat each pixel so often, which keeps small videos sharp; default: 4 for videos below 128 pixels, else 1."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
 
 
 def generate(args: Generate) -> int:
-    prompts = [*args.prompts, *_prompts_from(args.prompt_file)]
-    if not prompts:
-        raise ValueError("no prompt: give one on the command line or with --prompt-file")
-    if args.image is not None and args.video is not None:
-        raise ValueError("--image and --video exclude each other")
+    wanted = _wanted(args)
     from causalreel.data.video import (
         GIF_SUFFIX,
         PICTURE_SUFFIXES,
@@ -80,27 +95,29 @@ def generate(args: Generate) -> int:
     )
     from causalreel.infer.models import load
 
-    paths = _outputs(args.output, len(prompts))
+    paths = _outputs(args.output, wanted)
     for path in paths:  # before the work and not after it; the writers check again
         check_target(path, (*VIDEO_SUFFIXES, GIF_SUFFIX), may_make_folder=True)
     if args.sheet is not None:
         check_target(args.sheet, PICTURE_SUFFIXES)
-    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device)
+    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device, **_full_size(args))
+    prompts = [one.prompt for one in wanted]
     pipeline.text.encode(prompts)  # all of them are understood before the first is made
-    prefix = _prefix(args, pipeline)
+    frames, scale = _frames(args, pipeline), _scale(args, pipeline)
     shown: list[Tensor] = []
-    for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
+    for index, (one, path) in enumerate(zip(wanted, paths, strict=True)):
         clock = _Clock(path.name)
-        parts = pipeline.stream(prompt, frames=args.frames, seed=args.seed + index, prefix=prefix)
+        seed = args.seed + index if one.seed is None else one.seed
+        parts = pipeline.stream(one.prompt, frames=frames, seed=seed, prefix=_prefix(args, one.image, pipeline))
         kept: list[Tensor] = []  # (t,H,W,3) uint8, for the sheet only: a long clip is not held in memory
         keep = (lambda frames, kept=kept: kept.append(to_bytes(frames))) if args.sheet else None
         path.parent.mkdir(exist_ok=True)
-        write_video(path, clock.watch(parts, keep), pipeline.export.fps, scale=args.scale)
+        write_video(path, clock.watch(parts, keep), pipeline.export.fps, scale=scale)
         print(f"{path}: {clock.summary()}", flush=True)
         if args.sheet is not None:
             shown.append(_joined(kept).permute(0, 3, 1, 2))
     if args.sheet is not None:
-        contact_sheet(shown, args.sheet, prompts, scale=max(1, args.scale // 2))
+        contact_sheet(shown, args.sheet, prompts, scale=max(1, scale // 2))
         print(args.sheet)
     return 0
 
@@ -137,32 +154,80 @@ class _Clock:
         )
 
 
-def _prompts_from(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line]
+def _wanted(args: Generate) -> list[Wanted]:
+    """Every video that is asked for; the pictures are known to be pictures."""
+    from causalreel.infer.inputs import read_picture
+    from causalreel.infer.requests import Wanted, read_pairs, read_prompts
+
+    if args.image is not None and args.video is not None:
+        raise ValueError("--image and --video exclude each other")
+    if sum(given is not None for given in (args.frames, args.latent_frames, args.blocks)) > 1:
+        raise ValueError("--frames, --latent-frames and --blocks exclude each other")
+    wanted = [Wanted(prompt) for prompt in args.prompts]
+    wanted += read_prompts(args.prompt_file) if args.prompt_file is not None else []
+    if args.image is not None and args.image.is_dir():
+        if wanted:
+            raise ValueError(f"{args.image} is a folder with prompts of its own; leave out the other prompts")
+        wanted = read_pairs(args.image)
+    if not wanted:
+        raise ValueError("no prompt: give one on the command line or with --prompt-file")
+    if (args.image or args.video) is not None and args.prompt_file and any(one.image for one in wanted):
+        raise ValueError(f"{args.prompt_file} names pictures of its own; leave out --image and --video")
+    for picture in dict.fromkeys(one.image or args.image for one in wanted):
+        if picture is not None:
+            read_picture(picture)
+    return wanted
 
 
-def _outputs(output: Path, count: int) -> list[Path]:
-    """Where each of `count` videos goes."""
-    if output.is_dir() or (count > 1 and not output.suffix):
-        return [output / f"{i}.mp4" for i in range(count)]
-    if count == 1:
+def _full_size(args: Generate) -> dict[str, Any]:
+    """What `load` takes for released models."""
+    names = ("weights", "which", "wan_dir", "decoder", "height", "width")
+    cache = Path("~/.cache/causalreel/prompts").expanduser()  # embeddings of prompts, which take seconds to make
+    return {name: getattr(args, name) for name in names} | {"prompt_cache": cache}
+
+
+def _frames(args: Generate, pipeline: Pipeline) -> int | None:
+    """Pixel frames of a clip, however they are asked for."""
+    latent = args.latent_frames
+    if args.blocks is not None:
+        _at_least(1, blocks=args.blocks)
+        if pipeline.sampling.chunk is None:
+            raise ValueError(f"--blocks needs an autoregressive model; {pipeline.export.name} makes whole clips")
+        latent = args.blocks * pipeline.sampling.chunk
+    if latent is None:
+        return args.frames
+    _at_least(1, latent_frames=latent)
+    return 1 + pipeline.codec.temporal_factor * (latent - 1)
+
+
+def _scale(args: Generate, pipeline: Pipeline) -> int:
+    if args.scale is not None:
+        return args.scale
+    return 4 if min(pipeline.size) < 128 else 1
+
+
+def _outputs(output: Path, wanted: Sequence[Wanted]) -> list[Path]:
+    """Where each of the wanted videos goes."""
+    from causalreel.infer.requests import numbered
+
+    names = numbered(wanted)
+    if output.is_dir() or (len(wanted) > 1 and not output.suffix):
+        return [output / f"{name}.mp4" for name in names]
+    if len(wanted) == 1:
         return [output]
-    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+    return [output.with_name(f"{output.stem}-{name}{output.suffix}") for name in names]
 
 
-def _prefix(args: Generate, pipeline: Pipeline) -> Tensor | None:
-    """The frames (T,3,H,W) that the video starts with, if any."""
+def _prefix(args: Generate, image: Path | None, pipeline: Pipeline) -> Tensor | None:
+    """The frames (T,3,H,W) that a video starts with, if any."""
     from causalreel.infer.inputs import read_clip, read_picture
 
-    if args.image is not None:
-        return read_picture(args.image, pipeline.size)
+    if (picture := image or args.image) is not None:
+        return read_picture(picture, pipeline.size, args.fit)
     if args.video is None:
         return None
     unit, factor = pipeline.sampling.chunk or 1, pipeline.codec.temporal_factor
-    return read_clip(args.video, pipeline.size, unit=unit, factor=factor)
+    return read_clip(args.video, pipeline.size, unit=unit, factor=factor, how=args.fit)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -299,6 +364,58 @@ def export_model(args: ExportModel) -> int:
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------------- convert
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write a network's weights in another layout, every name and shape checked: Wan2.1's own names, the .pt of Causal
+    and Self Forcing, diffusers' folder, ComfyUI's repack."""
+
+    source: Annotated[Positional[Path], arg(metavar="SRC")]
+    """File or folder, of any of these layouts."""
+    target: Annotated[Positional[Path], arg(metavar="DST")]
+    """official: a .pt; comfyui: a .safetensors; wan and diffusers: a .safetensors or a folder with config.json."""
+    to: Literal["wan", "official", "diffusers", "comfyui"]
+    """Layout of DST."""
+    which: str | None = None
+    """Top-level key of a .pt file, such as generator_ema; default: the first of generator, model, generator_ema."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the values; default: as they are."""
+    heads: int | None = None
+    """Attention heads, where neither SRC nor a known size tells them."""
+
+
+def convert(args: Convert) -> int:
+    from causalreel.weights.convert import convert as write
+
+    print(write(args.source, args.target, args.to, which=args.which, dtype=args.dtype, heads=args.heads))
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the models that have names: those that come with the package, and released ones at full size."""
+
+    names: bool = False
+    """Names only, one a line."""
+
+
+def models(args: Models) -> int:
+    from causalreel.infer.models import variants
+    from causalreel.weights.registry import MODELS, table
+
+    if args.names:
+        print("\n".join([*variants(), *MODELS]))
+        return 0
+    print("come with the package: " + ", ".join(variants()) + "\n")
+    print(table())
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------------------- verify
 
 
@@ -379,6 +496,8 @@ Command: TypeAlias = (
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Evaluate, subcommand("eval")]
     | Annotated[ExportModel, subcommand("export")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Models, subcommand("models")]
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Bench, subcommand("bench")]
 )
@@ -389,6 +508,8 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Encode: encode,
     Evaluate: evaluate,
     ExportModel: export_model,
+    Convert: convert,
+    Models: models,
     Verify: verify,
     Bench: bench,
 }

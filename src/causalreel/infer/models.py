@@ -1,20 +1,23 @@
-"""Models by name: those that come with the package, and folders written by `save_export`."""
+"""Models by name: those that come with the package, released full-size ones, and folders written by `save_export`."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.released import Choices, load_released
 from causalreel.infer.schedule import adapt
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.weights import export as exports
-from causalreel.weights.export import Sampling, codec_file, load_codec, load_export, read_export
+from causalreel.weights.export import Export, Sampling, codec_file, load_codec, load_export, read_export
+from causalreel.weights.registry import MODELS
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +39,27 @@ def load(
     steps: int | Sequence[float] | None = None,
     chunk: int | None = None,
     device: torch.device | str | None = None,
+    weights: str | Path | None = None,
+    wan_dir: str | Path | None = None,
+    decoder: Literal["wan", "taehv"] = "wan",
+    height: int | None = None,
+    width: int | None = None,
+    which: str | None = None,
+    prompt_cache: Path | None = None,
+    before_loading: Callable[[Export, torch.device], None] | None = None,
 ) -> Pipeline:
-    """A pipeline for an embedded model (`tiny`, `tiny/frame-1step`, ...) or an export's folder.
+    """A pipeline for an embedded model (`tiny`, `tiny/frame-1step`, ...), a released one or an export's folder.
 
     steps, chunk: of a family such as `tiny` they choose the variant trained for them; where there is none, the nearest
     one is used with them, which is logged. device: None is CUDA if there is one, else the CPU.
+    The other arguments are for released models (`causal-forcing/chunkwise` ..., see `weights.registry.MODELS`) and
+    explained at `infer.released.Choices`; their files are fetched from the hub where no argument says where they are.
     """
+    choices = Choices(weights, wan_dir, decoder, height, width, which, prompt_cache, before_loading)
+    if str(model) in MODELS:
+        return load_released(MODELS[str(model)], choices, choose_device(device), steps=steps, chunk=chunk)
     folder = find(model, steps=steps, chunk=chunk)
+    _refuse(model, choices)
     device = choose_device(device)
     denoiser, export = load_export(folder, compute=torch.bfloat16 if device.type == "cuda" else None)
     if export.text not in TEXT_ENCODERS:
@@ -77,10 +94,22 @@ def find(model: str | Path, *, steps: int | Sequence[float] | None = None, chunk
     if name in DEFAULT_VARIANTS:
         raise ValueError(f"model {name!r} is not part of this installation: {exports.ASSETS / name} holds no export")
     names = [*dict.fromkeys(key.partition("/")[0] for key in known), *known] or list(DEFAULT_VARIANTS)
+    names += MODELS
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     raise ValueError(
-        f"unknown model {name!r}: no embedded model and no folder; did you mean {near!r}? there are {', '.join(names)}"
+        f"unknown model {name!r}: no embedded or released model and no folder; did you mean {near!r}? "
+        f"there are {', '.join(names)}"
     )
+
+
+def _refuse(model: str | Path, choices: Choices) -> None:
+    """ValueError if something is chosen that only released models have."""
+    plain = Choices(prompt_cache=choices.prompt_cache, before_loading=choices.before_loading)
+    given = [name for name in vars(choices) if getattr(choices, name) != getattr(plain, name)]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: only for released models such as {next(iter(MODELS))}, not {str(model)!r}"
+        )
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:

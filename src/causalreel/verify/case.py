@@ -84,10 +84,10 @@ class Case:
     def told(self, name: str = "in.prompt_embeds") -> Conditioning:
         return Conditioning(self.tensors[name].float())
 
-    def network(self, role: str = "generator", context: Context = Context()) -> DiTDenoiser:
-        """A network of the case's size with the weights that this role has, read by their official names."""
+    def size(self) -> ModelConfig:
+        """The size of the case's networks."""
         model = self.model
-        config = ModelConfig(
+        return ModelConfig(
             dim=model["dim"],
             ffn_dim=model["ffn_dim"],
             heads=model["num_heads"],
@@ -98,7 +98,10 @@ class Case:
             channels=model.get("in_dim", 16),
             eps=model.get("eps", 1e-6),
         )
-        net = DiTDenoiser(config, context=context, backend="sdpa")
+
+    def network(self, role: str = "generator", context: Context = Context()) -> DiTDenoiser:
+        """A network of the case's size with the weights that this role has, read by their official names."""
+        net = DiTDenoiser(self.size(), context=context, backend="sdpa")
         load_file_into(net.model, str(self.folder / f"{self._weights(role)}.safetensors"))
         return net
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from causalreel.verify import (
+    cases_checkpoints,
     cases_codec,
     cases_network,
     cases_rollout,
@@ -33,6 +34,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c11": lambda case: cases_codec.taehv,
     "c12": lambda case: cases_text.umt5,
     "c13": lambda case: cases_text.cleaning,
+    "c14": cases_checkpoints.handler,
 }
 """Family of a case, the beginning of its name -> what checks it; None where nothing does."""
 

@@ -1,91 +1,335 @@
-"""From a file's layout to the network's names, strictly.
+"""From a file's layout to the network's names, and back, strictly.
 
-Our parameter names are Wan2.1's. Released Causal Forcing and Self Forcing files wrap them: a top-level key chooses the
-weights (raw or averaged), and training wrappers leave segments anywhere in a name.
+Our parameter names are Wan2.1's. Four layouts are read and written:
+
+    wan        bare names: .safetensors, one or in shards with an index, or the folder of them
+    official   released Causal Forcing and Self Forcing .pt: a top-level key chooses the weights (raw or averaged),
+               every name begins with `model.`, and training wrappers leave segments anywhere in a name
+    diffusers  the folder of a WanTransformer3DModel, or its files
+    comfyui    a repack with `model.diffusion_model.` or `diffusion_model.` in front
+
+The released inference script loads names it does not understand non-strictly, so that weights can be missing in
+silence; here every name and shape must fit.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-TOP_LEVEL = ("generator_ema", "generator", "model", "critic")
-"""Top-level keys of released .pt files, in the order tried when none is asked for (the critic never is)."""
+from causalreel.nn.presets import ModelConfig
+from causalreel.weights.diffusers import from_diffusers, to_diffusers
+from causalreel.weights.files import PICKLE_SUFFIXES, check_header, read_tensors
+from causalreel.weights.identify import config_of, describe, guess_layout, size_in_words
+
+log = logging.getLogger(__name__)
+
+__all__ = ["LAYOUTS", "Network", "bare_names", "guess_layout", "load_file_into", "load_strictly", "read_network"]
+
+LAYOUTS = ("wan", "official", "diffusers", "comfyui")
+
+TOP_LEVEL = ("generator", "model", "generator_ema")
+"""Top-level keys of released .pt files, in the order tried when none is asked for, as the released trainers do."""
 
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 """Name segments that FSDP, activation checkpointing, compile and DataParallel leave behind."""
 
-LAYOUT_MARKS = {
-    "diffusers": ("condition_embedder.", "scale_shift_table", "attn1."),
-    "ComfyUI repack": ("diffusion_model.",),
-    "Wan image-to-video": ("img_emb.", "k_img"),
-    "camera (minWM)": ("prope_o.",),
-    "umT5 text encoder": ("token_embedding.", "shared.weight"),
-    "Wan VAE": ("encoder.downsamples.", "decoder.upsamples."),
-    "LoRA": ("lora_A", "lora_B", "lora_down", "lora_up"),
-}
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.")
+"""What may stand in front of every name, once the wrappers are gone."""
+
+FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+"""What a folder of weights in one file calls it."""
+
+FP8 = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if hasattr(torch, name))
 
 
-def select(found: Mapping[str, Any], which: str | None = None) -> dict[str, Tensor]:
-    """What a file holds -> name -> tensor. which: a top-level key such as `generator_ema`; None is the first one."""
+@dataclass(frozen=True)
+class Network:
+    """A network's tensors under Wan2.1's names, and where they come from. The tensors are mapped from the file."""
+
+    tensors: dict[str, Tensor]
+    layout: str
+    """One of LAYOUTS."""
+    which: str | None
+    """The top-level key that they stood under, if any."""
+    facts: dict[str, Any]
+    """The config.json beside them; empty if there is none."""
+    source: str
+    """File or folder, for messages."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def config(self) -> ModelConfig:
+        """The sizes that names, shapes and config.json show; ValueError if this is no Wan network."""
+        config = config_of(self.shapes, self.facts)
+        if config is None:
+            raise ValueError(f"{self.source} holds no Wan network; {describe(self.shapes)}")
+        return config
+
+
+def read_network(path: str | Path, which: str | None = None) -> Network:
+    """A file or folder of any known layout -> its network under Wan2.1's names. Nothing is checked against a size yet.
+
+    which: a top-level key of a .pt file, such as generator_ema; None is the first of generator, model, generator_ema.
+    """
+    path = _settle(Path(path))
+    found = _read_shards(path) if path.name.endswith(".index.json") else read_tensors(path)
+    facts = {} if path.suffix in PICKLE_SUFFIXES else _facts(path.parent)
+    tensors, key = select(found, which, source=str(path))
+    try:
+        bare = bare_names(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    layout = _layout(tensors, bare, key, path)
+    if layout == "diffusers":
+        bare = {from_diffusers(name): value for name, value in bare.items()}
+    _refuse_quantised(bare, path)
+    return Network(bare, layout, key, facts, str(path))
+
+
+def to_layout(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Tensors under Wan2.1's names -> the same tensors under the layout's; top-level keys are the writer's business."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if layout == "diffusers":
+        return {to_diffusers(name): value for name, value in tensors.items()}
+    prefix = {"wan": "", "official": "model.", "comfyui": "model.diffusion_model."}[layout]
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def from_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under any layout's names -> the same tensors under Wan2.1's."""
+    bare = bare_names(tensors)
+    return {from_diffusers(name): value for name, value in bare.items()} if guess_layout(bare) == "diffusers" else bare
+
+
+def select(
+    found: Mapping[str, Any], which: str | None = None, *, source: str = "the file"
+) -> tuple[dict[str, Tensor], str | None]:
+    """What a file holds -> name -> tensor, and the top-level key taken. which: that key; None is the first of them."""
     nested = [key for key, value in found.items() if isinstance(value, Mapping)]
+    flat = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    bare = [name for name in flat if "." in name]  # a step counter beside the networks is no network
     if which is not None and which not in nested:
-        raise ValueError(f"the file has no weights called {which!r}; it has {', '.join(nested) or 'only bare tensors'}")
-    if which is None:
-        which = next((key for key in TOP_LEVEL[:3] if key in nested), None)
-    if which is None and nested:
-        raise ValueError(f"none of {', '.join(TOP_LEVEL[:3])} is in the file; it has {', '.join(nested)}: name one")
-    chosen = found if which is None else found[which]
-    return {name: value for name, value in chosen.items() if isinstance(value, Tensor)}
+        raise ValueError(
+            f"{source}: the file has no weights called {which!r}; it has "
+            f"{', '.join(nested) or 'only bare tensors'}{_told_by(nested)}"
+        )
+    if which is None and (nested and not bare):
+        which = next((key for key in TOP_LEVEL if key in nested), None)
+        if which is None:
+            raise ValueError(f"{source}: {_no_generator(nested)}")
+        if which == "generator_ema":
+            log.info("%s has only the averaged weights (generator_ema), which are used", source)
+    chosen = flat if which is None else {n: v for n, v in found[which].items() if isinstance(v, Tensor)}
+    if not chosen:
+        raise ValueError(f"{source} holds no parameters" + (f" under {which!r}" if which else ""))
+    return chosen, which
 
 
 def bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop wrapper segments anywhere, and one leading `model.` or `net.` where every name has it."""
+    """Drop wrapper segments anywhere, and one leading prefix of PREFIXES where every name has it."""
     cleaned: dict[str, Tensor] = {}
     for name, value in tensors.items():
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if bare in cleaned:
-            raise ValueError(f"two tensors of the file come to the same name {bare!r}")
+            short = next((bare.removeprefix(prefix) for prefix in PREFIXES if bare.startswith(prefix)), bare)
+            raise ValueError(f"two names of the file map to one parameter: they come to the same name {short!r}")
         cleaned[bare] = value
-    for prefix in ("model.", "net."):
+    for prefix in PREFIXES:
         if cleaned and all(name.startswith(prefix) for name in cleaned):
             return {name.removeprefix(prefix): value for name, value in cleaned.items()}
     return cleaned
 
 
-def guess_layout(names: Mapping[str, Any]) -> str:
-    """What kind of file these names suggest, in words."""
-    for layout, marks in LAYOUT_MARKS.items():
-        if any(mark in name for name in names for mark in marks):
-            return layout
-    return "Wan2.1 / Causal Forcing" if any(name.startswith("blocks.") for name in names) else "unknown"
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, assign: bool = False) -> None:
+    """Put the tensors into the module; every name and shape must match, or a ValueError says what does not.
+
+    assign: the tensors become the parameters, with their type and device, and nothing is copied.
+    """
+    check_fits(module, tensors, source=source)
+    module.load_state_dict(dict(tensors), strict=True, assign=assign)
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Put the tensors into the module; every name and shape must match, or a ValueError says what does not."""
-    wanted = module.state_dict()
-    missing = [name for name in wanted if name not in tensors]
-    unexpected = [name for name in tensors if name not in wanted]
-    if missing or unexpected:
+def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """ValueError, in one line, if names or shapes differ from the module's: which, and what the file looks like."""
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    missing = [name for name in wanted if name not in shapes]
+    unexpected = [name for name in shapes if name not in wanted]
+    wrong = [name for name in wanted if name in shapes and wanted[name] != shapes[name]]
+    if not (missing or unexpected or wrong):
+        return
+    config, size = config_of(shapes), config_of(wanted)
+    is_other_size = config is not None and size is not None and size_in_words(config) != size_in_words(size)
+    is_other_size = is_other_size or (len(wrong) > 1 and not (missing or unexpected))
+    told = [f"{len(missing)} names missing (first: {_few(missing)})"] if missing else []
+    told += [f"{len(unexpected)} unexpected (first: {_few(unexpected)})"] if unexpected else []
+    if wrong:
+        wants = f" ({size_in_words(size)})" if is_other_size and size is not None else ""
+        shape = f"wrong shape: {wrong[0]} is {shapes[wrong[0]]}, the network{wants} has {wanted[wrong[0]]}"
+        told = [shape, *told] if is_other_size else [*told, shape]
+    verdict = "is of another model size" if is_other_size else "does not fit the network"
+    raise ValueError(f"{source} {verdict}: {', '.join(told)}; {describe(shapes)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3])
+
+
+def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """ValueError naming the first tensor with a value that is not finite. Reads everything once."""
+    real = {name: value for name, value in tensors.items() if value.device.type != "meta"}
+    totals = torch.zeros(len(real), device=next(iter(real.values())).device) if real else torch.zeros(0)
+    for i, value in enumerate(real.values()):  # into one tensor: one wait for a GPU, and a heap without holes
+        totals[i] = value.sum(dtype=torch.float32)
+    if totals.isfinite().all():
+        return
+    for (name, value), total in zip(
+        real.items(), totals.tolist(), strict=True
+    ):  # finite values may have a sum that is not
+        if not math.isfinite(total) and not (good := value.isfinite()).all():
+            count = good.numel() - int(good.sum())
+            raise ValueError(f"{source}: not finite: {name} has {count} values that are NaN or infinite")
+
+
+def load_file_into(model: nn.Module, path: str | Path, *, which: str | None = None) -> None:
+    """Load a weights file or folder of any known layout into a DiT (not its denoiser)."""
+    network = read_network(path, which)
+    check_heads(model, network)
+    check_fits(model, network.tensors, source=network.source)
+    check_finite(network.tensors, source=network.source)
+    load_strictly(model, network.tensors, source=network.source)
+
+
+def check_heads(model: nn.Module, network: Network) -> None:
+    """ValueError if the config.json beside the weights has another number of heads: no shape shows that."""
+    told = network.facts.get("num_heads") or network.facts.get("num_attention_heads")
+    config = getattr(model, "config", None)
+    if told and isinstance(config, ModelConfig) and int(told) != config.heads:
         raise ValueError(
-            f"{source} does not fit the network: "
-            f"{len(missing)} names missing (first: {missing[0] if missing else '-'}), "
-            f"{len(unexpected)} unexpected (first: {unexpected[0] if unexpected else '-'}); "
-            f"the file looks like: {guess_layout(tensors)}"
+            f"{network.source} is of a network with {told} heads, as its config.json says, not {config.heads}"
         )
-    for name, value in wanted.items():
-        if value.shape != tensors[name].shape:
-            raise ValueError(
-                f"{source} is of another model size: {name} is {tuple(tensors[name].shape)}, "
-                f"the network has {tuple(value.shape)}"
-            )
-    module.load_state_dict(dict(tensors), strict=True)
 
 
-def load_file_into(model: nn.Module, path: str, *, which: str | None = None) -> None:
-    """Load a weights file of any known layout into a DiT (not its denoiser): the names are those of Wan2.1."""
-    from causalreel.weights.files import read_tensors
+def keys_of(path: str | Path) -> list[str]:
+    """Top-level keys of a file under which networks stand, such as generator_ema; empty for bare tensors."""
+    path = _settle(Path(path))
+    if path.suffix not in PICKLE_SUFFIXES:
+        return []
+    found = read_tensors(path)
+    return [key for key in ("generator", "generator_ema", "model", "critic") if isinstance(found.get(key), Mapping)]
 
-    load_strictly(model, bare_names(select(read_tensors(path), which)), source=str(path))
+
+def _settle(path: Path) -> Path:
+    """A folder -> the index or the file in it; a file as it is."""
+    if path.is_dir():
+        if not any(path.glob("*.safetensors*")) and (path / "transformer").is_dir():
+            path = path / "transformer"  # the folder of a diffusers pipeline
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        files = files or sorted(path.glob("*.safetensors"))
+        if len(indices) == 1:
+            return indices[0]
+        if indices or len(files) != 1:
+            there = f"{len(indices)} indices, {len(files)} .safetensors files"
+            raise ValueError(f"{path} holds no single set of weights ({there}); name the file")
+        return files[0]
+    if not path.is_file():
+        raise ValueError(f"weights file not found: {path}")
+    if "-of-0" in path.name and path.suffix == ".safetensors":
+        raise ValueError(f"{path} is one shard of several; name the folder {path.parent} or its index")
+    return path
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """All tensors of a sharded set; ValueError if a shard is missing, cut off, or not what the index says."""
+    try:
+        told = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(told.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of shards: it has no weight_map ({error})") from None
+    absent = [name for name in shards if not (index.parent / name).is_file()]
+    if absent:
+        raise ValueError(
+            f"{index.parent} lacks {len(absent)} of the {len(shards)} shards that {index.name} names "
+            f"(missing: {', '.join(absent)}); download again"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in shards:
+        has = set(check_header(index.parent / name))
+        wanted = {key for key, shard in told.items() if shard == name}
+        if has != wanted:
+            odd = sorted(has ^ wanted)[0]
+            where = "in the shard but not in the index" if odd in has else "in the index but not in the shard"
+            raise ValueError(f"{index.parent / name} is not the shard that {index.name} describes: {odd} is {where}")
+        tensors |= read_tensors(index.parent / name)
+    return tensors
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder of weights; empty if there is none, or one of something else."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    return facts if isinstance(facts, dict) and "Wan" in str(facts.get("_class_name")) else {}
+
+
+def _layout(tensors: Mapping[str, Tensor], bare: Mapping[str, Tensor], key: str | None, path: Path) -> str:
+    """Which of LAYOUTS these names are of."""
+    if guess_layout(bare) == "diffusers":
+        return "diffusers"
+    if any("diffusion_model." in name for name in tensors):
+        return "comfyui"
+    is_wrapped = any(name not in bare for name in tensors)
+    return "official" if key is not None or is_wrapped or path.suffix in PICKLE_SUFFIXES else "wan"
+
+
+def _refuse_quantised(tensors: Mapping[str, Tensor], path: Path) -> None:
+    scales = [name for name in tensors if name.endswith(("scale_weight", "scale_input", "scaled_fp8"))]
+    low = [name for name, value in tensors.items() if value.dtype in FP8]
+    whole = [name for name, value in tensors.items() if not value.is_floating_point() and name not in scales]
+    if scales or low or whole:
+        first = (low or scales or whole)[0]
+        what = "fp8 (quantised) weights" if scales or low else "integers where weights should be (quantised?)"
+        raise ValueError(
+            f"{path} holds {what} (first: {first}, {str(tensors[first].dtype).removeprefix('torch.')}), which are not "
+            f"read; use the float32, bfloat16 or float16 file of the same model"
+        )
+
+
+def _no_generator(nested: list[str]) -> str:
+    if "critic" in nested:
+        return (
+            f"no generator in the file: it has {', '.join(nested)}; a critic scores videos and makes none "
+            f"(--which critic would load it all the same)"
+        )
+    return (
+        f"no known network in the file: it has {', '.join(nested)}, none of {', '.join(TOP_LEVEL)}; "
+        f"--which {nested[0]} would load that"
+    )
+
+
+def _told_by(nested: list[str]) -> str:
+    """What the top-level keys of a file say about the stage that wrote it, and the flag that would load it."""
+    if "generator" in nested and "generator_ema" not in nested:
+        looks = "the stages 1 and 2 (AR diffusion, causal ODE) and the chunk-wise final model are saved so"
+        return f"; {looks}: choose its model's name, or --which generator"
+    if "generator_ema" in nested and "generator" not in nested:
+        looks = "the frame-wise, 1- and 2-step, causal CD and long-video models are saved so"
+        return f"; {looks}: choose its model's name, or --which generator_ema"
+    return f"; --which {nested[0]} would load that" if nested else "; leave --which out"

@@ -1,0 +1,139 @@
+"""What a weights file looks like, in words, and what would load it: for messages about files that do not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from causalreel.nn.presets import PRESETS, ModelConfig
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file, known by fragments that some of its names contain."""
+
+    what: str
+    marks: tuple[str, ...]
+    hint: str
+    """What would load it, or that nothing here does."""
+
+
+KINDS = (
+    Kind("LoRA", ("lora_A", "lora_B", "lora_down", "lora_up", ".diff_b"), "merge it into its base model first"),
+    Kind("VACE (control) model", ("vace_blocks.", "vace_patch_embedding."), "VACE models are not supported"),
+    Kind(
+        "Wan image-to-video",
+        ("img_emb.", "k_img", "image_embedder.", "add_k_proj"),
+        "it needs CLIP image features; frame-wise text-to-video models start from a picture with --image",
+    ),
+    Kind("camera (minWM)", ("prope_o.",), "it needs the camera branch, which this network has not"),
+    Kind(
+        "critic with a GAN branch",
+        ("cls_pred_branch", "gan_ca_blocks", "register_tokens"),
+        "a critic scores videos and makes none; give the file of its generator",
+    ),
+    Kind(
+        "umT5 text encoder",
+        ("token_embedding.", "shared.weight", "encoder.block.", "pos_embedding.embedding"),
+        "it belongs into the folder given with --wan-dir",
+    ),
+    Kind(
+        "Wan VAE",
+        ("encoder.downsamples.", "decoder.upsamples.", "decoder.up_blocks.", "encoder.down_blocks."),
+        "it belongs into the folder given with --wan-dir",
+    ),
+    Kind(
+        "TAEHV (tiny decoder)",
+        ("decoder.1.weight", "encoder.0.weight"),
+        "it belongs into the folder given with --wan-dir, for --decoder taehv",
+    ),
+    Kind("diffusers", ("condition_embedder.", "scale_shift_table", "attn1."), "causalreel convert reads it"),
+    Kind("ComfyUI repack", ("diffusion_model.",), "causalreel convert reads it"),
+)
+"""In the order in which they are tried."""
+
+
+def guess_layout(names: Iterable[str]) -> str:
+    """What kind of file these names suggest, in words."""
+    names = list(names)
+    kind = guess_kind(names)
+    if kind is not None:
+        return kind.what
+    return "Wan2.1 / Causal Forcing" if any(name.startswith("blocks.") for name in names) else "unknown"
+
+
+def guess_kind(names: Iterable[str]) -> Kind | None:
+    """The kind of file that these names suggest, if it is none of Wan2.1's own."""
+    names = list(names)
+    return next((kind for kind in KINDS if any(mark in name for name in names for mark in kind.marks)), None)
+
+
+def describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """One clause on what tensors of these names and shapes are, for a message: what they look like, what loads them."""
+    kind = guess_kind(shapes)
+    if kind is not None:
+        return f"the file looks like: {kind.what}; {kind.hint}"
+    config = config_of(shapes)
+    if config is None:
+        return f"the file looks like: {guess_layout(shapes)}"
+    channels = shapes["patch_embedding.weight"][1]
+    if channels in CHANNELS:
+        return f"the file looks like: {CHANNELS[channels]} ({channels} input channels), which is not supported"
+    return f"the file looks like: {size_in_words(config)}"
+
+
+CHANNELS = {36: "Wan image-to-video", 32: "a Wan control or inpainting model", 48: "Wan2.2 TI2V-5B"}
+"""Input channels -> the model that has them, where it is not text-to-video's 16."""
+
+
+def size_in_words(config: ModelConfig) -> str:
+    """A size as its preset's name where it has one; heads and text length do not show in a file."""
+    name = preset_of(config)
+    numbers = f"width {config.dim}, {config.layers} blocks"
+    return f"{name} ({numbers})" if name else f"a Wan network of {numbers}"
+
+
+def preset_of(config: ModelConfig) -> str | None:
+    """The preset whose parameters have these shapes."""
+    return next((name for name, row in PRESETS.items() if _visible(row) == _visible(config)), None)
+
+
+def config_of(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | None = None) -> ModelConfig | None:
+    """The sizes that Wan2.1's names and shapes show; None if too little is there.
+
+    facts: the config.json beside the weights, if any. Heads and text length are not in shapes: they come from facts,
+    else from the preset of this size, else they are Wan2.1's (heads of width 128 where that goes, 512 tokens).
+    """
+    keys = ("patch_embedding.weight", "text_embedding.0.weight", "time_embedding.0.weight", "blocks.0.ffn.0.weight")
+    if any(len(shapes.get(key, ())) < 2 for key in keys):
+        return None
+    patch, text, time, ffn = (shapes[key] for key in keys)
+    blocks = [name for name in shapes if re.fullmatch(r"blocks\.\d+\.ffn\.0\.weight", name)]
+    seen = ModelConfig(
+        dim=patch[0],
+        ffn_dim=ffn[0],
+        heads=1 if patch[0] % 128 else patch[0] // 128,
+        layers=len(blocks),
+        text_dim=text[1],
+        text_length=512,
+        freq_dim=time[1],
+        channels=patch[1],
+        patch=patch[-1],
+    )
+    preset = preset_of(seen)
+    known = PRESETS[preset] if preset else seen
+    facts = facts or {}
+    return ModelConfig(
+        **_visible(seen),
+        heads=int(facts.get("num_heads") or facts.get("num_attention_heads") or known.heads),
+        text_length=int(facts.get("text_len") or known.text_length),
+        eps=float(facts.get("eps") or known.eps),
+    )
+
+
+def _visible(config: ModelConfig) -> dict[str, int]:
+    """The sizes that show in the shapes of parameters."""
+    fields = ("dim", "ffn_dim", "layers", "text_dim", "freq_dim", "channels", "patch")
+    return {field: getattr(config, field) for field in fields}

@@ -1,0 +1,201 @@
+"""Prompt files, folders of pictures with prompts, and pictures brought to the video's shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from causalreel import cli
+from causalreel.infer.inputs import fit, read_picture
+from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.requests import Wanted, numbered, read_pairs, read_prompts
+from causalreel.weights import export as exports
+from test_weights import small_family
+
+RED, BLUE = "a large red circle moves right", "a small blue square moves up"
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_family(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture(autouse=True)
+def place(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exports, "ASSETS", assets)
+    monkeypatch.chdir(tmp_path)
+
+
+def picture(path: str, color: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (40, 20)) -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    return Path(path)
+
+
+def test_prompts_are_lines() -> None:
+    Path("p.txt").write_text("  one, two \n\n三\n", encoding="utf-8")
+    assert read_prompts("p.txt") == [Wanted("one, two"), Wanted("三")]
+
+
+def test_json_lines_carry_pictures_and_seeds() -> None:
+    Path("sub").mkdir()
+    rows = [{"prompt": " one "}, {"prompt": "two", "image": "a.png", "seed": 7}]
+    Path("sub/p.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    assert read_prompts("sub/p.jsonl") == [Wanted("one"), Wanted("two", Path("sub/a.png"), 7)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", " \n", "holds no prompt"),
+        ("p.jsonl", "one", "line 1: no JSON"),
+        ("p.jsonl", '{"prompt": "one"}\n["two"]', "line 2: expected"),
+        ("p.jsonl", '{"prompt": ""}', "line 1: expected"),
+        ("p.jsonl", '{"prompt": "one", "seed": "7"}', "line 1: 'seed' must be one of"),
+        ("p.jsonl", '{"prompt": "one", "seed": true}', "line 1: 'seed' must be one of"),
+        ("p.jsonl", '{"prompt": "one", "sead": 7}', "line 1: 'sead' must be one of"),
+    ],
+)
+def test_bad_prompt_files(name: str, text: str, message: str) -> None:
+    Path(name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(name)
+
+
+def test_binary_prompt_files_are_refused() -> None:
+    Path("p.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"p\.txt is not a text file"):
+        read_prompts("p.txt")
+
+
+def test_pictures_go_with_their_prompts() -> None:
+    for name, text in (("b.png", "two\n lines "), ("a.JPG", "one")):
+        picture(f"pairs/{name}")
+        Path(f"pairs/{name[0]}.txt").write_text(text)
+    Path("pairs/notes.md").write_text("")
+    pairs = read_pairs("pairs")
+    assert pairs == [
+        Wanted("one", Path("pairs/a.JPG"), name="a"),
+        Wanted("two lines", Path("pairs/b.png"), name="b"),
+    ]
+    assert numbered([*pairs, Wanted("x")]) == ["a", "b", "2"]
+
+
+def test_bad_folders() -> None:
+    Path("pairs").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        read_pairs("pairs")
+    picture("pairs/a.png")
+    with pytest.raises(ValueError, match=r"no prompt for a\.png"):
+        read_pairs("pairs")
+    Path("pairs/a.txt").write_text(" ")
+    with pytest.raises(ValueError, match=r"a\.txt is empty"):
+        read_pairs("pairs")
+    picture("pairs/a.jpg")
+    with pytest.raises(ValueError, match="two pictures are called a"):
+        read_pairs("pairs")
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 80), (80, 20), (33, 64), (16, 16)])
+def test_fitting_keeps_the_aspect(height: int, width: int) -> None:
+    """A white disc stays a disc; padding shows all of it between black bars, cropping fills the frame."""
+    y, x = torch.meshgrid(torch.arange(height) - height / 2 + 0.5, torch.arange(width) - width / 2 + 0.5, indexing="ij")
+    radius = min(height, width) / 2
+    disc = torch.where(x**2 + y**2 < radius**2, 1.0, 0.0).expand(1, 3, -1, -1)
+    padded, cropped = fit(disc, (32, 48), "pad"), fit(disc, (32, 48), "crop")
+    assert padded.shape == cropped.shape == (1, 3, 32, 48)
+    ratio = min(32 / height, 48 / width)
+    shown = (padded[0, 0] > 0.5).nonzero()
+    spans = shown.amax(0) - shown.amin(0) + 1
+    assert (spans - 2 * radius * ratio).abs().max() <= 2
+    inner = (round(height * ratio), round(width * ratio))
+    bars = (padded == -1).all(1)[0]
+    assert abs(int((~bars.all(1)).sum()) - inner[0]) <= 1 and abs(int((~bars.all(0)).sum()) - inner[1]) <= 1
+    assert (cropped >= 0).all()
+    with pytest.raises(ValueError, match="fit must be crop or pad, got 'stretch'"):
+        fit(disc, (32, 48), "stretch")  # type: ignore[arg-type]
+
+
+def test_padding_is_centred() -> None:
+    padded = fit(torch.ones(1, 3, 10, 10), (10, 30), "pad")
+    assert torch.equal(padded[0, 0, 0], torch.tensor([-1.0] * 10 + [1.0] * 10 + [-1.0] * 10))
+    assert torch.equal(fit(padded, (10, 30), "pad"), padded)
+
+
+def test_pictures_keep_their_size_unless_asked() -> None:
+    path = picture("a.png", (255, 0, 127), size=(50, 30))
+    assert read_picture(path).shape == (1, 3, 30, 50)
+    assert read_picture(path)[0, :, 0, 0].tolist() == [1.0, -1.0, pytest.approx(127 / 127.5 - 1)]
+
+
+def spy_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, torch.Tensor | None]]:
+    seen = []
+
+    def stream(self, prompt, **request):
+        seen.append((prompt, request["seed"], request["prefix"]))
+        yield torch.zeros(1, 5, 3, 32, 32)
+
+    monkeypatch.setattr(Pipeline, "stream", stream)
+    return seen
+
+
+def generate(*arguments: str) -> int:
+    return cli.main(["generate", *arguments, "--device", "cpu"])
+
+
+def test_a_folder_makes_a_video_of_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy_on(monkeypatch)
+    for name, text, color in (("x", RED, (255, 255, 255)), ("y", BLUE, (0, 0, 0))):
+        picture(f"pairs/{name}.png", color)
+        Path(f"pairs/{name}.txt").write_text(text)
+    assert generate("--image", "pairs", "-o", "out", "--fit", "pad", "--seed", "5") == 0
+    assert sorted(os.listdir("out")) == ["x.mp4", "y.mp4"]
+    assert [(prompt, seed) for prompt, seed, _ in seen] == [(RED, 5), (BLUE, 6)]
+    (white, black) = (prefix for _, _, prefix in seen)
+    assert white is not None and black is not None
+    assert white[0, 0, 16, 16] > 0.999 and white[0, 0, 0, 16] == -1 and (black < -0.999).all()
+
+
+def test_json_lines_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy_on(monkeypatch)
+    picture("a.png", (255, 255, 255), size=(32, 32))
+    rows = [{"prompt": RED, "seed": 9, "image": "a.png"}, {"prompt": BLUE}]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert generate("--prompt-file", "p.jsonl", "-o", "a.mp4") == 0
+    assert sorted(os.listdir()) == ["a-0.mp4", "a-1.mp4", "a.png", "p.jsonl"]
+    assert [(prompt, seed, prefix is None) for prompt, seed, prefix in seen] == [(RED, 9, False), (BLUE, 1, True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([RED, "--image", "text.png"], ["text.png cannot be read as a picture"]),
+        (["--image", "pairs"], ["no prompt for a.png"]),
+        ([RED, "--image", "pairs"], ["prompts of its own"]),
+        (["--prompt-file", "p.jsonl"], ["no picture at none.png"]),
+        (["--prompt-file", "p.jsonl", "--image", "pairs/a.png"], ["names pictures of its own"]),
+        ([RED, "--frames", "5", "--blocks", "2"], ["exclude each other"]),
+        ([RED, "--latent-frames", "0"], ["latent_frames must be at least 1"]),
+        ([RED, "--height", "480"], ["height: only for released models such as causal-forcing/chunkwise, not 'tiny'"]),
+        ([RED, "--decoder", "taehv"], ["decoder: only for released models"]),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture("pairs/a.png")
+    Path("text.png").write_text("no picture")
+    Path("p.jsonl").write_text('{"prompt": "a red circle", "image": "none.png"}')
+    before = sorted(map(str, Path().rglob("*")))
+    assert generate(*arguments) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"causalreel: error: [^\n]+\n", captured.err) and captured.out == "", captured
+    for part in parts:
+        assert part in captured.err
+    assert sorted(map(str, Path().rglob("*"))) == before
