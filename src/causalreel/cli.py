@@ -78,6 +78,8 @@ class Generate:
     """Also write a picture (.png, .jpg) with a row of frames per prompt."""
     scale: int | None = None
     """Repeat each pixel so often, which keeps small videos sharp; default: 4 for videos below 128 pixels, else 1."""
+    precision: Literal["eager", "bf16", "fp8"] = "bf16"
+    """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, slightly other videos; eager the plain network."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
 
@@ -93,6 +95,7 @@ def generate(args: Generate) -> int:
         to_bytes,
         write_video,
     )
+    from causalreel.infer.accelerate import accelerate
     from causalreel.infer.models import load
 
     paths = _outputs(args.output, wanted)
@@ -101,6 +104,8 @@ def generate(args: Generate) -> int:
     if args.sheet is not None:
         check_target(args.sheet, PICTURE_SUFFIXES)
     pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device, **_full_size(args))
+    if args.precision == "fp8" or (args.precision == "bf16" and pipeline.device.type == "cuda"):
+        pipeline = accelerate(pipeline, precision=args.precision, graphs=len(wanted) > 1)
     prompts = [one.prompt for one in wanted]
     pipeline.text.encode(prompts)  # all of them are understood before the first is made
     frames, scale = _frames(args, pipeline), _scale(args, pipeline)
@@ -129,11 +134,13 @@ class _Clock:
         self.name, self.frames, self.first_s, self.start = name, 0, 0.0, time.perf_counter()
 
     def watch(self, parts: Iterator[Tensor], keep: Callable[[Tensor], None] | None) -> Iterator[Tensor]:
-        """Parts (1,t,3,H,W) -> (t,3,H,W)."""
+        """Parts (1,t,3,H,W) -> uint8 (t,3,H,W) on the CPU."""
+        from causalreel.data.video import to_bytes
+
         is_terminal = sys.stderr.isatty()
         try:
             for part in parts:
-                frames = part[0].cpu()
+                frames = to_bytes(part[0]).permute(0, 3, 1, 2)  # bytes before they leave the GPU
                 self.first_s = self.first_s or time.perf_counter() - self.start
                 self.frames += len(frames)
                 if is_terminal:
@@ -179,7 +186,7 @@ def _wanted(args: Generate) -> list[Wanted]:
     return wanted
 
 
-def _full_size(args: Generate) -> dict[str, Any]:
+def _full_size(args: Generate | Bench) -> dict[str, Any]:
     """What `load` takes for released models."""
     names = ("weights", "which", "wan_dir", "decoder", "height", "width")
     cache = Path("~/.cache/causalreel/prompts").expanduser()  # embeddings of prompts, which take seconds to make
@@ -447,7 +454,19 @@ class Bench:
     """Time a model: first pixels, chunk latency at the start and with a full window, throughput, memory."""
 
     model: str = "tiny"
-    """Embedded model or an export's folder."""
+    """Embedded model, released one (see `causalreel models`) or an export's folder."""
+    weights: str | None = None
+    """Released models: their weights' file or folder here; "random" needs no file and no text encoder."""
+    which: str | None = None
+    """Released models: top-level key of a .pt file, such as generator_ema."""
+    wan_dir: Path | None = None
+    """Released models: folder with VAE, text encoder and tokenizer."""
+    decoder: Literal["wan", "taehv"] = "wan"
+    """Released models: the model's own VAE, or a tiny one."""
+    height: int | None = None
+    """Released models: height in pixels, a multiple of 16."""
+    width: int | None = None
+    """Released models: width in pixels, a multiple of 16."""
     prompt: str = "a large red circle moves right"
     """What to show."""
     batch: int = 1
@@ -477,7 +496,7 @@ def bench(args: Bench) -> int:
     from causalreel.infer.models import load
     from causalreel.weights.files import write_text
 
-    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device)
+    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device, **_full_size(args))
     if args.precision != "eager":
         pipeline = accelerate(pipeline, precision=args.precision)
     speed = measure(pipeline, [args.prompt] * args.batch, frames=args.frames, runs=args.runs)

@@ -4,28 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from causalreel.codecs.fast_decode import FastDecoder, fast_decoder
+from causalreel.codecs.taehv import TAEHV
+from causalreel.codecs.wan_vae import CausalVAE
 from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.released import TwoCodecs
 from causalreel.parallel import fast
+from causalreel.types import DecodeStream
 
 log = logging.getLogger(__name__)
 
 
 def accelerate(pipeline: Pipeline, *, precision: str = "bf16", graphs: bool = True) -> Pipeline:
-    """-> the pipeline with `parallel.fast.FastDiT` behind its denoiser, weights in the type they are computed in.
+    """-> the pipeline with `parallel.fast.FastDiT` behind its denoiser, weights in the type they are computed in, and
+    on a GPU `codecs.fast_decode` for its pixels.
 
-    precision: bf16, or fp8 (e4m3 products; a change of numerics, which is logged). graphs: record calls (CUDA only).
+    precision: bf16, or fp8 (e4m3 products; a change of numerics, which is logged). graphs: record the network's calls
+    (CUDA only), which takes a few seconds for each number of frames and pays from the second clip on.
     """
-    denoiser = pipeline.denoiser
+    denoiser, is_cuda = pipeline.denoiser, pipeline.device.type == "cuda"
+    if precision == "fp8" and not (is_cuda and torch.cuda.get_device_capability(pipeline.device) >= (8, 9)):
+        raise ValueError(
+            f"precision fp8 needs a GPU of compute capability 8.9 or later; the device is {pipeline.device}"
+        )
     if denoiser.compute is not None:
         denoiser = denoiser.to(denoiser.compute)
-    fast.accelerate(denoiser, precision=precision, graphs=graphs and pipeline.device.type == "cuda")
+    fast.accelerate(denoiser, precision=precision, graphs=graphs and is_cuda)
     if precision == "fp8":
         log.info("%s: products in fp8 (e4m3); videos differ slightly from those in bf16", pipeline.export.name)
-    return dataclasses.replace(pipeline, denoiser=denoiser)
+    return dataclasses.replace(pipeline, denoiser=denoiser, decoder=_fast_decoders(pipeline) if is_cuda else None)
+
+
+def _fast_decoders(pipeline: Pipeline) -> Callable[[int], DecodeStream] | None:
+    """What opens fast streams, one decoder per number of clips; None for codecs that have no fast form."""
+    codec = pipeline.codec.decoder if isinstance(pipeline.codec, TwoCodecs) else pipeline.codec
+    if not isinstance(codec, (CausalVAE, TAEHV)):
+        return None
+    chunk = pipeline.sampling.chunk or 1
+    sizes = (chunk, 1) if isinstance(codec, TAEHV) and chunk > 1 else (1,)
+    made: dict[int, FastDecoder] = {}
+
+    def open_stream(clips: int) -> DecodeStream:
+        if clips not in made:
+            made[clips] = fast_decoder(codec, *pipeline.size, batch=clips, device=pipeline.device, sizes=sizes)
+        return made[clips].stream()
+
+    return open_stream
 
 
 def warm_up(pipeline: Pipeline, prompt: str, **request: Any) -> None:

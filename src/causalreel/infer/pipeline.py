@@ -33,8 +33,8 @@ class Pipeline:
     codec: VideoCodec
     text: TextEncoder
     device: torch.device
-    decoder: Callable[[], DecodeStream] | None = None
-    """What opens a stream of pixels; None: the codec's own."""
+    decoder: Callable[[int], DecodeStream] | None = None
+    """What opens a stream of pixels for so many clips; None: the codec's own."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -137,7 +137,7 @@ class Pipeline:
         return _Request(text, KeyedNoise(seeds, self.export.latent, self.device), plan, given)
 
     def _stream(self, request: _Request, fused: bool, ahead: bool) -> Iterator[Tensor]:
-        decode = self.codec.stream() if self.decoder is None else self.decoder()
+        decode = self.codec.stream() if self.decoder is None else self.decoder(len(request.text))
         prefix = None
         if request.given is not None:
             with torch.no_grad():

@@ -174,7 +174,7 @@ class TwoCodecs:
     """Decodes with one codec and encodes with another, which is read when it is first needed; see types.VideoCodec."""
 
     def __init__(self, decoder: VideoCodec, read_encoder: Callable[[], VideoCodec]) -> None:
-        self._decoder, self._read = decoder, read_encoder
+        self.decoder, self._read = decoder, read_encoder
         self.channels = decoder.channels
         self.spatial_factor, self.temporal_factor = decoder.spatial_factor, decoder.temporal_factor
 
@@ -186,7 +186,7 @@ class TwoCodecs:
         return self._encoder.encode(video)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._decoder.decode(latents)
+        return self.decoder.decode(latents)
 
     def stream(self) -> DecodeStream:
-        return self._decoder.stream()
+        return self.decoder.stream()
