@@ -229,6 +229,8 @@ def variants(bench: Bench, best: Arithmetic | None) -> Iterator[tuple[str, str, 
         yield "taehv fast bfloat16", "taehv", by, fast(bench.taehv, bf16, by)
         yield "taehv fast float16, nothing fused in cuDNN", "taehv", by, unfused(by)
         yield "taehv plain float16", "taehv", by, lambda: half(bench.taehv, fp16).stream
+    wide = Arithmetic(widths={bench.args.dim: "wide"})
+    yield "wan fast bf16 winograd, narrowest wide", "wan", 1, fast(bench.wan, bf16, 1, arithmetic=wide)
     for method in ("stacked", "paired", "concat"):
         yield f"wan fast bf16 {method}", "wan", 1, fast(bench.wan, bf16, 1, arithmetic=Arithmetic(even=method))
     yield "wan fast bf16 winograd", "wan", 3, fast(bench.wan, bf16, 3)
