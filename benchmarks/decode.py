@@ -94,9 +94,11 @@ class Bench:
     def exact(self, family: str) -> Tensor:
         """Frames of the plain stream in float32."""
         if family not in self._exact:
+            torch.backends.cudnn.benchmark = False  # trying algorithms would take longer than the few calls
             stream = (self.wan if family == "wan" else self.taehv).stream()
             frames = [stream(self.latents[:, i : i + 1]).cpu() for i in range(LATENTS)]
             self._exact[family] = torch.cat(frames, 1)
+            torch.backends.cudnn.benchmark = True
         return self._exact[family]
 
     def measure(self, family: str, make: Callable[[], Callable[[], Any]], by: int) -> dict[str, Any]:
@@ -139,8 +141,8 @@ class Bench:
             return
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
             self.exact(family)
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
             row = self.measure(family, make, by)
