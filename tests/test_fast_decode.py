@@ -129,7 +129,7 @@ def test_bfloat16_is_no_worse_than_the_plain_path(method: Method) -> None:
     assert 0 < error < 1.2 * allowed, (error, allowed)
 
 
-@pytest.mark.parametrize("method", ["winograd", "stacked", "conv3d"])
+@pytest.mark.parametrize("method", ["winograd", "stacked", "conv3d", "wide"])
 def test_wan_through_the_kernels(method: Method) -> None:
     pytest.importorskip("triton")
     codec, latents = wan(), noise(1, 3, 6, 2, 2)

@@ -43,7 +43,7 @@ def run(backend: passes.Backend, source: str, sink: str | None, dtype: torch.dty
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("sink", [None, "frames", "halo", "taps", "winograd", "alone"])
+@pytest.mark.parametrize("sink", [None, "frames", "halo", "taps", "winograd", "alone", "wide"])
 @pytest.mark.parametrize("source", SHAPES)
 def test_kernels_do_what_torch_does(source: str, sink: str | None, fresh: bool) -> None:
     needs_triton()

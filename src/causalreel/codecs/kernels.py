@@ -13,7 +13,7 @@ from torch import Tensor
 from causalreel.codecs.passes import EPS, Sink, Source
 
 SOURCES = {"frames": 0, "pairs": 1, "winograd": 2, "stacked": 3, "phases": 4}
-SINKS = {"none": 0, "frames": 1, "halo": 2, "taps": 3, "winograd": 4, "alone": 5}
+SINKS = {"none": 0, "frames": 1, "halo": 2, "taps": 3, "winograd": 4, "alone": 5, "wide": 6}
 
 
 @triton.jit(do_not_specialize=["pixels", "width"])
@@ -130,13 +130,25 @@ def _between(
                     tl.store(taps, older.to(sink.dtype.element_ty), mask=inside)
                     tl.store(taps + C, newer.to(sink.dtype.element_ty), mask=inside)
                     tl.store(taps + 2 * C, stored, mask=inside)
-                if SINK == 4 and step % 2 == 1:  # the pair's four frames are oldest, older, newer, y
-                    far = tl.num_programs(1).to(tl.int64) * (T // 2) * frame
-                    v = sink + (b * (T // 2) + t // 2) * frame + place
+                if (SINK == 4 or SINK == 6) and step % 2 == 1:  # the pair's four frames are oldest, older, newer, y
+                    large = frame
+                    there = place
+                    if SINK == 6:  # a column of zeros on either side
+                        large = frame + tl.cast(pixels // width, tl.int64) * (2 * C)
+                        there = place + (2 * (pixel // width) + 1) * C
+                    far = tl.num_programs(1).to(tl.int64) * (T // 2) * large
+                    v = sink + (b * (T // 2) + t // 2) * large + there
                     tl.store(v, (oldest - newer).to(sink.dtype.element_ty), mask=inside)
                     tl.store(v + far, (older + newer).to(sink.dtype.element_ty), mask=inside)
                     tl.store(v + 2 * far, (newer - older).to(sink.dtype.element_ty), mask=inside)
                     tl.store(v + 3 * far, (older - y).to(sink.dtype.element_ty), mask=inside)
+                    if SINK == 6:
+                        nothing = zero.to(sink.dtype.element_ty)
+                        left = inside & (pixel % width == 0)
+                        right = inside & (pixel % width == width - 1)
+                        for k in tl.static_range(4):
+                            tl.store(v + k * far - C, nothing, mask=left)
+                            tl.store(v + k * far + C, nothing, mask=right)
                 oldest = older
                 older = newer
                 newer = y

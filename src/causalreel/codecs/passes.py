@@ -16,6 +16,7 @@ Sinks, frames (B,T,H,W,C) -> as stored:
     halo      (B,2+T,H,W,C), the two frames before in front
     taps      (B,T,H,W,3*C), each frame beside the two before it, oldest first
     winograd  (4,B,T/2,H,W,C), the four inputs of F(2,3) over time
+    wide      (4,B,T/2,H,W+2,C), the same with a column of zeros on either side
     alone     (B,T,H,W,C), and remembered: for the first frame of a video, before which there is nothing
 """
 
@@ -65,7 +66,7 @@ class Sink:
     state (B,2,H,W,C): the last two frames of the stream, read and then replaced; unused by sink "frames".
     """
 
-    kind: Literal["frames", "halo", "taps", "winograd", "alone"]
+    kind: Literal["frames", "halo", "taps", "winograd", "alone", "wide"]
     gamma: Tensor | None = None
     state: Tensor | None = None
 
@@ -74,6 +75,8 @@ class Sink:
         b, t, h, w, c = shape
         if self.kind == "winograd":
             return 4, b, t // 2, h, w, c
+        if self.kind == "wide":
+            return 4, b, t // 2, h, w + 2, c
         if self.kind == "taps":
             return b, t, h, w, 3 * c
         return b, t + 2 if self.kind == "halo" else t, h, w, c
@@ -151,7 +154,8 @@ def _write(sink: Sink, y: Tensor, dtype: torch.dtype, fresh: bool) -> Tensor:
     if sink.kind == "taps":
         return torch.cat([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], -1).to(dtype)
     d0, d1, d2, d3 = padded[:, :-2:2], padded[:, 1:-2:2], padded[:, 2::2], padded[:, 3::2]  # (B,T/2,H,W,C) each
-    return torch.stack([d0 - d2, d1 + d2, d2 - d1, d1 - d3]).to(dtype)
+    inputs = torch.stack([d0 - d2, d1 + d2, d2 - d1, d1 - d3]).to(dtype)
+    return F.pad(inputs, (0, 0, 1, 1)) if sink.kind == "wide" else inputs
 
 
 def gather_head(
@@ -227,3 +231,14 @@ def winograd_weights(weight: Tensor) -> Tensor:
     """
     g0, g1, g2 = weight.unbind(2)
     return torch.stack([g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2])
+
+
+def wide_weights(weight: Tensor) -> Tensor:
+    """A 3x3 kernel over pixels as a 3x2 kernel over pairs of neighbours: (O,C,3,3) -> (2*O,2*C,3,2).
+
+    Two outputs see four pixels of a row, which are two pairs if the row begins with a column of zeros. A third of the
+    weights is 0; in return a convolution of few channels has twice as many.
+    """
+    first = F.pad(weight, (0, 1))  # (O,C,3,4): the output at the pair's first pixel
+    both = torch.stack([first, first.roll(1, -1)])  # (2,O,C,3,4), as the last of four is 0
+    return both.unflatten(-1, (2, 2)).permute(0, 1, 5, 2, 3, 4).flatten(0, 1).flatten(1, 2)
