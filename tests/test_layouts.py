@@ -306,6 +306,12 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     refused(index.parent, second.name, "not the shard that", "describes")
     second.write_bytes(whole)
     load_file_into(network(0), index.parent)
+    told = json.loads(index.read_text())
+    name = next(name for name, shard in told["weight_map"].items() if shard == third.name)
+    index.write_text(json.dumps({"weight_map": {key: v for key, v in told["weight_map"].items() if key != name}}))
+    refused(index.parent, third.name, f"{name} is in the shard but not in the index")
+    index.write_text(json.dumps({"weight_map": told["weight_map"] | {"head.extra": third.name}}))
+    refused(index.parent, third.name, "head.extra is in the index but not in the shard")
     index.write_text("{}")
     refused(index.parent, "no weight_map")
 
@@ -327,6 +333,10 @@ def test_heads_are_compared_with_the_config_beside(tmp_path: Path) -> None:
     shards(tmp_path / "wan")
     with pytest.raises(ValueError, match=r"network with 2 heads, as its config\.json says, not 4"):
         load_file_into(DiT(dataclasses.replace(CONFIG, heads=4)), tmp_path / "wan")
+    with pytest.raises(ValueError, match=r"network with 2 heads"):
+        load_denoiser(tmp_path / "wan", dataclasses.replace(CONFIG, heads=4))
+    (tmp_path / "wan" / "config.json").write_text('{"num_heads": 7}')  # not one of Wan's: says nothing
+    load_denoiser(tmp_path / "wan", CONFIG)
 
 
 def test_files_are_mapped_and_not_copied(tmp_path: Path) -> None:
