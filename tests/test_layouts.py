@@ -63,6 +63,29 @@ def test_released_layouts_load_strictly(prefix: str, top: str | None, tmp_path: 
     assert same(net)
 
 
+def test_prefixes_may_differ_between_names(tmp_path: Path) -> None:
+    """Each name is read by itself; what comes to one parameter twice is refused, whatever stands in front of it."""
+    path, plain = tmp_path / "weights.pt", named("")
+    prefixes = ("", "model.", "model._orig_mod.", "module.")
+    mixed = {prefixes[i % 4] + name: value for i, (name, value) in enumerate(plain.items())}
+    torch.save({"generator": mixed, "decay": torch.ones(()), "ema.decay": torch.ones(())}, path)
+    net = network(0)
+    load_file_into(net, path)
+    assert same(net)
+    for twice in ("model.head.head.bias", "_orig_mod.head.head.bias", "diffusion_model.head.head.bias"):
+        torch.save({"generator": plain | {twice: plain["head.head.bias"] + 1}}, path)
+        refused(path, "two names of the file map to one parameter", "'head.head.bias'")
+
+
+def test_files_of_before_torch_1_6_are_read(tmp_path: Path) -> None:
+    path, net = tmp_path / "weights.pt", network(0)
+    torch.save({"generator": named("model.")}, path, _use_new_zipfile_serialization=False)
+    load_file_into(net, path)
+    assert same(net)
+    path.write_bytes(path.read_bytes()[:3000])
+    refused(path, "damaged, cut off")
+
+
 def test_wrappers_inside_names_are_removed(tmp_path: Path) -> None:
     path, net = tmp_path / "weights.pt", network(0)
     inside = {

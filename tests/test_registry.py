@@ -321,6 +321,13 @@ def test_a_random_model_needs_no_files() -> None:
     assert torch.equal(video, load(CF_2STEP, weights="random", **FAST).generate("something else", frames=9))
 
 
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "causal-forcing/chunkwise-ar-diffusion"])
+def test_many_step_models_run_with_guidance(name: str) -> None:
+    pipe = load(name, weights="random", steps=2, **FAST)
+    assert pipe.sampling.multistep == 2 and pipe.sampling.guidance > 1
+    assert pipe.generate("x", frames=9).isfinite().all()
+
+
 def test_a_hook_can_refuse_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(export: object, device: torch.device) -> None:
         raise ValueError("12 GB are missing")

@@ -125,9 +125,9 @@ def select(
             f"{source}: the file has no weights called {which!r}; it has "
             f"{', '.join(nested) or 'only bare tensors'}{_told_by(nested)}"
         )
-    if which is None and (nested and not bare):
+    if which is None:
         which = next((key for key in TOP_LEVEL if key in nested), None)
-        if which is None:
+        if which is None and nested and not bare:
             raise ValueError(f"{source}: {_no_generator(nested)}")
         if which == "generator_ema":
             log.info("%s has only the averaged weights (generator_ema), which are used", source)
@@ -138,17 +138,14 @@ def select(
 
 
 def bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop wrapper segments anywhere, and one leading prefix of PREFIXES where every name has it."""
+    """Drop wrapper segments anywhere in a name, then one prefix of PREFIXES; no parameter is called like either."""
     cleaned: dict[str, Tensor] = {}
     for name, value in tensors.items():
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        bare = next((bare.removeprefix(prefix) for prefix in PREFIXES if bare.startswith(prefix)), bare)
         if bare in cleaned:
-            short = next((bare.removeprefix(prefix) for prefix in PREFIXES if bare.startswith(prefix)), bare)
-            raise ValueError(f"two names of the file map to one parameter: they come to the same name {short!r}")
+            raise ValueError(f"two names of the file map to one parameter: they come to the same name {bare!r}")
         cleaned[bare] = value
-    for prefix in PREFIXES:
-        if cleaned and all(name.startswith(prefix) for name in cleaned):
-            return {name.removeprefix(prefix): value for name, value in cleaned.items()}
     return cleaned
 
 
