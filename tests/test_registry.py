@@ -76,6 +76,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, path: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "check_connection", lambda endpoint: None)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path
@@ -87,7 +88,7 @@ def text_encoder(weights: Path, tokenizer: Path, *, placement: torch.device, cac
 
 
 def unreachable(repo: str, path: str) -> str:
-    raise ConnectionError("no route\nto the hub")
+    raise ConnectionError("no route\nto the hub. Try again later.")
 
 
 def wan_dir(folder: Path) -> Path:
@@ -256,6 +257,17 @@ def test_missing_files_are_fetched_once_each(place: Path, monkeypatch: pytest.Mo
             *registry.TOKENIZER_FILES,
         )
     ]
+
+
+def test_no_connection_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client, which would try for long, is not even asked."""
+    monkeypatch.undo()
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args: pytest.fail("asked"))
+    with pytest.raises(hub.HubError, match=r"no connection to 127\.0\.0\.1: Connection refused"):
+        hub.download(registry.VAE_FILE)
 
 
 def commands(message: str) -> list[str]:
