@@ -85,7 +85,7 @@ def read_network(path: str | Path, which: str | None = None) -> Network:
     path = _settle(Path(path))
     found = _read_shards(path) if path.name.endswith(".index.json") else read_tensors(path)
     facts = {} if path.suffix in PICKLE_SUFFIXES else _facts(path.parent)
-    tensors, key = select(found, which, source=str(path))
+    tensors, key = choose(found, which, source=str(path))
     try:
         bare = bare_names(tensors)
     except ValueError as error:
@@ -113,10 +113,15 @@ def from_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {from_diffusers(name): value for name, value in bare.items()} if guess_layout(bare) == "diffusers" else bare
 
 
-def select(
+def select(found: Mapping[str, Any], which: str | None = None) -> dict[str, Tensor]:
+    """What a file holds -> name -> tensor. which: a top-level key such as generator_ema; None is the first known."""
+    return choose(found, which)[0]
+
+
+def choose(
     found: Mapping[str, Any], which: str | None = None, *, source: str = "the file"
 ) -> tuple[dict[str, Tensor], str | None]:
-    """What a file holds -> name -> tensor, and the top-level key taken. which: that key; None is the first of them."""
+    """As `select`, and the top-level key that was taken, if any; `source` is for messages."""
     nested = [key for key, value in found.items() if isinstance(value, Mapping)]
     flat = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     bare = [name for name in flat if "." in name]  # a step counter beside the networks is no network
