@@ -154,7 +154,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named() -> None:
     ):
         load_strictly(network(0), tensors | {"extra": value}, source="weights.pt")
     tensors["blocks.1.ffn.0.weight"] = value[:-1]
-    with pytest.raises(ValueError, match=r"wrong shape: blocks\.1\.ffn\.0\.weight is \(23, 16\), .* has \(24, 16\)"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.0\.weight has the wrong shape \(23, 16\), .* \(24, 16\)"):
         load_strictly(network(0), tensors, source="weights.pt")
 
 
@@ -269,20 +269,24 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     tensors["patch_embedding.weight"] = torch.ones(16, 36, 1, 2, 2)
     with pytest.raises(ValueError) as caught:
         load_strictly(network(0), tensors, source="x")
-    for part in ("1 unexpected (first: img_emb.proj.0.weight)", "wrong shape: patch_embedding.weight is (16, 36,"):
+    for part in ("1 unexpected (first: img_emb.proj.0.weight)", "patch_embedding.weight has the wrong shape (16, 36,"):
         assert part in str(caught.value)
 
 
 def test_other_sizes_are_named() -> None:
     with torch.device("meta"):
         small, large = (DiT(PRESETS[name]) for name in ("wan-1.3b", "wan-14b"))
-    with pytest.raises(ValueError, match=r"another model size: wrong shape: .* looks like: wan-14b \(width 5120"):
+    with pytest.raises(
+        ValueError, match=r"is of another model size: patch_embedding.weight has .* looks like: wan-14b \(width 5120"
+    ):
         check_fits(small, large.state_dict(), source="x")
     with pytest.raises(ValueError, match=r"the network \(wan-14b .* looks like: wan-1.3b \(width 1536, 30 blocks\)"):
         check_fits(large, small.state_dict(), source="x")
     state = small.state_dict()
     state["patch_embedding.weight"] = torch.empty(1536, 36, 1, 2, 2, device="meta")
-    with pytest.raises(ValueError, match=r"wrong shape: patch_embedding.weight .* image-to-video \(36 input channels"):
+    with pytest.raises(
+        ValueError, match=r"patch_embedding.weight has the wrong shape .* image-to-video \(36 input channels"
+    ):
         check_fits(small, state, source="x")
 
 

@@ -82,7 +82,7 @@ def _read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
     is_zip = first.startswith(b"PK\x03\x04")
     if is_zip and not _has_zip_directory(path):
         raise ValueError(
-            f"{path} was cut off: the zip directory at its end is missing (truncated: a download that did not finish? "
+            f"{path} is damaged or was cut off: the zip directory at its end is missing (truncated: a download that did not finish? "
             f"run it again, it resumes)"
         )
     if not is_zip and not first.startswith(b"\x80"):

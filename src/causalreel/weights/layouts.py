@@ -174,14 +174,15 @@ def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str)
         return
     config, size = config_of(shapes), config_of(wanted)
     is_other_size = config is not None and size is not None and size_in_words(config) != size_in_words(size)
-    is_other_size = is_other_size or (len(wrong) > 1 and not (missing or unexpected))
     told = [f"{len(missing)} names missing (first: {_few(missing)})"] if missing else []
     told += [f"{len(unexpected)} unexpected (first: {_few(unexpected)})"] if unexpected else []
     if wrong:
         wants = f" ({size_in_words(size)})" if is_other_size and size is not None else ""
-        shape = f"wrong shape: {wrong[0]} is {shapes[wrong[0]]}, the network{wants} has {wanted[wrong[0]]}"
+        shape = f"{wrong[0]} has the wrong shape {shapes[wrong[0]]}, the network{wants} has {wanted[wrong[0]]}"
         told = [shape, *told] if is_other_size else [*told, shape]
-    verdict = "is of another model size" if is_other_size else "does not fit the network"
+    verdict = "does not fit the network"
+    if is_other_size or not (missing or unexpected):
+        verdict = "is of another model size" if is_other_size else "does not fit, or is of another model size"
     raise ValueError(f"{source} {verdict}: {', '.join(told)}; {describe(shapes)}")
 
 
