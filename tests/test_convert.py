@@ -89,6 +89,15 @@ def test_weights_inside_a_file_are_chosen_and_kept_by_name(state: dict[str, Tens
     assert Path("ema.pt").stat().st_size < 0.7 * Path("both.pt").stat().st_size
 
 
+def test_views_do_not_bring_their_storage_along(state: dict[str, Tensor]) -> None:
+    """torch.save writes whole storages; tensors cut from a large one are written at their own size."""
+    wide = {name: torch.stack([value] * 9)[4] for name, value in state.items()}
+    torch.save({"generator": wide}, "wide.pt")
+    convert("wide.pt", "narrow.pt", "official")
+    assert same(state, "narrow.pt")
+    assert Path("narrow.pt").stat().st_size < 0.4 * Path("wide.pt").stat().st_size
+
+
 def test_types_change_only_on_request(state: dict[str, Tensor]) -> None:
     write_tensors("source.safetensors", state)
     convert("source.safetensors", "half.pt", "official", dtype="bfloat16")

@@ -63,6 +63,29 @@ def test_released_layouts_load_strictly(prefix: str, top: str | None, tmp_path: 
     assert same(net)
 
 
+def test_prefixes_may_differ_between_names(tmp_path: Path) -> None:
+    """Each name is read by itself; what comes to one parameter twice is refused, whatever stands in front of it."""
+    path, plain = tmp_path / "weights.pt", named("")
+    prefixes = ("", "model.", "model._orig_mod.", "module.")
+    mixed = {prefixes[i % 4] + name: value for i, (name, value) in enumerate(plain.items())}
+    torch.save({"generator": mixed, "decay": torch.ones(()), "ema.decay": torch.ones(())}, path)
+    net = network(0)
+    load_file_into(net, path)
+    assert same(net)
+    for twice in ("model.head.head.bias", "_orig_mod.head.head.bias", "diffusion_model.head.head.bias"):
+        torch.save({"generator": plain | {twice: plain["head.head.bias"] + 1}}, path)
+        refused(path, "two names of the file map to one parameter", "'head.head.bias'")
+
+
+def test_files_of_before_torch_1_6_are_read(tmp_path: Path) -> None:
+    path, net = tmp_path / "weights.pt", network(0)
+    torch.save({"generator": named("model.")}, path, _use_new_zipfile_serialization=False)
+    load_file_into(net, path)
+    assert same(net)
+    path.write_bytes(path.read_bytes()[:3000])
+    refused(path, "damaged, cut off")
+
+
 def test_wrappers_inside_names_are_removed(tmp_path: Path) -> None:
     path, net = tmp_path / "weights.pt", network(0)
     inside = {
@@ -131,7 +154,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named() -> None:
     ):
         load_strictly(network(0), tensors | {"extra": value}, source="weights.pt")
     tensors["blocks.1.ffn.0.weight"] = value[:-1]
-    with pytest.raises(ValueError, match=r"wrong shape: blocks\.1\.ffn\.0\.weight is \(23, 16\), .* has \(24, 16\)"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.0\.weight has the wrong shape \(23, 16\), .* \(24, 16\)"):
         load_strictly(network(0), tensors, source="weights.pt")
 
 
@@ -246,20 +269,24 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     tensors["patch_embedding.weight"] = torch.ones(16, 36, 1, 2, 2)
     with pytest.raises(ValueError) as caught:
         load_strictly(network(0), tensors, source="x")
-    for part in ("1 unexpected (first: img_emb.proj.0.weight)", "wrong shape: patch_embedding.weight is (16, 36,"):
+    for part in ("1 unexpected (first: img_emb.proj.0.weight)", "patch_embedding.weight has the wrong shape (16, 36,"):
         assert part in str(caught.value)
 
 
 def test_other_sizes_are_named() -> None:
     with torch.device("meta"):
         small, large = (DiT(PRESETS[name]) for name in ("wan-1.3b", "wan-14b"))
-    with pytest.raises(ValueError, match=r"another model size: wrong shape: .* looks like: wan-14b \(width 5120"):
+    with pytest.raises(
+        ValueError, match=r"is of another model size: patch_embedding.weight has .* looks like: wan-14b \(width 5120"
+    ):
         check_fits(small, large.state_dict(), source="x")
     with pytest.raises(ValueError, match=r"the network \(wan-14b .* looks like: wan-1.3b \(width 1536, 30 blocks\)"):
         check_fits(large, small.state_dict(), source="x")
     state = small.state_dict()
     state["patch_embedding.weight"] = torch.empty(1536, 36, 1, 2, 2, device="meta")
-    with pytest.raises(ValueError, match=r"wrong shape: patch_embedding.weight .* image-to-video \(36 input channels"):
+    with pytest.raises(
+        ValueError, match=r"patch_embedding.weight has the wrong shape .* image-to-video \(36 input channels"
+    ):
         check_fits(small, state, source="x")
 
 
@@ -306,6 +333,12 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     refused(index.parent, second.name, "not the shard that", "describes")
     second.write_bytes(whole)
     load_file_into(network(0), index.parent)
+    told = json.loads(index.read_text())
+    name = next(name for name, shard in told["weight_map"].items() if shard == third.name)
+    index.write_text(json.dumps({"weight_map": {key: v for key, v in told["weight_map"].items() if key != name}}))
+    refused(index.parent, third.name, f"{name} is in the shard but not in the index")
+    index.write_text(json.dumps({"weight_map": told["weight_map"] | {"head.extra": third.name}}))
+    refused(index.parent, third.name, "head.extra is in the index but not in the shard")
     index.write_text("{}")
     refused(index.parent, "no weight_map")
 
@@ -327,6 +360,10 @@ def test_heads_are_compared_with_the_config_beside(tmp_path: Path) -> None:
     shards(tmp_path / "wan")
     with pytest.raises(ValueError, match=r"network with 2 heads, as its config\.json says, not 4"):
         load_file_into(DiT(dataclasses.replace(CONFIG, heads=4)), tmp_path / "wan")
+    with pytest.raises(ValueError, match=r"network with 2 heads"):
+        load_denoiser(tmp_path / "wan", dataclasses.replace(CONFIG, heads=4))
+    (tmp_path / "wan" / "config.json").write_text('{"num_heads": 7}')  # not one of Wan's: says nothing
+    load_denoiser(tmp_path / "wan", CONFIG)
 
 
 def test_files_are_mapped_and_not_copied(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, path: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "check_connection", lambda endpoint: None)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path
@@ -87,7 +88,7 @@ def text_encoder(weights: Path, tokenizer: Path, *, placement: torch.device, cac
 
 
 def unreachable(repo: str, path: str) -> str:
-    raise ConnectionError("no route\nto the hub")
+    raise ConnectionError("no route\nto the hub. Try again later.")
 
 
 def wan_dir(folder: Path) -> Path:
@@ -258,6 +259,17 @@ def test_missing_files_are_fetched_once_each(place: Path, monkeypatch: pytest.Mo
     ]
 
 
+def test_no_connection_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client, which would try for long, is not even asked."""
+    monkeypatch.undo()
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args: pytest.fail("asked"))
+    with pytest.raises(hub.HubError, match=r"no connection to 127\.0\.0\.1: Connection refused"):
+        hub.download(registry.VAE_FILE)
+
+
 def commands(message: str) -> list[str]:
     """The shell commands of the message."""
     return re.search(r"run: (.*) ; then", message)[1].split(" && ")  # type: ignore[index]
@@ -319,6 +331,13 @@ def test_a_random_model_needs_no_files() -> None:
     video = pipe.generate("anything", frames=9)
     assert video.shape == (1, 9, 3, 32, 48) and video.isfinite().all() and video.std() > 0
     assert torch.equal(video, load(CF_2STEP, weights="random", **FAST).generate("something else", frames=9))
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "causal-forcing/chunkwise-ar-diffusion"])
+def test_many_step_models_run_with_guidance(name: str) -> None:
+    pipe = load(name, weights="random", steps=2, **FAST)
+    assert pipe.sampling.multistep == 2 and pipe.sampling.guidance > 1
+    assert pipe.generate("x", frames=9).isfinite().all()
 
 
 def test_a_hook_can_refuse_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

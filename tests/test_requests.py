@@ -172,6 +172,15 @@ def test_json_lines_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(prompt, seed, prefix is None) for prompt, seed, prefix in seen] == [(RED, 9, False), (BLUE, 1, True)]
 
 
+def unwanted(*args: object, **how: object) -> None:
+    raise AssertionError("the model was read")
+
+
+def test_lengths_are_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(RED, "--latent-frames", "0") == 2
+    assert "latent_frames must be at least 1" in capsys.readouterr().err and os.listdir() == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -181,14 +190,14 @@ def test_json_lines_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--prompt-file", "p.jsonl"], ["no picture at none.png"]),
         (["--prompt-file", "p.jsonl", "--image", "pairs/a.png"], ["names pictures of its own"]),
         ([RED, "--frames", "5", "--blocks", "2"], ["exclude each other"]),
-        ([RED, "--latent-frames", "0"], ["latent_frames must be at least 1"]),
         ([RED, "--height", "480"], ["height: only for released models such as causal-forcing/chunkwise, not 'tiny'"]),
         ([RED, "--decoder", "taehv"], ["decoder: only for released models"]),
     ],
 )
-def test_errors_are_one_line_and_leave_nothing(
-    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+def test_errors_are_one_line_leave_nothing_and_come_before_the_model_is_read(
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("causalreel.infer.models.load_export", unwanted)
     picture("pairs/a.png")
     Path("text.png").write_text("no picture")
     Path("p.jsonl").write_text('{"prompt": "a red circle", "image": "none.png"}')

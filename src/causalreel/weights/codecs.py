@@ -234,4 +234,4 @@ def _read(path: str | Path, names: Sequence[str]) -> tuple[Path, dict[str, Tenso
         if not found:
             raise ValueError(f"{path} has none of {', '.join(names)}")
         path = found[0]
-    return path, bare_names(select(read_tensors(path), source=str(path))[0])
+    return path, bare_names(select(read_tensors(path)))

@@ -82,8 +82,8 @@ def _read_pickle(path: Path, mmap: bool) -> dict[str, Any]:
     is_zip = first.startswith(b"PK\x03\x04")
     if is_zip and not _has_zip_directory(path):
         raise ValueError(
-            f"{path} was cut off: the zip directory at its end is missing (truncated: a download that did not finish? "
-            f"run it again, it resumes)"
+            f"{path} is damaged or was cut off: the zip directory at its end is missing "
+            f"(truncated: a download that did not finish? run it again, it resumes)"
         )
     if not is_zip and not first.startswith(b"\x80"):
         raise ValueError(f"{path} is not a checkpoint: it begins with {first[:24]!r}, neither a zip nor a pickle")

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from causalreel.weights.registry import (
     TAEHV_FILE,
@@ -132,12 +135,24 @@ def download(file: HubFile) -> Path:
 
     if constants.HF_HUB_OFFLINE:
         raise HubError("HF_HUB_OFFLINE is set")
+    check_connection(constants.ENDPOINT)
     log.info("downloading %s of %s (about %.1f GB)", file.path, file.repo, file.size_gb)
     try:
         return Path(hf_hub_download(file.repo, file.path))
     except Exception as error:  # connection, proxy, permission, disk, unknown file: all end in the same advice
-        text = " ".join(str(error).split())
-        raise HubError(f"{type(error).__name__}: {text[:160]}") from error
+        text = " ".join(str(error).split()).split(". ")[0]
+        raise HubError(f"{type(error).__name__}: {text}") from error
+
+
+def check_connection(endpoint: str) -> None:
+    """HubError if nothing answers there, within seconds; the hub's own client tries for half a minute first."""
+    host = urlsplit(endpoint)
+    if getproxies():
+        return  # what a direct connection says does not count
+    try:
+        socket.create_connection((host.hostname or endpoint, host.port or 443), timeout=5).close()
+    except OSError as error:
+        raise HubError(f"no connection to {host.hostname}: {error.strerror or error}") from error
 
 
 def message(model: ReleasedModel, missing: Sequence[HubFile], reason: str, *, folder: Path | None, decoder: str) -> str:

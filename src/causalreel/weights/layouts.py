@@ -85,7 +85,7 @@ def read_network(path: str | Path, which: str | None = None) -> Network:
     path = _settle(Path(path))
     found = _read_shards(path) if path.name.endswith(".index.json") else read_tensors(path)
     facts = {} if path.suffix in PICKLE_SUFFIXES else _facts(path.parent)
-    tensors, key = select(found, which, source=str(path))
+    tensors, key = choose(found, which, source=str(path))
     try:
         bare = bare_names(tensors)
     except ValueError as error:
@@ -113,10 +113,15 @@ def from_layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {from_diffusers(name): value for name, value in bare.items()} if guess_layout(bare) == "diffusers" else bare
 
 
-def select(
+def select(found: Mapping[str, Any], which: str | None = None) -> dict[str, Tensor]:
+    """What a file holds -> name -> tensor. which: a top-level key such as generator_ema; None is the first known."""
+    return choose(found, which)[0]
+
+
+def choose(
     found: Mapping[str, Any], which: str | None = None, *, source: str = "the file"
 ) -> tuple[dict[str, Tensor], str | None]:
-    """What a file holds -> name -> tensor, and the top-level key taken. which: that key; None is the first of them."""
+    """As `select`, and the top-level key that was taken, if any; `source` is for messages."""
     nested = [key for key, value in found.items() if isinstance(value, Mapping)]
     flat = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     bare = [name for name in flat if "." in name]  # a step counter beside the networks is no network
@@ -125,9 +130,9 @@ def select(
             f"{source}: the file has no weights called {which!r}; it has "
             f"{', '.join(nested) or 'only bare tensors'}{_told_by(nested)}"
         )
-    if which is None and (nested and not bare):
+    if which is None:
         which = next((key for key in TOP_LEVEL if key in nested), None)
-        if which is None:
+        if which is None and nested and not bare:
             raise ValueError(f"{source}: {_no_generator(nested)}")
         if which == "generator_ema":
             log.info("%s has only the averaged weights (generator_ema), which are used", source)
@@ -138,17 +143,14 @@ def select(
 
 
 def bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop wrapper segments anywhere, and one leading prefix of PREFIXES where every name has it."""
+    """Drop wrapper segments anywhere in a name, then one prefix of PREFIXES; no parameter is called like either."""
     cleaned: dict[str, Tensor] = {}
     for name, value in tensors.items():
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        bare = next((bare.removeprefix(prefix) for prefix in PREFIXES if bare.startswith(prefix)), bare)
         if bare in cleaned:
-            short = next((bare.removeprefix(prefix) for prefix in PREFIXES if bare.startswith(prefix)), bare)
-            raise ValueError(f"two names of the file map to one parameter: they come to the same name {short!r}")
+            raise ValueError(f"two names of the file map to one parameter: they come to the same name {bare!r}")
         cleaned[bare] = value
-    for prefix in PREFIXES:
-        if cleaned and all(name.startswith(prefix) for name in cleaned):
-            return {name.removeprefix(prefix): value for name, value in cleaned.items()}
     return cleaned
 
 
@@ -172,14 +174,15 @@ def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str)
         return
     config, size = config_of(shapes), config_of(wanted)
     is_other_size = config is not None and size is not None and size_in_words(config) != size_in_words(size)
-    is_other_size = is_other_size or (len(wrong) > 1 and not (missing or unexpected))
     told = [f"{len(missing)} names missing (first: {_few(missing)})"] if missing else []
     told += [f"{len(unexpected)} unexpected (first: {_few(unexpected)})"] if unexpected else []
     if wrong:
         wants = f" ({size_in_words(size)})" if is_other_size and size is not None else ""
-        shape = f"wrong shape: {wrong[0]} is {shapes[wrong[0]]}, the network{wants} has {wanted[wrong[0]]}"
+        shape = f"{wrong[0]} has the wrong shape {shapes[wrong[0]]}, the network{wants} has {wanted[wrong[0]]}"
         told = [shape, *told] if is_other_size else [*told, shape]
-    verdict = "is of another model size" if is_other_size else "does not fit the network"
+    verdict = "does not fit the network"
+    if is_other_size or not (missing or unexpected):
+        verdict = "is of another model size" if is_other_size else "does not fit, or is of another model size"
     raise ValueError(f"{source} {verdict}: {', '.join(told)}; {describe(shapes)}")
 
 
