@@ -7,10 +7,14 @@ Ctrl-C is 130.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -18,10 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from causalreel.parallel.mesh import Launch, launch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from causalreel.infer.pipeline import Pipeline
+    from causalreel.parallel.mesh import Mesh
 
 
 # ------------------------------------------------------------------------------------------------------------ generate
@@ -61,9 +68,19 @@ class Generate:
     """Repeat each pixel so often, which keeps small videos sharp."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
+    decode_device: str | None = None
+    """Where latents become pixels, such as cuda:1, at the same time as the next are made; default: as `device`."""
 
 
 def generate(args: Generate) -> int:
+    """Under torchrun all processes make each video together; the first one alone decodes, writes and prints."""
+    from causalreel.infer.distributed import processes
+
+    with processes(args.device) as mesh:
+        return _generate(args, mesh)
+
+
+def _generate(args: Generate, mesh: Mesh | None) -> int:
     prompts = [*args.prompts, *_prompts_from(args.prompt_file)]
     if not prompts:
         raise ValueError("no prompt: give one on the command line or with --prompt-file")
@@ -78,6 +95,7 @@ def generate(args: Generate) -> int:
         to_bytes,
         write_video,
     )
+    from causalreel.infer.distributed import ahead, spread
     from causalreel.infer.models import load
 
     paths = _outputs(args.output, len(prompts))
@@ -85,13 +103,19 @@ def generate(args: Generate) -> int:
         check_target(path, (*VIDEO_SUFFIXES, GIF_SUFFIX), may_make_folder=True)
     if args.sheet is not None:
         check_target(args.sheet, PICTURE_SUFFIXES)
-    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device)
+    device = args.device if mesh is None else mesh.device
+    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=device)
+    pipeline = spread(pipeline, mesh, decode_device=args.decode_device)
     pipeline.text.encode(prompts)  # all of them are understood before the first is made
     prefix = _prefix(args, pipeline)
     shown: list[Tensor] = []
     for index, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         clock = _Clock(path.name)
         parts = pipeline.stream(prompt, frames=args.frames, seed=args.seed + index, prefix=prefix)
+        if mesh is not None and mesh.rank > 0:
+            collections.deque(parts, maxlen=0)  # its share of the work; there are no frames in them
+            continue
+        parts = parts if args.decode_device is None else ahead(parts)
         kept: list[Tensor] = []  # (t,H,W,3) uint8, for the sheet only: a long clip is not held in memory
         keep = (lambda frames, kept=kept: kept.append(to_bytes(frames))) if args.sheet else None
         path.parent.mkdir(exist_ok=True)
@@ -99,7 +123,7 @@ def generate(args: Generate) -> int:
         print(f"{path}: {clock.summary()}", flush=True)
         if args.sheet is not None:
             shown.append(_joined(kept).permute(0, 3, 1, 2))
-    if args.sheet is not None:
+    if args.sheet is not None and shown:
         contact_sheet(shown, args.sheet, prompts, scale=max(1, args.scale // 2))
         print(args.sheet)
     return 0
@@ -388,7 +412,28 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse `argv` (default: the process's arguments), run the subcommand -> exit status."""
+    """Parse `argv` (default: the process's arguments), run the subcommand -> exit status.
+
+    In one of several processes (torchrun) all but the first are silent, and an error in any of them ends all.
+    """
+    where = launch()
+    if where is None:
+        return _main(argv, None)
+    from causalreel.parallel.crew import leave
+
+    with contextlib.ExitStack() as silence:
+        if where.rank > 0:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            status = _main(argv, where)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return leave(where, status)
+
+
+def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--version"]:
         from causalreel import __version__
@@ -397,22 +442,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     _log_to_stderr()
     try:
-        args = tyro.cli(
-            Command,  # type: ignore[arg-type] - a union is as good as a class to tyro
-            prog="causalreel",
-            description="Causal video diffusion: few-step autoregressive generation and its training.",
-            args=argv,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        return COMMANDS[type(args)](args)
+        with _together(where):
+            args = tyro.cli(
+                Command,  # type: ignore[arg-type] - a union is as good as a class to tyro
+                prog="causalreel",
+                description="Causal video diffusion: few-step autoregressive generation and its training.",
+                args=argv,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+            if where is not None and not isinstance(args, Generate):
+                raise ValueError("only generate runs in several processes; start this command without torchrun")
+            return COMMANDS[type(args)](args)
     except KeyboardInterrupt:
         print("causalreel: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"causalreel: error: {_one_line(error)}", file=sys.stderr)
+        _print_error(_one_line(error))
         return 2
+
+
+def _together(where: Launch | None) -> AbstractContextManager[None]:
+    if where is None:
+        return contextlib.nullcontext()
+    from causalreel.parallel.crew import crew
+
+    return crew(where, describe=_one_line, report=_print_error)
+
+
+def _print_error(line: str) -> None:
+    print(f"causalreel: error: {line}", file=sys.stderr, flush=True)
 
 
 class _ToStderr(logging.Handler):

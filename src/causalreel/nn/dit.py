@@ -38,7 +38,7 @@ class TokenExchange(Protocol):
         """Tokens of all (B,F,S,E) -> of this process (B,F,S/n,E)."""
         ...
 
-    def to_heads(self, x: Tensor, frames: int) -> Tensor:
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of this process, all heads (B,F*S/n,N,D) -> all tokens, heads of this process (B,F*S,N/n,D)."""
         ...
 
@@ -227,7 +227,7 @@ class DiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             q, k, v = block.before_attention(y, time6, cos, sin)
             if self.exchange is not None:
-                q, k, v = (self.exchange.to_heads(part, frames) for part in (q, k, v))
+                q, k, v = self.exchange.to_heads(q, k, v, frames)
             if cache is not None:
                 k, v = cache.extend(layer, k, v)
             attended = attend(q, k, v, mask, tokens, backend=backend)
