@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -387,6 +388,53 @@ def bench(args: Bench) -> int:
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------------ estimate
+
+
+@dataclass(frozen=True)
+class EstimateMemory:
+    """Say how much memory of a GPU a video takes, before anything is loaded."""
+
+    model: str = "wan-1.3b"
+    """Size (wan-1.3b, wan-14b), embedded model or an export's folder."""
+    height: int | None = None
+    """Pixels; default: 480, or the model's."""
+    width: int | None = None
+    """Pixels; default: 832, or the model's."""
+    frames: int | None = None
+    """Pixel frames, 1 + 4 (n - 1); default: 81, or as many as a training clip. 0 is endless and needs a window."""
+    window: int | None = None
+    """Latent frames that a chunk sees; default: all, or the model's."""
+    chunk: int | None = None
+    """Latent frames made together; default: 3, or the model's."""
+    batch: int = 1
+    """Clips made together."""
+    guided: bool | None = None
+    """Classifier-free guidance; default: as the model."""
+    dtype: Literal["bfloat16", "float16", "float32", "fp8"] | None = None
+    """Type of the network's weights; default: bfloat16, or as the model is loaded."""
+    decoder: Literal["wan", "taehv", "none"] = "wan"
+    """What makes pixels; none: another GPU does. A model with a codec of its own uses that."""
+    decoder_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Type of its weights; default: bfloat16, or as the model's own is loaded."""
+    overlap: bool = False
+    """Decode beside the network and not after it."""
+    text_encoder: Literal["cpu", "gpu"] = "cpu"
+    """Where UMT5-XXL stays."""
+    gpus: int = 1
+    """GPUs that share the stream; the numbers are of the first, which decodes."""
+
+
+def estimate_memory(args: EstimateMemory) -> int:
+    from causalreel.infer.estimate import estimate, table
+    from causalreel.infer.models import request_for
+
+    options = dataclasses.asdict(args)
+    request = request_for(options.pop("model"), **options)
+    print(table(estimate(request)))
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -398,6 +446,7 @@ Command: TypeAlias = (
     | Annotated[ExportModel, subcommand("export")]
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[EstimateMemory, subcommand("estimate")]
 )
 
 COMMANDS: dict[type, Callable[[Any], int]] = {
@@ -408,6 +457,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     ExportModel: export_model,
     Verify: verify,
     Bench: bench,
+    EstimateMemory: estimate_memory,
 }
 
 
