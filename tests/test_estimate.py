@@ -252,10 +252,10 @@ def test_a_model_that_does_not_fit_is_not_loaded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a very small GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**25, 2**26))
     with pytest.raises(ValueError, match=r"not enough memory: .* a very small GPU"):
-        models._check_memory(models.find("tiny"), None, torch.device("cuda"))
-    models._check_memory(models.find("tiny"), None, torch.device("cpu"))
+        models._check_memory(models.find("tiny"), torch.device("cuda"))
+    models._check_memory(models.find("tiny"), torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**31, 2**32))
-    models._check_memory(models.find("tiny"), None, torch.device("cuda"))
+    models._check_memory(models.find("tiny"), torch.device("cuda"))
 
 
 def test_requests_by_name() -> None:
@@ -276,6 +276,16 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["estimate", *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("causalreel: error:") and error.count("\n") == 1 and said in error
+
+
+def test_memory_that_runs_out_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(args: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setitem(cli.COMMANDS, cli.EstimateMemory, full)
+    assert cli.main(["estimate"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("causalreel: error: CUDA out of memory. Tried") and error.count("\n") == 1
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ def _generate(args: Generate, mesh: Mesh | None) -> int:
         check_target(path, (*VIDEO_SUFFIXES, GIF_SUFFIX), may_make_folder=True)
     if args.sheet is not None:
         check_target(args.sheet, PICTURE_SUFFIXES)
-    device = args.device if mesh is None else mesh.device
-    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=device)
+    device, gpus = (args.device, 1) if mesh is None else (mesh.device, mesh.size)
+    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=device, gpus=gpus)
     pipeline = spread(pipeline, mesh, decode_device=args.decode_device)
     pipeline.text.encode(prompts)  # all of them are understood before the first is made
     prefix = _prefix(args, pipeline)
@@ -480,6 +481,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _main(argv, where)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception:  # not swallowed: the process says what it was and ends with it, and does not wait for others
+            traceback.print_exc()
+            status = 1
         return leave(where, status)
 
 
@@ -510,6 +514,11 @@ def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
         return 141
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         _print_error(_one_line(error))
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which is not imported for this
+            raise
+        _print_error(f"{_one_line(error)} (causalreel estimate says what takes how much)")
         return 2
 
 

@@ -41,16 +41,18 @@ def load(
     steps: int | Sequence[float] | None = None,
     chunk: int | None = None,
     device: torch.device | str | None = None,
+    gpus: int = 1,
 ) -> Pipeline:
     """A pipeline for an embedded model (`tiny`, `tiny/frame-1step`, ...) or an export's folder.
 
     steps, chunk: of a family such as `tiny` they choose the variant trained for them; where there is none, the nearest
-    one is used with them, which is logged. device: None is CUDA if there is one, else the CPU.
+    one is used with them, which is logged. device: None is CUDA if there is one, else the CPU. gpus: how many processes
+    will share the pipeline (`infer.distributed.spread`), for the check of memory.
     """
     folder = find(model, steps=steps, chunk=chunk)
     device = choose_device(device)
     require_bfloat16(device)
-    _check_memory(folder, chunk, device)
+    _check_memory(folder, device, chunk=chunk, gpus=gpus)
     denoiser, export = load_export(folder, compute=torch.bfloat16 if device.type == "cuda" else None)
     if export.text not in TEXT_ENCODERS:
         raise ValueError(f"{folder}: unknown text encoder {export.text!r}; there are {', '.join(TEXT_ENCODERS)}")
@@ -70,13 +72,13 @@ def load(
     )
 
 
-def _check_memory(folder: Path, chunk: int | None, device: torch.device) -> None:
+def _check_memory(folder: Path, device: torch.device, *, chunk: int | None = None, gpus: int = 1) -> None:
     """ValueError if a clip of the model plainly does not fit on the GPU; models small beside it are not looked at."""
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
     if weight_bytes(read_export(folder).model, "float32") > free / 10:
-        request = request_for(folder, height=None, width=None, frames=None, chunk=chunk)
+        request = request_for(folder, height=None, width=None, frames=None, chunk=chunk, gpus=gpus)
         check(request, free, where=torch.cuda.get_device_name(device))
 
 
