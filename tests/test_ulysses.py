@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from causalreel.infer.distributed import CodecElsewhere, ahead
+from causalreel.infer.estimate import _PretendExchange
+from causalreel.infer.outline import Held
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import PRESETS, ModelConfig
@@ -104,7 +106,18 @@ def process(folder: str) -> None:
         result["identity"] = [
             torch.equal(part, Ulysses().to_tokens(moved, 3)) for part, moved in zip((q, k, v), there, strict=True)
         ]
+        result["held"] = [peak(shard_sequence(net))]
+        net.model.exchange = _PretendExchange(mesh.size)
+        result["held"].append(peak(net))
         torch.save(result, Path(folder) / f"{mesh.rank}.pt")
+
+
+def peak(net: DiTDenoiser) -> int:
+    """Most bytes that a call holds."""
+    x, sigma, told = inputs(3)
+    with Held("cpu") as held, torch.no_grad():
+        net(x, sigma, net.prepare(told))
+    return held.peak
 
 
 def refusal(call) -> str:
@@ -174,6 +187,12 @@ def test_all_processes_get_the_same_bits(results: list[dict]) -> None:
 
 def test_there_and_back_is_the_identity(results: list[dict]) -> None:
     assert all(all(found["identity"]) for found in results)
+
+
+def test_the_estimate_takes_the_exchange_for_what_it_is(results: list[dict]) -> None:
+    for found in results:
+        real, pretended = found["held"]
+        assert abs(real - pretended) < 0.02 * real
 
 
 def test_what_cannot_be_shared_is_refused(results: list[dict]) -> None:
