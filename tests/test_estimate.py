@@ -17,15 +17,14 @@ from causalreel.infer.estimate import (
     Request,
     activation_bytes,
     cache_bytes,
-    check,
     decoder_bytes,
     estimate,
-    require_bfloat16,
     table_bytes,
     text_bytes,
     umt5_bytes,
     weight_bytes,
 )
+from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.models import request_for
 from causalreel.infer.outline import Held
 from causalreel.nn.denoiser import DiTDenoiser

@@ -8,10 +8,9 @@ workspaces of libraries beyond cuBLAS's are not counted.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import dropwhile, islice
+from itertools import dropwhile
 from typing import Any, Literal
 
 import torch
@@ -385,60 +384,9 @@ def umt5_bytes() -> int:
     return 2 * (n["vocabulary"] * n["width"] + n["layers"] * block + n["width"])
 
 
-# ---- whether it fits -------------------------------------------------------------------------------------------------
-
-
 def table(found: Estimate) -> str:
     """The parts, one a line in GiB, and the peak."""
     rows = [(f.name.replace("_", " "), getattr(found, f.name)) for f in fields(found) if f.name != "overlap"]
     rows = [(name, size) for name, size in rows if size] + [("peak", found.peak)]
     note = "" if found.overlap or not found.decoder_workspace else "\n(activations and decoder workspace share memory)"
     return "\n".join(f"{name:18}{size / GIB:9.3f} GiB" for name, size in rows) + note
-
-
-def check(request: Request, free: int, *, where: str = "the GPU") -> Estimate:
-    """The estimate, or ValueError that says how much memory is missing and what would help, with what it would take."""
-    found = estimate(request)
-    if found.peak <= free:
-        return found
-    helping = [f"{name} ({size / GIB:.1f} GiB)" for name, size in _savings(request, found)]
-    options = f"; less is taken by {', '.join(helping)}" if helping else ""
-    raise ValueError(
-        f"not enough memory: {found.peak / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB free on {where}, "
-        f"{(found.peak - free) / GIB:.1f} GiB too few{options}"
-    )
-
-
-def _savings(request: Request, found: Estimate) -> Iterator[tuple[str, int]]:
-    """Single changes of a request that take less, and the peak with them; the largest saving first."""
-    half = (request.window or request.frames or 0) // 2
-    changes: dict[str, Callable[[], Request]] = {
-        "--decoder taehv": lambda: replace(request, decoder="taehv"),
-        "another GPU for decoding (--decode-device)": lambda: replace(request, decoder="none"),
-        "the text encoder on the CPU": lambda: replace(request, text_encoder="cpu"),
-        f"a window of {half} latent frames": lambda: replace(request, window=half),
-        "a batch of 1": lambda: replace(request, batch=1),
-        "fp8 weights": lambda: replace(request, dtype="fp8"),
-        "2 GPUs": lambda: replace(request, gpus=2 * request.gpus),
-    }
-    peaks = []
-    for name, change in changes.items():
-        try:
-            peak = estimate(change()).peak
-        except ValueError:
-            continue  # not possible with this model, chunk or installation
-        if peak < found.peak:
-            peaks.append((name, peak))
-    yield from islice(sorted(peaks, key=lambda item: item[1]), 4)
-
-
-def require_bfloat16(device: torch.device) -> None:
-    """ValueError for a GPU that does not compute in bfloat16: compute capability below 8."""
-    if device.type != "cuda":
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise ValueError(
-            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bfloat16; "
-            f"a GPU of capability 8.0 or later is needed, or --device cpu"
-        )

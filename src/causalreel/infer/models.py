@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from causalreel.codecs.wan_vae import vae_config
-from causalreel.infer.estimate import Request, check, require_bfloat16, weight_bytes
+from causalreel.infer.estimate import Request, weight_bytes
+from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt
 from causalreel.nn.presets import PRESETS, preset
