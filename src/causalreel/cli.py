@@ -7,10 +7,16 @@ Ctrl-C is 130.
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import dataclasses
 import logging
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -18,11 +24,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from causalreel.parallel.mesh import Launch, launch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from causalreel.infer.pipeline import Pipeline
     from causalreel.infer.requests import Wanted
+    from causalreel.parallel.mesh import Mesh
+
 
 # ------------------------------------------------------------------------------------------------------------ generate
 
@@ -82,9 +92,19 @@ class Generate:
     """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, slightly other videos; eager the plain network."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
+    decode_device: str | None = None
+    """Where latents become pixels, such as cuda:1, at the same time as the next are made; default: as `device`."""
 
 
 def generate(args: Generate) -> int:
+    """Under torchrun all processes make each video together; the first one alone decodes, writes and prints."""
+    from causalreel.infer.distributed import processes
+
+    with processes(args.device) as mesh:
+        return _generate(args, mesh)
+
+
+def _generate(args: Generate, mesh: Mesh | None) -> int:
     wanted = _wanted(args)
     from causalreel.data.video import (
         GIF_SUFFIX,
@@ -96,6 +116,7 @@ def generate(args: Generate) -> int:
         write_video,
     )
     from causalreel.infer.accelerate import accelerate
+    from causalreel.infer.distributed import ahead, spread
     from causalreel.infer.models import load
 
     paths = _outputs(args.output, wanted)
@@ -103,9 +124,12 @@ def generate(args: Generate) -> int:
         check_target(path, (*VIDEO_SUFFIXES, GIF_SUFFIX), may_make_folder=True)
     if args.sheet is not None:
         check_target(args.sheet, PICTURE_SUFFIXES)
-    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device, **_full_size(args))
+    device, gpus = (args.device, 1) if mesh is None else (mesh.device, mesh.size)
+    how = _full_size(args)
+    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=device, gpus=gpus, **how)
     if args.precision == "fp8" or (args.precision == "bf16" and pipeline.device.type == "cuda"):
         pipeline = accelerate(pipeline, precision=args.precision, graphs=len(wanted) > 1)
+    pipeline = spread(pipeline, mesh, decode_device=args.decode_device)
     prompts = [one.prompt for one in wanted]
     pipeline.text.encode(prompts)  # all of them are understood before the first is made
     frames, scale = _frames(args, pipeline), _scale(args, pipeline)
@@ -114,6 +138,10 @@ def generate(args: Generate) -> int:
         clock = _Clock(path.name)
         seed = args.seed + index if one.seed is None else one.seed
         parts = pipeline.stream(one.prompt, frames=frames, seed=seed, prefix=_prefix(args, one.image, pipeline))
+        if mesh is not None and mesh.rank > 0:
+            collections.deque(parts, maxlen=0)  # its share of the work; there are no frames in them
+            continue
+        parts = parts if args.decode_device is None else ahead(parts)
         kept: list[Tensor] = []  # (t,H,W,3) uint8, for the sheet only: a long clip is not held in memory
         keep = (lambda frames, kept=kept: kept.append(to_bytes(frames))) if args.sheet else None
         path.parent.mkdir(exist_ok=True)
@@ -121,7 +149,7 @@ def generate(args: Generate) -> int:
         print(f"{path}: {clock.summary()}", flush=True)
         if args.sheet is not None:
             shown.append(_joined(kept).permute(0, 3, 1, 2))
-    if args.sheet is not None:
+    if args.sheet is not None and shown:
         contact_sheet(shown, args.sheet, prompts, scale=max(1, scale // 2))
         print(args.sheet)
     return 0
@@ -506,6 +534,53 @@ def bench(args: Bench) -> int:
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------------ estimate
+
+
+@dataclass(frozen=True)
+class EstimateMemory:
+    """Say how much memory of a GPU a video takes, before anything is loaded."""
+
+    model: str = "wan-1.3b"
+    """Size (wan-1.3b, wan-14b), embedded model or an export's folder."""
+    height: int | None = None
+    """Pixels; default: 480, or the model's."""
+    width: int | None = None
+    """Pixels; default: 832, or the model's."""
+    frames: int | None = None
+    """Pixel frames, 1 + 4 (n - 1); default: 81, or as many as a training clip. 0 is endless and needs a window."""
+    window: int | None = None
+    """Latent frames that a chunk sees; default: all, or the model's."""
+    chunk: int | None = None
+    """Latent frames made together; default: 3, or the model's."""
+    batch: int = 1
+    """Clips made together."""
+    guided: bool | None = None
+    """Classifier-free guidance; default: as the model."""
+    dtype: Literal["bfloat16", "float16", "float32", "fp8"] | None = None
+    """Type of the network's weights; default: bfloat16, or as the model is loaded."""
+    decoder: Literal["wan", "taehv", "none"] = "wan"
+    """What makes pixels; none: another GPU does. A model with a codec of its own uses that."""
+    decoder_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Type of its weights; default: bfloat16, or as the model's own is loaded."""
+    overlap: bool = False
+    """Decode beside the network and not after it."""
+    text_encoder: Literal["cpu", "gpu"] = "cpu"
+    """Where UMT5-XXL stays."""
+    gpus: int = 1
+    """GPUs that share the stream; the numbers are of the first, which decodes."""
+
+
+def estimate_memory(args: EstimateMemory) -> int:
+    from causalreel.infer.estimate import estimate, table
+    from causalreel.infer.models import request_for
+
+    options = dataclasses.asdict(args)
+    request = request_for(options.pop("model"), **options)
+    print(table(estimate(request)))
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -519,6 +594,7 @@ Command: TypeAlias = (
     | Annotated[Models, subcommand("models")]
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[EstimateMemory, subcommand("estimate")]
 )
 
 COMMANDS: dict[type, Callable[[Any], int]] = {
@@ -531,11 +607,36 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Models: models,
     Verify: verify,
     Bench: bench,
+    EstimateMemory: estimate_memory,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse `argv` (default: the process's arguments), run the subcommand -> exit status."""
+    """Parse `argv` (default: the process's arguments), run the subcommand -> exit status.
+
+    In one of several processes (torchrun) all but the first are silent, and an error in any of them ends all.
+    """
+    where = launch()
+    if where is None:
+        return _main(argv, None)
+    from causalreel.parallel.crew import leave
+
+    with contextlib.ExitStack() as silence:
+        if where.rank > 0:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            status = _main(argv, where)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception:  # not swallowed: the process says what it was and ends with it, and does not wait for others
+            traceback.print_exc()
+            status = 1
+        return leave(where, status)
+
+
+def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--version"]:
         from causalreel import __version__
@@ -544,22 +645,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     _log_to_stderr()
     try:
-        args = tyro.cli(
-            Command,  # type: ignore[arg-type] - a union is as good as a class to tyro
-            prog="causalreel",
-            description="Causal video diffusion: few-step autoregressive generation and its training.",
-            args=argv,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        return COMMANDS[type(args)](args)
+        with _together(where):
+            args = tyro.cli(
+                Command,  # type: ignore[arg-type] - a union is as good as a class to tyro
+                prog="causalreel",
+                description="Causal video diffusion: few-step autoregressive generation and its training.",
+                args=argv,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+            if where is not None and not isinstance(args, Generate):
+                raise ValueError("only generate runs in several processes; start this command without torchrun")
+            return COMMANDS[type(args)](args)
     except KeyboardInterrupt:
         print("causalreel: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"causalreel: error: {_one_line(error)}", file=sys.stderr)
+        _print_error(_one_line(error))
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which is not imported for this
+            raise
+        _print_error(f"{_one_line(error)} (causalreel estimate says what takes how much)")
+        return 2
+
+
+def _together(where: Launch | None) -> AbstractContextManager[None]:
+    if where is None:
+        return contextlib.nullcontext()
+    from causalreel.parallel.crew import crew
+
+    return crew(where, describe=_one_line, report=_print_error)
+
+
+def _print_error(line: str) -> None:
+    print(f"causalreel: error: {line}", file=sys.stderr, flush=True)
 
 
 class _ToStderr(logging.Handler):

@@ -7,16 +7,29 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from causalreel.codecs.wan_vae import vae_config
+from causalreel.infer.estimate import Request, weight_bytes
+from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import Choices, load_released
 from causalreel.infer.schedule import adapt
+from causalreel.nn.presets import PRESETS, preset
 from causalreel.text.tiny import TinyTextEncoder
+from causalreel.types import LatentSpec
 from causalreel.weights import export as exports
-from causalreel.weights.export import Export, Sampling, codec_file, load_codec, load_export, read_export
+from causalreel.weights.export import (
+    Export,
+    Sampling,
+    codec_file,
+    load_codec,
+    load_export,
+    read_codec,
+    read_export,
+)
 from causalreel.weights.registry import MODELS
 
 log = logging.getLogger(__name__)
@@ -47,11 +60,13 @@ def load(
     which: str | None = None,
     prompt_cache: Path | None = None,
     before_loading: Callable[[Export, torch.device], None] | None = None,
+    gpus: int = 1,
 ) -> Pipeline:
     """A pipeline for an embedded model (`tiny`, `tiny/frame-1step`, ...), a released one or an export's folder.
 
     steps, chunk: of a family such as `tiny` they choose the variant trained for them; where there is none, the nearest
-    one is used with them, which is logged. device: None is CUDA if there is one, else the CPU.
+    one is used with them, which is logged. device: None is CUDA if there is one, else the CPU. gpus: how many processes
+    will share the pipeline (`infer.distributed.spread`), for the check of memory.
     The other arguments are for released models (`causal-forcing/chunkwise` ..., see `weights.registry.MODELS`) and
     explained at `infer.released.Choices`; their files are fetched from the hub where no argument says where they are.
     """
@@ -61,6 +76,8 @@ def load(
     folder = find(model, steps=steps, chunk=chunk)
     _refuse(model, choices)
     device = choose_device(device)
+    require_bfloat16(device)
+    _check_memory(folder, device, chunk=chunk, gpus=gpus)
     denoiser, export = load_export(folder, compute=torch.bfloat16 if device.type == "cuda" else None)
     if export.text not in TEXT_ENCODERS:
         raise ValueError(f"{folder}: unknown text encoder {export.text!r}; there are {', '.join(TEXT_ENCODERS)}")
@@ -78,6 +95,56 @@ def load(
         TEXT_ENCODERS[export.text](device),
         device,
     )
+
+
+def _check_memory(folder: Path, device: torch.device, *, chunk: int | None = None, gpus: int = 1) -> None:
+    """ValueError if a clip of the model plainly does not fit on the GPU; models small beside it are not looked at."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if weight_bytes(read_export(folder).model, "float32") > free / 10:
+        request = request_for(folder, height=None, width=None, frames=None, chunk=chunk, gpus=gpus)
+        check(request, free, where=torch.cuda.get_device_name(device))
+
+
+def request_for(
+    model: str | Path, *, height: int | None, width: int | None, frames: int | None, **options: Any
+) -> Request:
+    """What a video of `model` (a preset's name, an embedded model or a folder) asks of memory; None: its own choice.
+
+    height, width and frames are pixels and pixel frames, the latter 0 where the clip does not end; options: fields of
+    `infer.estimate.Request`.
+    """
+    if str(model) in PRESETS and str(model) not in DEFAULT_VARIANTS:
+        network, own = preset(str(model)), {"chunk": 3, "frames": 21}
+        codec, latent = vae_config("wan2.1"), LatentSpec(network.channels, 60, 104)
+    else:
+        folder = find(model)
+        export = read_export(folder)
+        network, latent = export.model, export.latent
+        own = {"chunk": export.sampling.chunk or export.frames, "window": export.context.window}
+        own |= {"frames": export.frames, "guided": export.sampling.guidance != 1}
+        own |= {"dtype": "float32", "decoder_dtype": "float32"}  # as `load` leaves them
+        codec = read_codec(codec_file(folder, export.codec)).codec
+        options |= {"decoder": codec} if options.get("decoder") != "none" else {}
+        options |= {"text_encoder": "none"}
+    spatial, temporal = 2 ** len(codec.temporal_down), 2 ** sum(codec.temporal_down)
+    sides = [
+        old if new is None else _latent_side(name, new, spatial * network.patch) * network.patch
+        for name, new, old in (("height", height, latent.height), ("width", width, latent.width))
+    ]
+    given = {name: value for name, value in options.items() if value is not None}
+    if frames is not None:
+        if frames and (frames - 1) % temporal:
+            raise ValueError(f"frames must be 1 + {temporal} (n - 1), or 0 for an endless clip; got {frames}")
+        given["frames"] = 1 + (frames - 1) // temporal if frames else None
+    return Request(network, LatentSpec(latent.channels, *sides), **{**own, **given})
+
+
+def _latent_side(name: str, pixels: int, unit: int) -> int:
+    if pixels < unit or pixels % unit:
+        raise ValueError(f"{name} must be a multiple of {unit}, got {pixels}")
+    return pixels // unit
 
 
 def find(model: str | Path, *, steps: int | Sequence[float] | None = None, chunk: int | None = None) -> Path:

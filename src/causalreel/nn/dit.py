@@ -34,14 +34,14 @@ class TokenExchange(Protocol):
     n processes; everything but self-attention is computed on tokens, self-attention on heads. See `parallel.ulysses`.
     """
 
-    count: int
+    size: int
     """Processes that share the call."""
 
     def split(self, y: Tensor) -> Tensor:
         """Tokens of all (B,F,S,E) -> of this process (B,F,S/n,E)."""
         ...
 
-    def to_heads(self, x: Tensor, frames: int) -> Tensor:
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of this process, all heads (B,F*S/n,N,D) -> all tokens, heads of this process (B,F*S,N/n,D)."""
         ...
 
@@ -230,7 +230,7 @@ class DiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             q, k, v = block.before_attention(y, time6, cos, sin)
             if self.exchange is not None:
-                q, k, v = (self.exchange.to_heads(part, frames) for part in (q, k, v))
+                q, k, v = self.exchange.to_heads(q, k, v, frames)
             if cache is not None:
                 k, v = cache.extend(layer, k, v)
             attended = attend(q, k, v, mask, tokens, backend=backend)

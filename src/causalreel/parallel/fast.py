@@ -117,7 +117,7 @@ class FastDiT:
             free.append(
                 CacheMemory(
                     layers=config.layers,
-                    heads=config.heads if exchange is None else config.heads // exchange.count,
+                    heads=config.heads if exchange is None else config.heads // exchange.size,
                     head_dim=config.dim // config.heads,
                     tokens=tokens,
                     frames=key[0],
@@ -236,7 +236,7 @@ class FastDiT:
         else:
             q, k, v = kernels.norm_rotate(qkv, *weights, heads=model.config.heads, eps=model.config.eps)
             if exchange is not None:
-                q, k, v = (exchange.to_heads(part, frames) for part in (q, k, v))
+                q, k, v = exchange.to_heads(q, k, v, frames)
             if cache is not None:
                 k, v = cache.extend(layer, k, v)
         if exchange is None:

@@ -214,14 +214,19 @@ def save_codec(
 
 def load_codec(path: str | Path) -> CausalVAE:
     """A saved codec (its folder or its .safetensors file) in float32 on the CPU, in evaluation mode."""
-    path = _codec_path(path)
-    if not path.with_suffix(".yaml").is_file():
-        raise ValueError(f"no codec at {path}: {path.with_suffix('.yaml').name} is missing")
-    sizes = config.load(path.with_suffix(".yaml"), CodecExport).codec
+    path, sizes = _codec_path(path), read_codec(path).codec
     with without_initialisation():
         codec = CausalVAE(sizes)
     load_strictly(codec, read_tensors(path), source=str(path))
     return codec.requires_grad_(False).eval()
+
+
+def read_codec(path: str | Path) -> CodecExport:
+    """The config of a saved codec, without its weights."""
+    path = _codec_path(path)
+    if not path.with_suffix(".yaml").is_file():
+        raise ValueError(f"no codec at {path}: {path.with_suffix('.yaml').name} is missing")
+    return config.load(path.with_suffix(".yaml"), CodecExport)
 
 
 def codec_file(folder: str | Path, name: str) -> Path:

@@ -1,0 +1,103 @@
+"""Several processes for one stream: sequence parallelism by exchanging tokens for heads around self-attention.
+
+Every frame's tokens are cut into n equal shares, in their natural order; process r computes share r of everything but
+self-attention. Before attention one all-to-all turns "my tokens, all heads" into "all tokens, my heads", for queries,
+keys and values together; afterwards another turns the result back. So each process attends with N/n heads, and a cache
+behind it holds N/n heads of every frame. Weights, text keys and noise are the same everywhere.
+DeepSpeed Ulysses (arXiv 2309.14509), section 3.
+
+For inference: nothing here carries gradient. Buffers are fresh and nothing waits for the host, so that calls can be
+captured into CUDA graphs with NCCL; the group must have been used once before (`parallel.mesh.join` does that).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from causalreel.nn.denoiser import DiTDenoiser
+
+
+class Ulysses:
+    """Implements `nn.dit.TokenExchange` over a process group; None is torch's default group.
+
+    All processes make the same calls in the same order.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def split(self, y: Tensor) -> Tensor:
+        """Tokens of all (B,F,S,E) -> of this process (B,F,S/n,E)."""
+        if y.shape[2] % self.size:
+            raise ValueError(
+                f"{self.size} processes cannot share the {y.shape[2]} tokens of a latent frame equally; "
+                f"the number of processes must divide them"
+            )
+        return y.unflatten(2, (self.size, -1))[:, :, self.rank]
+
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of this process, all heads (B,F*S/n,N,D) -> all tokens, heads of this process (B,F*S,N/n,D)."""
+        self._refuse_gradient(q)
+        batch, length, heads, width = q.shape
+        share = (batch, frames, length // frames, heads // self.size, width)  # (B,F,S/n,N/n,D)
+        sent = q.new_empty(self.size, 3, *share)  # for each process its heads of my tokens
+        for i, part in enumerate((q, k, v)):
+            cut = part.reshape(batch, frames, length // frames, self.size, heads // self.size, width)
+            sent[:, i].copy_(cut.permute(3, 0, 1, 2, 4, 5))
+        got = self._exchange(sent)  # from each process its tokens with my heads
+        q, k, v = (got[:, i].permute(1, 2, 0, 3, 4, 5).flatten(1, 3) for i in range(3))  # (B,F,n,S/n,N/n,D) -> ...
+        return q, k, v
+
+    def to_tokens(self, x: Tensor, frames: int) -> Tensor:
+        """The way back: (B,F*S,N/n,D) -> (B,F*S/n,N,D)."""
+        self._refuse_gradient(x)
+        cut = x.unflatten(1, (frames, self.size, -1))  # (B,F,n,S/n,N/n,D)
+        got = self._exchange(cut.permute(2, 0, 1, 3, 4, 5).contiguous())  # from each process its heads of my tokens
+        return got.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
+
+    def join(self, y: Tensor) -> Tensor:
+        """Tokens of this process (B,F,S/n,C) -> of all (B,F,S,C), on every process."""
+        self._refuse_gradient(y)
+        parts = y.new_empty(self.size, *y.shape)
+        dist.all_gather(list(parts.unbind(0)), y.contiguous(), group=self.group)
+        return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def _exchange(self, sent: Tensor) -> Tensor:
+        """Row r of `sent` goes to process r -> row r of the result comes from process r."""
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=self.group)
+        return got
+
+    def _refuse_gradient(self, x: Tensor) -> None:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("a network shared by several processes carries no gradient: call it under torch.no_grad()")
+
+
+def allowed_sizes(heads: int, tokens: int | None = None) -> list[int]:
+    """How many processes can share a network with so many heads, and so many tokens per latent frame if given."""
+    return [n for n in range(1, heads + 1) if heads % n == 0 and (tokens is None or tokens % n == 0)]
+
+
+def shard_sequence(
+    denoiser: DiTDenoiser, group: dist.ProcessGroup | None = None, *, tokens: int | None = None
+) -> DiTDenoiser:
+    """Share every call of this denoiser among the processes of `group`, from now on; -> the same denoiser.
+
+    group: None is torch's default group.
+    tokens: tokens of a latent frame, if known: then a number of processes that cannot share them is refused here and
+    not in the first call. Each process must hold the same weights, and make the same calls with the same inputs; each
+    gets the whole result. Raises ValueError naming the possible numbers of processes.
+    """
+    count, heads = dist.get_world_size(group), denoiser.config.heads
+    if count not in allowed_sizes(heads, tokens):
+        frame = "" if tokens is None else f" and {tokens} tokens per latent frame"
+        possible = ", ".join(map(str, allowed_sizes(heads, tokens)))
+        raise ValueError(
+            f"{count} processes cannot share a network with {heads} attention heads{frame}; "
+            f"the number of processes must be one of {possible}"
+        )
+    denoiser.model.exchange = Ulysses(group) if count > 1 else None
+    return denoiser

@@ -1,0 +1,375 @@
+"""Several processes for one stream give what one gives: single calls, cached rollouts, the command line, and errors.
+
+The processes are real ones, started once for each number of them, with gloo on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from causalreel.infer.distributed import CodecElsewhere, ahead
+from causalreel.infer.estimate import _PretendExchange
+from causalreel.infer.outline import Held
+from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.masks import Context
+from causalreel.nn.presets import PRESETS, ModelConfig
+from causalreel.parallel.mesh import Launch, device_of
+from causalreel.parallel.ulysses import Ulysses, allowed_sizes
+from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
+from causalreel.types import Conditioning, LatentSpec
+
+HERE = Path(__file__).resolve()
+SRC = HERE.parents[1] / "src"
+HEADS = {2: 6, 3: 12}  # processes -> heads of the network that they share
+LATENT = LatentSpec(4, 6, 8)  # 12 tokens a frame: 6 or 4 a process
+STEPS = (1.0, 0.7)
+ROLLOUTS = {
+    "frame-wise": (1, Context(), True),
+    "frame-wise, not fused": (1, Context(), False),
+    "frame-wise, window and sink": (1, Context(window=3, sink=1), True),
+    "chunk-wise": (2, Context(), True),
+    "chunk-wise, window and sink": (2, Context(window=5, sink=1), True),
+}
+"""Name -> chunk, context, whether the plan is fused."""
+
+
+def network(heads: int, context: Context = Context()) -> DiTDenoiser:
+    """The same random network in every process, with weights that make attention and modulation matter."""
+    config = ModelConfig(heads * 12, heads * 16, heads, 2, text_dim=8, text_length=4, freq_dim=32, channels=4)
+    torch.manual_seed(heads)
+    net = DiTDenoiser(config, context=context).requires_grad_(False).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def inputs(frames: int, batch: int = 2) -> tuple[Tensor, Tensor, Conditioning]:
+    torch.manual_seed(frames)
+    x, sigma = torch.randn(batch, frames, *LATENT.shape), torch.rand(batch, frames)
+    return x, sigma, Conditioning(torch.randn(batch, 4, 8))
+
+
+def everything(heads: int, share=lambda net: net) -> dict[str, Tensor]:
+    """Every way of use -> its result; `share` is applied to each network first."""
+    found = {}
+    with torch.no_grad():
+        net = share(network(heads))
+        x, sigma, told = inputs(3)
+        found["bidirectional"] = net(x, sigma, told)
+        found["causal"] = net(x, sigma, told, sizes=[1, 2])
+        found["prepared text"] = net(x, sigma, net.prepare(told), sizes=[1, 1, 1])
+        found["teacher forcing"] = net.teacher_forced(x, sigma, told, clean=x.flip(0), sizes=[1, 2])
+        found["guided"] = Guided(net, Conditioning(torch.zeros(1, 4, 8)), 3.0)(x, sigma, told)
+        for name, (chunk, context, fused) in ROLLOUTS.items():
+            net, cache = share(network(heads, context)), None
+            plan = chunked([chunk] * (6 // chunk), STEPS, first=(1.0, 0.9, 0.5), commit_last=True)
+            cache = net.new_cache()
+            noise = KeyedNoise([5, 6], LATENT)
+            told = net.prepare(inputs(1)[2])
+            chunks = rollout(net, fuse(plan) if fused else plan, conditioning=told, noise=noise, cache=cache)
+            found[name] = collect(chunks)
+            assert cache.keys[0] is not None
+            found[f"cached heads, {name}"] = torch.tensor(cache.keys[0].shape[2])
+            found[f"cached frames, {name}"] = torch.tensor(cache.keys[0].shape[1])
+    return found
+
+
+def process(folder: str) -> None:
+    """What each of the processes does: everything, shared; then what must be refused."""
+    from causalreel.parallel.mesh import join, launch
+    from causalreel.parallel.ulysses import shard_sequence
+
+    where = launch()
+    assert where is not None
+    with join(where, "cpu") as mesh:
+        result: dict = dict(everything(HEADS[mesh.size], lambda net: shard_sequence(net)))
+        net = network(HEADS[mesh.size])
+        result["errors"] = [
+            refusal(lambda: shard_sequence(network(mesh.size + 1))),
+            refusal(lambda: shard_sequence(net, tokens=35)),
+            refusal(lambda: Ulysses().split(torch.zeros(1, 1, 35, 2))),
+            refusal(lambda: shard_sequence(net).train().requires_grad_(True)(*inputs(1))),
+        ]
+        q, k, v = (torch.randn(2, 3 * 4, HEADS[mesh.size], 2).bfloat16() for _ in range(3))
+        there = Ulysses().to_heads(q, k, v, 3)
+        result["identity"] = [
+            torch.equal(part, Ulysses().to_tokens(moved, 3)) for part, moved in zip((q, k, v), there, strict=True)
+        ]
+        result["held"] = [peak(shard_sequence(net))]
+        net.model.exchange = _PretendExchange(mesh.size)
+        result["held"].append(peak(net))
+        torch.save(result, Path(folder) / f"{mesh.rank}.pt")
+
+
+def peak(net: DiTDenoiser) -> int:
+    """Most bytes that a call holds."""
+    x, sigma, told = inputs(3)
+    with Held("cpu") as held, torch.no_grad():
+        net(x, sigma, net.prepare(told))
+    return held.peak
+
+
+def refusal(call) -> str:
+    with pytest.raises(ValueError) as caught:
+        call()
+    return str(caught.value)
+
+
+def stuck() -> None:
+    """The second process fails while the first waits for it in a collective."""
+    import torch.distributed as dist
+
+    from causalreel.parallel.crew import crew, leave
+    from causalreel.parallel.mesh import join, launch
+
+    where = launch()
+    assert where is not None
+    print_line = lambda line: print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: E731
+    with crew(where, describe=str, report=print_line), join(where, "cpu"):
+        if where.rank == 1:
+            raise ValueError("the second has had enough")
+        dist.all_reduce(torch.ones(1))
+    leave(where, 0)
+
+
+def torchrun(count: int, *command: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return subprocess.Popen(
+        [*launcher, *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent
+    )
+
+
+@pytest.fixture(scope="module", params=HEADS, ids=lambda count: f"{count} processes")
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each process found, in the order of their ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    running = torchrun(request.param, str(HERE), str(folder))
+    output, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, output + errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[int, dict[str, Tensor]]:
+    return {count: everything(heads) for count, heads in HEADS.items()}
+
+
+def test_shared_calls_and_rollouts_are_those_of_one_process(results: list[dict], alone: dict) -> None:
+    expected = alone[len(results)]
+    for found in results:
+        for name, value in expected.items():
+            if name.startswith("cached heads"):
+                assert found[name] * len(results) == value == HEADS[len(results)]
+            elif name.startswith("cached frames"):
+                assert found[name] == value
+            else:
+                assert value.std() > 0.1, name
+                assert (found[name] - value).abs().max() < 1e-5 * max(1, value.abs().max()), name
+
+
+def test_all_processes_get_the_same_bits(results: list[dict]) -> None:
+    for name, value in results[0].items():
+        if isinstance(value, Tensor):
+            assert all(torch.equal(other[name], value) for other in results[1:]), name
+
+
+def test_there_and_back_is_the_identity(results: list[dict]) -> None:
+    assert all(all(found["identity"]) for found in results)
+
+
+def test_the_estimate_takes_the_exchange_for_what_it_is(results: list[dict]) -> None:
+    for found in results:
+        real, pretended = found["held"]
+        assert abs(real - pretended) < 0.02 * real
+
+
+def test_what_cannot_be_shared_is_refused(results: list[dict]) -> None:
+    count = len(results)
+    for heads, tokens, frame, gradient in (found["errors"] for found in results):
+        assert f"{count} processes cannot share a network with {count + 1} attention heads" in heads
+        assert heads.endswith("one of " + ", ".join(map(str, allowed_sizes(count + 1))))
+        assert "35 tokens per latent frame" in tokens
+        assert f"{count} processes cannot share the 35 tokens" in frame
+        assert "no gradient" in gradient
+
+
+def test_allowed_numbers_of_processes() -> None:
+    tokens = 480 // 16 * (832 // 16)
+    assert allowed_sizes(PRESETS["wan-1.3b"].heads, tokens) == [1, 2, 3, 4, 6, 12]
+    assert allowed_sizes(PRESETS["wan-14b"].heads, tokens) == [1, 2, 4, 5, 8, 10, 20, 40]
+    assert allowed_sizes(4, 6) == [1, 2]
+
+
+def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = Launch(rank=5, size=8, local_rank=1, local_size=4)
+    assert device_of(where, "cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="takes its own device"):
+        device_of(where, "cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert device_of(where, None) == device_of(where, "cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"4 processes .* 2 GPUs.*--nproc_per_node=2"):
+        device_of(where, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA here"):
+        device_of(where, "cuda")
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+PROMPT = "a large red circle moves right"
+
+
+def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
+    """With a picture to begin with, which the first process alone encodes; one line, one file."""
+    from PIL import Image
+
+    from causalreel import cli
+    from causalreel.data.video import read_video
+
+    Image.new("RGB", (40, 40), (0, 0, 255)).save(tmp_path / "blue.png")
+    request = [PROMPT, "--frames", "17", "--scale", "1", "--image", str(tmp_path / "blue.png"), "--device", "cpu"]
+    running = torchrun(2, "-m", "causalreel", "generate", *request, "-o", str(tmp_path / "two.mp4"))
+    assert cli.main(["generate", *request, "-o", str(tmp_path / "one.mp4")]) == 0
+    output, errors = running.communicate(timeout=60)
+    assert running.returncode == 0, errors
+    assert re.fullmatch(r"\S*two\.mp4: 17 frames in [^\n]*\n", output)
+    assert errors.count("attention: sdpa") == 1
+    one, two = (read_video(tmp_path / name)[0] for name in ("one.mp4", "two.mp4"))
+    assert one.shape == two.shape == (17, 3, 64, 64)
+    assert (one - two).abs().mean() < 1e-3 and one.std() > 0.05
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blue.png", "one.mp4", "two.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments", "said"),
+    [
+        (2, ["generate", PROMPT, "--frames", "44"], "41 or 45"),
+        (3, ["generate", PROMPT], "one of 1, 2, 4"),
+        (2, ["bench"], "only generate runs in several processes"),
+    ],
+)
+def test_errors_are_one_line_of_the_first_process(count: int, arguments: list[str], said: str, tmp_path: Path) -> None:
+    output = ["-o", str(tmp_path / "x.mp4")] if arguments[0] == "generate" else []
+    running = torchrun(count, "-m", "causalreel", *arguments, *output, "--device", "cpu")
+    printed, errors = running.communicate(timeout=60)
+    ours = [line for line in errors.splitlines() if line.startswith("causalreel: error")]
+    assert running.returncode != 0 and printed == "" and len(ours) == 1 and said in ours[0], errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_waits_for_one_that_failed_is_ended() -> None:
+    start = time.monotonic()
+    running = torchrun(2, str(HERE), "stuck")
+    _, errors = running.communicate(timeout=60)
+    ours = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert running.returncode != 0
+    assert ours == ["error: process 1 of 2: the second has had enough"], errors
+    assert time.monotonic() - start < 40
+
+
+# ---- decoding elsewhere ----------------------------------------------------------------------------------------------
+
+
+def test_parts_are_made_one_ahead() -> None:
+    made = []
+
+    def parts() -> Iterator[Tensor]:
+        for i in range(5):
+            made.append(i)
+            yield torch.tensor(i)
+
+    reader = ahead(parts())
+    assert next(reader) == 0
+    until = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < until:  # one waits in the queue, one to be put there
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [0, 1, 2]
+    assert [int(part) for part in reader] == [1, 2, 3, 4]
+
+
+def test_errors_and_early_ends_pass_between_the_threads() -> None:
+    def failing() -> Iterator[Tensor]:
+        yield torch.zeros(1)
+        raise ValueError("half way")
+
+    reader = ahead(failing())
+    assert next(reader) == 0
+    with pytest.raises(ValueError, match="half way"):
+        next(reader)
+    count = threading.active_count()
+    reader = ahead(torch.tensor(i) for i in range(10**9))
+    assert next(reader) == 0
+    reader.close()
+    assert threading.active_count() == count
+
+
+def test_a_codec_elsewhere_is_the_same_codec() -> None:
+    from causalreel.codecs.wan_vae import CausalVAE
+    from test_weights import SMALL_CODEC
+
+    codec = CausalVAE(SMALL_CODEC).requires_grad_(False)
+    other = CodecElsewhere(codec, torch.device("cpu"), torch.device("cpu"))
+    video = torch.rand(1, 5, 3, 16, 16)
+    latents = other.encode(video)
+    assert torch.equal(latents, codec.encode(video))
+    assert torch.equal(other.decode(latents), codec.decode(latents))
+    assert torch.equal(other.stream()(latents[:, :1]), codec.stream()(latents[:, :1]))
+    assert (other.channels, other.spatial_factor, other.temporal_factor) == (16, 8, 4)
+
+
+def test_decoding_on_a_device_of_its_own_is_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from causalreel import cli
+
+    request = ["generate", PROMPT, "--device", "cpu", "-o", str(tmp_path / "x.mp4"), "--frames", "5"]
+    assert cli.main([*request, "--decode-device", "cuda:64"]) == 2
+    assert "decode_device 'cuda:64'" in capsys.readouterr().err
+    assert cli.main([*request, "--decode-device", "screen"]) == 2
+    assert not list(tmp_path.iterdir())
+    assert cli.main([*request, "--decode-device", "cpu"]) == 0
+    assert (tmp_path / "x.mp4").is_file()
+
+
+# ---- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.multigpu
+@pytest.mark.parametrize("count", [2, 4])
+def test_gpus_share_a_stream(count: int, tmp_path: Path) -> None:
+    """Wan2.1 1.3B's width with 4 blocks at 480x832, bfloat16, chunk-wise: the latents of one GPU up to rounding."""
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} CUDA GPUs")
+    found = []
+    script = HERE.parents[1] / "benchmarks" / "multi_gpu.py"
+    for processes in (1, count):
+        folder = tmp_path / str(processes)
+        env = {**os.environ, "PYTHONPATH": str(SRC)}
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        request = [str(script), "--models", "wan-1.3b", "--layers", "4", "--runs", "1", "--long", "0"]
+        subprocess.run([*launcher, *request, "--out", str(folder)], env=env, check=True, timeout=300)
+        found.append(torch.load(folder / f"wan-1.3b-{processes}.pt"))
+    one, several = found[0]["latents"].float(), found[1]["latents"].float()
+    noise = found[0]["bf16_error"]  # of one GPU against float32, the same rollout
+    assert (several - one).norm() / one.norm() < 2 * noise
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "stuck":
+        stuck()
+    else:
+        process(sys.argv[1])
