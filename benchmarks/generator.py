@@ -29,7 +29,7 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import Context, frame_mask, frames_of
 from causalreel.nn.presets import preset
-from causalreel.nn.split_attention import _in_parts, attend_plain, attend_split, parts_of
+from causalreel.nn.split_attention import attend_plain, attend_split, attend_with_sum, parts_of
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
 from causalreel.types import Conditioning, LatentSpec
@@ -217,14 +217,15 @@ class Bench:
             )
             q = torch.randn(1, 2 * chunk * frame, heads, width, device=DEVICE, dtype=torch.bfloat16)
             k, v = kv[0, :, : n // chunk * chunk * frame], kv[1, :, : n // chunk * chunk * frame]
-            found = micros(partial(attend_split, q, k, v, mask, frame))
+            found = micros(partial(attend_split, q.unsqueeze(0), k, v, mask, frame))
             self.result["attention"][f"fused {chunk}x{n}"] = found
             print(f"attention fused chunk={chunk} n={n}: {found:.0f} us", flush=True)
 
 
 def merged(q, k, v, parts):
     out = torch.empty_like(q[0])
-    kernels.merge([_in_parts(q, k, v, parts)], out)
+    lent = (x[0].unflatten(0, (parts, -1)) for x in (k, v))
+    kernels.merge([attend_with_sum(q.expand(parts, -1, -1, -1).contiguous(), *lent)], out)
     return out
 
 

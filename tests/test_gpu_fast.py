@@ -47,7 +47,7 @@ def test_split_attention_is_attention(chunk: int, frames: int, window: int | Non
     k, v = torch.randn(2, samples, frames * tokens, heads, width, device="cuda")
     bias = None if mask is None else mask.dense(tokens, q.device)
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias).transpose(1, 2)
-    half = [x.bfloat16() for x in (q, k, v)]
+    half = [x.bfloat16() for x in (q[None], k, v)]
     for rows in (mask, None):
         if rows is None:
             plain = (x.transpose(1, 2) for x in (q, k, v))

@@ -131,7 +131,7 @@ def compare(device: str = "cpu") -> None:
     for run in (lambda f, *a, **k: f(*a, **k), formula):
         buffer = torch.full((2, batch, 9, heads, dim), -7.0, device=device)
         slots = torch.tensor([8, 0, 3, 1, 2, 6], device=device)
-        where = {"keys": buffer[0], "values": buffer[1], "slots": slots, "eps": 1e-6}
+        where = {"keys": buffer[0], "values": buffer[1], "slots": slots, "eps": 1e-6, "copies": 3}
         found.append((run(kernels.norm_rotate_into, *args, **where), buffer))
     check("norm_rotate_into", *found)
     check("norm_rows", [kernels.norm_rows(x, weights[0], 1e-6)], [formula(kernels.norm_rows, x, weights[0], 1e-6)])

@@ -66,7 +66,7 @@ def _block_mask(mask: FrameMask, tokens: int, device: torch.device):  # noqa: AN
 
 
 def _split(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask | None, tokens: int) -> Tensor:
-    return attend_split(q, k, v, mask, tokens)[0]
+    return attend_split(q.unsqueeze(0), k, v, mask, tokens)[0]
 
 
 BACKENDS: dict[str, Backend] = {

@@ -137,16 +137,20 @@ def norm_rotate_into(
     values: Tensor,
     slots: Tensor,
     eps: float,
+    copies: int = 1,
 ) -> Tensor:
-    """As norm_rotate, but keys and values go into rows `slots` (L) int64 of keys, values (B,capacity,N,D) -> q."""
+    """As norm_rotate, but keys and values go into rows `slots` (L) int64 of keys, values (B,capacity,N,D).
+
+    -> queries (copies,B,L,N,D), all the same: parts of the keys are read by queries of their own.
+    """
     batch, length, _ = qkv.shape
     heads = keys.shape[2]
     if not uses_triton(qkv):
         q, k, v = norm_rotate(qkv, q_weight, k_weight, cos, sin, heads=heads, eps=eps)
         keys.index_copy_(1, slots, k.to(keys.dtype))
         values.index_copy_(1, slots, v.to(values.dtype))
-        return q
-    q = torch.empty(batch, length, heads, keys.shape[3], dtype=qkv.dtype, device=qkv.device)
+        return q.expand(copies, -1, -1, -1, -1)
+    q = torch.empty(copies, batch, length, heads, keys.shape[3], dtype=qkv.dtype, device=qkv.device)
     _launch_norm_rotate(qkv, q_weight, k_weight, cos, sin, q, keys, values, slots, heads=heads, eps=eps)
     return q
 
@@ -182,6 +186,8 @@ def _launch_norm_rotate(
         width // heads // 2,
         eps,
         keys.stride(0),
+        q.stride(0),
+        COPIES=q.shape[0] if slots is not None else 1,
         HAS_SLOTS=slots is not None,
         BLOCK=_power_of_two(width),
         num_warps=_warps(width),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -67,68 +68,157 @@ def _runs(flags: tuple[bool, ...]) -> list[tuple[int, int]]:
 @lru_cache(maxsize=4096)
 def parts_of(queries: int, heads: int, keys: int, processors: int) -> int:
     """Into how many equal parts to cut `keys` keys, for `queries` queries of all `heads` heads, batch 1."""
+    possible = (p for p in range(1, MAX_PARTS + 1) if keys % p == 0)
+    return min(possible, key=lambda parts: _cost(queries, heads, keys, parts, processors))
+
+
+def _cost(queries: int, heads: int, keys: int, parts: int, processors: int) -> float:
+    """Microseconds, about."""
     tiles = -(-queries // TILE) * heads
+    waves = -(-tiles * parts // processors) / parts
+    return waves * keys * WAVE_US + (MERGE_US + parts * queries * PART_US if parts > 1 else 0)
 
-    def cost(parts: int) -> float:
-        waves = -(-tiles * parts // processors) / parts
-        return waves * keys * WAVE_US + (MERGE_US + parts * queries * PART_US if parts > 1 else 0)
 
-    return min((p for p in range(1, MAX_PARTS + 1) if keys % p == 0), key=cost)
+@dataclass(frozen=True)
+class Work:
+    """How a call is cut: rectangles of neighbouring queries, each over one run of keys that is cut into parts.
+
+    Rectangles that share queries are merged; those behind the first run beside it.
+    """
+
+    pieces: tuple[tuple[Rectangle, int], ...]
+
+    @property
+    def copies(self) -> int:
+        """Copies of the queries that lie side by side, one for each part of the keys."""
+        return max(parts for _, parts in self.pieces)
+
+    @property
+    def is_plain(self) -> bool:
+        return len(self.pieces) == 1 and self.copies == 1
+
+
+@lru_cache(maxsize=4096)
+def work_of(mask: FrameMask | None, frames: tuple[int, int], tokens: int, heads: int, processors: int) -> Work | None:
+    """The cheaper of two ways to cut a call with `frames` query and key frames; None for masks that neither fits.
+
+    Either all queries over the keys they share, and small rectangles for the rest; or each group of queries that see
+    alike over its own run of keys. The first is better for single frames, the second for chunks of three.
+    """
+    rows, columns = frames
+    cut = (Rectangle(0, rows, 0, columns),) if mask is None else rectangles(mask)
+    ways = [list(cut), _groups(mask)] if mask is not None else [list(cut)]
+    fitting = [way for way in ways if way and _fits(way, rows)]
+    if not fitting:
+        return None
+
+    def piece(r: Rectangle) -> tuple[Rectangle, int]:
+        return r, parts_of(r.shape[0] * tokens, heads, r.shape[1] * tokens, processors)
+
+    def price(way: list[Rectangle]) -> float:
+        merges = MERGE_US + len(way) * rows * tokens * PART_US if len(way) > len({r.top for r in way}) else 0
+        sizes = ((r.shape[0] * tokens, r.shape[1] * tokens, parts) for r, parts in map(piece, way))
+        return merges + sum(_cost(queries, heads, keys, parts, processors) for queries, keys, parts in sizes)
+
+    return Work(tuple(piece(r) for r in min(fitting, key=price)))
+
+
+def copies_for(mask: FrameMask | None, frames: tuple[int, int], tokens: int, heads: int, device: torch.device) -> int:
+    """Copies of the queries that `attend_split` would make; whoever writes queries can write as many at once."""
+    work = work_of(mask, frames, tokens, heads, _processors(device))
+    return 1 if work is None else work.copies
+
+
+def _groups(mask: FrameMask) -> list[Rectangle]:
+    """Neighbouring queries that see alike with the run of keys they see; nothing where that is no run."""
+    found, top, rows = [], 0, mask.allowed
+    while top < len(rows):
+        bottom = top + 1
+        while bottom < len(rows) and rows[bottom] == rows[top]:
+            bottom += 1
+        runs = _runs(rows[top])
+        if len(runs) != 1:
+            return []
+        found.append(Rectangle(top, bottom, *runs[0]))
+        top = bottom
+    return found
+
+
+def _fits(way: list[Rectangle], rows: int) -> bool:
+    """Whether every query's results are those of one rectangle, or of a full one and one more."""
+    full = [r for r in way if r.shape[0] == rows]
+    rest = sorted((r for r in way if r.shape[0] < rows), key=lambda r: r.top)
+    apart = all(a.bottom <= b.top for a, b in pairwise(rest))
+    covers = bool(full) or (
+        rest[0].top == 0 and rest[-1].bottom == rows and all(a.bottom == b.top for a, b in pairwise(rest))
+    )
+    return len(full) <= 1 and apart and covers
 
 
 def attend_split(
-    q: Tensor, k: Tensor, v: Tensor, mask: FrameMask | None, tokens: int, *, quantised: bool = False
+    queries: Tensor, k: Tensor, v: Tensor, mask: FrameMask | None, tokens: int, *, quantised: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """q (B,Lq,N,D), k, v (B,Lk,N,D), frame mask, tokens per frame -> (B,Lq,N,D); e4m3 and row scales if `quantised`."""
-    whole = Rectangle(0, q.shape[1] // tokens, 0, k.shape[1] // tokens)
-    cut = (whole,) if mask is None else rectangles(mask)
-    processors = _processors(q.device)
-    if len(cut) == 1 and (q.shape[0] > 1 or parts_of(q.shape[1], q.shape[2], k.shape[1], processors) == 1):
-        out = attend_plain(q, k, v)
+    """queries (P,B,Lq,N,D), all alike, k, v (B,Lk,N,D), frame mask, tokens per frame -> (B,Lq,N,D).
+
+    With `quantised` e4m3 and row scales (B*Lq,1). P: `Work.copies`; with fewer, copies are made here.
+    """
+    q = queries[0]
+    frames = q.shape[1] // tokens, k.shape[1] // tokens
+    work = work_of(mask, frames, tokens, q.shape[2], _processors(q.device))
+    if work is None or (work.is_plain or (mask is None and q.shape[0] > 1)):
+        out = attend_plain(q, k, v) if mask is None or work is not None else _general(q, k, v, mask, tokens)
         return kernels.quantise_heads(out) if quantised else (out, None)
-    samples = []
-    for b in range(q.shape[0]):  # every sample's tiles fill the processors by themselves
-        row = slice(b, b + 1)
-        samples.append(_sample(q[row], k[row], v[row], cut, tokens, processors, quantised))
+    if len(queries) < work.copies:
+        queries = q.expand(work.copies, -1, -1, -1, -1).contiguous()
+    samples = [  # every sample's tiles fill the processors by themselves
+        _sample(queries[:, b], k[b : b + 1], v[b : b + 1], work, tokens, quantised) for b in range(q.shape[0])
+    ]
     outs, scales = zip(*samples, strict=True)
     return (outs[0] if len(outs) == 1 else torch.cat(outs)), (None if scales[0] is None else torch.cat(scales))
 
 
 def _sample(
-    q: Tensor, k: Tensor, v: Tensor, cut: tuple[Rectangle, ...], tokens: int, processors: int, quantised: bool
+    queries: Tensor, k: Tensor, v: Tensor, work: Work, tokens: int, quantised: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One sample: (1,Lq,N,D) -> (1,Lq,N,D)."""
-    frames = q.shape[1] // tokens
-    full = [r for r in cut if r.shape[0] == frames]
-    rest = [r for r in cut if r.shape[0] < frames]
-    if len(full) != 1 or len(rest) > 2 or (len(rest) == 2 and not _halves(rest, frames)):
-        return _general(q, k, v, cut, tokens, quantised)
-    aside = _Aside(q.device)
-    with aside:  # small, and it fills what the last wave of the large ones leaves idle
-        extra = _pair(q, k, v, rest[0], rest[1], tokens) if len(rest) == 2 else None
-        if len(rest) == 1:
-            rows, keys = (slice(a * tokens, b * tokens) for a, b in _sides(rest[0]))
-            extra = _in_parts(q[:, rows], k[:, keys], v[:, keys], 1)
-    parts: list[tuple[Tensor, Tensor]] = []
-    for r in full:
-        keys = slice(r.left * tokens, r.right * tokens)
-        count = parts_of(q.shape[1], q.shape[2], (r.right - r.left) * tokens, processors)
-        parts.append(_in_parts(q, k[:, keys], v[:, keys], count))
+    """One sample: queries (P,Lq,N,D), k, v (1,Lk,N,D) -> (1,Lq,N,D)."""
+    frames = queries.shape[1] // tokens
+    aside = _Aside(queries.device)
+    with aside:  # they fill what the last wave of the first leaves idle
+        small = [_piece(queries, k, v, r, parts, tokens) for r, parts in work.pieces[1:]]
+    first = _piece(queries, k, v, *work.pieces[0], tokens)
     aside.join()
-    result = _Result(q, quantised)
-    if extra is None or len(rest) == 2:
-        result.write(slice(None), parts if extra is None else [*parts, extra])
-        return result.whole()
-    for top, bottom in ((0, rest[0].top), (rest[0].top, rest[0].bottom), (rest[0].bottom, frames)):
-        if top < bottom:
-            rows = slice(top * tokens, bottom * tokens)
-            here = [(out[:, rows], lse[:, :, rows]) for out, lse in parts]
-            result.write(rows, [*here, extra] if top == rest[0].top else here)
+    done = [(r, *part) for (r, _), part in zip(work.pieces, [first, *small], strict=True)]
+    result = _Result(queries, quantised)
+    edges = sorted({0, frames, *(r.top for r, _, _ in done), *(r.bottom for r, _, _ in done)})
+    for top, bottom in pairwise(edges):
+        parts = []
+        for r, out, lse in done:
+            if r.top <= top and bottom <= r.bottom:
+                rows = slice((top - r.top) * tokens, (bottom - r.top) * tokens)
+                parts.append((out[:, rows], lse[:, :, rows]))
+        result.write(slice(top * tokens, bottom * tokens), parts)
     return result.whole()
 
 
+def _piece(queries: Tensor, k: Tensor, v: Tensor, r: Rectangle, parts: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """One rectangle: per part of its keys, out (parts,rows,N,D) and log-sum-exp (parts,N,rows)."""
+    rows, keys = slice(r.top * tokens, r.bottom * tokens), slice(r.left * tokens, r.right * tokens)
+    lent = (x[0, keys].unflatten(0, (parts, -1)) for x in (k, v))  # (parts,Lk/parts,N,D)
+    return attend_with_sum(queries[:parts, rows], *lent)
+
+
+def _general(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, tokens: int) -> Tensor:
+    """Any mask: query frames one after the other, over their gathered keys."""
+    pieces = []
+    for frame, sees in enumerate(mask.allowed):
+        runs = [slice(a * tokens, b * tokens) for a, b in _runs(sees)]
+        keys, values = (torch.cat([x[:, run] for run in runs], 1) for x in (k, v))
+        pieces.append(attend_plain(q[:, frame * tokens : (frame + 1) * tokens], keys, values))
+    return torch.cat(pieces, 1)
+
+
 class _Result:
-    """Where partial results of one sample's queries q (1,Lq,N,D) come together; e4m3 with row scales if `quantised`."""
+    """Where partial results of one sample's queries (P,Lq,N,D) come together; e4m3 with row scales if `quantised`."""
 
     def __init__(self, q: Tensor, quantised: bool) -> None:
         self.out = torch.empty(q.shape[1:], dtype=kernels.FP8 if quantised else q.dtype, device=q.device)
@@ -140,17 +230,6 @@ class _Result:
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         return self.out.unsqueeze(0), self.scale
-
-
-def _halves(rest: list[Rectangle], frames: int) -> bool:
-    """Whether two rectangles of one shape lie one below the other and take up all rows."""
-    first, second = rest
-    covers = first.top == 0 and first.bottom == second.top and second.bottom == frames
-    return covers and first.shape == second.shape
-
-
-def _sides(r: Rectangle) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (r.top, r.bottom), (r.left, r.right)
 
 
 class _Aside:
@@ -177,44 +256,6 @@ class _Aside:
 @lru_cache(maxsize=16)
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _general(
-    q: Tensor, k: Tensor, v: Tensor, cut: tuple[Rectangle, ...], tokens: int, quantised: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Any mask: query frames that see alike, one after the other, over their gathered keys."""
-    pieces = []
-    for frame in range(q.shape[1] // tokens):
-        seen = [r for r in cut if r.top <= frame < r.bottom]
-        rows = slice(frame * tokens, (frame + 1) * tokens)
-        keys, values = (torch.cat([x[:, r.left * tokens : r.right * tokens] for r in seen], 1) for x in (k, v))
-        pieces.append(attend_plain(q[:, rows], keys, values))
-    out = torch.cat(pieces, 1)
-    return kernels.quantise_heads(out) if quantised else (out, None)
-
-
-def _in_parts(q: Tensor, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """q (1,Lq,N,D), k, v (1,Lk,N,D) -> per part of the keys: out (P,Lq,N,D), log-sum-exp (P,N,Lq)."""
-    keys, values = (x[0].unflatten(0, (count, -1)) for x in (k, v))  # (P,Lk/P,N,D)
-    return attend_with_sum(q.expand(count, -1, -1, -1).contiguous(), keys, values)
-
-
-def _pair(q: Tensor, k: Tensor, v: Tensor, a: Rectangle, b: Rectangle, tokens: int) -> tuple[Tensor, Tensor]:
-    """Two rectangles of one shape, one below the other, as one batch of two -> (1,rows of both,N,D), (1,N,rows)."""
-    rows, keys = (length * tokens for length in a.shape)
-    queries = _two(q, a.top * tokens, b.top * tokens, rows)
-    lent = (_two(x, a.left * tokens, b.left * tokens, keys) for x in (k, v))
-    out, lse = attend_with_sum(queries, *lent)  # (2,rows,N,D), (2,N,rows)
-    return out.flatten(0, 1).unsqueeze(0), lse.transpose(0, 1).flatten(1).unsqueeze(0)
-
-
-def _two(x: Tensor, first: int, second: int, length: int) -> Tensor:
-    """Rows [first, +length) and [second, +length) of x (1,L,N,D) as a view (2,length,N,D)."""
-    low, high = min(first, second), max(first, second)
-    step = x.stride(1)
-    size, stride = (2, length, *x.shape[2:]), ((high - low) * step, *x.stride()[1:])
-    view = x.as_strided(size, stride, x.storage_offset() + low * step)
-    return view if first < second else view.flip(0)
 
 
 # ------------------------------------------------------------------------------------------------------ kernels

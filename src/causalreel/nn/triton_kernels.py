@@ -84,6 +84,8 @@ def norm_rotate(
     pairs,
     eps,
     batch_stride,
+    copy_stride,
+    COPIES: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -95,7 +97,9 @@ def norm_rotate(
     cosine, sine = tl.load(cos + token * pairs + pair), tl.load(sin + token * pairs + pair)
     start = qkv + row * 3 * width
     turned = _normed_and_rotated(start, q_weight, cosine, sine, width, eps, at, inside, BLOCK)
-    tl.store(q + row * width + at, turned.to(q.dtype.element_ty), mask=inside)
+    for p in tl.static_range(COPIES):
+        there = p * copy_stride + row * width + at
+        tl.store(q + there, turned.to(q.dtype.element_ty), mask=inside)
     turned = _normed_and_rotated(start + width, k_weight, cosine, sine, width, eps, at, inside, BLOCK)
     if HAS_SLOTS:
         there = sample * batch_stride + tl.load(slots + token) * width + at

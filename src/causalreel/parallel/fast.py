@@ -22,7 +22,7 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import Block, DiT, TextKeys
 from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, FrameMask
-from causalreel.nn.split_attention import attend_plain, attend_split
+from causalreel.nn.split_attention import attend_plain, attend_split, copies_for
 from causalreel.nn.static_cache import CacheMemory, StaticCache
 from causalreel.parallel.quantise import Fp8Linear
 
@@ -231,18 +231,20 @@ class FastDiT:
         quantised = self.precision == "fp8"
         if exchange is None and isinstance(cache, StaticCache):
             where = {"keys": cache.keys(layer), "values": cache.values(layer), "slots": cache.slots}
-            q = kernels.norm_rotate_into(qkv, *weights, eps=model.config.eps, **where)
             k, v = cache.view(layer)
+            copies = copies_for(mask, (frames, k.shape[1] // tokens), tokens, model.config.heads, z.device)
+            queries = kernels.norm_rotate_into(qkv, *weights, eps=model.config.eps, copies=copies, **where)
         else:
             q, k, v = kernels.norm_rotate(qkv, *weights, heads=model.config.heads, eps=model.config.eps)
             if exchange is not None:
                 q, k, v = exchange.to_heads(q, k, v, frames)
             if cache is not None:
                 k, v = cache.extend(layer, k, v)
+            queries = q.unsqueeze(0)
         if exchange is None:
-            out, scale = attend_split(q, k, v, mask, tokens, quantised=quantised)
+            out, scale = attend_split(queries, k, v, mask, tokens, quantised=quantised)
             return out.flatten(2).flatten(0, 1), scale
-        out = exchange.to_tokens(attend_split(q, k, v, mask, tokens)[0], frames).flatten(2).flatten(0, 1)
+        out = exchange.to_tokens(attend_split(queries, k, v, mask, tokens)[0], frames).flatten(2).flatten(0, 1)
         return kernels.quantise_rows(out) if quantised else (out, None)
 
 
