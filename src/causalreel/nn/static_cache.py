@@ -6,7 +6,7 @@ latent frames, for chunks of c:
 
     [ leaving c | sink and ring W - c | own c ]
 
-While the video is shorter than the window, frame f lies at c + f. From then on a call's own keys lie at the end, and a
+While the video is shorter than the window, frame f lies at c + f (at f in a video that ends there). From then on a call's own keys lie at the end, and a
 fused call first moves the oldest chunk of the ring to the front, where its first half still sees it. Only chunks that
 divide the ring fit (else use `KVCache`). A call writes to places that no committed frame holds.
 """
@@ -73,8 +73,9 @@ class StaticCache:
         if memory.frames != self.places(context, chunk, frames):
             raise ValueError(f"memory must have {self.places(context, chunk, frames)} frames, got {memory.frames}")
         self.context, self.chunk, self.memory, self.tokens = context, chunk, memory, memory.tokens
-        self.window = memory.frames - chunk
-        self._wraps = frames is None or frames > self.window
+        self.window = min(n for n in (context.window, frames) if n is not None)
+        self._front = memory.frames - self.window
+        """Places for a chunk that leaves; none if the window never overflows."""
         self.frames: tuple[Frame, ...] = ()
         self.call: Call | None = None
         self._queries: tuple[Frame, ...] = ()
@@ -82,8 +83,9 @@ class StaticCache:
 
     @staticmethod
     def places(context: Context, chunk: int, frames: int | None) -> int:
-        """Latent frames that the memory must hold."""
-        return chunk + min(n for n in (context.window, frames) if n is not None)
+        """Latent frames that the memory must hold: a video that never fills the window needs no room to leave by."""
+        window = min(n for n in (context.window, frames) if n is not None)
+        return window if frames == window else window + chunk
 
     @staticmethod
     def fits(context: Context, chunk: int, frames: int | None) -> bool:
@@ -108,10 +110,10 @@ class StaticCache:
         self._queries = queries
         if end <= self.window:
             visible = (*self.frames, *queries)
-            self.call = Call((c, c + end), end - start)
-            self._write_to([(c + start, c + end)])
+            self.call = Call((self._front, self._front + end), end - start)
+            self._write_to([(self._front + start, self._front + end)])
             self._commits = dict.fromkeys(range(c, end - start + 1, c))
-            if self._wraps and end == self.window:  # its last chunk lies where the next one will work
+            if self._front and end == self.window:  # its last chunk lies where the next one will work
                 self._commits[end - start] = (self.window, self._place(end - c))
         elif end - start == c:
             visible = (*self._in_ring(start), *queries)
@@ -183,7 +185,7 @@ class StaticCache:
     def _place(self, frame: int) -> int:
         """Where a committed frame lies."""
         if frame < self.window - self.chunk:
-            return self.chunk + frame
+            return self._front + frame
         return self.chunk + self.context.sink + (frame - self.context.sink) % self._ring
 
     def _in_ring(self, start: int) -> tuple[Frame, ...]:
