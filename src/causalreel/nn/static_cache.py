@@ -6,9 +6,10 @@ latent frames, for chunks of c:
 
     [ leaving c | sink and ring W - c | own c ]
 
-While the video is shorter than the window, frame f lies at c + f (at f in a video that ends there). From then on a call's own keys lie at the end, and a
-fused call first moves the oldest chunk of the ring to the front, where its first half still sees it. Only chunks that
-divide the ring fit (else use `KVCache`). A call writes to places that no committed frame holds.
+While the video is shorter than the window, frame f lies at c + f (at f if the video ends there). From then on a call's
+own keys lie at the end, and a fused call first moves the oldest chunk of the ring to the front, where its first half
+still sees it. Only chunks that divide the ring fit (else use `KVCache`). A call writes to places that no committed
+frame holds.
 """
 
 from __future__ import annotations
