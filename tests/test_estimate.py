@@ -166,7 +166,7 @@ def test_rotary_tables_are_the_real_ones() -> None:
             roll(request)
         assert table_bytes(request) == sum(bytes_of(*rope_table(*key)) for key in set(made))
     endless = replace(SMALL, frames=None, window=4)
-    assert table_bytes(endless) == 256 * 3 * endless.tokens * 24 * 4
+    assert table_bytes(endless) == 64 * 3 * endless.tokens * 24 * 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

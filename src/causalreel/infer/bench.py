@@ -57,7 +57,9 @@ class Speed:
     window_fill: float
     """Share of the window that the last chunk sees filled; 1 for a whole clip without a window."""
     peak_memory_mib: float | None
-    """Most device memory allocated; None where the device does not count it."""
+    """Most device memory in tensors, warm-up and recording included; None where the device does not count it."""
+    reserved_memory_mib: float | None
+    """Most device memory that torch held, recordings' working memory and spare room included."""
     tflops: float | None
     """Rate of the generator's products and attention alone, in 1e12 operations per second."""
     matmul_tflops: float | None
@@ -78,8 +80,9 @@ class Speed:
             f"chunk, window {self.window_fill:.0%} full": _shown(self.chunk_at_end),
             "throughput": f"{self.throughput:.1f} frames/s ({self.generator_throughput:.1f} without decoding)",
         }
-        if self.peak_memory_mib is not None:
-            rows["peak memory"] = f"{self.peak_memory_mib / 1024:.2f} GiB"
+        if self.peak_memory_mib is not None and self.reserved_memory_mib is not None:
+            held = f"{self.reserved_memory_mib / 1024:.2f} GiB reserved"
+            rows["peak memory"] = f"{self.peak_memory_mib / 1024:.2f} GiB in tensors, {held}"
         if self.tflops is not None and self.matmul_tflops is not None:
             share = self.tflops / self.matmul_tflops
             rows["generator"] = f"{self.tflops:.0f} TFLOP/s, {share:.0%} of a bf16 product's {self.matmul_tflops:.0f}"
@@ -97,13 +100,14 @@ def measure(pipeline: Pipeline, prompts: Sequence[str], *, frames: int | None = 
         raise ValueError(f"runs must be at least 1, got {runs}")
     plan, is_cuda = pipeline.schedule(frames=frames), pipeline.device.type == "cuda"
     wait: Callable[[], Any] = torch.cuda.synchronize if is_cuda else _nothing
-    for ahead in (True, False):
-        _pixels(pipeline, prompts, frames, wait, ahead=ahead)
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(pipeline.device)
+    for ahead in (True, False):
+        _pixels(pipeline, prompts, frames, wait, ahead=ahead)
     flowing = [_pixels(pipeline, prompts, frames, wait, ahead=True) for _ in range(runs)]
     stepped = [_pixels(pipeline, prompts, frames, wait, ahead=False) for _ in range(runs)]
     peak = torch.cuda.max_memory_allocated(pipeline.device) / 2**20 if is_cuda else None
+    reserved = torch.cuda.max_memory_reserved(pipeline.device) / 2**20 if is_cuda else None
     alone = statistics.median(_latents(pipeline, prompts, frames, wait) for _ in range(runs))
     pixels = len(prompts) * (1 + pipeline.codec.temporal_factor * (plan.frames - 1))
     gaps = [[b - a for a, b in pairwise(run.times)] or run.times for run in stepped]
@@ -119,6 +123,7 @@ def measure(pipeline: Pipeline, prompts: Sequence[str], *, frames: int | None = 
         batch=len(prompts),
         window_fill=fill,
         peak_memory_mib=peak,
+        reserved_memory_mib=reserved,
         tflops=len(prompts) * _operations(pipeline, plan) / alone / 1e12,
         matmul_tflops=matmul_ceiling(pipeline.device) if is_cuda else None,
         conditions=_conditions(pipeline, plan),

@@ -12,31 +12,36 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def rope_table(
     positions: tuple[int, ...], height: int, width: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Absolute frame positions (F), token rows and columns -> cos, sin (F*height*width, 1, head_dim / 2) float32."""
     pairs = head_dim // 2
     spatial = head_dim // 6  # pairs for rows and for columns; the rest goes to frames
-    frame = _angles(torch.tensor(positions), pairs - 2 * spatial)  # (F, pairs)
-    row = _angles(torch.arange(height), spatial)
-    column = _angles(torch.arange(width), spatial)
+    sides = (
+        (torch.tensor(positions), pairs - 2 * spatial),
+        (torch.arange(height), spatial),
+        (torch.arange(width), spatial),
+    )
+    turns = [_angles(*side) for side in sides]
     grid = (len(positions), height, width, -1)
-    angle = torch.cat(
-        [
-            frame[:, None, None].expand(grid),
-            row[None, :, None].expand(grid),
-            column[None, None, :].expand(grid),
-        ],
-        dim=-1,
-    ).reshape(-1, 1, pairs)  # (L, 1, D/2)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    tables = []
+    for function in (torch.cos, torch.sin):  # of few numbers on the CPU; the grid is filled where it is used
+        frame, row, column = (_to(function(turn).float(), device) for turn in turns)
+        whole = [frame[:, None, None].expand(grid), row[None, :, None].expand(grid), column[None, None].expand(grid)]
+        tables.append(torch.cat(whole, dim=-1).reshape(-1, 1, pairs))  # (L, 1, D/2)
+    return tables[0], tables[1]
 
 
 def _angles(positions: Tensor, pairs: int) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
     return positions.double()[:, None] * frequency
+
+
+def _to(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for what the GPU is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
