@@ -76,6 +76,7 @@ def make_cell(init: str, setting: str, run: Path, args: argparse.Namespace) -> N
     torch.set_float32_matmul_precision("highest")  # as `causalreel eval` has it; training lowers it on a GPU
     models = [f"stage 2={run / f'{init}-{unit}' / 'export'}@{steps}", f"stage 3={run / 'cells' / cell / 'export'}"]
     evaluation.run(models, out=out, clips=args.clips, batch=args.batch)
+    torch.cuda.empty_cache()  # room for the processes beside this one
 
 
 def scores(path: Path) -> dict[str, Any]:
@@ -114,9 +115,11 @@ def table(run: Path) -> str:
         if init != "ode" and (setting, "ode") in there:
             apart = [difference(run, setting, init, stage) for stage in ("stage 2", "stage 3")]
             lines.append(f"| {setting}, {INITS[init]} | {apart[0]} | {apart[1]} |")
-    lines += ["", f"| {scores(run / 'eval')['facts']['clips']} clips | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|" + "---|" * (1 + len(COLUMNS)))
-    lines += [f"| {label} | " + " | ".join(shown(row)) + " |" for label, row in scores(run / "eval")["models"].items()]
+    if is_done(run / "eval"):
+        found = scores(run / "eval")
+        lines += ["", f"| {found['facts']['clips']} clips | " + " | ".join(COLUMNS) + " |"]
+        lines.append("|" + "---|" * (1 + len(COLUMNS)))
+        lines += [f"| {label} | " + " | ".join(shown(row)) + " |" for label, row in found["models"].items()]
     return "\n".join(lines)
 
 
@@ -125,7 +128,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--cycles", type=int, default=60, help="DMD cycles per cell")
     parser.add_argument("--clips", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=64, help="clips evaluated together")
     parser.add_argument("--inits", nargs="*", default=list(INITS), choices=list(INITS))
     parser.add_argument("--table", action="store_true", help="train nothing, print the table of what is there")
     parser.add_argument("--smoke", action="store_true", help="two steps a run on a CPU, after speedrun.sh --smoke")
