@@ -91,10 +91,10 @@ def shown(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def difference(run: Path, setting: str, init: str, stage: str, than: str = "ode") -> str:
-    """follow of an initialisation minus that of `than`, clip by clip, with its standard error."""
-    found = [read_tensors(run / "evidence" / folder(i, setting) / "scores.safetensors") for i in (init, than)]
-    apart = (found[0][f"{stage}/follow"] - found[1][f"{stage}/follow"]).double()
+def difference(run: Path, setting: str, init: str, stage: str, metric: str) -> str:
+    """A metric of an initialisation minus that of causal ODE, clip by clip, with its standard error."""
+    found = [read_tensors(run / "evidence" / folder(i, setting) / "scores.safetensors") for i in (init, "ode")]
+    apart = (found[0][f"{stage}/{metric}"] - found[1][f"{stage}/{metric}"]).double()
     apart = apart[~apart.isnan()]
     return f"{apart.mean():+.3f} ± {apart.std() / math.sqrt(len(apart)):.3f}"
 
@@ -110,11 +110,13 @@ def table(run: Path) -> str:
         models = scores(run / "evidence" / folder(init, setting))["models"]
         row = [f"{setting}, {INITS[init]}", *shown(models["stage 2"]), *shown(models["stage 3"])]
         lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "| follow less that of causal ODE | stage 2 | stage 3 |", "|---|---|---|"]
+    lines += ["", "| less causal ODE | stage 2: follow | stage 3: " + " | ".join(COLUMNS) + " |"]
+    lines.append("|" + "---|" * (2 + len(COLUMNS)))
     for setting, init in there:
         if init != "ode" and (setting, "ode") in there:
-            apart = [difference(run, setting, init, stage) for stage in ("stage 2", "stage 3")]
-            lines.append(f"| {setting}, {INITS[init]} | {apart[0]} | {apart[1]} |")
+            apart = [("stage 2", "follow"), *(("stage 3", name) for name in COLUMNS)]
+            row = [difference(run, setting, init, stage, name) for stage, name in apart]
+            lines.append(f"| {setting}, {INITS[init]} | " + " | ".join(row) + " |")
     if is_done(run / "eval"):
         found = scores(run / "eval")
         lines += ["", f"| {found['facts']['clips']} clips | " + " | ".join(COLUMNS) + " |"]
