@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to the shipped models: data, codec, base, AR, causal ODE / CD, DMD, evaluation, export.
 #
-#   bash runs/speedrun.sh            one GPU (on an H200 the stages add up to about 23 minutes); writes runs/tiny and prints a table
+#   bash runs/speedrun.sh            one GPU (H200: about 29 minutes, 24 with a warm compile cache); writes runs/tiny
 #   bash runs/speedrun.sh --smoke    the same path in miniature on a CPU, in minutes: proves the plumbing, nothing else
 #
 # Stop it at any time and run it again: finished stages are skipped, a running one continues from its checkpoint.
