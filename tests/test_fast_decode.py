@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 from pathlib import Path
 
@@ -15,9 +14,6 @@ from causalreel.codecs.fast_decode import fast_decoder, fast_stream
 from causalreel.codecs.fast_wan import METHODS, Arithmetic, Method
 from causalreel.codecs.taehv import TAEHV, TAEHVConfig
 from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 WAN = VAEConfig(dim=4, res_blocks=1, z=6, latent_mean=(0.1,) * 6, latent_std=(0.5, 1, 2, 1, 1, 1))
 ODD = VAEConfig(dim=4, multipliers=(1, 3, 2), res_blocks=2, z=5, temporal_down=(True, False))
