@@ -251,16 +251,15 @@ class FastDiT:
 class _Recording:
     """One kind of call as a CUDA graph, with the tensors it reads and writes."""
 
-    def __init__(self, inputs: list[Tensor], run: Callable[[], Tensor], pool: Any) -> None:
+    def __init__(self, inputs: list[Tensor], run: Callable[[], Tensor], pool: Any, side: torch.cuda.Stream) -> None:
         self.inputs = inputs
-        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARMUP):
                 run()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, stream=side):
             self.result = run()
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -280,6 +279,8 @@ class Recordings:
         self.text: dict[torch.Size, tuple[TextKeys, list[Tensor]]] = {}
         """Per shape of text keys: those in use, and the tensors that graphs read."""
         self.pool: Any = None
+        self.side: torch.cuda.Stream | None = None
+        """Where all recordings are made: every stream has workspaces of its own, tens of MB each."""
 
     def __call__(
         self,
@@ -301,7 +302,8 @@ class Recordings:
                 return self.fast.evaluate(held[0], own, (held[3], held[4]), keys, mask, cache)
 
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.graphs[kind] = _Recording(held, run, self.pool)
+            self.side = self.side or torch.cuda.Stream(x.device)
+            self.graphs[kind] = _Recording(held, run, self.pool, self.side)
         return self.graphs[kind](inputs)
 
     def _place_text(self, text: TextKeys) -> TextKeys:
