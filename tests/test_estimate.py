@@ -300,3 +300,22 @@ def test_the_peak_on_a_gpu(chunk: int) -> None:
     roll(request, device="cuda")
     real = torch.cuda.max_memory_allocated() - before
     assert abs(real - estimate(request).peak) < 0.1 * real, (real, estimate(request))
+
+
+@pytest.mark.parametrize(("chunk", "window"), [(1, None), (3, None), (1, 4), (2, 6)])
+def test_the_accelerated_estimate_counts_what_the_accelerated_code_holds(chunk: int, window: int | None) -> None:
+    """Cache memory exactly; what recordings would hold for each kind of call; and working memory that grows with it."""
+    from causalreel.infer.estimate_fast import estimate_fast
+    from causalreel.nn.static_cache import StaticCache
+
+    request = replace(SMALL, chunk=chunk, frames=12, window=window, dtype="bfloat16", decoder="none")
+    found = estimate_fast(request)
+    places = StaticCache.places(Context(window=window), chunk, 12)
+    rows, tokens, model = request.rows, request.tokens, request.model
+    keys = 2 * model.layers * rows * places * tokens * model.dim * 2
+    assert found.cache == keys + 2 * places * tokens * 8  # and the rows of the memory, int64
+    assert found.fresh == 0 and found.activations > 0 and found.tables > 0
+    hidden = rows * request.fresh * tokens * model.ffn_dim * 2
+    assert hidden < found.activations < 40 * hidden
+    double = estimate_fast(replace(request, batch=2 * request.batch))
+    assert 1.5 < double.activations / found.activations < 2.5 and double.cache > 1.9 * found.cache

@@ -197,6 +197,11 @@ def cache_bytes(request: Request, frames: int) -> int:
     return 2 * model.layers * each * DTYPES[request.dtype].itemsize
 
 
+def replace_layers(request: Request, layers: int) -> Request:
+    """The same request of a network with so many blocks."""
+    return replace(request, model=replace(request.model, layers=layers))
+
+
 def text_bytes(request: Request) -> int:
     """Text keys and values of all heads, in all blocks."""
     model = request.model
@@ -209,7 +214,7 @@ def activation_bytes(request: Request) -> int:
     From rollouts of networks with few blocks: what is held in the calls grows by the same with every further block, and
     so does what is held while a chunk is committed, which is more keys and no activations.
     """
-    few, fewer = (_rollout_peaks(replace(request, model=replace(request.model, layers=n))) for n in (FEW, FEW - 1))
+    few, fewer = (_rollout_peaks(replace_layers(request, n)) for n in (FEW, FEW - 1))
     further = request.model.layers - FEW
     peak = max(at + further * (at - before) for at, before in zip(few, fewer, strict=True))
     return peak - cache_bytes(request, request.kept) - cache_bytes(request, request.fresh)
@@ -226,7 +231,7 @@ def _rollout_peaks(request: Request) -> tuple[int, int]:
         net = DiTDenoiser(model, context=Context(window=request.window), backend=BACKEND).to(dtype)
         keys = torch.empty(request.rows, model.text_length, model.heads, model.dim // model.heads, dtype=dtype)
         told = Conditioning(torch.empty(request.rows, 1, model.text_dim), [(keys, keys)] * model.layers)
-    net.requires_grad_(False).model.exchange = _PretendExchange(request.gpus) if request.gpus > 1 else None
+    net.requires_grad_(False).model.exchange = PretendExchange(request.gpus) if request.gpus > 1 else None
     done = max(0, request.chunks - 3)  # finished chunks; the last of them is yet to be committed
     plan = chunked([chunk] * request.chunks, (1.0, 0.5))
     plan = fuse(plan) if request.fused else plan
@@ -235,7 +240,7 @@ def _rollout_peaks(request: Request) -> tuple[int, int]:
     for call in late:  # tables stay in a cache of their own and are counted apart
         rope_table(_positions(call), *sides, model.dim // model.heads, torch.device("meta"))
     with outlined() as held:
-        noise, cache = _Nothing(request.rows, request.latent), _WatchedCache(model.layers, net.context, held)
+        noise, cache = Nothing(request.rows, request.latent), _WatchedCache(model.layers, net.context, held)
         if done > 1:
             _fill(cache, request, done - 1)
         given = noise.initial(0, done * chunk) if done else None
@@ -284,7 +289,7 @@ def _fill(cache: KVCache, request: Request, chunks: int) -> None:
         held[:] = [torch.empty(shape, dtype=DTYPES[request.dtype], device="meta") for _ in held]
 
 
-class _Nothing:
+class Nothing:
     """Noise without numbers."""
 
     def __init__(self, rows: int, latent: LatentSpec) -> None:
@@ -297,7 +302,7 @@ class _Nothing:
         return self.initial(start, frames)
 
 
-class _PretendExchange:
+class PretendExchange:
     """Implements `nn.dit.TokenExchange` with the tensors of `parallel.ulysses.Ulysses` and no other processes."""
 
     def __init__(self, size: int) -> None:
@@ -339,7 +344,7 @@ def decoder_bytes(request: Request) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=64)
 def _decoder_bytes(decoder: str | VAEConfig, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    codec = _codec(decoder).to(dtype).requires_grad_(False)
+    codec = codec_of(decoder).to(dtype).requires_grad_(False)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*codec.parameters(), *codec.buffers()))
     for module in codec.modules():
         if isinstance(module, ChannelNorm):
@@ -357,7 +362,8 @@ def _decoder_bytes(decoder: str | VAEConfig, dtype: torch.dtype, shape: tuple[in
     return weights, state, peak - state
 
 
-def _codec(decoder: str | VAEConfig) -> CausalVAE:
+def codec_of(decoder: str | VAEConfig) -> CausalVAE:
+    """The codec on the meta device, where it is called under it."""
     with torch.device("meta"):
         if isinstance(decoder, VAEConfig):
             return CausalVAE(decoder)
