@@ -24,9 +24,10 @@ from causalreel.infer.outline import Held
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import PRESETS, ModelConfig
+from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.parallel.mesh import Launch, device_of
 from causalreel.parallel.ulysses import Ulysses, allowed_sizes
-from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
+from causalreel.rollout import Call, KeyedNoise, chunked, collect, fuse, rollout
 from causalreel.types import Conditioning, LatentSpec
 
 HERE = Path(__file__).resolve()
@@ -73,7 +74,7 @@ def everything(heads: int, share=lambda net: net) -> dict[str, Tensor]:
         found["guided"] = Guided(net, Conditioning(torch.zeros(1, 4, 8)), 3.0)(x, sigma, told)
         for name, (chunk, context, fused) in ROLLOUTS.items():
             net, cache = share(network(heads, context)), None
-            plan = chunked([chunk] * (6 // chunk), STEPS, first=(1.0, 0.9, 0.5), commit_last=True)
+            plan = plan_of(chunk)
             cache = net.new_cache()
             noise = KeyedNoise([5, 6], LATENT)
             told = net.prepare(inputs(1)[2])
@@ -82,7 +83,19 @@ def everything(heads: int, share=lambda net: net) -> dict[str, Tensor]:
             assert cache.keys[0] is not None
             found[f"cached heads, {name}"] = torch.tensor(cache.keys[0].shape[2])
             found[f"cached frames, {name}"] = torch.tensor(cache.keys[0].shape[1])
+            fast = accelerate(net).run
+            assert isinstance(fast, FastDiT)
+            size = (LATENT.height, LATENT.width)
+            held = fast.new_cache(context, chunk=chunk, frames=6, batch=2, size=size)
+            chunks = rollout(
+                net, fuse(plan_of(chunk)) if fused else plan_of(chunk), conditioning=told, noise=noise, cache=held
+            )
+            found[f"{name}, accelerated"] = collect(chunks)
     return found
+
+
+def plan_of(chunk: int) -> Iterator[Call]:
+    return chunked([chunk] * (6 // chunk), STEPS, first=(1.0, 0.9, 0.5), commit_last=True)
 
 
 def process(folder: str) -> None:
@@ -177,6 +190,12 @@ def test_shared_calls_and_rollouts_are_those_of_one_process(results: list[dict],
             else:
                 assert value.std() > 0.1, name
                 assert (found[name] - value).abs().max() < 1e-5 * max(1, value.abs().max()), name
+
+
+def test_the_accelerated_network_is_the_network(alone: dict) -> None:
+    for found in alone.values():
+        for name in ROLLOUTS:
+            assert (found[f"{name}, accelerated"] - found[name]).abs().max() < 1e-4 * found[name].abs().max()
 
 
 def test_all_processes_get_the_same_bits(results: list[dict]) -> None:
