@@ -6,7 +6,7 @@
 
 480x832, batch 1, chunks of 3 latent frames, 4 steps, commits in calls of their own (not fused), window 21. Each run
 writes MODEL-N.json (numbers and conditions) and MODEL-N.pt (latents), and prints a line for each model. The network is
-the plain one, called eagerly; whatever else should be measured goes into `build`.
+`parallel.fast.FastDiT`, with recorded calls on GPUs, or with --network plain the plain one, called eagerly.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from causalreel.flow import warp_steps
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig, preset
+from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.parallel.mesh import Mesh, join, launch
 from causalreel.parallel.ulysses import shard_sequence
 from causalreel.rollout import KeyedNoise, chunked, fuse, rollout
-from causalreel.types import Conditioning, LatentSpec
+from causalreel.types import Cache, Conditioning, LatentSpec
 
 CHUNK, WINDOW, STEPS = 3, 21, warp_steps((1000.0, 750.0, 500.0, 250.0), 5.0)
 PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -65,7 +66,11 @@ def run(net: DiTDenoiser, latent: LatentSpec, frames: int, *, fused: bool) -> tu
     made, times = [], []
     _synchronise(device)
     last = time.perf_counter()
-    chunks = rollout(net, fuse(plan) if fused else plan, conditioning=told, noise=noise, cache=net.new_cache())
+    cache: Cache = net.new_cache()
+    if isinstance(net.run, FastDiT):
+        size = (latent.height, latent.width)
+        cache = net.run.new_cache(net.context, chunk=CHUNK, frames=frames, batch=1, size=size)
+    chunks = rollout(net, fuse(plan) if fused else plan, conditioning=told, noise=noise, cache=cache)
     for chunk in chunks:
         made.append(chunk.latents)
         _synchronise(device)
@@ -101,10 +106,14 @@ def measure(name: str, args: argparse.Namespace, mesh: Mesh | None, device: torc
     tokens = latent.height * latent.width // config.patch**2
     if mesh is not None:
         shard_sequence(net, tokens=tokens)
-    run(net, latent, 2 * CHUNK, fused=args.fused)  # warm-up: libraries, plans, the allocator
+    frames = max(WINDOW, args.long)
+    if args.network == "fast":
+        accelerate(net, graphs=device.type == "cuda")
+        run(net, latent, frames, fused=args.fused)  # records every kind of call
+    else:
+        run(net, latent, 2 * CHUNK, fused=args.fused)  # warm-up: libraries, plans, the allocator
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    frames = max(WINDOW, args.long)
     rollouts = [run(net, latent, frames, fused=args.fused) for _ in range(args.runs)]
     latents, full = rollouts[0][0], WINDOW // CHUNK - 1  # from chunk `full` on every chunk sees a full window
     count = 1 if mesh is None else mesh.size
@@ -115,6 +124,7 @@ def measure(name: str, args: argparse.Namespace, mesh: Mesh | None, device: torc
         "size": [args.height, args.width],
         "frames": frames,
         "fused": args.fused,
+        "network": args.network,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "clip_ms": statistics.median(sum(times[: WINDOW // CHUNK]) for _, times in rollouts),
@@ -176,6 +186,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=30, help="latent frames of a rollout, at least the window's 21")
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--network", choices=("fast", "plain"), default="fast")
     parser.add_argument("--fused", action="store_true", help="join each commit with the next chunk's first step")
     parser.add_argument("--noise", nargs="*", default=["wan-1.3b"], help="models whose bfloat16 error is measured too")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")

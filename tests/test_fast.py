@@ -140,6 +140,23 @@ def test_fp8_is_near_and_is_not_the_default() -> None:
         accelerate(denoiser(), precision="fp4")
 
 
+def test_fp8_can_give_back_the_original_weights() -> None:
+    fast = accelerate(denoiser(), precision="fp8")
+    x, sigma, told = torch.randn(1, 3, 4, 4, 6), torch.tensor([[0.5]]), Conditioning(torch.randn(1, 4, 8))
+    assert isinstance(fast.run, FastDiT)
+    with torch.no_grad():
+        before = fast(x, sigma, told)
+        fast.run.release_originals()
+        assert torch.equal(fast(x, sigma, fast.prepare(told)), before)
+    assert fast.model.blocks[0].ffn[0].weight.is_meta and not fast.model.head.head.weight.is_meta
+    with pytest.raises(ValueError, match="only its fp8 products"):
+        fast(x, sigma, told)
+    plain = accelerate(denoiser()).run
+    assert isinstance(plain, FastDiT)
+    with pytest.raises(ValueError, match="share the network's weights"):
+        plain.release_originals()
+
+
 def test_sharing_weights_keeps_the_network_and_its_names() -> None:
     net = denoiser()
     before = {name: value.clone() for name, value in net.state_dict().items()}

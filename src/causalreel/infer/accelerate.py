@@ -36,6 +36,8 @@ def accelerate(pipeline: Pipeline, *, precision: str = "bf16", graphs: bool = Tr
         denoiser = denoiser.to(denoiser.compute)
     fast.accelerate(denoiser, precision=precision, graphs=graphs and is_cuda)
     if precision == "fp8":
+        assert isinstance(denoiser.run, fast.FastDiT)
+        denoiser.run.release_originals()
         log.info("%s: products in fp8 (e4m3); videos differ slightly from those in bf16", pipeline.export.name)
     return dataclasses.replace(pipeline, denoiser=denoiser, decoder=_fast_decoders(pipeline) if is_cuda else None)
 

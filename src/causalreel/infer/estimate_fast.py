@@ -48,9 +48,8 @@ def estimate_fast(request: Request) -> Estimate:
         at + (request.model.layers - FEW) * (at - before) for at, before in zip(few, fewer, strict=True)
     )
     codec, state, workspace = (0, 0, 0) if request.decoder == "none" else _decoder(request)
-    quantised = weight_bytes(request.model, "fp8") if request.dtype == "fp8" else 0
     return Estimate(
-        weights=weight_bytes(request.model, "bfloat16" if request.dtype == "fp8" else request.dtype) + quantised,
+        weights=weight_bytes(request.model, request.dtype),
         cache=cache,
         fresh=0,
         text_keys=2 * text_bytes(request),  # the prompt's, and those that recordings read

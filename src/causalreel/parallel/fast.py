@@ -95,8 +95,20 @@ class FastDiT:
         self.blocks = [FastBlock(block, Fp8Linear if precision == "fp8" else Bf16Linear) for block in model.blocks]
         self.graphs = Recordings(self) if graphs else None
         self._levels: dict[tuple[float, ...], Levels] = {}
+        self._is_released = False
         self._free: dict[tuple[int, int, int], list[CacheMemory]] = {}
         """Memories that no rollout uses, per size: places, batch, tokens a frame."""
+
+    def release_originals(self) -> None:
+        """Give back the weights of which there are fp8 copies; calls with gradient are no longer possible then."""
+        if self.precision != "fp8":
+            raise ValueError("only fp8 products are copies; in bf16 they share the network's weights")
+        for block in self.model.blocks:
+            attn, cross = block.self_attn, block.cross_attn
+            for layer in (attn.q, attn.k, attn.v, attn.o, cross.q, cross.o, block.ffn[0], block.ffn[2]):
+                assert isinstance(layer, nn.Linear)
+                layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
+        self._is_released = True
 
     def new_cache(
         self, context: Context, *, chunk: int, frames: int | None, batch: int, size: tuple[int, int]
@@ -146,6 +158,8 @@ class FastDiT:
         """As DiT.forward. Calls with gradient, or with other noise levels in other rows, go to the DiT itself."""
         sigmas = sigma.expand(-1, x.shape[1]).tolist()
         if torch.is_grad_enabled() or outputs is not None or any(row != sigmas[0] for row in sigmas):
+            if self._is_released:
+                raise ValueError("a network that keeps only its fp8 products cannot do this call: load it in bf16")
             how: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache, "outputs": outputs}
             return self.model(x, sigma, text, backend=backend, **how)
         keys = self.model.text_keys(text) if isinstance(text, Tensor) else text
@@ -323,8 +337,8 @@ class Recordings:
 def accelerate(denoiser: DiTDenoiser, *, precision: str = "bf16", graphs: bool = True) -> DiTDenoiser:
     """Use a FastDiT for this denoiser's calls without gradient from now on; the same denoiser is returned.
 
-    The network must hold its weights in the type it computes in. fp8 keeps the original weights beside the quantised
-    ones only as long as somebody else holds them.
+    The network must hold its weights in the type it computes in. fp8 copies stand beside the original weights until
+    `FastDiT.release_originals`.
     """
     if denoiser.compute is not None and denoiser.compute != denoiser.model.dtype:
         raise ValueError(
