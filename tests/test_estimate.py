@@ -24,6 +24,7 @@ from causalreel.infer.estimate import (
     umt5_bytes,
     weight_bytes,
 )
+from causalreel.infer.estimate_fast import estimate_fast
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.models import request_for
 from causalreel.infer.outline import Held
@@ -224,10 +225,12 @@ def test_impossible_requests(change: dict[str, Any], said: str) -> None:
 def test_too_little_memory_says_how_much_and_what_helps() -> None:
     found = estimate(WAN)
     assert check(WAN, found.peak) == found
+    least = estimate_fast(WAN)
+    assert least.peak < found.peak - 2**30 and check(WAN, least.peak) == least  # accelerated it fits
     with pytest.raises(ValueError) as caught:
-        check(WAN, found.peak - 2**30, where="a small GPU")
+        check(WAN, least.peak - 2**30, where="a small GPU")
     message = str(caught.value)
-    assert f"{found.peak / 2**30:.1f} GiB are needed" in message and "free on a small GPU, 1.0 GiB too few" in message
+    assert f"{least.peak / 2**30:.1f} GiB are needed" in message and "free on a small GPU, 1.0 GiB too few" in message
     two = estimate(replace(WAN, gpus=2)).peak
     assert f"2 GPUs ({two / 2**30:.1f} GiB)" in message and "--decode-device" in message
     assert "\n" not in message
@@ -305,7 +308,6 @@ def test_the_peak_on_a_gpu(chunk: int) -> None:
 @pytest.mark.parametrize(("chunk", "window"), [(1, None), (3, None), (1, 4), (2, 6)])
 def test_the_accelerated_estimate_counts_what_the_accelerated_code_holds(chunk: int, window: int | None) -> None:
     """Cache memory exactly; what recordings would hold for each kind of call; and working memory that grows with it."""
-    from causalreel.infer.estimate_fast import estimate_fast
     from causalreel.nn.static_cache import StaticCache
 
     request = replace(SMALL, chunk=chunk, frames=12, window=window, dtype="bfloat16", decoder="none")
@@ -319,3 +321,18 @@ def test_the_accelerated_estimate_counts_what_the_accelerated_code_holds(chunk: 
     assert hidden < found.activations < 40 * hidden
     double = estimate_fast(replace(request, batch=2 * request.batch))
     assert 1.5 < double.activations / found.activations < 2.5 and double.cache > 1.9 * found.cache
+
+
+def test_a_released_model_is_refused_by_a_gpu_too_small_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from causalreel.infer.models import _check_released
+    from causalreel.weights.registry import MODELS
+
+    export, device = MODELS["causal-forcing/chunkwise"].export(), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a small one")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 8 * 2**30))
+    with pytest.raises(
+        ValueError, match=r"1[0-9]\.[0-9] GiB are needed and 8\.0 GiB free on a small one.*--decoder taehv"
+    ):
+        _check_released(export, device, decoder="wan", gpus=1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (22 * 2**30, 24 * 2**30))
+    _check_released(export, device, decoder="wan", gpus=1)

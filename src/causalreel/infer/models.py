@@ -6,6 +6,7 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +71,8 @@ def load(
     The other arguments are for released models (`causal-forcing/chunkwise` ..., see `weights.registry.MODELS`) and
     explained at `infer.released.Choices`; their files are fetched from the hub where no argument says where they are.
     """
-    choices = Choices(weights, wan_dir, decoder, height, width, which, prompt_cache, before_loading)
+    looks = before_loading or partial(_check_released, decoder=decoder, gpus=gpus)
+    choices = Choices(weights, wan_dir, decoder, height, width, which, prompt_cache, looks)
     if str(model) in MODELS:
         return load_released(MODELS[str(model)], choices, choose_device(device), steps=steps, chunk=chunk)
     folder = find(model, steps=steps, chunk=chunk)
@@ -104,6 +106,26 @@ def _check_memory(folder: Path, device: torch.device, *, chunk: int | None = Non
     free, _ = torch.cuda.mem_get_info(device)
     if weight_bytes(read_export(folder).model, "float32") > free / 10:
         request = request_for(folder, height=None, width=None, frames=None, chunk=chunk, gpus=gpus)
+        check(request, free, where=torch.cuda.get_device_name(device))
+
+
+def _check_released(export: Export, device: torch.device, *, decoder: Literal["wan", "taehv"], gpus: int) -> None:
+    """As `_check_memory`, for a released model."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if weight_bytes(export.model) > free / 10:
+        sampling = export.sampling
+        request = Request(
+            export.model,
+            export.latent,
+            chunk=sampling.chunk or export.frames,
+            window=export.context.window,
+            frames=export.frames,
+            guided=sampling.guidance != 1,
+            decoder=decoder,
+            gpus=gpus,
+        )
         check(request, free, where=torch.cuda.get_device_name(device))
 
 
