@@ -71,16 +71,16 @@ class Double:
             commands, self.applied = tuple(self.applied), []
             return Emitted(sequence, 2 * sequence, frames, self.prompt, Timings(0.01, 0.01, 0.0), commands)
 
-
-def answers(handle: Double, text: str | bytes) -> list[dict[str, Any]]:
-    """As `Service.answer` does it."""
-    message = json.loads(text)
-    del message["type"]
-    number = message.pop("id")
-    try:
-        return [{"type": "ack", "id": number, "number": handle.command(**message)}]
-    except ValueError as error:
-        return [{"type": "error", "id": number, "message": str(error)}]
+    def answers(self, text: str | bytes) -> list[dict[str, Any]]:
+        """What `Service.answer` does, in short."""
+        message = json.loads(text)
+        del message["type"]
+        number = message.pop("id")
+        try:
+            ack = {"type": "ack", "id": number, "number": self.command(**message)}
+            return [ack, {"type": "state", "state": self.state()}]
+        except ValueError as error:
+            return [{"type": "error", "id": number, "message": str(error)}]
 
 
 class Client:
@@ -148,7 +148,7 @@ def connected(scenario: Callable[[Client, Peers, Any], Any], handle: Any, **limi
     async def run() -> Any:
         peers, client = Peers(PeerLimits(**limits), hosts=LOOPBACK), Client()
         try:
-            await client.accept(await peers.answer(handle, await client.offer(), answers))
+            await client.accept(await peers.answer(handle, await client.offer(), handle.answers))
             return await scenario(client, peers, handle)
         finally:
             await client.peer.close()
@@ -213,7 +213,7 @@ def test_a_client_that_leaves_frees_its_place_and_not_the_session() -> None:
         await client.until(lambda: client.frames, "frames")
         other = Client()
         with pytest.raises(PeersFull, match="1 peer"):
-            await peers.answer(Double(), await other.offer(), answers)
+            await peers.answer(Double(), await other.offer(), handle.answers)
         await other.peer.close()
         await client.peer.close()
         await until_none_is_open(peers)
@@ -229,7 +229,7 @@ def test_a_peer_that_never_connects_is_let_go() -> None:
     async def run() -> None:
         peers = Peers(PeerLimits(connect_s=0.2), hosts=LOOPBACK)
         client = Client()
-        await peers.answer(Double(), await client.offer(), answers)
+        await peers.answer(Double(), await client.offer(), Double().answers)
         assert len(peers.open) == 1
         await until_none_is_open(peers)
         await client.peer.close()
@@ -243,7 +243,7 @@ def test_answers_name_only_the_addresses_asked_for_and_no_server_is_asked() -> N
         peers, client = Peers(hosts=LOOPBACK), Client()
         assert peers.settings.iceServers == []  # None would be a public STUN server
         try:
-            return await peers.answer(Double(), await client.offer(), answers)
+            return await peers.answer(Double(), await client.offer(), Double().answers)
         finally:
             await client.peer.close()
             await peers.close()
@@ -267,7 +267,7 @@ def test_bad_offers_are_refused_and_leave_nothing_open(sdp: str, message: str) -
     async def run() -> None:
         peers = Peers(hosts=LOOPBACK)
         with pytest.raises(ValueError, match=message):
-            await peers.answer(Double(), sdp, answers)
+            await peers.answer(Double(), sdp, Double().answers)
         assert not peers.open
         await peers.close()
 
@@ -281,7 +281,7 @@ def test_an_offer_without_video_is_refused() -> None:
         webrtc.offer_only(client, LOOPBACK)
         await client.setLocalDescription(await client.createOffer())
         with pytest.raises(ValueError, match="one video track"):
-            await peers.answer(Double(), client.localDescription.sdp, answers)
+            await peers.answer(Double(), client.localDescription.sdp, Double().answers)
         assert not peers.open
         await client.close()
         await peers.close()
@@ -310,7 +310,7 @@ class Channel:
 def control(backlog: int = 1 << 20) -> tuple[Control, list[bool]]:
     """The server's side of a data channel, and where it says that it has had enough."""
     given_up: list[bool] = []
-    return Control(Double(), answers, backlog, lambda: given_up.append(True)), given_up
+    return Control(Double(), Double().answers, backlog, lambda: given_up.append(True)), given_up
 
 
 def test_a_client_that_takes_no_messages_is_let_go() -> None:
@@ -397,7 +397,7 @@ def test_chunks_not_made_cannot_have_been_seen() -> None:
     async def run() -> None:
         peers = Peers(hosts=LOOPBACK)
         with pytest.raises(ValueError, match="after must be from -1 to -1"):
-            await peers.answer(Double(), "", answers, after=0)
+            await peers.answer(Double(), "", Double().answers, after=0)
 
     asyncio.run(run())
 
@@ -406,7 +406,7 @@ def test_a_newer_viewer_takes_over() -> None:
     async def scenario(client: Client, peers: Peers, handle: Double) -> None:
         await client.until(lambda: client.of("chunk"), "chunks")
         other = Client()
-        await other.accept(await peers.answer(handle, await other.offer(), answers))
+        await other.accept(await peers.answer(handle, await other.offer(), handle.answers))
         ended = await client.until(lambda: client.of("ended"), "end")
         assert ended[0]["reason"] == "another viewer took over"
         await other.until(lambda: other.of("chunk")[2:], "chunks")

@@ -11,20 +11,26 @@ one address offers that address alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from causalreel.serve.scheduler import Handle
-from causalreel.serve.track import Reader, SessionTrack
-from causalreel.serve.wire import dumps
+from functools import partial
+from typing import Any, Literal
 
 try:
     from aiortc import RTCConfiguration, RTCIceServer, RTCPeerConnection, RTCSessionDescription
     from aiortc.rtcrtpsender import RTCRtpSender
 except ImportError as error:
     raise ImportError("WebRTC needs aiortc; install it with: pip install 'causalreel[webrtc]'") from error
+from fastapi import APIRouter, FastAPI, Request
+from pydantic import BaseModel, Field
+
+from causalreel.serve.safety import ApiError, client_of
+from causalreel.serve.scheduler import Handle
+from causalreel.serve.service import Service
+from causalreel.serve.track import Reader, SessionTrack
+from causalreel.serve.wire import ErrorView, dumps
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +44,23 @@ MAX_WAITING = 64
 PARTING_S = 1.0
 """Between the last message and the end of the connection."""
 
-Answers = Callable[[Handle, "str | bytes"], "list[dict[str, Any]]"]
+Answers = Callable[["str | bytes"], "list[dict[str, Any]]"]
 """A client's message -> the messages that answer it; may take a while, raises nothing."""
+
+
+class Offer(BaseModel):
+    """A client's session description, candidates included."""
+
+    sdp: str = Field(max_length=MAX_OFFER)
+    type: Literal["offer"]
+    after: int | None = Field(None, ge=-1, lt=1 << 53, description="Last chunk seen; null: where the last viewer was.")
+
+
+class Answer(BaseModel):
+    """The server's session description, candidates included."""
+
+    sdp: str
+    type: Literal["answer"] = "answer"
 
 
 class PeersFull(RuntimeError):
@@ -104,7 +125,7 @@ class Control:
         """Answer messages one after the other, for as long as the peer lasts; a command may have text to encode."""
         while True:
             text = await self.waiting.get()
-            for message in await asyncio.to_thread(self.answers, self.handle, text):
+            for message in await asyncio.to_thread(self.answers, text):
                 self.send(message)
 
 
@@ -288,3 +309,38 @@ def _gathers(gather: Callable[..., Any], hosts: list[str]) -> Callable[..., Any]
         return await gather(component=component, addresses=hosts, timeout=timeout)
 
     return gather_these
+
+
+# ---- the route -------------------------------------------------------------------------------------------------------
+
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses={"4XX": {"model": ErrorView}})
+
+
+@router.post("/{session_id}/webrtc", response_model=Answer)
+async def connect_session(request: Request, session_id: str, offer: Offer) -> Answer:
+    """Show a session over a peer connection: an offer with all its candidates -> the answer with all of the server's."""
+    service, peers = request.app.state.service, request.app.state.peers
+    assert isinstance(service, Service) and isinstance(peers, Peers)
+    handle = service.handle(session_id)
+    answers = partial(service.answer, handle, client=client_of(request.scope))
+    try:
+        return Answer(sdp=await peers.answer(handle, offer.sdp, answers, after=offer.after))
+    except PeersFull as error:
+        raise ApiError(503, "busy", str(error), {"retry-after": "5"}) from error
+    except ValueError as error:
+        raise ApiError(400, "invalid_request", str(error)) from error
+
+
+def add_webrtc(app: FastAPI, limits: PeerLimits = PeerLimits(), **addresses: Sequence[str]) -> None:
+    """Give an application of `create_app` the route above; `addresses` are `Peers`' hosts and ice_servers."""
+    app.state.peers = peers = Peers(limits, viewers=app.state.service.viewers, **addresses)
+    before = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with before(app) as state:
+            yield state
+            await peers.close()
+
+    app.router.lifespan_context = lifespan
+    app.include_router(router)
