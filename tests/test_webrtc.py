@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,19 @@ import torch
 pytest.importorskip("aiortc", reason="needs the extra causalreel[webrtc]")
 
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from fastapi import FastAPI
+from httpx import ASGITransport, AsyncClient
 
+import causalreel
+from causalreel.eval.metrics import MetricConfig, measure
+from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import webrtc
+from causalreel.serve.app import create_app
+from causalreel.serve.safety import Settings
 from causalreel.serve.scheduler import Ended, Lost
 from causalreel.serve.session import Applied, Emitted, Timings
 from causalreel.serve.track import CLOCK, LOOK_S, Pace, Reader
-from causalreel.serve.webrtc import Control, PeerLimits, Peers, PeersFull
+from causalreel.serve.webrtc import Control, PeerLimits, Peers, PeersFull, add_webrtc
 
 LOOPBACK = ["127.0.0.1"]
 COLOURS = {"a red square": (220, 30, 30), "a blue square": (30, 30, 220)}
@@ -417,6 +425,100 @@ def test_a_newer_viewer_takes_over() -> None:
         await other.peer.close()
 
     connected(scenario, Double())
+
+
+# ---- the server ------------------------------------------------------------------------------------------------------
+
+RED, BLUE = "a large red circle moves right", "a blue square moves left"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return causalreel.load("tiny", device="cpu")
+
+
+@asynccontextmanager
+async def serving(pipeline: Pipeline, settings: Settings, **limits: Any) -> AsyncIterator[tuple[FastAPI, AsyncClient]]:
+    """The application with the extra, and one who asks it for things."""
+    app = create_app(pipeline, settings)
+    add_webrtc(app, PeerLimits(**limits), hosts=LOOPBACK)
+    async with (
+        app.router.lifespan_context(app),
+        AsyncClient(transport=ASGITransport(app), base_url="http://testserver", timeout=60) as http,
+    ):
+        yield app, http
+
+
+def follows(frames: list[Any], prompt: str, size: tuple[int, int]) -> float:
+    """Decoded frames -> the share of them that show exactly what the prompt says."""
+    pictures = torch.from_numpy(np.stack([frame.to_ndarray(format="rgb24") for frame in frames]))  # (T,H,W,3)
+    small = torch.nn.functional.adaptive_avg_pool2d(pictures.permute(0, 3, 1, 2).float(), size)
+    return float(measure(small[None] / 127.5 - 1, [prompt], config=MetricConfig(stride=1)).follow)
+
+
+def test_the_server_shows_a_session_and_follows_a_prompt_told_on_the_channel(pipeline: Pipeline) -> None:
+    async def run() -> None:
+        async with serving(pipeline, Settings(token="secret")) as (app, http):
+            client, known = Client(), {"authorization": "Bearer secret"}
+            opened = await http.post("/v1/sessions", json={"prompt": RED, "fps": 30}, headers=known)
+            assert opened.status_code == 201, opened.text
+            url = f"/v1/sessions/{opened.json()['id']}/webrtc"
+            offer = {"sdp": await client.offer(), "type": "offer"}
+            assert (await http.post(url, json=offer)).status_code == 401
+            answered = await http.post(url, json=offer, headers=known)
+            assert answered.status_code == 200, answered.text
+            await client.accept(answered.json()["sdp"])
+            await client.until(lambda: len(client.frames) >= 24, "frames")
+            assert follows(client.frames[8:24], RED, pipeline.size) > 0.9
+            client.send(type="command", id=1, name="prompt", text=BLUE)
+            ack = await client.until(lambda: client.of("ack") or client.of("error"), "ack")
+            assert ack == [{"type": "ack", "id": 1, "number": 1}]
+            told = await client.until(
+                lambda: [c for c in client.of("chunk") if c["commands"]], "chunk with the command"
+            )
+            assert (told[0]["prompt"], told[0]["commands"][0]["number"]) == (BLUE, 1)
+            assert told[0]["commands"][0]["latency_s"] > 0
+            seen = len(client.frames)
+            await client.until(lambda: len(client.frames) >= seen + 60, "frames of the new prompt")
+            assert follows(client.frames[-16:], BLUE, pipeline.size) > 0.9
+            assert follows(client.frames[-16:], RED, pipeline.size) == 0
+            await client.peer.close()
+            await until_none_is_open(app.state.peers)
+            assert app.state.service.viewers == {}
+            shown = await http.get(f"/v1/sessions/{opened.json()['id']}", headers=known)
+            assert shown.json()["ended"] is None, "the session ended with its viewer"
+
+    asyncio.run(run())
+
+
+def test_bad_requests_are_refused_in_the_form_of_the_api(pipeline: Pipeline) -> None:
+    async def run() -> None:
+        async with serving(pipeline, Settings(), peers=1) as (app, http):
+            session = (await http.post("/v1/sessions", json={"prompt": RED})).json()["id"]
+            url = f"/v1/sessions/{session}/webrtc"
+            sent: list[tuple[str, Any, int]] = [
+                ("/v1/sessions/nobody/webrtc", {"sdp": "v=0", "type": "offer"}, 404),
+                (url, {"sdp": "v=0", "type": "offer"}, 400),
+                (url, {"sdp": "v=0", "type": "answer"}, 422),
+                (url, {"sdp": "x" * (webrtc.MAX_OFFER + 1), "type": "offer"}, 422),
+                (url, {"sdp": "v=0", "type": "offer", "after": -2}, 422),
+                (url, {"sdp": "v=0", "type": "offer", "after": 1 << 40}, 400),
+                (url, [1], 422),
+            ]
+            for where, body, status in sent:
+                answer = await http.post(where, json=body)
+                assert answer.status_code == status, (body, answer.text)
+                assert set(answer.json()["error"]) == {"code", "message"}
+            client, other = Client(), Client()
+            offer = {"sdp": await client.offer(), "type": "offer"}
+            assert (await http.post(url, json=offer)).status_code == 200
+            full = await http.post(url, json={"sdp": await other.offer(), "type": "offer"})
+            assert (full.status_code, full.json()["error"]["code"]) == (503, "busy")
+            assert url.replace(session, "{session_id}") in app.openapi()["paths"]
+            await client.peer.close()
+            await other.peer.close()
+
+    asyncio.run(run())
 
 
 def test_limits_must_be_positive() -> None:
