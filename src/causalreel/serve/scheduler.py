@@ -252,12 +252,12 @@ class Scheduler:
             self._thread.join()
         self.is_ready = False
 
-    def open(self, options: Options, *, pace: Pace = "realtime") -> Handle:
-        """A new session. Raises Busy where there is no room, ValueError for options that the model cannot meet."""
+    def open(self, options: Options, *, pace: Pace = "realtime", id: str | None = None) -> Handle:
+        """A new session, under an id of the caller's or one of its own. Raises Busy where there is no room, ValueError for options that the model cannot meet."""
         if pace not in ("realtime", "max"):
             raise ValueError(f"pace must be realtime or max, got {pace!r}")
         self._admit()
-        session = Session(self.pipeline, options, policy=self.policy, clock=self.clock)
+        session = Session(self.pipeline, options, id=id, policy=self.policy, clock=self.clock)
         handle = Handle(session, pace, self.limits, self.clock, self.wake)
         with self._condition:
             self._admit()  # text may have taken long to encode
