@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from causalreel.infer.requests import Wanted
     from causalreel.parallel.mesh import Mesh
     from causalreel.serve.safety import Settings
+    from causalreel.serve.session import Emitted, Session
 
 
 # ------------------------------------------------------------------------------------------------------------ generate
@@ -215,7 +216,7 @@ def _wanted(args: Generate) -> list[Wanted]:
     return wanted
 
 
-def _full_size(args: Generate | Bench | Serve) -> dict[str, Any]:
+def _full_size(args: Generate | Bench | Stream | Serve) -> dict[str, Any]:
     """What `load` takes for released models."""
     names = ("weights", "which", "wan_dir", "decoder", "height", "width")
     cache = Path("~/.cache/causalreel/prompts").expanduser()  # embeddings of prompts, which take seconds to make
@@ -237,8 +238,11 @@ def _frames(args: Generate, pipeline: Pipeline) -> int | None:
 
 
 def _scale(args: Generate, pipeline: Pipeline) -> int:
-    if args.scale is not None:
-        return args.scale
+    return _pixel_scale(pipeline) if args.scale is None else args.scale
+
+
+def _pixel_scale(pipeline: Pipeline) -> int:
+    """How often each pixel is repeated, so that small videos can be seen."""
     return 4 if min(pipeline.size) < 128 else 1
 
 
@@ -270,6 +274,126 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     import torch
 
     return torch.cat(list(parts))
+
+
+# -------------------------------------------------------------------------------------------------------------- stream
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Play an endless video whose prompt changes on the way, in a window or into a file or pipe.
+
+    Without -o it plays in a window (space pauses, r restarts, q closes). With --stdin a typed line is the next prompt;
+    /switch, /recompute or /fade and a prompt say how; /pause, /resume, /step N, /restart SEED, /steps N, /fps N, /close.
+    """
+
+    prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = "a large red circle moves right"
+    """What to show first."""
+    model: str = "tiny"
+    """Embedded model (tiny, tiny/frame-1step ...), released one (see `causalreel models`) or an export's folder."""
+    weights: str | None = None
+    """Released models: their weights' file or folder here; "random" needs no file and no text encoder."""
+    which: str | None = None
+    """Released models: top-level key of a .pt file, such as generator_ema."""
+    wan_dir: Path | None = None
+    """Released models: folder with VAE, text encoder and tokenizer."""
+    decoder: Literal["wan", "taehv"] = "wan"
+    """Released models: the model's own VAE, or a tiny one."""
+    height: int | None = None
+    """Released models: height in pixels, a multiple of 16."""
+    width: int | None = None
+    """Released models: width in pixels, a multiple of 16."""
+    seed: int = 0
+    """Of the noise, and of what a prompt leaves open."""
+    steps: int | None = None
+    """Denoising steps per chunk; default: the model's."""
+    chunk: int | None = None
+    """Latent frames made together; default: the model's."""
+    fps: float | None = None
+    """Pixel frames per second; default: the model's."""
+    frames: int | None = None
+    """Pixel frames to make; default: no end."""
+    seconds: float | None = None
+    """The same in seconds."""
+    image: Path | None = None
+    """Picture that the video starts with."""
+    policy: Literal["renew", "slide"] | None = None
+    """How it goes on for ever: segments of the trained length, or a window that slides; default: the model's."""
+    script: Path | None = None
+    """Timed commands, a line each: "12.5 a blue square moves left", or JSON with time and command."""
+    stdin: bool = False
+    """Take commands typed while it plays."""
+    output: Annotated[str | None, arg(aliases=["-o"])] = None
+    """Video file (.mp4, .mkv, .mov, .gif), or - for standard output."""
+    pipe: Literal["rgb24", "y4m", "mp4"] = "mp4"
+    """What goes to standard output: bare pixels, YUV4MPEG2 or fragmented mp4."""
+    realtime: bool = False
+    """Write no faster than it is played."""
+    record: Path | None = None
+    """Also write the command log (.json), from which `Session.replay` makes the same video."""
+    precision: Literal["eager", "bf16", "fp8"] = "bf16"
+    """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, slightly other videos; eager the plain network."""
+    device: str | None = None
+    """Such as cpu or cuda:1; default: CUDA if there is one."""
+
+
+def stream(args: Stream) -> int:
+    if args.frames is not None and args.seconds is not None:
+        raise ValueError("--frames and --seconds exclude each other")
+    from causalreel.data.video import GIF_SUFFIX, VIDEO_SUFFIXES, check_target
+    from causalreel.infer.accelerate import accelerate
+    from causalreel.infer.inputs import read_picture
+    from causalreel.infer.models import load
+    from causalreel.serve.play import Typed, Window, play, read_script
+    from causalreel.serve.session import Options, Session
+
+    if args.output not in (None, "-"):
+        check_target(args.output, (*VIDEO_SUFFIXES, GIF_SUFFIX))
+        if args.frames is None and args.seconds is None and not args.stdin:
+            raise ValueError("a file needs an end: --frames, --seconds, or --stdin and /close")
+    script = [] if args.script is None else read_script(args.script)
+    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device, **_full_size(args))
+    if args.precision == "fp8" or (args.precision == "bf16" and pipeline.device.type == "cuda"):
+        pipeline = accelerate(pipeline, precision=args.precision)
+    image = None if args.image is None else read_picture(args.image, pipeline.size)[0]
+    options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image)
+    session = Session(pipeline, options, policy=args.policy)
+    frames = args.frames if args.seconds is None else max(1, round(args.seconds * session.fps))
+    typed = Typed(sys.stdin) if args.stdin else None
+    window = None if args.output is not None else Window(session, scale=_pixel_scale(pipeline))
+    idle = None if window is None else window.idle
+    try:
+        how: dict[str, Any] = {"script": script, "typed": typed, "realtime": args.realtime, "idle": idle}
+        chunks = play(session, frames=frames, say=_say, **how)
+        if window is None:
+            _write(args, session, chunks)
+        else:
+            for made in chunks:
+                window.show(made)
+    finally:
+        if args.record is not None:
+            import json
+
+            from causalreel.weights.files import write_text
+
+            write_text(args.record, json.dumps(session.record(), indent=1))
+    return 0
+
+
+def _write(args: Stream, session: Session, chunks: Iterator[Emitted]) -> None:
+    from causalreel.serve.frames import pipe, write_mp4
+
+    start, pictures = time.perf_counter(), (made.frames for made in chunks)
+    if args.output is None or args.output == "-":
+        count = pipe(sys.stdout.buffer, pictures, session.fps, args.pipe)
+    else:
+        count = write_mp4(args.output, pictures, session.fps, scale=_pixel_scale(session.pipeline))
+    total = time.perf_counter() - start
+    _say(f"{count} frames in {total:.2f} s, {count / total:.1f} frames/s")
+
+
+def _say(line: str) -> None:
+    print(f"causalreel: {line}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- train
@@ -707,6 +831,7 @@ def estimate_memory(args: EstimateMemory) -> int:
 
 Command: TypeAlias = (
     Annotated[Generate, subcommand("generate")]
+    | Annotated[Stream, subcommand("stream")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Evaluate, subcommand("eval")]
@@ -721,6 +846,7 @@ Command: TypeAlias = (
 
 COMMANDS: dict[type, Callable[[Any], int]] = {
     Generate: generate,
+    Stream: stream,
     Train: train,
     Encode: encode,
     Evaluate: evaluate,
