@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from causalreel.infer.pipeline import Pipeline
     from causalreel.infer.requests import Wanted
     from causalreel.parallel.mesh import Mesh
+    from causalreel.serve.safety import Settings
     from causalreel.serve.session import Emitted, Session
 
 
@@ -215,7 +216,7 @@ def _wanted(args: Generate) -> list[Wanted]:
     return wanted
 
 
-def _full_size(args: Generate | Bench | Stream) -> dict[str, Any]:
+def _full_size(args: Generate | Bench | Stream | Serve) -> dict[str, Any]:
     """What `load` takes for released models."""
     names = ("weights", "which", "wan_dir", "decoder", "height", "width")
     cache = Path("~/.cache/causalreel/prompts").expanduser()  # embeddings of prompts, which take seconds to make
@@ -658,6 +659,126 @@ def bench(args: Bench) -> int:
     return 0
 
 
+# --------------------------------------------------------------------------------------------------------------- serve
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve live sessions and videos over HTTP and WebSocket, with a page for browsers. Listens on loopback only,
+    unless told otherwise."""
+
+    model: str = "tiny"
+    """Embedded model, released one (see `causalreel models`) or an export's folder."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all, which asks for a token and TLS in front."""
+    port: int = 8000
+    """Port to listen on; 0: a free one, printed."""
+    token_file: Path | None = None
+    """File whose content is the bearer token that everything but health asks for."""
+    data: Path | None = None
+    """Folder of the videos made in the background; default: they last as long as the server."""
+    log_prompts: bool = True
+    """Whether log lines may hold prompts."""
+    allow_host: tuple[str, ...] = ()
+    """Names that browsers may call this server by; default: those of loopback, or any on another address."""
+    allow_origin: tuple[str, ...] = ()
+    """Other sites whose pages may use this server, such as https://example.org."""
+    behind_proxy: bool = False
+    """Believe a reverse proxy on this machine about who its clients are (X-Forwarded-For)."""
+    max_sessions: int = 8
+    """Live sessions and videos being made at a time; fewer where memory is short."""
+    max_streams: int = 64
+    """Connections that are served frames."""
+    buffer_chunks: int = 2
+    """Chunks made ahead of a viewer; a command waits behind them."""
+    resume_chunks: int = 32
+    """Chunks kept for a viewer who comes back."""
+    idle_s: float = 60.0
+    """A session that nobody reads or commands for so long is closed."""
+    max_frames: int = 1000
+    """Longest video made in the background, in pixel frames."""
+    requests_per_s: float = 20.0
+    """Requests and commands that a client may go on making."""
+    weights: str | None = None
+    """Released models: their weights' file or folder here; "random" needs no file, for measurements."""
+    which: str | None = None
+    """Released models: top-level key of a .pt file, such as generator_ema."""
+    wan_dir: Path | None = None
+    """Released models: folder with VAE, text encoder and tokenizer."""
+    decoder: Literal["wan", "taehv"] = "wan"
+    """Released models: the model's own VAE, or a tiny one, faster and less exact."""
+    height: int | None = None
+    """Released models: height in pixels, a multiple of 16."""
+    width: int | None = None
+    """Released models: width in pixels, a multiple of 16."""
+    steps: int | None = None
+    """Denoising steps per chunk of sessions that do not say; default: the model's."""
+    chunk: int | None = None
+    """Latent frames made together in sessions that do not say; default: the model's."""
+    precision: Literal["eager", "bf16", "fp8"] = "bf16"
+    """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, slightly other videos; eager the plain network."""
+    device: str | None = None
+    """Such as cpu or cuda:1; default: CUDA if there is one."""
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def serve(args: Serve) -> int:
+    from causalreel.serve.app import create_app
+    from causalreel.serve.listen import listen, run
+    from causalreel.serve.scheduler import Limits, Scheduler
+
+    settings = _serve_settings(args)
+    limits = Limits(
+        sessions=args.max_sessions,
+        buffer_chunks=args.buffer_chunks,
+        resume_chunks=args.resume_chunks,
+        idle_s=args.idle_s,
+    )
+    with listen(args.host, args.port) as door:  # a port that is taken is found before a model is loaded
+        from causalreel.infer.accelerate import accelerate
+        from causalreel.infer.models import load
+
+        pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device, **_full_size(args))
+        if args.precision == "fp8" or (args.precision == "bf16" and pipeline.device.type == "cuda"):
+            pipeline = accelerate(pipeline, precision=args.precision)
+        scheduler = Scheduler(pipeline, limits)
+        app = create_app(scheduler, settings)
+        host, port = door.getsockname()[:2]
+        print(f"serving {pipeline.export.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        if settings.token is None and args.host not in (*LOOPBACK, "::1"):
+            logging.getLogger("causalreel").warning("whoever reaches this address may use it; see --token-file")
+        scheduler.start()
+        try:
+            run(app, door, message_bytes=settings.body_bytes, behind_proxy=args.behind_proxy)
+        finally:
+            scheduler.close()
+    return 0
+
+
+def _serve_settings(args: Serve) -> Settings:
+    from causalreel.serve.safety import Settings
+
+    token = None
+    if args.token_file is not None:
+        token = args.token_file.read_text(encoding="utf-8").strip()
+        if not token:
+            raise ValueError(f"{args.token_file} holds no token")
+    is_local = args.host in (*LOOPBACK, "::1")
+    return Settings(
+        token=token,
+        hosts=args.allow_host or (LOOPBACK if is_local else ()),
+        origins=args.allow_origin,
+        data=args.data,
+        log_prompts=args.log_prompts,
+        video_frames=args.max_frames,
+        streams=args.max_streams,
+        requests_per_s=args.requests_per_s,
+        burst=max(1, round(3 * args.requests_per_s)),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ estimate
 
 
@@ -720,6 +841,7 @@ Command: TypeAlias = (
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[EstimateMemory, subcommand("estimate")]
+    | Annotated[Serve, subcommand("serve")]
 )
 
 COMMANDS: dict[type, Callable[[Any], int]] = {
@@ -734,6 +856,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Verify: verify,
     Bench: bench,
     EstimateMemory: estimate_memory,
+    Serve: serve,
 }
 
 

@@ -88,7 +88,7 @@ def create_app(model: Scheduler | Pipeline, settings: Settings = Settings()) -> 
         app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _answer_errors(app)
     app.openapi = describe(app)
-    app.add_middleware(Guard, settings=settings, rates=service.rates)
+    app.add_middleware(Guard, settings=settings, rates=service.rates, count=service.refused)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -103,7 +103,7 @@ def _answer_errors(app: FastAPI) -> None:
     """Have every error leave in one form, and be counted."""
 
     def answer(request: Request, error: ApiError) -> Response:
-        request.app.state.service.metrics.refused.labels(error.code).inc()
+        request.app.state.service.refused(error.code)
         return Response(error.body(), error.status, error.headers, media_type="application/json")
 
     def http(request: Request, error: HTTPException) -> Response:
@@ -240,5 +240,5 @@ async def stream_session(
         await stream.run()
     except (ApiError, ValueError) as error:
         refusal = error if isinstance(error, ApiError) else ApiError(400, "invalid_request", str(error))
-        service.metrics.refused.labels(refusal.code).inc()
+        service.refused(refusal.code)
         await refuse(refusal, socket.scope, socket.receive, socket.send)

@@ -50,7 +50,6 @@ class Metrics:
         )
         self.dropped = Counter("causalreel_dropped_connections", "Streams that broke off", registry=registry)
         self.lost = Counter("causalreel_lost_resumptions", "Streams resumed too late", registry=registry)
-        self.ended = Counter("causalreel_ended_sessions", "Sessions that ended", ["is_error"], registry=registry)
         self.refused = Counter("causalreel_refused", "Requests answered with an error", ["code"], registry=registry)
         self.videos = Counter("causalreel_videos", "Video jobs by outcome", ["status"], registry=registry)
 

@@ -32,7 +32,9 @@ from causalreel.infer.inputs import fit
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
-OPEN_PATHS = ("/", "/healthz", "/readyz")
+HEALTH = ("/healthz", "/readyz")
+"""Probes ask by address and without a token."""
+OPEN_PATHS = (*HEALTH, "/")
 """Paths that need no token: health, and the page, which asks for the token itself and holds no secret."""
 OPEN_PREFIX = "/static/"
 SUBPROTOCOL = "causalreel.v1"
@@ -212,8 +214,9 @@ def is_right(token: str | None, given: str | None) -> bool:
 class Guard:
     """The doorkeeper: ASGI around ASGI."""
 
-    def __init__(self, app: Any, settings: Settings, rates: Rates) -> None:
-        self.app, self.settings, self.rates = app, settings, rates
+    def __init__(self, app: Any, settings: Settings, rates: Rates, count: Callable[[str], None]) -> None:
+        """count: called with the code of every refusal."""
+        self.app, self.settings, self.rates, self.count = app, settings, rates, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -222,6 +225,7 @@ class Guard:
         try:
             self.check(scope)
         except ApiError as error:
+            self.count(error.code)
             await refuse(error, scope, receive, send)
             return
         limit = self.settings.body_bytes
@@ -231,7 +235,7 @@ class Guard:
         """Raise the ApiError that the request earns before its body is read."""
         headers, path = _headers(scope), scope["path"]
         host = headers.get("host", "")
-        if self.settings.hosts and _name(host) not in self.settings.hosts:
+        if self.settings.hosts and path not in HEALTH and _name(host) not in self.settings.hosts:
             raise ApiError(421, "wrong_host", "this server does not go by that name; see --allow-host")
         origin = headers.get("origin")
         is_change = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")

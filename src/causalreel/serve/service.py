@@ -41,6 +41,10 @@ class Service:
             more["video_jobs"] = self.jobs.counts()
         return self.scheduler.facts() | more
 
+    def refused(self, code: str) -> None:
+        """Count a request that was answered with an error."""
+        self.metrics.refused.labels(code).inc()
+
     def open(self, request: SessionRequest) -> Handle:
         """Open a session; ApiError 400 for what the model cannot do, 503 when there is no room."""
         try:

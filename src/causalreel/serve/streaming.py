@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
-from causalreel.serve.frames import Encoder
+from causalreel.serve.encoding import encoder
 from causalreel.serve.safety import SUBPROTOCOL, ApiError, client_of
 from causalreel.serve.scheduler import Ended, Handle, Lost
 from causalreel.serve.service import Service
@@ -46,7 +46,7 @@ class Stream:
 
     def __init__(self, socket: WebSocket, service: Service, handle: Handle, wish: Wish) -> None:
         self.socket, self.service, self.handle, self.wish = socket, service, handle, wish
-        self.encoder = Encoder(wish.form, quality=wish.quality)
+        self.encoder = encoder(wish.form, service.scheduler.pipeline.size, quality=wish.quality)
         self.sending = asyncio.Lock()
         self.replaced, self.news = asyncio.Event(), asyncio.Event()
 
@@ -60,7 +60,12 @@ class Stream:
         if before is not None:
             before.replaced.set()
         loop = asyncio.get_running_loop()
-        deaf = self.handle.listen(lambda: loop.call_soon_threadsafe(self.news.set))
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
+                loop.call_soon_threadsafe(self.news.set)
+
+        deaf = self.handle.listen(wake)
         try:
             offered = self.socket.scope.get("subprotocols", [])
             await self.socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
@@ -73,7 +78,6 @@ class Stream:
             deaf()
             if viewers.get(key) is self:
                 del viewers[key]
-            self.encoder.close()
 
     async def serve(self) -> None:
         """Listen, play and stand ready to give way, until the first of them is over."""
@@ -82,8 +86,9 @@ class Stream:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
+                task.add_done_callback(_looked_at)
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks)
         code, reason = next(iter(done)).result()
         if code == SLOW:
             self.service.metrics.dropped.inc()
@@ -149,7 +154,7 @@ class Stream:
     def coded(self, emitted: Emitted) -> bytes:
         """A chunk -> its message; in a thread."""
         start = time.monotonic()
-        payloads, keyframe = self.encoder.encode(emitted)
+        payloads, keyframe = self.encoder.encode(emitted.frames)
         took = time.monotonic() - start
         fps = float(self.handle.session.state()["fps"])
         return pack(emitted, payloads, form=self.wish.form, fps=fps, keyframe=keyframe, encode_s=took)
@@ -166,3 +171,9 @@ class Stream:
     async def send(self, message: bytes) -> None:
         async with self.sending:
             await self.socket.send_bytes(message)
+
+
+def _looked_at(task: asyncio.Task[Any]) -> None:
+    """Its error has been seen: the first one's decided, the others were told to stop."""
+    if not task.cancelled():
+        task.exception()
