@@ -683,6 +683,14 @@ class Serve:
     """Names that browsers may call this server by; default: those of loopback, or any on another address."""
     allow_origin: tuple[str, ...] = ()
     """Other sites whose pages may use this server, such as https://example.org."""
+    replica: str | None = None
+    """Of several servers behind one proxy: a name for this one, which ids of sessions and videos then bear."""
+    webrtc: bool = False
+    """Show sessions over WebRTC too."""
+    webrtc_host: tuple[str, ...] = ()
+    """Addresses of this machine for WebRTC's ports; default: the one listened on, or all of them."""
+    ice_server: tuple[str, ...] = ()
+    """STUN or TURN servers for WebRTC, such as stun:stun.example.org:3478; default: none is asked."""
     behind_proxy: bool = False
     """Believe a reverse proxy on this machine about who its clients are (X-Forwarded-For)."""
     max_sessions: int = 8
@@ -746,6 +754,11 @@ def serve(args: Serve) -> int:
         scheduler = Scheduler(pipeline, limits)
         app = create_app(scheduler, settings)
         host, port = door.getsockname()[:2]
+        if args.webrtc:
+            from causalreel.serve.webrtc import add_webrtc
+
+            hosts = args.webrtc_host or (() if host in ("0.0.0.0", "::") else (host,))
+            add_webrtc(app, hosts=hosts, ice_servers=args.ice_server)
         print(f"serving {pipeline.export.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         if settings.token is None and args.host not in (*LOOPBACK, "::1"):
             logging.getLogger("causalreel").warning("whoever reaches this address may use it; see --token-file")
@@ -771,6 +784,7 @@ def _serve_settings(args: Serve) -> Settings:
         hosts=args.allow_host or (LOOPBACK if is_local else ()),
         origins=args.allow_origin,
         data=args.data,
+        replica=args.replica,
         log_prompts=args.log_prompts,
         video_frames=args.max_frames,
         streams=args.max_streams,

@@ -65,7 +65,8 @@ def create_app(model: Scheduler | Pipeline, settings: Settings = Settings()) -> 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         limits = Limits(queued=settings.queued_videos, kept=settings.kept_videos)
-        service.jobs = Jobs(service.scheduler, Store(settings.data), limits, service.metrics)
+        store = Store(settings.data, replica=settings.replica)
+        service.jobs = Jobs(service.scheduler, store, limits, service.metrics)
         if owns:
             service.scheduler.start()
         service.jobs.start()

@@ -67,7 +67,9 @@ class Failed(Exception):
 class Store:
     """The records and files of videos in one folder, which one server owns."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, replica: str | None = None) -> None:
+        """folder: None is one that lasts as long as the store; replica: a name that ids of new videos bear."""
+        self.prefix = "video_" if replica is None else f"video_{replica}-"
         self.temporary = tempfile.TemporaryDirectory(prefix="causalreel-") if folder is None else None
         self.folder = Path(self.temporary.name) if self.temporary is not None else Path(folder or ".")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ class Store:
             return dict(tuple(row) for row in self.database.execute("SELECT status, count(*) FROM videos GROUP BY 1"))
 
     def add(self, fields: dict[str, Any]) -> dict[str, Any]:
-        row = {name: fields.get(name) for name in COLUMNS} | {"id": f"video_{secrets.token_hex(12)}"}
+        row = {name: fields.get(name) for name in COLUMNS} | {"id": self.prefix + secrets.token_hex(12)}
         row |= {"status": "queued", "created_at": int(time.time())}
         with self.lock:
             marks = ", ".join("?" * len(row))

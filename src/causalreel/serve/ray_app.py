@@ -9,8 +9,9 @@ Restarts, placement and the proxy are Ray's; nothing here schedules.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,11 +20,8 @@ from causalreel.serve.app import create_app
 from causalreel.serve.safety import Settings
 from causalreel.serve.scheduler import Limits, Scheduler
 
-if TYPE_CHECKING:
-    from ray.serve import Application
-
 ONGOING = 1024
-"""Requests that Ray lets into a replica at a time; a stream is one for as long as it lasts, and Ray's own limit is 5."""
+"""Requests that Ray lets into a replica at a time: each stream is one while it lasts, and Ray's own limit is 5."""
 
 
 class Replica(BaseModel):
@@ -41,10 +39,10 @@ class Replica(BaseModel):
     data: Path | None = None
 
 
-def build(arguments: dict[str, Any]) -> Application:
+def build(arguments: dict[str, Any]) -> Any:
     """The fields of `Replica` -> an application for `serve run` or a Serve config file; serve it at /NAME."""
     try:
-        from ray import serve
+        from ray import serve  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("Ray Serve is needed; install it with: pip install 'causalreel[ray]'") from error
     wanted = Replica.model_validate(arguments)
@@ -53,12 +51,11 @@ def build(arguments: dict[str, Any]) -> Application:
         return asgi(wanted)  # where the replica runs: a pipeline does not travel
 
     deployment = serve.deployment(serve.ingress(make)())
-    options: dict[str, Any] = {"num_gpus": wanted.gpus}
     return deployment.options(
         name=f"causalreel-{wanted.replica}",
         num_replicas=1,
         max_ongoing_requests=ONGOING,
-        ray_actor_options=options,
+        ray_actor_options={"num_gpus": wanted.gpus},
     ).bind()
 
 
@@ -76,14 +73,18 @@ def asgi(wanted: Replica) -> Any:
 
 
 class Unrooted:
-    """ASGI around the server: paths without the route, as limits and tokens are checked by path."""
+    """ASGI around the server: paths without the route, since limits and tokens go by path; starts the scheduler."""
 
     def __init__(self, app: Any, scheduler: Scheduler) -> None:
         self.app, self.scheduler = app, scheduler
-        scheduler.start()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            self.scheduler.start()
+            await self.app(scope, receive, send)
+            await asyncio.to_thread(self.scheduler.close)
+            return
         root = scope.get("root_path", "")
-        if root and scope.get("path", "").startswith(root):
+        if root and scope["path"].startswith(root):
             scope = {**scope, "path": scope["path"][len(root) :] or "/", "root_path": ""}
         await self.app(scope, receive, send)

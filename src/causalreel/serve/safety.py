@@ -13,6 +13,7 @@ import hmac
 import io
 import json
 import logging
+import re
 import threading
 import time
 import warnings
@@ -64,6 +65,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
+REPLICA = re.compile("[a-z0-9]{1,16}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a server allows."""
@@ -76,6 +80,8 @@ class Settings:
     """Origins besides the server's own whose pages may use it, such as https://example.org."""
     data: Path | None = None
     """Folder of videos and their records; None: they last as long as the server."""
+    replica: str | None = None
+    """Name that ids of sessions and videos bear, by which a proxy finds the process that holds them; None: none."""
     log_prompts: bool = True
     """Whether log lines may hold prompts."""
     body_bytes: int = 12 * MIB
@@ -102,6 +108,8 @@ class Settings:
             raise ValueError("token must not be empty; None means that everybody may")
         if self.token is not None and not self.token.isascii():
             raise ValueError("token must be ASCII, got other characters")
+        if self.replica is not None and not REPLICA.fullmatch(self.replica):
+            raise ValueError(f"replica must be 1 to 16 small letters and digits, got {self.replica!r}")
         for name in ("body_bytes", "image_pixels", "prompt_chars", "video_frames", "queued_videos", "kept_videos"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -253,7 +253,8 @@ class Scheduler:
         self.is_ready = False
 
     def open(self, options: Options, *, pace: Pace = "realtime", id: str | None = None) -> Handle:
-        """A new session, under an id of the caller's or one of its own. Raises Busy where there is no room, ValueError for options that the model cannot meet."""
+        """A new session; id: None makes one. Raises Busy where there is no room, ValueError for options that the model
+        cannot meet."""
         if pace not in ("realtime", "max"):
             raise ValueError(f"pace must be realtime or max, got {pace!r}")
         self._admit()

@@ -4,6 +4,7 @@ WebRTC are its callers; all of it may block and is called from threads."""
 from __future__ import annotations
 
 import logging
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +58,18 @@ class Service:
                 fps=request.fps,
                 image=image,
             )
-            handle = self.scheduler.open(options, pace=request.pace)
+            handle = self.scheduler.open(options, pace=request.pace, id=self.new_id())
         except Busy as error:
             raise ApiError(503, "busy", str(error), {"retry-after": "5"}) from error
         except ValueError as error:
             raise ApiError(400, "invalid_request", str(error)) from error
         log.info("session %s opened%s", handle.id, self.said(request.prompt))
         return handle
+
+    def new_id(self) -> str:
+        """An id that nobody guesses, with the replica's name before it if it has one."""
+        name = self.settings.replica
+        return secrets.token_hex(16) if name is None else f"{name}-{secrets.token_hex(16)}"
 
     def handle(self, session_id: str) -> Handle:
         """The session's handle; ApiError 404."""

@@ -318,7 +318,7 @@ router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses={"4XX": {
 
 @router.post("/{session_id}/webrtc", response_model=Answer)
 async def connect_session(request: Request, session_id: str, offer: Offer) -> Answer:
-    """Show a session over a peer connection: an offer with all its candidates -> the answer with all of the server's."""
+    """Show a session over a peer connection: an offer with its candidates -> the answer with the server's."""
     service, peers = request.app.state.service, request.app.state.peers
     assert isinstance(service, Service) and isinstance(peers, Peers)
     handle = service.handle(session_id)
