@@ -282,6 +282,18 @@ def test_bad_offers_are_refused_and_leave_nothing_open(sdp: str, message: str) -
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("hosts", "kept"), [(["127.0.0.1"], 1), (["::1"], 1), (["192.0.2.1"], 2), (["127.0.0.1", "192.0.2.1"], 2), ([], 2)]
+)
+def test_names_of_candidates_are_not_looked_up_on_loopback(hosts: list[str], kept: int) -> None:
+    named = "a=candidate:1 1 udp 2113937151 0a1b2c3d.local 50000 typ host\r\n"
+    plain = "a=candidate:2 1 udp 2113937151 127.0.0.1 50001 typ host\r\n"
+    sdp = webrtc.without_names(f"v=0\r\n{named}{plain}a=end-of-candidates\r\n", hosts)
+    assert sdp.count("a=candidate:") == kept
+    assert plain in sdp
+    assert sdp.startswith("v=0\r\n") and sdp.endswith("a=end-of-candidates\r\n")
+
+
 def test_an_offer_without_video_is_refused() -> None:
     async def run() -> None:
         peers, client = Peers(hosts=LOOPBACK), RTCPeerConnection(RTCConfiguration(iceServers=[]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ class Peer:
         """The client's offer -> the answer; ValueError if there is none."""
         connection = self.connection
         try:
-            await connection.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
+            await connection.setRemoteDescription(RTCSessionDescription(without_names(sdp, hosts), "offer"))
             takes_video = any(t.kind == "video" for t in connection.getTransceivers())
             if takes_video:
                 connection.addTrack(self.track)
@@ -281,6 +282,22 @@ def check_offer(sdp: str) -> None:
     candidates = sdp.count("a=candidate:")
     if candidates > MAX_CANDIDATES:  # each is an address that packets are sent to
         raise ValueError(f"an offer must name at most {MAX_CANDIDATES} candidates, got {candidates}")
+
+
+def without_names(sdp: str, hosts: Sequence[str]) -> str:
+    """An offer, on loopback without candidates that are names, which browsers put for addresses
+    (draft-ietf-mmusic-mdns-ice-candidates): finding them takes the network, and a client on this machine is known by
+    where its checks come from."""
+    if not hosts or not all(is_loopback(host) for host in hosts):
+        return sdp
+    lines = sdp.splitlines(keepends=True)
+    return "".join(line for line in lines if not (line.startswith("a=candidate:") and ".local " in line))
+
+
+def is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
 
 
 def prefer_h264(peer: RTCPeerConnection) -> None:
