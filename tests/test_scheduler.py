@@ -12,7 +12,7 @@ import torch
 from causalreel.serve import memory
 from causalreel.serve.memory import held_bytes
 from causalreel.serve.scheduler import Busy, Ended, Handle, Limits, Lost, Scheduler
-from causalreel.serve.session import Emitted, Options, Session
+from causalreel.serve.session import Emitted, Options, Session, Timings
 from test_infer import PROMPTS, pipeline
 from test_live import TWO_STEP
 from test_session import Clock
@@ -138,7 +138,15 @@ def manual(limits: Limits = Limits(), *paces: str) -> tuple[Scheduler, Clock, li
     clock = Clock()
     scheduler = Scheduler(pipeline(TWO_STEP), limits, warm=None, clock=clock)
     handles = [scheduler.open(Options(PROMPTS[0], fps=4), pace=pace) for pace in paces]
+    for handle in handles:
+        handle.session.next_chunk = lambda session=handle.session: canned(session)
     return scheduler, clock, handles
+
+
+def canned(session: Session) -> Emitted:
+    """A second of video without the work."""
+    session.sequence += 1
+    return Emitted(session.sequence - 1, 0, torch.zeros(4, 2, 2, 3, dtype=torch.uint8), "", Timings(0.0, 0.0))
 
 
 def turn(scheduler: Scheduler, clock: Clock, cost_s: float) -> Handle | None:
@@ -156,8 +164,8 @@ def turn(scheduler: Scheduler, clock: Clock, cost_s: float) -> Handle | None:
 
 def read_all(handles: list[Handle]) -> None:
     for handle in handles:
-        if handle.newest >= 0:
-            handle.pull(handle.newest, 0) if handle.newest > handle.taken else None
+        if handle.newest > handle.taken:
+            handle.pull(handle.newest, 0)
 
 
 def test_real_time_is_not_overtaken_by_more_than_the_buffer() -> None:
@@ -189,7 +197,7 @@ def test_a_fast_reader_does_not_slow_real_time_down_and_gets_the_rest() -> None:
 
 
 def test_a_late_session_does_not_hurry_to_catch_up() -> None:
-    scheduler, clock, (handle,) = manual(Limits(), "realtime")
+    scheduler, clock, (handle,) = manual(Limits(idle_s=1e6), "realtime")
     turn(scheduler, clock, 0.1)
     read_all([handle])
     clock.now += 1000  # such as a pause
@@ -208,9 +216,6 @@ def test_queue_time_is_that_behind_others() -> None:
         turn(scheduler, clock, 2.0)
     read_all(handles)
     assert [chunk.timings.queue_s for chunk in handles[0]._kept][1:] == [2.0, 2.0]
-    clock.now += 50
-    assert handles[0].session.fps == 4
-    handles[0]._kept.clear()
 
 
 # ---- room
@@ -223,12 +228,12 @@ def test_admission_by_number(started: Callable) -> None:
     with pytest.raises(Busy, match="all 2 sessions are taken"):
         scheduler.open(Options(PROMPTS[0]))
     first.close()
+    with pytest.raises(ValueError, match="unknown word"):
+        scheduler.open(Options("an elephant"))
     scheduler.open(Options(PROMPTS[0]))
     assert scheduler.facts()["sessions"] == 2
     with pytest.raises(ValueError, match="pace must be realtime or max, got 'slow'"):
         scheduler.open(Options(PROMPTS[0]), pace="slow")
-    with pytest.raises(ValueError, match="unknown word"):
-        scheduler.open(Options("an elephant"))
 
 
 def test_admission_by_measured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,10 +256,10 @@ def test_admission_by_measured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_session_holds_stays_flat() -> None:
     one = Session(pipeline(TWO_STEP), Options(PROMPTS[0]))
     sizes = []
-    for _ in range(40):
+    for _ in range(20):
         one.next_chunk()
         sizes.append(held_bytes(one, without=(one.pipeline,)))
-    assert max(sizes[20:]) <= max(sizes[:20]) and sizes[10] > sum(p.nbytes for p in one._live._kept)
+    assert max(sizes[10:]) <= max(sizes[:10]) and sizes[9] > sum(p.nbytes for p in one._live._kept)
     cache = max(sizes)
     one.close()
     assert held_bytes(one, without=(one.pipeline,)) < cache / 4
@@ -367,22 +372,21 @@ def test_many_readers_slow_ones_and_ones_that_come_back(started: Callable) -> No
     seen: list[list[int]] = [[] for _ in handles]
 
     def read(index: int) -> None:
-        after = -1
-        while len(seen[index]) < 12:
-            chunk = handles[index].pull(after, PATIENCE)
-            assert isinstance(chunk, Emitted)
+        row, falls = seen[index], {4, 7, 8}
+        while len(row) < 12:
+            chunk = handles[index].pull(row[-1] if row else -1, PATIENCE)
+            if not isinstance(chunk, Emitted):
+                return
             if index % 3 == 0:
                 time.sleep(0.02)
-            if index % 3 == 1 and chunk.sequence % 4 == 3 and seen[index][-1:] != [chunk.sequence - 2]:
-                after = seen[index][-2] if len(seen[index]) > 1 else -1  # it was lost on the way, with one before it
-                del seen[index][-1:]
+            if index % 3 == 1 and chunk.sequence in falls:  # lost on the way, and three before it
+                falls.remove(chunk.sequence)
+                del row[-3:]
                 continue
-            seen[index].append(chunk.sequence)
-            after = chunk.sequence
+            row.append(chunk.sequence)
 
     threads = [threading.Thread(target=read, args=(i,), daemon=True) for i in range(9)]
     for thread in threads:
         thread.start()
-    until(lambda: all(len(row) >= 12 for i, row in enumerate(seen) if i % 3 != 1))
-    for i in (0, 2, 3, 5, 6, 8):
-        assert seen[i] == list(range(12))
+    until(lambda: all(len(row) >= 12 for row in seen))
+    assert seen == [list(range(12))] * 9
