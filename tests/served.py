@@ -72,9 +72,9 @@ def until(socket: Any, is_it: Callable[[dict[str, Any]], bool], limit: int = 200
     raise AssertionError(f"not among {limit} messages: {[m['type'] for m in seen]}")
 
 
-def picture(width: int = 64, height: int = 64, kind: str = "PNG") -> bytes:
+def picture(width: int = 64, height: int = 64, kind: str = "PNG", mode: str = "RGB") -> bytes:
     held = io.BytesIO()
-    Image.new("RGB", (width, height), (255, 0, 0)).save(held, kind)
+    Image.new(mode, (width, height), (255, 0, 0) if mode == "RGB" else 0).save(held, kind)
     return held.getvalue()
 
 
