@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from served import BLUE, RED, coded, message, opened, picture, serving, small_pipeline, until
-
 from fastapi.testclient import TestClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,6 +21,7 @@ from causalreel.serve import safety, wire
 from causalreel.serve.safety import Rates, Settings
 from causalreel.serve.scheduler import Limits
 from causalreel.serve.session import Session
+from served import BLUE, RED, coded, message, opened, picture, serving, small_pipeline, until
 
 TOKEN = "a token/with+odd=characters"
 
@@ -310,9 +308,9 @@ def test_only_so_many_streams_are_served(pipeline: Pipeline) -> None:
         first, second = opened(client), opened(client)
         with client.websocket_connect(f"/v1/sessions/{first}/stream") as socket:
             message(socket)
-            with pytest.raises(WebSocketDenialResponse) as denied:
-                with client.websocket_connect(f"/v1/sessions/{second}/stream"):
-                    pass
+            path = f"/v1/sessions/{second}/stream"
+            with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect(path):
+                pass
             assert denied.value.status_code == 503
 
 
@@ -382,9 +380,9 @@ def test_pages_of_other_sites_and_other_names_are_kept_out(guarded: TestClient) 
     allowed = guarded.post("/v1/sessions", headers=bearer(TOKEN) | friend, **body)
     assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
     path = f"/v1/sessions/{own.json()['id']}/stream"
-    with pytest.raises(WebSocketDenialResponse) as denied:
-        with guarded.websocket_connect(path, headers=bearer(TOKEN) | evil):
-            pass
+    foreign = bearer(TOKEN) | evil
+    with pytest.raises(WebSocketDenialResponse) as denied, guarded.websocket_connect(path, headers=foreign):
+        pass
     assert denied.value.status_code == 403
     preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
     assert guarded.options("/v1/sessions", headers=friend | preflight).status_code == 200

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from served import RED, coded, folder_files, picture, serving, small_pipeline, wait_for
-
 from fastapi.testclient import TestClient
 
 from causalreel.data.video import read_video
@@ -25,6 +22,7 @@ from causalreel.serve import jobs
 from causalreel.serve.jobs import Store
 from causalreel.serve.scheduler import Ended, Handle, Limits
 from causalreel.serve.session import Options, Session
+from served import RED, coded, folder_files, picture, serving, small_pipeline, wait_for
 
 FIELDS: dict[str, Any] = {"model": "m", "prompt": RED, "seed": 0, "frames": 5, "fps": 16.0, "size": "64x64"}
 LONG = 1000

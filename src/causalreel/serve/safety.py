@@ -259,7 +259,9 @@ class Guard:
             return  # a preflight carries no token; CORS answers it
         wait = self.rates.take(client_of(scope))
         if wait > 0:
-            raise ApiError(429, "too_many_requests", "too many requests; slow down", {"retry-after": str(1 + int(wait))})
+            raise ApiError(
+                429, "too_many_requests", "too many requests; slow down", {"retry-after": str(1 + int(wait))}
+            )
         if not is_right(self.settings.token, token_of(scope)):
             raise ApiError(401, "unauthorized", "a bearer token is needed", {"www-authenticate": "Bearer"})
         length = headers.get("content-length", "0")
