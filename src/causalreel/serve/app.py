@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,7 +100,7 @@ def create_app(model: Scheduler | Pipeline, settings: Settings = Settings()) -> 
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Have every error leave in one form, and be counted."""
+    """Have every foreseen error leave in one form, and be counted; others are the doorkeeper's."""
 
     def answer(request: Request, error: ApiError) -> Response:
         request.app.state.service.refused(error.code)
@@ -114,17 +113,11 @@ def _answer_errors(app: FastAPI) -> None:
     def invalid(request: Request, error: ValidationError | RequestValidationError) -> Response:
         return answer(request, ApiError(422, "invalid_request", explain(error)))
 
-    def unforeseen(request: Request, error: Exception) -> Response:
-        number = secrets.token_hex(4)
-        log.error("error %s at %s %s", number, request.method, request.url.path, exc_info=error)
-        return answer(request, ApiError(500, "internal", f"internal error; the server's log has more under {number}"))
-
     handlers: dict[Any, Any] = {
         ApiError: answer,
         HTTPException: http,
         ValidationError: invalid,
         RequestValidationError: invalid,
-        Exception: unforeseen,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

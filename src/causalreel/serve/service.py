@@ -4,6 +4,7 @@ WebRTC are its callers; all of it may block and is called from threads."""
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,8 @@ class Service:
         self.jobs: Jobs | None = None
         self.viewers: dict[str, Any] = {}
         """Session -> the connection that is served its frames; a newer one takes over."""
-        self.threads = ThreadPoolExecutor(settings.streams, thread_name_prefix="stream")
-        """Threads that wait for chunks and encode them: one a stream, so that no viewer waits for another."""
+        self.threads = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="encode")
+        """Threads that encode chunks; more than there are cores would only get in the way of each other."""
 
     def facts(self) -> dict[str, Any]:
         """Numbers of what is now: the scheduler's, viewers, jobs."""
