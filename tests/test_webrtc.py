@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -28,7 +29,7 @@ from causalreel.serve.safety import Settings
 from causalreel.serve.scheduler import Ended, Lost
 from causalreel.serve.session import Applied, Emitted, Timings
 from causalreel.serve.track import CLOCK, LOOK_S, Pace, Reader
-from causalreel.serve.webrtc import Control, PeerLimits, Peers, PeersFull, add_webrtc
+from causalreel.serve.webrtc import Control, Hooks, PeerLimits, Peers, PeersFull, add_webrtc
 
 LOOPBACK = ["127.0.0.1"]
 COLOURS = {"a red square": (220, 30, 30), "a blue square": (30, 30, 220)}
@@ -42,6 +43,7 @@ class Double:
         self.fps, self.chunks, self.kept = fps, chunks, kept
         self.prompt, self.number, self.pulled = "a red square", 0, []
         self.newest = self.taken = -1
+        self.shown: list[Emitted] = []
         self.told: list[Callable[[], None]] = []
         self.applied: list[Applied] = []
         self.lock = threading.Lock()
@@ -51,7 +53,7 @@ class Double:
 
     def listen(self, callback: Callable[[], None]) -> Callable[[], None]:
         self.told.append(callback)
-        return lambda: self.told.remove(callback)
+        return lambda: callback in self.told and self.told.remove(callback)
 
     def command(self, name: str, *, text: str | None = None, fps: float | None = None) -> int:
         if name not in ("prompt", "fps"):
@@ -78,6 +80,10 @@ class Double:
             frames[:] = torch.tensor(COLOURS[self.prompt], dtype=torch.uint8)
             commands, self.applied = tuple(self.applied), []
             return Emitted(sequence, 2 * sequence, frames, self.prompt, Timings(0.01, 0.01, 0.0), commands)
+
+    @property
+    def hooks(self) -> Hooks:
+        return Hooks(self.answers, self.shown.append)
 
     def answers(self, text: str | bytes) -> list[dict[str, Any]]:
         """What `Service.answer` does, in short."""
@@ -156,7 +162,7 @@ def connected(scenario: Callable[[Client, Peers, Any], Any], handle: Any, **limi
     async def run() -> Any:
         peers, client = Peers(PeerLimits(**limits), hosts=LOOPBACK), Client()
         try:
-            await client.accept(await peers.answer(handle, await client.offer(), handle.answers))
+            await client.accept(await peers.answer(handle, await client.offer(), handle.hooks))
             return await scenario(client, peers, handle)
         finally:
             await client.peer.close()
@@ -199,6 +205,7 @@ def test_every_chunk_is_shown_once_and_in_order() -> None:
         numbers = [chunk["sequence"] for chunk in chunks]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
         assert all(chunk["first_frame"] == 2 * chunk["sequence"] and chunk["frames"] == 2 for chunk in chunks)
+        assert [chunk.sequence for chunk in handle.shown][numbers[0] :][: len(numbers)] == numbers
         stamps = [frame.pts for frame in client.frames]
         assert stamps == sorted(set(stamps))
         assert min(np.diff(stamps)) >= CLOCK / 50 - 1, "frames were sent faster than the session plays"
@@ -221,7 +228,7 @@ def test_a_client_that_leaves_frees_its_place_and_not_the_session() -> None:
         await client.until(lambda: client.frames, "frames")
         other = Client()
         with pytest.raises(PeersFull, match="1 peer"):
-            await peers.answer(Double(), await other.offer(), handle.answers)
+            await peers.answer(Double(), await other.offer(), handle.hooks)
         await other.peer.close()
         await client.peer.close()
         await until_none_is_open(peers)
@@ -237,7 +244,7 @@ def test_a_peer_that_never_connects_is_let_go() -> None:
     async def run() -> None:
         peers = Peers(PeerLimits(connect_s=0.2), hosts=LOOPBACK)
         client = Client()
-        await peers.answer(Double(), await client.offer(), Double().answers)
+        await peers.answer(Double(), await client.offer(), Double().hooks)
         assert len(peers.open) == 1
         await until_none_is_open(peers)
         await client.peer.close()
@@ -251,7 +258,7 @@ def test_answers_name_only_the_addresses_asked_for_and_no_server_is_asked() -> N
         peers, client = Peers(hosts=LOOPBACK), Client()
         assert peers.settings.iceServers == []  # None would be a public STUN server
         try:
-            return await peers.answer(Double(), await client.offer(), Double().answers)
+            return await peers.answer(Double(), await client.offer(), Double().hooks)
         finally:
             await client.peer.close()
             await peers.close()
@@ -275,7 +282,7 @@ def test_bad_offers_are_refused_and_leave_nothing_open(sdp: str, message: str) -
     async def run() -> None:
         peers = Peers(hosts=LOOPBACK)
         with pytest.raises(ValueError, match=message):
-            await peers.answer(Double(), sdp, Double().answers)
+            await peers.answer(Double(), sdp, Double().hooks)
         assert not peers.open
         await peers.close()
 
@@ -301,7 +308,7 @@ def test_an_offer_without_video_is_refused() -> None:
         webrtc.offer_only(client, LOOPBACK)
         await client.setLocalDescription(await client.createOffer())
         with pytest.raises(ValueError, match="one video track"):
-            await peers.answer(Double(), client.localDescription.sdp, Double().answers)
+            await peers.answer(Double(), client.localDescription.sdp, Double().hooks)
         assert not peers.open
         await client.close()
         await peers.close()
@@ -315,13 +322,14 @@ class Channel:
     label, readyState, bufferedAmount = webrtc.CHANNEL, "open", 0
 
     def __init__(self, label: str = webrtc.CHANNEL) -> None:
-        self.label, self.closed = label, False
+        self.label, self.closed, self.sent = label, False, []
 
     def on(self, event: str, call: Any) -> None:
         pass
 
     def send(self, text: str) -> None:
         self.bufferedAmount += len(text)
+        self.sent.append(text)
 
     def close(self) -> None:
         self.closed = True
@@ -330,7 +338,7 @@ class Channel:
 def control(backlog: int = 1 << 20) -> tuple[Control, list[bool]]:
     """The server's side of a data channel, and where it says that it has had enough."""
     given_up: list[bool] = []
-    return Control(Double(), Double().answers, backlog, lambda: given_up.append(True)), given_up
+    return Control(Double(), Double().hooks, backlog, lambda: given_up.append(True)), given_up
 
 
 def test_a_client_that_takes_no_messages_is_let_go() -> None:
@@ -349,6 +357,16 @@ def test_a_client_that_floods_is_let_go() -> None:
     assert not given_up
     side.receive("{}")
     assert given_up
+
+
+def test_what_was_said_before_there_was_a_channel_follows_the_greeting() -> None:
+    side, _ = control()
+    for sequence in (0, 1):
+        side.send({"type": "chunk", "sequence": sequence})
+    channel = Channel()
+    side.attach(channel)
+    assert [json.loads(text)["type"] for text in channel.sent] == ["hello", "chunk"]
+    assert json.loads(channel.sent[1])["sequence"] == 1
 
 
 def test_only_one_channel_of_the_right_name_is_served() -> None:
@@ -417,7 +435,7 @@ def test_chunks_not_made_cannot_have_been_seen() -> None:
     async def run() -> None:
         peers = Peers(hosts=LOOPBACK)
         with pytest.raises(ValueError, match="after must be from -1 to -1"):
-            await peers.answer(Double(), "", Double().answers, after=0)
+            await peers.answer(Double(), "", Double().hooks, after=0)
 
     asyncio.run(run())
 
@@ -426,7 +444,7 @@ def test_a_newer_viewer_takes_over() -> None:
     async def scenario(client: Client, peers: Peers, handle: Double) -> None:
         await client.until(lambda: client.of("chunk"), "chunks")
         other = Client()
-        await other.accept(await peers.answer(handle, await other.offer(), handle.answers))
+        await other.accept(await peers.answer(handle, await other.offer(), handle.hooks))
         ended = await client.until(lambda: client.of("ended"), "end")
         assert ended[0]["reason"] == "another viewer took over"
         await other.until(lambda: other.of("chunk")[2:], "chunks")
@@ -497,6 +515,9 @@ def test_the_server_shows_a_session_and_follows_a_prompt_told_on_the_channel(pip
             await client.peer.close()
             await until_none_is_open(app.state.peers)
             assert app.state.service.viewers == {}
+            numbers = (await http.get("/metrics", headers=known)).text
+            counted = float(re.search(r'^causalreel_chunks_total{to="webrtc"} (.*)$', numbers, re.MULTILINE).group(1))
+            assert counted >= len(client.of("chunk")) > 10
             shown = await http.get(f"/v1/sessions/{opened.json()['id']}", headers=known)
             assert shown.json()["ended"] is None, "the session ended with its viewer"
 

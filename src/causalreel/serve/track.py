@@ -90,12 +90,19 @@ class SessionTrack(MediaStreamTrack):
 
     kind = "video"
 
-    def __init__(self, reader: Reader, tell: Callable[[dict[str, Any]], None], shorter_side: int) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        tell: Callable[[dict[str, Any]], None],
+        began: Callable[[Emitted], None],
+        shorter_side: int,
+    ) -> None:
+        """tell: sends the client a message; began: called when a chunk's first frame is given out."""
         super().__init__()
-        self.reader, self.tell, self.shorter_side = reader, tell, shorter_side
+        self.reader, self.tell, self.began, self.shorter_side = reader, tell, began, shorter_side
         self.pace = Pace()
         self.frames: list[Any] = []  # arrays (H,W,3) of the chunk being shown, the next one last
-        self.header: dict[str, Any] | None = None
+        self.chunk: Emitted | None = None  # until its first frame is given out
         self.fps = 1.0
         self.is_over = asyncio.Event()
 
@@ -109,9 +116,10 @@ class SessionTrack(MediaStreamTrack):
             await asyncio.sleep(wait)
         if self.readyState != "live":
             raise MediaStreamError
-        if self.header is not None:
-            self.tell(self.header)
-            self.header = None
+        if self.chunk is not None:
+            self.tell(header(self.chunk, self.fps))
+            self.began(self.chunk)
+            self.chunk = None
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
         frame.pts, frame.time_base = stamp, Fraction(1, CLOCK)
         return frame
@@ -129,7 +137,7 @@ class SessionTrack(MediaStreamTrack):
         state = self.reader.handle.session.state()
         self.fps = float(state["fps"])
         self.frames = list(enlarged(chunk.frames, self.shorter_side).numpy()[::-1])
-        self.header = header(chunk, self.fps)
+        self.chunk = chunk
         if chunk.commands:
             self.tell({"type": "state", "state": state})
 

@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field
 from causalreel.serve.safety import ApiError, client_of
 from causalreel.serve.scheduler import Handle
 from causalreel.serve.service import Service
+from causalreel.serve.session import Emitted
 from causalreel.serve.track import Reader, SessionTrack
 from causalreel.serve.wire import ErrorView, dumps
 
@@ -45,8 +46,17 @@ MAX_WAITING = 64
 PARTING_S = 1.0
 """Between the last message and the end of the connection."""
 
-Answers = Callable[["str | bytes"], "list[dict[str, Any]]"]
-"""A client's message -> the messages that answer it; may take a while, raises nothing."""
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the rest of the server does for a peer."""
+
+    answers: Callable[[str | bytes], list[dict[str, Any]]]
+    """A client's message -> the messages that answer it; may take a while, raises nothing."""
+    shown: Callable[[Emitted], None] = lambda chunk: None
+    """Called when a chunk begins to be shown."""
+    dropped: Callable[[], None] = lambda: None
+    """Called when the connection broke off."""
 
 
 class Offer(BaseModel):
@@ -90,9 +100,11 @@ class PeerLimits:
 class Control:
     """The data channel: commands in; acknowledgements, states, chunk headers and the end out."""
 
-    def __init__(self, handle: Handle, answers: Answers, backlog: int, give_up: Callable[[], None]) -> None:
-        self.handle, self.answers, self.backlog, self.give_up = handle, answers, backlog, give_up
+    def __init__(self, handle: Handle, hooks: Hooks, backlog: int, give_up: Callable[[], None]) -> None:
+        self.handle, self.hooks, self.backlog, self.give_up = handle, hooks, backlog, give_up
         self.channel: Any = None
+        self.early: dict[str, dict[str, Any]] = {}
+        """Type -> its last message from before there was a channel."""
         self.waiting: asyncio.Queue[str | bytes] = asyncio.Queue(MAX_WAITING)
 
     def attach(self, channel: Any) -> None:
@@ -105,10 +117,15 @@ class Control:
         state = self.handle.session.state()
         size = {"width": state["width"], "height": state["height"]}
         self.send({"type": "hello", "state": state, **size, "codec": None})
+        for message in self.early.values():
+            self.send(message)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Put a message on the channel if there is one; a client that takes none of them is let go."""
-        if self.channel is None or self.channel.readyState != "open":
+        """Put a message on the channel, at the latest when there is one; a client that takes none of them is let go."""
+        if self.channel is None:
+            self.early[message["type"]] = message
+            return
+        if self.channel.readyState != "open":
             return
         if self.channel.bufferedAmount > self.backlog:
             self.give_up()
@@ -126,7 +143,7 @@ class Control:
         """Answer messages one after the other, for as long as the peer lasts; a command may have text to encode."""
         while True:
             text = await self.waiting.get()
-            for message in await asyncio.to_thread(self.answers, text):
+            for message in await asyncio.to_thread(self.hooks.answers, text):
                 self.send(message)
 
 
@@ -134,12 +151,12 @@ class Peer:
     """One client's connection: a session's track and data channel, and the tasks that serve them."""
 
     def __init__(
-        self, handle: Handle, answers: Answers, after: int | None, limits: PeerLimits, settings: RTCConfiguration
+        self, handle: Handle, hooks: Hooks, after: int | None, limits: PeerLimits, settings: RTCConfiguration
     ) -> None:
-        self.limits = limits
+        self.hooks, self.limits = hooks, limits
         self.connection = RTCPeerConnection(settings)
-        self.control = Control(handle, answers, limits.backlog, self.leave)
-        self.track = SessionTrack(Reader(handle, after), self.control.send, limits.shorter_side)
+        self.control = Control(handle, hooks, limits.backlog, self.leave)
+        self.track = SessionTrack(Reader(handle, after), self.control.send, hooks.shown, limits.shorter_side)
         self.replaced = asyncio.Event()
         """Set by whoever wants to show the session instead."""
         self.is_over = asyncio.Event()
@@ -190,6 +207,8 @@ class Peer:
         self.is_over.set()
 
     def _watch(self) -> None:
+        if self.connection.connectionState == "failed":
+            self.hooks.dropped()
         if self.connection.connectionState in ("failed", "closed"):
             self.leave()
 
@@ -231,19 +250,18 @@ class Peers:
         self.viewers = {} if viewers is None else viewers
         self.open: dict[Peer, asyncio.Future[None] | None] = {}
 
-    async def answer(self, handle: Handle, sdp: str, answers: Answers, *, after: int | None = None) -> str:
+    async def answer(self, handle: Handle, sdp: str, hooks: Hooks, *, after: int | None = None) -> str:
         """A client's offer -> the answer, with a new peer connection behind it that shows this session.
 
-        answers: what the client's messages are answered with. after: the last chunk the client has seen; None: go on
-        where the last viewer was. Raises ValueError for an offer that cannot be answered, `PeersFull` when no more are
-        taken.
+        after: the last chunk the client has seen; None: go on where the last viewer was. Raises ValueError for an offer
+        that cannot be answered, `PeersFull` when no more are taken.
         """
         check_offer(sdp)
         if after is not None and not -1 <= after <= handle.newest:
             raise ValueError(f"after must be from -1 to {handle.newest}, the last chunk made; got {after}")
         if len(self.open) >= self.limits.peers:
             raise PeersFull(f"{self.limits.peers} peer connections are open, the most this server takes")
-        peer = Peer(handle, answers, after, self.limits, self.settings)
+        peer = Peer(handle, hooks, after, self.limits, self.settings)
         self.open[peer] = None
         try:
             answer = await peer.answer(sdp, self.hosts)
@@ -339,9 +357,13 @@ async def connect_session(request: Request, session_id: str, offer: Offer) -> An
     service, peers = request.app.state.service, request.app.state.peers
     assert isinstance(service, Service) and isinstance(peers, Peers)
     handle = service.handle(session_id)
-    answers = partial(service.answer, handle, client=client_of(request.scope))
+    hooks = Hooks(
+        partial(service.answer, handle, client=client_of(request.scope)),
+        partial(service.metrics.given, to="webrtc"),
+        service.metrics.dropped.inc,
+    )
     try:
-        return Answer(sdp=await peers.answer(handle, offer.sdp, answers, after=offer.after))
+        return Answer(sdp=await peers.answer(handle, offer.sdp, hooks, after=offer.after))
     except PeersFull as error:
         raise ApiError(503, "busy", str(error), {"retry-after": "5"}) from error
     except ValueError as error:
