@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("aiortc", reason="needs the extra causalreel[webrtc]")
 
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc.mediastreams import MediaStreamError
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
 
@@ -28,7 +29,7 @@ from causalreel.serve.app import create_app
 from causalreel.serve.safety import Settings
 from causalreel.serve.scheduler import Ended, Lost
 from causalreel.serve.session import Applied, Emitted, Timings
-from causalreel.serve.track import CLOCK, LOOK_S, Pace, Reader
+from causalreel.serve.track import CLOCK, LOOK_S, Pace, Reader, SessionTrack
 from causalreel.serve.webrtc import Control, Hooks, PeerLimits, Peers, PeersFull, add_webrtc
 
 LOOPBACK = ["127.0.0.1"]
@@ -78,6 +79,7 @@ class Double:
             self.newest = max(self.newest, sequence)
             frames = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
             frames[:] = torch.tensor(COLOURS[self.prompt], dtype=torch.uint8)
+            frames[1] = (frames[1] * 0.6).to(torch.uint8)  # the second one is darker
             commands, self.applied = tuple(self.applied), []
             return Emitted(sequence, 2 * sequence, frames, self.prompt, Timings(0.01, 0.01, 0.0), commands)
 
@@ -182,7 +184,7 @@ async def until_none_is_open(peers: Peers) -> None:
 def test_frames_arrive_and_a_prompt_change_is_acked_and_shown() -> None:
     async def scenario(client: Client, peers: Peers, handle: Double) -> None:
         await client.until(lambda: len(client.frames) >= 5, "frames")
-        assert is_near(client.frames[-1], COLOURS["a red square"]), colour(client.frames[-1])
+        await client.until(lambda: is_near(client.frames[-1], COLOURS["a red square"]), "red frames")
         hello = await client.until(lambda: client.of("hello"), "hello")
         assert (hello[0]["width"], hello[0]["height"]) == (32, 32)
         assert hello[0]["state"]["prompt"] == "a red square"
@@ -263,7 +265,10 @@ def test_answers_name_only_the_addresses_asked_for_and_no_server_is_asked() -> N
             await client.peer.close()
             await peers.close()
 
-    candidates = [line for line in asyncio.run(run()).splitlines() if line.startswith("a=candidate:")]
+    lines = asyncio.run(run()).splitlines()
+    video = next(line for line in lines if line.startswith("m=video"))
+    assert f"a=rtpmap:{video.split()[3]} H264/90000" in lines, "the first codec is the one that is sent"
+    candidates = [line for line in lines if line.startswith("a=candidate:")]
     assert candidates
     assert {line.split()[4] for line in candidates} == {"127.0.0.1"}
 
@@ -413,7 +418,7 @@ def test_a_reader_goes_on_where_the_client_or_the_last_viewer_was() -> None:
 
 def test_a_reader_that_lost_chunks_goes_on_with_those_that_are_there() -> None:
     handle = Double(kept=3)
-    handle.newest = handle.taken = 20
+    handle.newest, handle.taken = 22, 20
     assert read(handle, 5, 2) == ([21, 22], ["chunk 6 was dropped"])
 
 
@@ -548,10 +553,41 @@ def test_bad_requests_are_refused_in_the_form_of_the_api(pipeline: Pipeline) -> 
             full = await http.post(url, json={"sdp": await other.offer(), "type": "offer"})
             assert (full.status_code, full.json()["error"]["code"]) == (503, "busy")
             assert url.replace(session, "{session_id}") in app.openapi()["paths"]
-            await client.peer.close()
-            await other.peer.close()
+        assert not app.state.peers.open, "peers outlived the server"
+        await client.peer.close()
+        await other.peer.close()
 
     asyncio.run(run())
+
+
+def test_a_track_gives_out_frames_in_order_and_waits_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    told: list[dict[str, Any]] = []
+    handle = Double(fps=10)
+
+    async def no_sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def run() -> list[Any]:
+        reader = Reader(handle, None)
+        track = SessionTrack(reader, told.append, handle.shown.append, 64)
+        track.pace = Pace(lambda: 5.0)  # time stands still, so every frame is early
+        handle.command("prompt", text="a blue square")
+        frames = [await track.recv() for _ in range(4)]
+        track.stop()
+        assert not reader.is_open
+        with pytest.raises(MediaStreamError):
+            await track.recv()
+        return frames
+
+    monkeypatch.setattr(asyncio, "sleep", no_sleep)
+    frames = asyncio.run(run())
+    brightness = [float(frame.to_ndarray(format="rgb24").mean()) for frame in frames]
+    assert brightness[0] > brightness[1] + 20 and brightness[2] > brightness[3] + 20, brightness
+    assert [round(wait, 6) for wait in waits] == [0.1, 0.2, 0.3]
+    assert [frame.pts for frame in frames] == [0, 9000, 18_000, 27_000]
+    assert [message["type"] for message in told] == ["state", "chunk", "chunk"]
+    assert [chunk.sequence for chunk in handle.shown] == [0, 1]
 
 
 def test_limits_must_be_positive() -> None:

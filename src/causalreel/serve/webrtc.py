@@ -167,11 +167,11 @@ class Peer:
         """The client's offer -> the answer; ValueError if there is none."""
         connection = self.connection
         try:
+            sender = connection.addTransceiver(self.track, direction="sendonly")
+            sender.setCodecPreferences(by_preference())  # before the offer, which settles the codec
             await connection.setRemoteDescription(RTCSessionDescription(without_names(sdp, hosts), "offer"))
-            takes_video = any(t.kind == "video" for t in connection.getTransceivers())
+            takes_video = sender.mid is not None
             if takes_video:
-                connection.addTrack(self.track)
-                prefer_h264(connection)
                 offer_only(connection, hosts)
                 await connection.setLocalDescription(await connection.createAnswer())
         except Exception as error:  # the parser raises whatever it stumbles over
@@ -318,12 +318,10 @@ def is_loopback(host: str) -> bool:
     return False
 
 
-def prefer_h264(peer: RTCPeerConnection) -> None:
-    """Answer with H.264 where the client takes it, else with VP8; aiortc encodes no other."""
+def by_preference() -> list[Any]:
+    """H.264, then VP8; aiortc encodes no other."""
     codecs = RTCRtpSender.getCapabilities("video").codecs
-    for transceiver in peer.getTransceivers():
-        if transceiver.kind == "video":
-            transceiver.setCodecPreferences(sorted(codecs, key=lambda codec: codec.mimeType != "video/H264"))
+    return sorted(codecs, key=lambda codec: codec.mimeType != "video/H264")
 
 
 def offer_only(peer: RTCPeerConnection, hosts: Sequence[str]) -> None:
