@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("aiortc", reason="needs the extra causalreel[webrtc]")
 
-from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc import RTCConfiguration, RTCPeerConnection, RTCRtpReceiver, RTCSessionDescription
 from aiortc.mediastreams import MediaStreamError
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
@@ -199,6 +199,23 @@ def test_frames_arrive_and_a_prompt_change_is_acked_and_shown() -> None:
         assert (client.frames[-1].width, client.frames[-1].height) == (256, 256)
 
     connected(scenario, Double())
+
+
+def test_a_client_without_h264_gets_vp8() -> None:
+    async def run() -> None:
+        peers, client = Peers(hosts=LOOPBACK), Client()
+        codecs = RTCRtpReceiver.getCapabilities("video").codecs
+        (wanted,) = client.peer.getTransceivers()
+        wanted.setCodecPreferences([codec for codec in codecs if codec.mimeType == "video/VP8"])
+        handle = Double()
+        answer = await peers.answer(handle, await client.offer(), handle.hooks)
+        assert "VP8/90000" in answer and "H264" not in answer
+        await client.accept(answer)
+        await client.until(lambda: client.frames and is_near(client.frames[-1], COLOURS["a red square"]), "red frames")
+        await client.peer.close()
+        await peers.close()
+
+    asyncio.run(run())
 
 
 def test_every_chunk_is_shown_once_and_in_order() -> None:
