@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--behind", type=int, default=16, help="chunks looked at behind a change")
     parser.add_argument("--only", choices=("streams", "changes"))
     args = parser.parse_args()
+    if args.chunks <= STRETCHES[-1][0]:
+        parser.error(f"--chunks must be more than {STRETCHES[-1][0]}, where the last stretch begins")
     pipeline = load(args.model, device="cpu")
     if args.only != "changes":
         streams(pipeline, args)
