@@ -20,6 +20,7 @@ import torch
 
 from causalreel.infer.accelerate import accelerate
 from causalreel.infer.models import load
+from causalreel.serve.memory import steady_heap
 from causalreel.serve.scheduler import Ended, Handle, Limits, Scheduler
 from causalreel.serve.session import Options
 
@@ -40,8 +41,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=float, default=0, help="seconds between prompt changes; 0: none")
     parser.add_argument("--mode", default="recompute", choices=("switch", "recompute", "fade"))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--plain-heap", action="store_true", help="leave the C library's memory as it is")
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
+    if not args.plain_heap:
+        steady_heap()
     if args.threads:
         torch.set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in ("weights", "decoder") if getattr(args, name) is not None}

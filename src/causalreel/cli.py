@@ -345,6 +345,7 @@ def stream(args: Stream) -> int:
     from causalreel.infer.accelerate import accelerate
     from causalreel.infer.inputs import read_picture
     from causalreel.infer.models import load
+    from causalreel.serve.memory import steady_heap
     from causalreel.serve.play import Typed, Window, play, read_script
     from causalreel.serve.session import Options, Session
 
@@ -356,6 +357,7 @@ def stream(args: Stream) -> int:
     pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device, **_full_size(args))
     if args.precision == "fp8" or (args.precision == "bf16" and pipeline.device.type == "cuda"):
         pipeline = accelerate(pipeline, precision=args.precision)
+    steady_heap()
     image = None if args.image is None else read_picture(args.image, pipeline.size)[0]
     options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image)
     session = Session(pipeline, options, policy=args.policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from pathlib import Path
 from types import FrameType, FunctionType, ModuleType
@@ -45,6 +46,20 @@ def free_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     found = [n for n in (_available(), _cgroup_left()) if n is not None]
     return min(found, default=None)
+
+
+def steady_heap() -> bool:
+    """Have the C library keep what it has got from the system, for programs that work the same way for ever.
+
+    By default glibc gives freed pages back and asks for them again, many times a second in a decoder: resident memory
+    wanders, and chunks take longer. Set once at the start of a program, never by a library. -> whether it could be set.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(mmap_threshold, 1 << 25)) and bool(mallopt(trim_threshold, 1 << 30))
 
 
 def process_bytes() -> int | None:
