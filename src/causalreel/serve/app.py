@@ -173,7 +173,7 @@ async def page() -> Response:
 async def open_session(request: Request, response: Response) -> dict[str, Any]:
     """Open a session; its frames come over the WebSocket at `stream`."""
     wanted = await read_model(request, SessionRequest)
-    handle = await run_in_threadpool(service_of(request).open, wanted)
+    handle = await service_of(request).work(service_of(request).open, wanted)
     response.headers["location"] = f"/v1/sessions/{handle.id}"
     return view(handle)
 
@@ -205,7 +205,7 @@ async def command_session(request: Request, session_id: str) -> dict[str, Any]:
     handle = service.handle(session_id)
     fields = await read_model(request, None)
     try:
-        number = await run_in_threadpool(service.command, handle, fields)
+        number = await service.work(service.command, handle, fields)
     except ValueError as error:
         raise ApiError(400, "invalid_request", str(error)) from error
     return {"number": number, "state": plain(handle.session.state())}
