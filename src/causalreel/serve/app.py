@@ -229,9 +229,12 @@ async def stream_session(
     """A session's chunks as they are made, and messages both ways; see `wire`."""
     service = service_of(socket)
     try:
-        stream = Stream(socket, service, service.handle(session_id), Wish(format, after, quality))
+        handle = service.handle(session_id)
+        try:
+            stream = Stream(socket, service, handle, Wish(format, after, quality))
+        except ValueError as error:
+            raise ApiError(400, "invalid_request", str(error)) from error
         await stream.run()
-    except (ApiError, ValueError) as error:
-        refusal = error if isinstance(error, ApiError) else ApiError(400, "invalid_request", str(error))
-        service.refused(refusal.code)
-        await refuse(refusal, socket.scope, socket.receive, socket.send)
+    except ApiError as error:
+        service.refused(error.code)
+        await refuse(error, socket.scope, socket.receive, socket.send)
