@@ -95,9 +95,8 @@ class Report:
     """Seconds after the start at which it was slowest."""
     gap_p50_s: float
     gap_p95_s: float
-    rss_first: float | None
-    """Resident bytes of the server half-way."""
-    rss_last: float | None
+    rss: list[float]
+    """Resident bytes of the server after a quarter, a half, three quarters and all of the time."""
     frames_per_s: dict[str, float]
     """By kind of viewer, each one's."""
 
@@ -137,8 +136,7 @@ async def run(load: Load) -> Report:
         health_max_at_s=when,
         gap_p50_s=gaps[len(gaps) // 2],
         gap_p95_s=gaps[int(0.95 * (len(gaps) - 1))],
-        rss_first=memory[len(memory) // 2] if memory else None,
-        rss_last=memory[-1] if memory else None,
+        rss=[memory[(len(memory) - 1) * part // 4] for part in (1, 2, 3, 4)],
         frames_per_s=rates,
     )
 

@@ -6,9 +6,12 @@ import base64
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -506,6 +509,27 @@ def test_a_binary_message_is_read_back_whole_or_not_at_all(client: TestClient) -
     for broken in (raw[:-1], raw + b"x", raw[:10]):
         with pytest.raises(ValueError):
             wire.unpack(broken)
+    client.delete(f"/v1/sessions/{session}")
+
+
+def test_h264_units_decode_from_where_a_viewer_begins(client: TestClient) -> None:
+    session = opened(client)
+    decoded = {}
+    for after in (-1, 3):
+        with client.websocket_connect(f"/v1/sessions/{session}/stream?format=h264&after={after}&quality=100") as socket:
+            hello, _ = message(socket)
+            assert re.fullmatch("avc1[.][0-9a-f]{6}", hello["codec"])
+            decoder = av.CodecContext.create("h264", "r")
+            chunks = [message(socket) for _ in range(4)]
+        assert chunks[0][0]["keyframe"] is True and chunks[1][0]["keyframe"] is False
+        units = [unit for header, units in chunks for unit in units]
+        pictures = [f for unit in units for f in decoder.decode(av.Packet(unit))] + decoder.decode(None)
+        assert len(pictures) == len(units) == sum(header["frames"] for header, _ in chunks)
+        decoded[after] = pictures[0].to_ndarray(format="rgb24")
+    with client.websocket_connect(f"/v1/sessions/{session}/stream?after=3") as socket:
+        message(socket)
+        still = np.array(Image.open(io.BytesIO(message(socket)[1][0])))
+    assert np.abs(still.astype(float) - decoded[3]).mean() < 8
     client.delete(f"/v1/sessions/{session}")
 
 

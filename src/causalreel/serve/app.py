@@ -174,7 +174,7 @@ async def page() -> Response:
 async def open_session(request: Request, response: Response) -> dict[str, Any]:
     """Open a session; its frames come over the WebSocket at `stream`."""
     wanted = await read_model(request, SessionRequest)
-    handle = await run_in_threadpool(service_of(request).open, wanted)
+    handle = await service_of(request).work(service_of(request).open, wanted)
     response.headers["location"] = f"/v1/sessions/{handle.id}"
     return view(handle)
 
@@ -206,7 +206,7 @@ async def command_session(request: Request, session_id: str) -> dict[str, Any]:
     handle = service.handle(session_id)
     fields = await read_model(request, None)
     try:
-        number = await run_in_threadpool(service.command, handle, fields)
+        number = await service.work(service.command, handle, fields)
     except ValueError as error:
         raise ApiError(400, "invalid_request", str(error)) from error
     return {"number": number, "state": plain(handle.session.state())}
@@ -230,9 +230,12 @@ async def stream_session(
     """A session's chunks as they are made, and messages both ways; see `wire`."""
     service = service_of(socket)
     try:
-        stream = Stream(socket, service, service.handle(session_id), Wish(format, after, quality))
+        handle = service.handle(session_id)
+        try:
+            stream = Stream(socket, service, handle, Wish(format, after, quality))
+        except ValueError as error:
+            raise ApiError(400, "invalid_request", str(error)) from error
         await stream.run()
-    except (ApiError, ValueError) as error:
-        refusal = error if isinstance(error, ApiError) else ApiError(400, "invalid_request", str(error))
-        service.refused(refusal.code)
-        await refuse(refusal, socket.scope, socket.receive, socket.send)
+    except ApiError as error:
+        service.refused(error.code)
+        await refuse(error, socket.scope, socket.receive, socket.send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import sys
 from typing import Any
@@ -43,4 +44,6 @@ def run(app: Any, door: socket.socket, *, message_bytes: int, behind_proxy: bool
         timeout_graceful_shutdown=GRACE_S,
     )
     sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: walking all of it again would stop every thread for a tenth of a second
     uvicorn.Server(config).run(sockets=[door])

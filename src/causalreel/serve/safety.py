@@ -320,14 +320,18 @@ def _limited(receive: Receive, limit: int) -> Receive:
 
 
 def _dressed(scope: Scope, send: Send, began: list[bool]) -> Send:
-    """Lay the security headers on the answer and note that it began; answers of the API are nobody's to keep."""
+    """Lay the security headers on the answer and note that it began. Answers of the API are nobody's to keep, and the
+    page's files are asked for again after an upgrade."""
+    path = scope["path"]
+    kept = {"cache-control": "no-store"} if path.startswith("/v1/") else {}
+    kept = {"cache-control": "no-cache"} if path.startswith(OPEN_PREFIX) else kept
 
     async def dressed(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             began.append(True)
             present = {name.lower() for name, _ in message["headers"]}
-            extra = HEADERS | ({"cache-control": "no-store"} if scope["path"].startswith("/v1/") else {})
-            new = [(name.encode(), value.encode()) for name, value in extra.items() if name.encode() not in present]
+            extra = [(name.encode(), value.encode()) for name, value in (HEADERS | kept).items()]
+            new = [(name, value) for name, value in extra if name not in present]
             message = {**message, "headers": [*message["headers"], *new]}
         await send(message)
 

@@ -42,7 +42,7 @@ class Wish:
 
 
 class Stream:
-    """A viewer's connection while it lasts."""
+    """A viewer's connection while it lasts. ValueError for a wish that cannot be met."""
 
     def __init__(self, socket: WebSocket, service: Service, handle: Handle, wish: Wish) -> None:
         self.socket, self.service, self.handle, self.wish = socket, service, handle, wish
@@ -51,7 +51,7 @@ class Stream:
         self.replaced, self.news = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
-        """Serve until the session ends, the viewer leaves, or another takes over."""
+        """Serve until the session ends, the viewer leaves, or another takes over; ApiError before it is accepted."""
         viewers, key = self.service.viewers, self.handle.id
         before = viewers.get(key)
         if before is None and len(viewers) >= self.service.settings.streams:
@@ -71,7 +71,12 @@ class Stream:
             await self.socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
             await self.tell(self.hello())
             await self.serve()
-        except (WebSocketDisconnect, OSError, RuntimeError) as error:  # RuntimeError: a send after the end
+        except (
+            WebSocketDisconnect,
+            OSError,
+            RuntimeError,
+            asyncio.TimeoutError,
+        ) as error:
             if getattr(error, "code", None) not in CLEAN:
                 self.service.metrics.dropped.inc()
         finally:
@@ -103,7 +108,7 @@ class Stream:
                 raise WebSocketDisconnect(message.get("code", 1006))
             said = message.get("text")
             said = message.get("bytes", b"") if said is None else said
-            for answer in await asyncio.to_thread(self.service.answer, self.handle, said, client):
+            for answer in await self.service.work(self.service.answer, self.handle, said, client):
                 await self.tell(answer)
 
     async def play(self) -> tuple[int, str]:
