@@ -88,7 +88,7 @@ class FastDecoder:
         pool = torch.cuda.graph_pool_handle()
         for call in calls:
             graph = torch.cuda.CUDAGraph()
-            with _benchmarked(), torch.cuda.graph(graph, pool=pool, stream=side):
+            with _benchmarked(), torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 video = self._program(given[call], call[1])
             self._graphs[call] = graph, given[call], video
 
