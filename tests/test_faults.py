@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -275,8 +276,11 @@ def test_a_viewer_who_does_not_read_is_not_worked_for(pipeline: Pipeline) -> Non
             until(stream, lambda m: m.get("sequence") == 6)
 
 
-def test_many_clients_slow_and_dropping_lose_and_repeat_nothing(pipeline: Pipeline) -> None:
+def test_many_clients_slow_and_dropping_lose_and_repeat_nothing(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A small load: see `benchmarks/serve_load.py` for the large one."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
     from benchmarks.serve_load import Load, run
 
     with listening(pipeline, Limits(sessions=9, resume_chunks=16), streams=16) as place:
