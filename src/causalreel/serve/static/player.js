@@ -1,0 +1,193 @@
+// From payloads to the screen: decoding in order, a playback clock, and what it saw of speed.
+
+const CATCH_UP_S = 3; // more than this in the queue is played a quarter faster
+const LONGEST_S = 20; // and more than this is not kept
+const WINDOW_MS = 4000; // over which the shown rate is taken
+
+/** Whether this browser can decode H.264 access units (not on a page without a secure context). */
+export const hasVideoDecoder = typeof VideoDecoder === "function";
+
+/** Payloads of one stream -> pictures, chunk after chunk in order. */
+export class Decoder {
+  constructor(deliver, fail) {
+    Object.assign(this, { deliver, fail });
+    this.turn = Promise.resolve();
+    this.coder = null;
+    this.pending = new Map();
+    this.codec = "";
+  }
+
+  /** A new connection: the next access unit is a key frame. */
+  reset(codec) {
+    if (this.coder && this.coder.state !== "closed") this.coder.close();
+    this.coder = null;
+    this.pending.clear();
+    this.codec = codec;
+  }
+
+  take(header, parts) {
+    if (header.format === "h264") this.feed(header, parts);
+    else this.turn = this.turn.then(() => this.stills(header, parts)).catch((problem) => this.fail(problem));
+  }
+
+  async stills(header, parts) {
+    const type = `image/${header.format}`;
+    const pictures = await Promise.all(parts.map((part) => createImageBitmap(new Blob([part], { type }))));
+    pictures.forEach((picture, i) => this.deliver({ picture, header, index: i }));
+  }
+
+  feed(header, parts) {
+    if (!this.coder) {
+      if (!header.keyframe) return;
+      this.coder = new VideoDecoder({ output: (frame) => this.decoded(frame), error: (problem) => this.fail(problem) });
+      this.coder.configure({ codec: this.codec, optimizeForLatency: true });
+    }
+    parts.forEach((data, i) => {
+      const timestamp = header.first_frame + i; // a name for the frame; the clock is ours
+      this.pending.set(timestamp, { header, index: i });
+      const type = header.keyframe && i === 0 ? "key" : "delta";
+      this.coder.decode(new EncodedVideoChunk({ type, timestamp, data }));
+    });
+  }
+
+  decoded(frame) {
+    const facts = this.pending.get(frame.timestamp);
+    this.pending.delete(frame.timestamp);
+    const picture = createImageBitmap(frame); // a decoder lends few frames: copy and hand back
+    this.turn = this.turn.then(async () => {
+      const copy = await picture;
+      frame.close();
+      if (facts) this.deliver({ picture: copy, ...facts });
+    }).catch((problem) => this.fail(problem));
+  }
+}
+
+/** Shows queued frames at their rate; `shown(item)` after each, `starved()` when the next frame is late. */
+export class Player {
+  constructor(canvas, { shown, starved, skipped }) {
+    Object.assign(this, { canvas, shown, starved, skipped });
+    this.brush = canvas.getContext("2d", { willReadFrequently: true });
+    this.queue = [];
+    this.due = 0;
+    this.budget = Infinity; // frames that may still be shown; 0 is a still picture
+    this.isStarved = true;
+    this.marks = []; // times of shown frames
+    this.since = performance.now(); // start of the span over which the rate is meant
+    const loop = () => {
+      this.tick();
+      requestAnimationFrame(loop);
+    };
+    requestAnimationFrame(loop);
+    setInterval(() => { if (document.hidden) this.tick(); }, 250); // hidden tabs draw no animation frames
+  }
+
+  push(item) {
+    this.queue.push(item);
+    const most = LONGEST_S * item.header.fps;
+    if (this.queue.length > most) {
+      const dropped = this.queue.splice(0, Math.ceil(most / 2));
+      for (const { picture } of dropped) picture.close();
+      this.skipped(dropped.length);
+    }
+  }
+
+  tick() {
+    const now = performance.now();
+    while (this.queue.length && this.budget > 0 && (this.isStarved || now >= this.due)) {
+      const item = this.queue.shift();
+      const span = 1000 / item.header.fps;
+      const hurry = this.queue.length > CATCH_UP_S * item.header.fps ? 0.75 : 1;
+      this.due = (this.isStarved ? now : this.due) + span * hurry;
+      if (now - this.due > 1000) this.due = now + span;
+      this.isStarved = false;
+      this.budget -= 1;
+      this.marks.push(now);
+      this.draw(item);
+    }
+    while (this.marks.length && now - this.marks[0] > WINDOW_MS) this.marks.shift();
+    if (!this.queue.length && this.budget > 0 && !this.isStarved && now > this.due + 20) {
+      this.isStarved = true;
+      this.starved();
+    }
+  }
+
+  draw(item) {
+    const { canvas } = this;
+    const { width, height } = item.picture;
+    if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+    this.brush.drawImage(item.picture, 0, 0);
+    const frame = item.header.first_frame + item.index;
+    Object.assign(canvas.dataset, { sequence: item.header.sequence, frame });
+    this.shown(item);
+    const detail = { sequence: item.header.sequence, frame, prompt: item.header.prompt };
+    canvas.dispatchEvent(new CustomEvent("frame", { detail }));
+    item.picture.close();
+  }
+
+  freeze() { this.budget = 0; }
+
+  /** Play on, for ever or so many frames. */
+  play(frames = Infinity) {
+    this.budget = frames;
+    this.isStarved = true;
+    this.fresh();
+  }
+
+  clear() {
+    for (const { picture } of this.queue) picture.close();
+    this.queue.length = 0;
+    this.isStarved = true;
+    this.fresh();
+  }
+
+  /** Forget the past rate: what comes is not comparable. */
+  fresh() {
+    this.marks.length = 0;
+    this.since = performance.now();
+  }
+
+  /** Frames per second shown lately; null until the span is long enough to tell. */
+  rate() {
+    const span = Math.min(WINDOW_MS, performance.now() - this.since);
+    return span < 0.75 * WINDOW_MS ? null : (1000 * this.marks.length) / span;
+  }
+}
+
+/** The canvas -> a file, by the first container that the browser can write. */
+export class Recorder {
+  static types = ["video/mp4;codecs=avc1.42E01E", "video/mp4", "video/webm;codecs=vp9", "video/webm"];
+
+  constructor(canvas) {
+    this.canvas = canvas;
+    this.recorder = null;
+  }
+
+  get isOn() { return this.recorder !== null; }
+
+  static get type() {
+    if (typeof MediaRecorder !== "function") return undefined;
+    return Recorder.types.find((type) => MediaRecorder.isTypeSupported(type));
+  }
+
+  start() {
+    const parts = [];
+    const stream = this.canvas.captureStream();
+    const recorder = new MediaRecorder(stream, { mimeType: Recorder.type, videoBitsPerSecond: 8e6 });
+    recorder.ondataavailable = ({ data }) => { if (data.size) parts.push(data); };
+    this.done = new Promise((resolve) => {
+      recorder.onstop = () => {
+        for (const track of stream.getTracks()) track.stop();
+        resolve(new Blob(parts, { type: recorder.mimeType.split(";")[0] }));
+      };
+    });
+    recorder.start(1000);
+    this.recorder = recorder;
+  }
+
+  /** -> the recording as a Blob */
+  stop() {
+    this.recorder.stop();
+    this.recorder = null;
+    return this.done;
+  }
+}
