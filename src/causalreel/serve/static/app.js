@@ -2,54 +2,29 @@
 // A link may carry ?prompt=...&seed=...&steps=...&fps=... for the session it starts.
 
 import { Graph, Timeline } from "./charts.js";
-import { Decoder, hasVideoDecoder, Player, Recorder } from "./player.js";
+import { $, connection, overlay, say, stored, tell } from "./page.js";
+import { Decoder, hasVideoDecoder, Player } from "./player.js";
+import { History } from "./prompts.js";
+import { copyLink, Recorder, saveReplay, toggleRecording } from "./sharing.js";
 import { Api, Problem, Stream } from "./wire.js";
 
 const FIRST_PROMPT = "a large red circle moves right slowly on a dark background";
 const SLOWER = 0.92; // share of the frame rate below which generation is called slower than real time
-const REMEMBERED = 30;
 
-const $ = (id) => document.getElementById(id);
 const link = new URLSearchParams(location.search);
 
 const now = {
-  api: new Api(stored(sessionStorage, "token") ?? ""),
+  api: new Api(stored(() => sessionStorage, "token") ?? ""),
   stream: null,
   id: null,
   state: {},
   isPaused: false,
   isSlow: false,
   stepping: false,
+  asking: 0, // pause and resume commands without an answer yet
   chunks: [], // recent {made_s, span_s, frames}
   sent: new Map(), // command number -> {name, at}: when it was asked for, until its first pixels are shown
 };
-
-// ------------------------------------------------------------------------------------------------------------ words
-
-function say(text) { $("say").textContent = text; }
-
-function tell(text) {
-  $("problem").hidden = !text;
-  $("problem").textContent = text;
-}
-
-function connection(kind, text) {
-  $("connection").dataset.kind = kind;
-  $("connection").textContent = text;
-}
-
-function overlay(text) { $("overlay").textContent = text; }
-
-function stored(store, key, value) {
-  try {
-    if (value === undefined) return store.getItem(`causalreel.${key}`);
-    if (value === null) store.removeItem(`causalreel.${key}`);
-    else store.setItem(`causalreel.${key}`, value);
-  } catch {
-    // a browser may forbid storage; the page then forgets between visits
-  }
-  return null;
-}
 
 // --------------------------------------------------------------------------------------------------- what is shown
 
@@ -57,7 +32,8 @@ const graphs = {
   latency: new Graph($("latency-graph"), { bars: true, digits: 2, isWorse: (value, line) => value > line }),
   rate: new Graph($("rate-graph"), { bars: false, digits: 0, isWorse: () => false }),
 };
-const timeline = new Timeline($("timeline"), (prompt) => { setPrompt(prompt); $("prompt").focus(); });
+const past = new History($("prompt"), $("history"), $("forget"), sendPrompt, () => promptError(""));
+const timeline = new Timeline($("timeline"), (prompt) => past.show(prompt));
 
 const player = new Player($("video"), {
   shown(item) {
@@ -154,7 +130,7 @@ async function begin() {
   overlay("Starting");
   tell("");
   try {
-    const known = stored(sessionStorage, "session");
+    const known = stored(() => sessionStorage, "session");
     const id = (known && (await alive(known))) || (await now.api.create(options())).id;
     join(id);
   } catch (problem) {
@@ -167,7 +143,7 @@ async function alive(id) {
   try {
     const found = await now.api.look(id);
     const state = found.state ?? found;
-    now.resume = state.sequence;
+    now.resume = state.sequence - 1; // it counts the chunks made
     return state.closed ? null : id;
   } catch (problem) {
     if (problem.status === 404) return null;
@@ -188,7 +164,7 @@ function refused(problem) {
 }
 
 function join(id) {
-  stored(sessionStorage, "session", id);
+  stored(() => sessionStorage, "session", id);
   now.id = id;
   $("session").textContent = id;
   now.stream = new Stream(now.api, id, query(), {
@@ -202,6 +178,7 @@ function join(id) {
     error: (message) => tell(message.message),
     link: (kind, text) => { connection(kind, text); say(text); },
     lost: () => say("Some chunks were missed while the connection was away."),
+    taken: () => takenOver(),
     ended: (reason, isError, status) => ended(reason, isError, status),
   });
   if (now.resume !== undefined) now.stream.after = now.resume;
@@ -228,7 +205,7 @@ function leave() {
 }
 
 function ended(reason, isError, status) {
-  stored(sessionStorage, "session", null);
+  stored(() => sessionStorage, "session", null);
   enable(false);
   connection("down", "Ended");
   overlay("The session has ended");
@@ -240,10 +217,21 @@ function ended(reason, isError, status) {
   else say(`The session has ended: ${reason}`);
 }
 
+/** Another window plays this session now: one viewer at a time. */
+function takenOver() {
+  stored(() => sessionStorage, "session", null);
+  enable(false);
+  connection("down", "Shown elsewhere");
+  overlay("");
+  tell("Another window plays this session now. A new session can be started below.");
+}
+
 function changed(state) {
   now.state = state ?? {};
+  $("model").textContent = now.state.model ?? "";
   const isPaused = Boolean(now.state.paused);
-  if (isPaused !== now.isPaused && !now.stepping) {
+  const isSettled = !now.state.pending && !now.asking; // no command of ours is on its way to change it
+  if (isSettled && isPaused !== now.isPaused && !now.stepping) {
     showPaused(isPaused);
     if (isPaused) player.freeze();
     else player.play();
@@ -304,7 +292,10 @@ async function togglePause() {
     overlay("");
     player.play();
   }
-  if (!(await order(isPaused ? "pause" : "resume", {}, isPaused ? "Paused" : "Playing"))) {
+  now.asking += 1;
+  const isTaken = await order(isPaused ? "pause" : "resume", {}, isPaused ? "Paused" : "Playing");
+  now.asking -= 1;
+  if (!isTaken) {
     showPaused(!isPaused);
     if (isPaused) player.play();
     else player.freeze();
@@ -348,7 +339,7 @@ async function sendPrompt(event) {
     if (!text) throw new Problem("Write what the video should show.");
     await command("prompt", values);
     promptError("");
-    remember(text);
+    past.add(text);
     say("The prompt changes at the next chunk.");
   } catch (problem) {
     promptError(problem.message);
@@ -382,112 +373,14 @@ async function startFrom(file) {
   $("image").value = "";
 }
 
-// ----------------------------------------------------------------------------------------------------- past prompts
+// ----------------------------------------------------------------------------------------------- beginning and ending
 
-const past = { list: JSON.parse(stored(localStorage, "prompts") ?? "[]"), at: -1, draft: "" };
+function record() { return toggleRecording(recorder); }
 
-function remember(text) {
-  past.list = [text, ...past.list.filter((each) => each !== text)].slice(0, REMEMBERED);
-  past.at = -1;
-  stored(localStorage, "prompts", JSON.stringify(past.list));
-  showPast();
-}
-
-function showPast() {
-  const items = past.list.map((text) => {
-    const item = document.createElement("li");
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = text;
-    button.onclick = () => { setPrompt(text); $("prompt").focus(); };
-    item.append(button);
-    return item;
-  });
-  $("history").replaceChildren(...items);
-  $("forget").disabled = !items.length;
-}
-
-function setPrompt(text) {
-  $("prompt").value = text;
-  promptError("");
-}
-
-/** Up and Down walk through earlier prompts, from the first and last line of the box. */
-function walk(event) {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    sendPrompt();
-    return;
-  }
-  const box = $("prompt");
-  const isUp = event.key === "ArrowUp" && !box.value.slice(0, box.selectionStart).includes("\n");
-  const isDown = event.key === "ArrowDown" && !box.value.slice(box.selectionEnd).includes("\n");
-  const to = past.at + (isUp ? 1 : -1);
-  if (!(isUp || isDown) || to < -1 || to >= past.list.length) return;
-  event.preventDefault();
-  if (past.at === -1) past.draft = box.value;
-  past.at = to;
-  setPrompt(to === -1 ? past.draft : past.list[to]);
-}
-
-// ------------------------------------------------------------------------------------------------- files and sharing
-
-async function toggleRecording() {
-  if (recorder.isOn) {
-    $("record").setAttribute("aria-pressed", "false");
-    $("record").textContent = "Record";
-    const file = await recorder.stop();
-    save(file, `causalreel-${stamp()}.${file.type.includes("mp4") ? "mp4" : "webm"}`);
-    say("The recording is saved.");
-    return;
-  }
-  try {
-    recorder.start();
-    $("record").setAttribute("aria-pressed", "true");
-    $("record").textContent = "Stop and save";
-    say("Recording");
-  } catch (problem) {
-    tell(`This browser could not record: ${problem.message}`);
-  }
-}
-
-async function saveReplay() {
-  try {
-    const record = await now.api.record(now.id);
-    const name = `causalreel-${stamp()}.replay.json`;
-    const file = new File([JSON.stringify(record, null, 1)], name, { type: "application/json" });
-    const isTouch = matchMedia("(pointer: coarse)").matches;
-    if (isTouch && navigator.canShare?.({ files: [file] })) await navigator.share({ files: [file], title: name });
-    else save(file, name);
-  } catch (problem) {
-    if (problem.name !== "AbortError") tell(problem.message);
-  }
-}
-
-function save(blob, name) {
-  const anchor = document.createElement("a");
-  anchor.href = URL.createObjectURL(blob);
-  anchor.download = name;
-  anchor.click();
-  setTimeout(() => URL.revokeObjectURL(anchor.href), 60_000);
-}
-
-function stamp() { return new Date().toISOString().slice(0, 19).replaceAll(":", "").replace("T", "-"); }
-
-async function copyLink() {
-  const url = new URL(document.baseURI);
-  url.hash = "";
+function share() {
   const values = { prompt: $("playing").textContent || options().prompt, seed: $("seed").value };
   if ($("fps").value) values.fps = $("fps").value;
-  url.search = new URLSearchParams(values).toString();
-  try {
-    await navigator.clipboard.writeText(url.href);
-    say("The link is copied.");
-    $("link").textContent = "Link copied";
-    setTimeout(() => { $("link").textContent = "Copy link"; }, 2000);
-  } catch {
-    window.prompt("Copy this link:", url.href); // no clipboard without a secure context
-  }
+  return copyLink(values);
 }
 
 async function endSession() {
@@ -506,7 +399,7 @@ async function endSession() {
 
 async function newSession() {
   if (now.stream && !now.stream.isOver) await endSession();
-  stored(sessionStorage, "session", null);
+  stored(() => sessionStorage, "session", null);
   await begin();
 }
 
@@ -518,7 +411,7 @@ function fullScreen() {
 }
 
 const SHORTCUTS = {
-  k: togglePause, " ": togglePause, s: step, r: restart, c: toggleRecording, f: fullScreen,
+  k: togglePause, " ": togglePause, s: step, r: restart, c: record, f: fullScreen,
   "/": () => $("prompt").focus(),
 };
 
@@ -542,14 +435,12 @@ function onSubmit(id, act) {
 function wire() {
   if (hasVideoDecoder) $("format").append(new Option("H.264 video", "h264"));
   const buttons = {
-    pause: togglePause, step, restart, record: toggleRecording, full: fullScreen, replay: saveReplay, link: copyLink,
+    pause: togglePause, step, restart, record, full: fullScreen, replay: () => saveReplay(now.api, now.id), link: share,
     again: newSession, end: endSession,
-    forget: () => { past.list = []; stored(localStorage, "prompts", null); showPast(); },
   };
   for (const [id, act] of Object.entries(buttons)) $(id).addEventListener("click", act);
   if (!Recorder.type) Object.assign($("record"), { disabled: true, title: "This browser cannot record" });
   $("prompt-form").addEventListener("submit", sendPrompt);
-  $("prompt").addEventListener("keydown", walk);
   $("mode").addEventListener("change", () => { $("fade-part").hidden = $("mode").value !== "fade"; });
   $("format").addEventListener("change", () => {
     player.fresh();
@@ -561,7 +452,7 @@ function wire() {
   onSubmit("fps-form", () => order("fps", { fps: Number($("fps").value) }, `${$("fps").value} frames per second`));
   onSubmit("access", () => {
     now.api.token = $("token").value;
-    stored(sessionStorage, "token", now.api.token);
+    stored(() => sessionStorage, "token", now.api.token);
     $("access").hidden = true;
     begin();
   });
@@ -571,8 +462,7 @@ function wire() {
 }
 
 wire();
-showPast();
-setPrompt(link.get("prompt") ?? FIRST_PROMPT);
+$("prompt").value = link.get("prompt") ?? FIRST_PROMPT;
 if (link.has("seed")) $("seed").value = link.get("seed");
 enable(false);
 begin();

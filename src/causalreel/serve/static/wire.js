@@ -2,6 +2,7 @@
 
 const PROTOCOL = "causalreel.v1";
 const LONGEST_WAIT_MS = 8000;
+const TAKEN_OVER = 4001; // close code: another viewer of the session
 
 export class Problem extends Error {
   constructor(message, status = 0, code = "") {
@@ -76,7 +77,7 @@ export function unpack(buffer) {
 
 /**
  * A session's stream that survives dropped connections: it asks again for what comes after the last chunk it got.
- * `on` holds the callbacks hello, chunk, state, ended, error, link(kind, text) and lost.
+ * `on` holds the callbacks hello, chunk, state, ended, error, link(kind, text), lost and taken.
  */
 export class Stream {
   constructor(api, id, query, on) {
@@ -94,7 +95,7 @@ export class Stream {
     const socket = this.api.socket(this.id, { ...this.query, after: this.after });
     this.socket = socket;
     socket.onmessage = (event) => { if (socket === this.socket) this.take(event.data); };
-    socket.onclose = () => { if (socket === this.socket) this.dropped(); };
+    socket.onclose = (event) => { if (socket === this.socket) this.dropped(event.code); };
   }
 
   /** Open anew with other query parameters, such as another format; nothing is lost or repeated. */
@@ -124,8 +125,8 @@ export class Stream {
     } else if (message.type === "error" && known) {
       this.waiting.delete(message.id);
       known.reject(new Problem(message.message, 400, message.code ?? ""));
-    } else if (message.type === "error" && (message.code === "lost" || message.message === "lost")) {
-      this.skip();
+    } else if (message.type === "error" && message.code === "lost") {
+      this.skip(message.after);
     } else if (message.type === "ended") {
       this.stop();
       this.on.ended(message.reason, message.is_error);
@@ -134,21 +135,25 @@ export class Stream {
     }
   }
 
-  /** The chunk after our last is gone from the server's buffer: go on with what is made next. */
-  async skip() {
+  /** The chunk after our last is gone from the server's buffer: go on where the server says one can. */
+  skip(after) {
     const old = this.socket;
     this.socket = null;
     old?.close();
-    const state = await this.state();
-    if (!state) return;
+    this.fail("The connection was opened anew.");
+    this.after = after;
     this.on.lost();
-    this.after = Math.max(this.after, state.sequence ?? -1);
-    this.open();
+    this.timer = setTimeout(() => this.open(), 100);
   }
 
-  async dropped() {
+  async dropped(code) {
     this.fail("The connection dropped before the server answered.");
     if (this.isOver) return;
+    if (code === TAKEN_OVER) {
+      this.stop();
+      this.on.taken();
+      return;
+    }
     this.on.link("wait", "Reconnecting");
     const state = await this.state();
     if (!state || this.isOver) return;
