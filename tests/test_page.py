@@ -74,23 +74,24 @@ class Frame:
 # ------------------------------------------------------------------------------------------------- server and browser
 
 
-def serve(*arguments: str) -> Iterator[str]:
-    """Run `causalreel serve` on a free port while in use -> its address."""
+def serve(folder: Path, *arguments: str) -> Iterator[str]:
+    """Run `causalreel serve` on a free port while in use -> its address. Data and log go to the folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    line = [sys.executable, "-m", "causalreel", "serve", "--model", MODEL, "--port", str(port), *arguments]
+    line = [sys.executable, "-m", "causalreel", "serve", "--model", MODEL, "--port", str(port)]
+    line += ["--data", str(folder / "data"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(line, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_until(lambda: process.poll() is not None or is_ready(port), "the server to be ready")
         if process.poll() is not None:
-            assert process.stdout is not None
-            pytest.fail(f"the server ended: {process.stdout.read()}")
+            pytest.fail(f"the server ended: {(folder / 'log').read_text()}")
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.wait(timeout=30)
 
 
 def is_ready(port: int) -> bool:
@@ -112,7 +113,7 @@ def wait_until(check: Callable[[], Any], what: str, patience_s: float = PATIENCE
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    yield from serve("--data", str(tmp_path_factory.mktemp("data")))
+    yield from serve(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +304,7 @@ def test_a_dropped_connection_loses_nothing(page: Any, server: str) -> None:
         mine, theirs = sockets[-1]
         theirs.close()
         mine.close(code=1011)
-        wait_until(lambda before=before: len(sockets) > before, "a new connection")
+        wait_until(lambda before=before: count(page) and len(sockets) > before, "a new connection")
         wait_until(lambda start=start: count(page) > start + 24, "the video to go on")
     shown = frames(page)
     assert numbers(shown) == list(range(len(shown)))
@@ -337,7 +338,7 @@ def test_one_window_at_a_time(page: Any, server: str) -> None:
 
 def test_token(browser: Any, page: Any, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("correct horse/+=\n", encoding="utf-8")
-    for address in serve("--data", str(tmp_path / "data"), "--token-file", str(tmp_path / "token")):
+    for address in serve(tmp_path, "--token-file", str(tmp_path / "token")):
         page.goto(address)
         wait_until(lambda: page.locator("#access").is_visible(), "the question")
         page.fill("#token", "wrong")

@@ -109,9 +109,9 @@ export class Stream {
   }
 
   take(data) {
-    this.tries = 0;
     if (typeof data !== "string") {
       const { header, parts } = unpack(data);
+      this.tries = 0; // chunks are the proof that it works; a greeting is not
       if (header.sequence <= this.after) return;
       this.after = header.sequence;
       this.on.chunk(header, parts);
