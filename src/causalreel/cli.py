@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from causalreel.infer.pipeline import Pipeline
     from causalreel.infer.requests import Wanted
     from causalreel.parallel.mesh import Mesh
+    from causalreel.serve.safety import Settings
+    from causalreel.serve.session import Emitted, Session
 
 
 # ------------------------------------------------------------------------------------------------------------ generate
@@ -214,7 +216,7 @@ def _wanted(args: Generate) -> list[Wanted]:
     return wanted
 
 
-def _full_size(args: Generate | Bench) -> dict[str, Any]:
+def _full_size(args: Generate | Bench | Stream | Serve) -> dict[str, Any]:
     """What `load` takes for released models."""
     names = ("weights", "which", "wan_dir", "decoder", "height", "width")
     cache = Path("~/.cache/causalreel/prompts").expanduser()  # embeddings of prompts, which take seconds to make
@@ -236,8 +238,11 @@ def _frames(args: Generate, pipeline: Pipeline) -> int | None:
 
 
 def _scale(args: Generate, pipeline: Pipeline) -> int:
-    if args.scale is not None:
-        return args.scale
+    return _pixel_scale(pipeline) if args.scale is None else args.scale
+
+
+def _pixel_scale(pipeline: Pipeline) -> int:
+    """How often each pixel is repeated, so that small videos can be seen."""
     return 4 if min(pipeline.size) < 128 else 1
 
 
@@ -269,6 +274,126 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     import torch
 
     return torch.cat(list(parts))
+
+
+# -------------------------------------------------------------------------------------------------------------- stream
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Play an endless video whose prompt changes on the way, in a window or into a file or pipe.
+
+    Without -o it plays in a window (space pauses, r restarts, q closes). With --stdin a typed line is the next prompt;
+    /switch, /recompute or /fade and a prompt say how; /pause, /resume, /step N, /restart SEED, /steps N, /fps N, /close.
+    """
+
+    prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = "a large red circle moves right"
+    """What to show first."""
+    model: str = "tiny"
+    """Embedded model (tiny, tiny/frame-1step ...), released one (see `causalreel models`) or an export's folder."""
+    weights: str | None = None
+    """Released models: their weights' file or folder here; "random" needs no file and no text encoder."""
+    which: str | None = None
+    """Released models: top-level key of a .pt file, such as generator_ema."""
+    wan_dir: Path | None = None
+    """Released models: folder with VAE, text encoder and tokenizer."""
+    decoder: Literal["wan", "taehv"] = "wan"
+    """Released models: the model's own VAE, or a tiny one."""
+    height: int | None = None
+    """Released models: height in pixels, a multiple of 16."""
+    width: int | None = None
+    """Released models: width in pixels, a multiple of 16."""
+    seed: int = 0
+    """Of the noise, and of what a prompt leaves open."""
+    steps: int | None = None
+    """Denoising steps per chunk; default: the model's."""
+    chunk: int | None = None
+    """Latent frames made together; default: the model's."""
+    fps: float | None = None
+    """Pixel frames per second; default: the model's."""
+    frames: int | None = None
+    """Pixel frames to make; default: no end."""
+    seconds: float | None = None
+    """The same in seconds."""
+    image: Path | None = None
+    """Picture that the video starts with."""
+    policy: Literal["renew", "slide"] | None = None
+    """How it goes on for ever: segments of the trained length, or a window that slides; default: the model's."""
+    script: Path | None = None
+    """Timed commands, a line each: "12.5 a blue square moves left", or JSON with time and command."""
+    stdin: bool = False
+    """Take commands typed while it plays."""
+    output: Annotated[str | None, arg(aliases=["-o"])] = None
+    """Video file (.mp4, .mkv, .mov, .gif), or - for standard output."""
+    pipe: Literal["rgb24", "y4m", "mp4"] = "mp4"
+    """What goes to standard output: bare pixels, YUV4MPEG2 or fragmented mp4."""
+    realtime: bool = False
+    """Write no faster than it is played."""
+    record: Path | None = None
+    """Also write the command log (.json), from which `Session.replay` makes the same video."""
+    precision: Literal["eager", "bf16", "fp8"] = "bf16"
+    """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, slightly other videos; eager the plain network."""
+    device: str | None = None
+    """Such as cpu or cuda:1; default: CUDA if there is one."""
+
+
+def stream(args: Stream) -> int:
+    if args.frames is not None and args.seconds is not None:
+        raise ValueError("--frames and --seconds exclude each other")
+    from causalreel.data.video import GIF_SUFFIX, VIDEO_SUFFIXES, check_target
+    from causalreel.infer.accelerate import accelerate
+    from causalreel.infer.inputs import read_picture
+    from causalreel.infer.models import load
+    from causalreel.serve.play import Typed, Window, play, read_script
+    from causalreel.serve.session import Options, Session
+
+    if args.output not in (None, "-"):
+        check_target(args.output, (*VIDEO_SUFFIXES, GIF_SUFFIX))
+        if args.frames is None and args.seconds is None and not args.stdin:
+            raise ValueError("a file needs an end: --frames, --seconds, or --stdin and /close")
+    script = [] if args.script is None else read_script(args.script)
+    pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device, **_full_size(args))
+    if args.precision == "fp8" or (args.precision == "bf16" and pipeline.device.type == "cuda"):
+        pipeline = accelerate(pipeline, precision=args.precision)
+    image = None if args.image is None else read_picture(args.image, pipeline.size)[0]
+    options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image)
+    session = Session(pipeline, options, policy=args.policy)
+    frames = args.frames if args.seconds is None else max(1, round(args.seconds * session.fps))
+    typed = Typed(sys.stdin) if args.stdin else None
+    window = None if args.output is not None else Window(session, scale=_pixel_scale(pipeline))
+    idle = None if window is None else window.idle
+    try:
+        how: dict[str, Any] = {"script": script, "typed": typed, "realtime": args.realtime, "idle": idle}
+        chunks = play(session, frames=frames, say=_say, **how)
+        if window is None:
+            _write(args, session, chunks)
+        else:
+            for made in chunks:
+                window.show(made)
+    finally:
+        if args.record is not None:
+            import json
+
+            from causalreel.weights.files import write_text
+
+            write_text(args.record, json.dumps(session.record(), indent=1))
+    return 0
+
+
+def _write(args: Stream, session: Session, chunks: Iterator[Emitted]) -> None:
+    from causalreel.serve.frames import pipe, write_mp4
+
+    start, pictures = time.perf_counter(), (made.frames for made in chunks)
+    if args.output is None or args.output == "-":
+        count = pipe(sys.stdout.buffer, pictures, session.fps, args.pipe)
+    else:
+        count = write_mp4(args.output, pictures, session.fps, scale=_pixel_scale(session.pipeline))
+    total = time.perf_counter() - start
+    _say(f"{count} frames in {total:.2f} s, {count / total:.1f} frames/s")
+
+
+def _say(line: str) -> None:
+    print(f"causalreel: {line}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- train
@@ -534,6 +659,126 @@ def bench(args: Bench) -> int:
     return 0
 
 
+# --------------------------------------------------------------------------------------------------------------- serve
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve live sessions and videos over HTTP and WebSocket, with a page for browsers. Listens on loopback only,
+    unless told otherwise."""
+
+    model: str = "tiny"
+    """Embedded model, released one (see `causalreel models`) or an export's folder."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all, which asks for a token and TLS in front."""
+    port: int = 8000
+    """Port to listen on; 0: a free one, printed."""
+    token_file: Path | None = None
+    """File whose content is the bearer token that everything but health asks for."""
+    data: Path | None = None
+    """Folder of the videos made in the background; default: they last as long as the server."""
+    log_prompts: bool = True
+    """Whether log lines may hold prompts."""
+    allow_host: tuple[str, ...] = ()
+    """Names that browsers may call this server by; default: those of loopback, or any on another address."""
+    allow_origin: tuple[str, ...] = ()
+    """Other sites whose pages may use this server, such as https://example.org."""
+    behind_proxy: bool = False
+    """Believe a reverse proxy on this machine about who its clients are (X-Forwarded-For)."""
+    max_sessions: int = 8
+    """Live sessions and videos being made at a time; fewer where memory is short."""
+    max_streams: int = 64
+    """Connections that are served frames."""
+    buffer_chunks: int = 2
+    """Chunks made ahead of a viewer; a command waits behind them."""
+    resume_chunks: int = 32
+    """Chunks kept for a viewer who comes back."""
+    idle_s: float = 60.0
+    """A session that nobody reads or commands for so long is closed."""
+    max_frames: int = 1000
+    """Longest video made in the background, in pixel frames."""
+    requests_per_s: float = 20.0
+    """Requests and commands that a client may go on making."""
+    weights: str | None = None
+    """Released models: their weights' file or folder here; "random" needs no file, for measurements."""
+    which: str | None = None
+    """Released models: top-level key of a .pt file, such as generator_ema."""
+    wan_dir: Path | None = None
+    """Released models: folder with VAE, text encoder and tokenizer."""
+    decoder: Literal["wan", "taehv"] = "wan"
+    """Released models: the model's own VAE, or a tiny one, faster and less exact."""
+    height: int | None = None
+    """Released models: height in pixels, a multiple of 16."""
+    width: int | None = None
+    """Released models: width in pixels, a multiple of 16."""
+    steps: int | None = None
+    """Denoising steps per chunk of sessions that do not say; default: the model's."""
+    chunk: int | None = None
+    """Latent frames made together in sessions that do not say; default: the model's."""
+    precision: Literal["eager", "bf16", "fp8"] = "bf16"
+    """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, slightly other videos; eager the plain network."""
+    device: str | None = None
+    """Such as cpu or cuda:1; default: CUDA if there is one."""
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def serve(args: Serve) -> int:
+    from causalreel.serve.app import create_app
+    from causalreel.serve.listen import listen, run
+    from causalreel.serve.scheduler import Limits, Scheduler
+
+    settings = _serve_settings(args)
+    limits = Limits(
+        sessions=args.max_sessions,
+        buffer_chunks=args.buffer_chunks,
+        resume_chunks=args.resume_chunks,
+        idle_s=args.idle_s,
+    )
+    with listen(args.host, args.port) as door:  # a port that is taken is found before a model is loaded
+        from causalreel.infer.accelerate import accelerate
+        from causalreel.infer.models import load
+
+        pipeline = load(args.model, steps=args.steps, chunk=args.chunk, device=args.device, **_full_size(args))
+        if args.precision == "fp8" or (args.precision == "bf16" and pipeline.device.type == "cuda"):
+            pipeline = accelerate(pipeline, precision=args.precision)
+        scheduler = Scheduler(pipeline, limits)
+        app = create_app(scheduler, settings)
+        host, port = door.getsockname()[:2]
+        print(f"serving {pipeline.export.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        if settings.token is None and args.host not in (*LOOPBACK, "::1"):
+            logging.getLogger("causalreel").warning("whoever reaches this address may use it; see --token-file")
+        scheduler.start()
+        try:
+            run(app, door, message_bytes=settings.body_bytes, behind_proxy=args.behind_proxy)
+        finally:
+            scheduler.close()
+    return 0
+
+
+def _serve_settings(args: Serve) -> Settings:
+    from causalreel.serve.safety import Settings
+
+    token = None
+    if args.token_file is not None:
+        token = args.token_file.read_text(encoding="utf-8").strip()
+        if not token:
+            raise ValueError(f"{args.token_file} holds no token")
+    is_local = args.host in (*LOOPBACK, "::1")
+    return Settings(
+        token=token,
+        hosts=args.allow_host or (LOOPBACK if is_local else ()),
+        origins=args.allow_origin,
+        data=args.data,
+        log_prompts=args.log_prompts,
+        video_frames=args.max_frames,
+        streams=args.max_streams,
+        requests_per_s=args.requests_per_s,
+        burst=max(1, round(3 * args.requests_per_s)),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ estimate
 
 
@@ -586,6 +831,7 @@ def estimate_memory(args: EstimateMemory) -> int:
 
 Command: TypeAlias = (
     Annotated[Generate, subcommand("generate")]
+    | Annotated[Stream, subcommand("stream")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Evaluate, subcommand("eval")]
@@ -595,10 +841,12 @@ Command: TypeAlias = (
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[EstimateMemory, subcommand("estimate")]
+    | Annotated[Serve, subcommand("serve")]
 )
 
 COMMANDS: dict[type, Callable[[Any], int]] = {
     Generate: generate,
+    Stream: stream,
     Train: train,
     Encode: encode,
     Evaluate: evaluate,
@@ -608,6 +856,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Verify: verify,
     Bench: bench,
     EstimateMemory: estimate_memory,
+    Serve: serve,
 }
 
 

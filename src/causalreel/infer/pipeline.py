@@ -17,9 +17,9 @@ from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.kv_cache import KVCache
 from causalreel.parallel.fast import FastDiT
-from causalreel.rollout import KeyedNoise, rollout
+from causalreel.rollout import Call, KeyedNoise, rollout
 from causalreel.solvers import SOLVERS
-from causalreel.types import Cache, Chunk, Conditioning, DecodeStream, TextEncoder, VideoCodec
+from causalreel.types import Cache, Chunk, Conditioning, DecodeStream, NoiseSource, TextEncoder, VideoCodec
 from causalreel.weights.export import Export, Sampling
 
 
@@ -155,18 +155,41 @@ class Pipeline:
             yield shown
 
     def _chunks(self, request: _Request, prefix: Tensor | None, fused: bool) -> Iterator[Chunk]:
-        plan, text = request.plan, request.text
-        sampling, denoise, batch = plan.sampling, self.denoiser, len(request.text)
-        if sampling.guidance != 1:
-            negative = self.text.null(1).to(self.device)
-            denoise, batch = Guided(denoise, Conditioning(negative), sampling.guidance), 2 * batch
+        denoise = self.denoiser_for(request.plan.sampling)
+        told = denoise.prepare(Conditioning(request.text))
+        batch = len(request.text)
+        return self.rollout(request.plan, told, request.noise, batch=batch, prefix=prefix, fused=fused)
+
+    def denoiser_for(self, sampling: Sampling) -> DiTDenoiser | Guided:
+        """The denoiser, guided if `sampling` says so; its `prepare` makes the conditioning for `rollout`."""
+        if sampling.guidance == 1:
+            return self.denoiser
+        negative = self.text.null(1).to(self.device)
+        return Guided(self.denoiser, Conditioning(negative), sampling.guidance)
+
+    def rollout(
+        self,
+        plan: Schedule,
+        conditioning: Conditioning | Callable[[Call], Conditioning],
+        noise: NoiseSource,
+        *,
+        batch: int = 1,
+        prefix: Tensor | None = None,
+        fused: bool = True,
+    ) -> Iterator[Chunk]:
+        """Yield chunks of latents (B,F,C,H,W) float32 of a planned clip; the prefix (B,P,C,H,W) is not among them.
+
+        conditioning: prepared (see `denoiser_for`), or a function that is asked before every call.
+        """
+        sampling = plan.sampling
+        rows = batch if sampling.guidance == 1 else 2 * batch
         return rollout(
-            denoise,
+            self.denoiser_for(sampling),
             plan.plan(fused=fused),
-            conditioning=denoise.prepare(Conditioning(text)),
-            noise=request.noise,
+            conditioning=conditioning,
+            noise=noise,
             solver=SOLVERS[sampling.solver],
-            cache=None if sampling.chunk is None else self._new_cache(plan, sampling.chunk, batch),
+            cache=None if sampling.chunk is None else self._new_cache(plan, sampling.chunk, rows),
             prefix=prefix,
         )
 

@@ -1,0 +1,102 @@
+"""How well an endless stream of the tiny model holds its prompt, and how soon it follows another: exact metrics.
+
+    python benchmarks/live_quality.py --streams 16 --chunks 120
+
+One table for the ways to go on for ever (follow, consistency and quality in three stretches of the stream), one for the
+ways to change the prompt (follow of the new prompt, chunk by chunk behind the change).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+
+import torch
+
+from causalreel import load
+from causalreel.eval.metrics import measure
+from causalreel.infer.live import Live, Policy, encode_prompt
+from causalreel.nn.masks import Context
+from causalreel.vocabulary import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, SPEEDS
+
+STRETCHES = ((0, 12), (12, 40), (40, None))
+CHANGE = 10
+"""Chunks before the prompt changes: in the middle of nothing, so that segments do not begin there anyway."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--chunks", type=int, default=120)
+    parser.add_argument("--behind", type=int, default=16, help="chunks looked at behind a change")
+    args = parser.parse_args()
+    pipeline = load(args.model, device="cpu")
+    export, chunk = pipeline.export, pipeline.sampling.chunk
+    policies = {
+        f"renew, keep {keep}": Policy.of(export, pipeline.sampling, "renew", keep) for keep in kept(export, chunk)
+    }
+    policies["slide"] = Policy.of(export, pipeline.sampling, "slide")
+    half = export.frames // 2 // chunk * chunk
+    policies[f"slide, window {half}"] = Policy("slide", 1023, chunk, Context(window=half))
+    policies["full cache, absolute positions"] = Policy("slide", 1023, chunk)
+    print(f"{args.model}: {args.streams} streams of {args.chunks} chunks; follow / consistency / quality")
+    for name, policy in policies.items():
+        rows = [scores(pipeline, policy, seed, args.chunks) for seed in range(args.streams)]
+        cells = [" / ".join(f"{mean(row[i][k] for row in rows):.3f}" for k in range(3)) for i in range(len(STRETCHES))]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    print(f"follow of the new prompt in chunks behind the change; {args.streams} streams")
+    for keep in kept(export, chunk):
+        policy = Policy.of(export, pipeline.sampling, "renew", keep)
+        modes = ("switch", "recompute", "fade") if keep == half else ("recompute",)
+        for mode in modes:
+            curves = [change(pipeline, policy, seed, mode, args.behind) for seed in range(args.streams)]
+            cells = [f"{mean(curve[i] for curve in curves):.2f}" for i in range(args.behind)]
+            print(f"| {mode}, keep {keep} | {' | '.join(cells)} |", flush=True)
+
+
+def kept(export, chunk: int) -> list[int]:
+    return sorted({max(round(export.frames * part) // chunk * chunk, chunk) for part in (0.25, 0.5, 0.75)} | {chunk})
+
+
+def prompt(seed: int) -> str:
+    """A full sentence with one object, so that nothing is left to chance."""
+    pick = random.Random(seed).choice
+    words = f"a {pick(SIZES)} {pick(COLORS)} {pick(SHAPES)} moves {pick(DIRECTIONS)} {pick(SPEEDS)}"
+    return f"{words} on a {pick(BACKGROUNDS)} background"
+
+
+def pixels(pipeline, policy: Policy, seed: int, chunks: int, new: tuple[str, str] | None = None) -> Iterator:
+    """Yield the frames (1,t,3,H,W) of each chunk; `new` is a mode and a prompt from chunk CHANGE on."""
+    live = Live(pipeline, encode_prompt(pipeline, prompt(seed)), seed=seed, policy=policy)
+    decode = pipeline.codec.stream()
+    for index in range(chunks):
+        if new is not None and index == CHANGE:
+            live.tell(encode_prompt(pipeline, new[1]), mode=new[0], chunks=4)
+        yield decode(live.next_chunk().latents)
+
+
+def scores(pipeline, policy: Policy, seed: int, chunks: int) -> list[tuple[float, float, float]]:
+    shown = list(pixels(pipeline, policy, seed, chunks))
+    result = []
+    for first, last in STRETCHES:
+        score = measure(torch.cat(shown[first:last], dim=1), [prompt(seed)])
+        result.append((score.follow.item(), score.consistency.item(), score.quality.item()))
+    return result
+
+
+def change(pipeline, policy: Policy, seed: int, mode: str, behind: int) -> list[float]:
+    new = prompt(1000 + seed)
+    shown = list(pixels(pipeline, policy, seed, CHANGE + behind, (mode, new)))[CHANGE:]
+    return [measure(frames[:, -1:], [new]).follow.item() for frames in shown]
+
+
+def mean(values) -> float:
+    known = [value for value in values if value == value]
+    return sum(known) / max(len(known), 1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,213 @@
+"""An endless rollout whose prompt, steps and beginning can change between chunks.
+
+It is made of *segments*: rollouts of finite length, each beginning with the last latents of the one before it, read
+again at positions 0.. (prefix commits of the plan, which join its first denoising call). So positions stay in a known
+range, and memory and the time of a chunk stay flat for ever. Noise is keyed by (seed, frame of the stream): what is
+shown is a function of the seed and of what was told at which chunk, not of time.
+
+Pixels, threads and sessions are not its business: see `serve.session`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.schedule import Schedule
+from causalreel.nn.masks import Context
+from causalreel.rollout import KeyedNoise
+from causalreel.types import Chunk, Conditioning, NoiseSource
+from causalreel.weights.export import Export, Sampling
+
+PolicyKind = Literal["renew", "slide"]
+Mode = Literal["switch", "recompute", "fade"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+DEFAULT_POLICIES: dict[str, PolicyKind] = {"tiny": "renew"}
+"""Family of models -> the policy that measured better; the others slide, as the released code for long videos does."""
+
+POSITIONS = 1024
+"""Positions of frames that sliding may reach before it begins again at 0: as many as the released code has tables."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How an endless stream is cut into segments; lengths in latent frames, multiples of the chunk.
+
+    renew: a segment ends at the length of a training clip, so that no position is larger than in training.
+    slide: a window of a training clip's length moves on at absolute positions, as in the released code.
+    """
+
+    kind: PolicyKind
+    length: int
+    """Of a segment, what it keeps of the one before it included."""
+    keep: int
+    """Frames that a new segment reads again: at the end of a segment and when a prompt is recomputed."""
+    context: Context = Context()
+
+    @staticmethod
+    def of(export: Export, sampling: Sampling, kind: PolicyKind | None = None, keep: int | None = None) -> Policy:
+        """The policy for a model: its family's kind, and half a training clip kept, unless told otherwise."""
+        chunk = sampling.chunk
+        if chunk is None:
+            raise ValueError(f"a live stream needs an autoregressive model; {export.name} generates whole clips")
+        if kind is None:
+            kind = DEFAULT_POLICIES.get(export.name.partition("/")[0], "slide")
+        if kind not in get_args(PolicyKind):
+            raise ValueError(f"policy must be one of {', '.join(get_args(PolicyKind))}, got {kind!r}")
+        trained = export.frames // chunk * chunk
+        if trained < 2 * chunk:
+            raise ValueError(f"chunk must be at most {export.frames // 2} for a live stream, got {chunk}")
+        keep = max(trained // 2 // chunk * chunk, chunk) if keep is None else keep
+        if not chunk <= keep <= trained - chunk or keep % chunk:
+            raise ValueError(f"keep must be a multiple of {chunk}, from {chunk} to {trained - chunk}; got {keep}")
+        if kind == "renew":
+            return Policy(kind, trained, keep, export.context)
+        context = export.context
+        if context.window is None:
+            context = Context(window=trained, sink=context.sink)
+        return Policy(kind, max(POSITIONS, trained) // chunk * chunk, keep, context)
+
+
+class Live:
+    """One endless stream of latents. `next_chunk` makes the next chunk; everything else takes effect with it.
+
+    text (1,K,E): as `encode_prompt` returns it. first: clean latents (1,P,C,H,W) that the stream begins behind, such as
+    an encoded picture; P is a multiple of the chunk. They count as frames and are not returned.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        text: Tensor,
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        policy: Policy | None = None,
+        first: Tensor | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.sampling = pipeline.sampling if sampling is None else sampling
+        self.policy = Policy.of(pipeline.export, self.sampling) if policy is None else policy
+        chunk = self.sampling.chunk
+        assert chunk is not None  # Policy.of has refused
+        if first is not None and first.shape[1] % chunk:
+            raise ValueError(
+                f"the first frames must be a multiple of the chunk's {chunk} latent frames, got {first.shape[1]}; "
+                f"a frame-wise model (chunk 1) takes any picture"
+            )
+        self.frame = 0 if first is None else first.shape[1]
+        """Latent frames of the stream so far."""
+        self.segments = 0
+        """Segments begun so far."""
+        self._noise = KeyedNoise([seed], pipeline.export.latent, pipeline.device)
+        self._text = text.to(pipeline.device)
+        self._told = self._prepare(self._text)
+        self._fade: _Fade | None = None
+        self._kept = None if first is None else first[:, -self.policy.keep :]  # (1,<=keep,C,H,W)
+        self._is_first = True
+        self._base = 0
+        self._segment: Iterator[Chunk] | None = None
+
+    def tell(self, text: Tensor, *, mode: Mode = "recompute", chunks: int = 4) -> None:
+        """Another prompt from the next chunk on.
+
+        switch: the network reads the new text; what it keeps of the past stays as it was read under the old one.
+        recompute: the last `policy.keep` frames are read again under the new text, in a new segment. fade: as switch,
+        but the text moves from the old to the new embedding in `chunks` equal moves, the last of which is the new text.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if chunks < 1:
+            raise ValueError(f"chunks must be at least 1, got {chunks}")
+        text = text.to(self.pipeline.device)
+        if mode == "fade":
+            self._fade = _Fade(self._text, text, chunks)
+            return
+        self._fade = None
+        self._say(text)
+        if mode == "recompute":
+            self._segment = None
+
+    def resample(self, sampling: Sampling) -> None:
+        """Other steps from the next chunk on, in a new segment; the chunk must stay what it is."""
+        if sampling.chunk != self.sampling.chunk:
+            raise ValueError(f"chunk cannot change in a stream: it is {self.sampling.chunk}, got {sampling.chunk}")
+        if sampling != self.sampling:
+            self.sampling, self._segment = sampling, None
+            self._told = self._prepare(self._text)
+
+    def next_chunk(self) -> Chunk:
+        """The next latents (1,F,C,H,W) float32, at their frame of the stream."""
+        if self._fade is not None:
+            self._say(self._fade.move())
+            self._fade = None if self._fade.is_over else self._fade
+        made = None if self._segment is None else next(self._segment, None)
+        if made is None:
+            self._begin()
+            assert self._segment is not None
+            made = next(self._segment)
+        kept = made.latents if self._kept is None else torch.cat([self._kept, made.latents], dim=1)
+        self._kept, self._is_first = kept[:, -self.policy.keep :], False
+        self.frame = self._base + made.start + made.latents.shape[1]
+        return Chunk(self._base + made.start, made.latents)
+
+    def close(self) -> None:
+        """Let go of the cache and of what is kept."""
+        self._segment = self._kept = None
+
+    def _begin(self) -> None:
+        self._segment = None  # first of all: its cache's memory is the new one's
+        prefix = 0 if self._kept is None else self._kept.shape[1]
+        sampling = self.sampling if self._is_first else replace(self.sampling, first_steps=None)
+        plan = Schedule(self.policy.length, prefix, sampling, self.policy.context)
+        self._base = self.frame - prefix
+        self._segment = self.pipeline.rollout(
+            plan, lambda call: self._told, _Shifted(self._noise, self._base), prefix=self._kept
+        )
+        self.segments += 1
+
+    def _say(self, text: Tensor) -> None:
+        self._text, self._told = text, self._prepare(text)
+
+    def _prepare(self, text: Tensor) -> Conditioning:
+        return self.pipeline.denoiser_for(self.sampling).prepare(Conditioning(text))
+
+
+class _Fade:
+    """From one text embedding (1,K,E) to another in equal moves."""
+
+    def __init__(self, old: Tensor, new: Tensor, moves: int) -> None:
+        self.old, self.new, self.moves, self.done = old, new, moves, 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.done >= self.moves
+
+    def move(self) -> Tensor:
+        self.done += 1
+        return self.new if self.is_over else torch.lerp(self.old, self.new, self.done / self.moves)
+
+
+class _Shifted:
+    """Noise of a segment: that of the stream, from frame `base` on."""
+
+    def __init__(self, noise: NoiseSource, base: int) -> None:
+        self.noise, self.base = noise, base
+
+    def initial(self, start: int, frames: int) -> Tensor:
+        return self.noise.initial(self.base + start, frames)
+
+    def renoise(self, start: int, frames: int, draw: int) -> Tensor:
+        return self.noise.renoise(self.base + start, frames, draw)
+
+
+def encode_prompt(pipeline: Pipeline, prompt: str, seed: int = 0) -> Tensor:
+    """-> text (1,K,E) on the pipeline's device; what the prompt leaves open is drawn by the seed, as in a clip."""
+    with torch.no_grad():
+        return pipeline.text.encode([pipeline.text.complete(prompt, seed)]).to(pipeline.device)

@@ -1,0 +1,73 @@
+"""How much memory a session holds and how much there is, measured and not estimated."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from types import FrameType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def held_bytes(root: object, *, without: tuple[object, ...] = ()) -> int:
+    """Bytes of all tensors that `root` leads to, each storage counted once; nothing behind modules and `without`."""
+    seen = {id(other) for other in without}
+    storages: dict[int, int] = {}
+    stack: list[Any] = [root]
+    while stack:
+        thing = stack.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(thing, FunctionType):
+            stack += [cell.cell_contents for cell in thing.__closure__ or () if _is_filled(cell)]
+        elif not isinstance(thing, nn.Module | ModuleType | FrameType | type | str | bytes | int | float):
+            stack += gc.get_referents(thing)
+    return sum(storages.values())
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that could still be had on a device; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = [n for n in (_available(), _cgroup_left()) if n is not None]
+    return min(found, default=None)
+
+
+def process_bytes() -> int | None:
+    """Resident memory of this process; None where the system does not say."""
+    return _field("/proc/self/status", "VmRSS:")
+
+
+def _available() -> int | None:
+    return _field("/proc/meminfo", "MemAvailable:")
+
+
+def _field(path: str, name: str) -> int | None:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
+def _cgroup_left() -> int | None:
+    """What the container may still take (cgroup v2)."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return None
+    return None if limit == "max" else max(int(limit) - int(used), 0)

@@ -1,0 +1,206 @@
+"""A live video without a server: shown in a window or written away, steered by a timed script or by typed lines."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from causalreel.infer.live import MODES
+from causalreel.serve.session import Emitted, Session
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A command at a time of the video, in seconds from its first frame."""
+
+    time_s: float
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def read_script(path: Path) -> list[Timed]:
+    """A file of timed commands, in order; empty lines and those that begin with # do not count.
+
+    A line is a time and a prompt (12.5 a blue square moves left), or JSON: {"time": 12.5, "command": "prompt", "text":
+    ..., "mode": "fade"}. ValueError names the line that is neither.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        try:
+            found.append(_timed(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f'{path}:{number}: expected "12.5 prompt text" or a JSON object with time and command; {error}'
+            ) from None
+    return sorted(found, key=lambda timed: timed.time_s)
+
+
+def _timed(line: str) -> Timed:
+    if line.startswith("{"):
+        entry = json.loads(line)
+        time_s, name = float(entry.pop("time")), str(entry.pop("command", "prompt"))
+        return Timed(_positive(time_s), name, entry)
+    time_s, _, text = line.partition(" ")
+    if not text.strip():
+        raise ValueError(f"got {line!r}")
+    return Timed(_positive(float(time_s)), "prompt", {"text": text.strip()})
+
+
+def _positive(time_s: float) -> float:
+    if not 0 <= time_s < float("inf"):
+        raise ValueError(f"a time must be at least 0, got {time_s}")
+    return time_s
+
+
+def parse_line(line: str) -> tuple[str, dict[str, Any]] | None:
+    """A typed line -> command and arguments, None if it is empty. A line without a slash is a prompt.
+
+    /switch TEXT, /recompute TEXT, /fade TEXT, /pause, /resume, /step [N], /restart [SEED], /steps N, /fps N, /close.
+    """
+    line = line.strip()
+    if not line.startswith("/"):
+        return ("prompt", {"text": line}) if line else None
+    name, _, rest = line[1:].partition(" ")
+    rest = rest.strip()
+    if name in MODES:
+        return "prompt", {"text": rest, "mode": name}
+    values: dict[str, tuple[str, Callable[[str], Any]]] = {
+        "step": ("chunks", int),
+        "restart": ("seed", int),
+        "steps": ("steps", int),
+        "fps": ("fps", float),
+    }
+    if name in values and rest:
+        key, read = values[name]
+        return name, {key: read(rest)}
+    if rest:
+        raise ValueError(f"/{name} takes nothing behind it, got {rest!r}")
+    return name, {}
+
+
+class Typed:
+    """Lines from a file such as standard input, read beside the work; `commands` has those that came since."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._lines: queue.Queue[str] = queue.Queue(maxsize=1000)
+        threading.Thread(target=self._read, args=(file,), name="causalreel-typed", daemon=True).start()
+
+    def _read(self, file: TextIO) -> None:
+        for line in file:
+            self._lines.put(line)
+
+    def lines(self) -> Iterator[str]:
+        """What has been typed and not been taken yet."""
+        while True:
+            try:
+                yield self._lines.get_nowait()
+            except queue.Empty:
+                return
+
+
+def play(
+    session: Session,
+    *,
+    frames: int | None = None,
+    script: Iterable[Timed] = (),
+    typed: Typed | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    realtime: bool = False,
+    idle: Callable[[], None] | None = None,
+) -> Iterator[Emitted]:
+    """Yield chunks until `frames` pixel frames are made (the last chunk cut there; None: until close).
+
+    script: commands that take effect at the first chunk border at or behind their time. typed: refused lines are told
+    to `say`, and so is each command that took effect. realtime: no chunk before its time of showing. idle: called again
+    and again while the video is paused; a pause that neither it nor `typed` can end is a ValueError.
+    """
+    waiting, begun = list(script), time.monotonic()
+    while not session.closed and (frames is None or session.frames < frames):
+        while waiting and waiting[0].time_s <= session.frames / session.fps:
+            timed = waiting.pop(0)
+            session.command(timed.name, **timed.arguments)
+        for line in () if typed is None else typed.lines():
+            _obey(session, line, say)
+        made = session.next_chunk()
+        if made is None:
+            if not session.closed and typed is None and idle is None:
+                raise ValueError("the script pauses the video, and nothing is there to resume it")
+            if idle is not None:
+                idle()
+            time.sleep(0.02)
+            continue
+        for command in made.commands:
+            say(f"{command.name} {command.arguments}: in force at frame {made.first_frame}")
+        if realtime:
+            begun = max(begun, time.monotonic() - (made.first_frame + len(made.frames)) / session.fps)
+            time.sleep(max(0.0, begun + made.first_frame / session.fps - time.monotonic()))
+        yield made if frames is None else _cut(made, frames)
+
+
+def _cut(made: Emitted, frames: int) -> Emitted:
+    return replace(made, frames=made.frames[: max(0, frames - made.first_frame)])
+
+
+def _obey(session: Session, line: str, say: Callable[[str], None]) -> None:
+    try:
+        command = parse_line(line)
+        if command is not None:
+            session.command(command[0], **command[1])
+    except ValueError as error:
+        say(f"not understood: {error}")
+
+
+class Window:
+    """A window that shows chunks as they come; keys: space pauses and resumes, r restarts, q closes.
+
+    Raises ValueError where no window can be opened.
+    """
+
+    def __init__(self, session: Session, *, scale: int = 1) -> None:
+        try:
+            import tkinter
+        except ImportError:
+            raise ValueError("no window here: Python has no tkinter; write the video with -o FILE or -o -") from None
+        try:
+            self._window = tkinter.Tk()
+        except tkinter.TclError as error:
+            raise ValueError(f"no window here ({error}); write the video with -o FILE or -o -") from None
+        self.session, self.scale = session, scale
+        self._label, self._photo, self._shown_s = tkinter.Label(self._window), None, time.monotonic()
+        self._label.pack()
+        self._window.protocol("WM_DELETE_WINDOW", self._leave)
+        self._window.bind("q", self._leave)
+        self._window.bind("r", lambda _: session.command("restart"))
+        self._window.bind("<space>", lambda _: session.command("resume" if session.paused else "pause"))
+
+    def idle(self) -> None:
+        """Attend to keys and the mouse."""
+        self._window.update()
+
+    def show(self, made: Emitted) -> None:
+        """Show a chunk at the session's frame rate; returns with its last frame on the screen."""
+        from PIL import Image, ImageTk
+
+        self._window.title(f"causalreel: {made.prompt}")
+        for picture in made.frames.numpy():
+            self._shown_s = max(self._shown_s + 1 / self.session.fps, time.monotonic())
+            image = Image.fromarray(picture)
+            size = image.width * self.scale, image.height * self.scale
+            self._photo = ImageTk.PhotoImage(image.resize(size, Image.Resampling.NEAREST))  # tkinter keeps none
+            self._label.configure(image=self._photo)
+            self._window.update()
+            while not self.session.closed and time.monotonic() < self._shown_s:
+                self._window.update()
+                time.sleep(0.002)
+
+    def _leave(self, *_: object) -> None:
+        self.session.close()

@@ -1,0 +1,412 @@
+"""Many sessions on one model: one thread makes chunks, one at a time, for whoever needs the next one first.
+
+Each session has a virtual deadline: when the playback of its last chunk will be over. The earliest deadline goes first,
+so sessions share the model evenly by playing time when it cannot keep up. A session whose reader has not taken what is
+made, or that is far enough ahead of its frame rate, is not run: nothing here grows without bound. A session that fails
+ends with a message; the thread goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from causalreel.infer.live import PolicyKind
+from causalreel.infer.pipeline import Pipeline
+from causalreel.serve.memory import free_bytes, held_bytes, process_bytes
+from causalreel.serve.session import Emitted, Options, Session, with_queue
+
+log = logging.getLogger(__name__)
+
+Pace = Literal["realtime", "max"]
+
+
+class Busy(RuntimeError):
+    """No room for another session; says why."""
+
+
+class Lost(LookupError):
+    """The chunk that was asked for is no longer kept."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What sessions may take."""
+
+    sessions: int = 8
+    """At most so many at a time."""
+    buffer_chunks: int = 2
+    """Chunks made ahead of the reader, and ahead of playback at real time; a command waits behind them."""
+    resume_chunks: int = 32
+    """Chunks that the reader has taken and that are kept for it to come back to."""
+    idle_s: float = 60.0
+    """A session that nobody reads or commands for so long is closed; an ended one is forgotten."""
+    memory_share: float = 0.9
+    """Share of the memory free at the start that sessions may take together."""
+
+    def __post_init__(self) -> None:
+        for name in ("sessions", "buffer_chunks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.resume_chunks < 0 or not self.idle_s > 0 or not 0 < self.memory_share <= 1:
+            raise ValueError(
+                f"resume_chunks must be at least 0, idle_s positive and memory_share in (0, 1]; got "
+                f"{self.resume_chunks}, {self.idle_s}, {self.memory_share}"
+            )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Why a session is over."""
+
+    reason: str
+    is_error: bool = False
+
+
+class Handle:
+    """A session in the scheduler's care, for any thread. `Scheduler.open` makes it."""
+
+    def __init__(
+        self, session: Session, pace: Pace, limits: Limits, clock: Callable[[], float], wake: Callable
+    ) -> None:
+        self.session, self.pace, self.limits = session, pace, limits
+        self.ended: Ended | None = None
+        self.due_s = clock()
+        """When playback needs the next chunk: the virtual deadline."""
+        self.ready_s = self.seen_s = clock()
+        """Since when nothing but its pace kept it from being run; when somebody last read or commanded."""
+        self.lead_s = 0.0
+        """Playing time of the chunks that may be made ahead."""
+        self.newest = self.taken = -1
+        """Sequence numbers of the last chunk made, and of the last one that the reader has for certain."""
+        self._clock, self._wake = clock, wake
+        self._kept: deque[Emitted] = deque()
+        self._condition = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def id(self) -> str:
+        return self.session.id
+
+    def command(self, name: str, **arguments: Any) -> int:
+        """As `Session.command`; close takes effect at once."""
+        self.seen_s = self._clock()
+        number = self.session.command(name, **arguments)
+        if name == "close":
+            self.close()
+        if self.session.paused:
+            self.ready_s = self.seen_s
+        self._wake()
+        return number
+
+    def pull(self, after: int, timeout: float) -> Emitted | Ended | None:
+        """The chunk behind number `after` (-1: the first one), waited for; Ended once there is none; None in time.
+
+        It also says that everything up to `after` has arrived, which makes room for more. Raises Lost if the chunk is
+        no longer kept, ValueError if `after` has not been made yet.
+        """
+        with self._condition:
+            if not -1 <= after <= self.newest:
+                raise ValueError(f"after must be from -1 to {self.newest}, the last chunk made; got {after}")
+            self.seen_s = self._clock()
+            is_news = after > self.taken
+            if is_news:
+                if self.waiting >= self.limits.buffer_chunks:
+                    self.ready_s = self.seen_s
+                self.taken = after
+                self._forget()
+        if is_news:
+            self._wake()
+        with self._condition:
+            self._condition.wait_for(lambda: self.ended is not None or self.newest > after, timeout)
+            self.seen_s = self._clock()
+            if self.newest <= after:
+                return self.ended
+            oldest = self.newest + 1 - len(self._kept)
+            if after + 1 < oldest:
+                raise Lost(f"chunk {after + 1} is no longer kept; the oldest kept is {oldest}")
+            return self._kept[after + 1 - oldest]
+
+    def listen(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` (from another thread, shortly) after each chunk and at the end; -> what stops that."""
+        with self._condition:
+            self._listeners.append(callback)
+
+        def stop() -> None:
+            with self._condition:
+                if callback in self._listeners:
+                    self._listeners.remove(callback)
+
+        return stop
+
+    def close(self, reason: str = "closed by client") -> None:
+        """End the session now; the chunk in the making is thrown away. Chunks already made can still be pulled."""
+        self.end(Ended(reason))
+        self._wake()
+
+    # ---- for the scheduler ----
+
+    @property
+    def waiting(self) -> int:
+        """Chunks that the reader has not taken."""
+        return self.newest - self.taken
+
+    def may_run(self, now: float) -> bool:
+        """Whether a chunk should be made."""
+        if self.ended is not None or not self.session.can_run:
+            return False
+        if self.session.paused and self.session.has_pending:
+            return True  # commands are taken even if nobody reads
+        if self.waiting >= self.limits.buffer_chunks:
+            return False
+        return self.pace == "max" or self.due_s - self.lead_s <= now
+
+    def add(self, emitted: Emitted, start: float, now: float) -> None:
+        """Keep a new chunk, made between `start` and `now`, for the reader, and move the deadline on."""
+        playing_s = len(emitted.frames) / self.session.fps
+        could_s = self.ready_s if self.pace == "max" else max(self.ready_s, self.due_s - self.lead_s)
+        self.lead_s = playing_s * self.limits.buffer_chunks
+        self.due_s = playing_s + (now if self.pace == "max" else max(self.due_s, now))
+        self.ready_s = now
+        with self._condition:
+            if self.ended is None:
+                self._kept.append(with_queue(emitted, max(0.0, start - could_s)))
+                self.newest = emitted.sequence
+                self._forget()
+                self._condition.notify_all()
+        self._tell()
+
+    def end(self, ended: Ended) -> None:
+        """Nothing more will come; the first reason stays."""
+        with self._condition:
+            self.ended = self.ended or ended
+            self._condition.notify_all()
+        self._tell()
+
+    def _forget(self) -> None:
+        while self._kept and self._kept[0].sequence <= self.taken - self.limits.resume_chunks:
+            self._kept.popleft()
+
+    def _tell(self) -> None:
+        for callback in list(self._listeners):
+            callback()
+
+
+class Scheduler:
+    """Sessions on one pipeline, run by one thread between `start` and `close`.
+
+    policy: "renew" or "slide" for all sessions; None: the model's. warm: prompt of a session whose first chunks are
+    made and thrown away before all others, which compiles, records and measures what a session takes; None: the first
+    session does that.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        limits: Limits = Limits(),
+        *,
+        policy: PolicyKind | None = None,
+        warm: str | None = "a large red circle moves right",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pipeline, self.limits, self.clock = pipeline, limits, clock
+        self.policy: PolicyKind | None = policy
+        self.is_ready = False
+        """The model has been warmed up and the thread runs."""
+        self.session_bytes = 0
+        """Memory of one session as measured; 0 until then."""
+        self.made = 0
+        """Chunks made since the start."""
+        self._warm, self._is_measured = warm, False
+        self._budget: int | None = None
+        self._handles: dict[str, Handle] = {}
+        self._condition = threading.Condition()
+        self._is_closed = self._is_stale = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread; returns at once, `is_ready` says when it is warm."""
+        if self._thread is not None:
+            raise RuntimeError("the scheduler has been started before")
+        self._budget = free_bytes(self.pipeline.device)
+        self._thread = threading.Thread(target=self._run, name="causalreel-scheduler", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End all sessions and the thread."""
+        with self._condition:
+            self._is_closed = True
+            handles = list(self._handles.values())
+            self._condition.notify_all()
+        for handle in handles:
+            handle.end(Ended("the server is shutting down"))
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self.is_ready = False
+
+    def open(self, options: Options, *, pace: Pace = "realtime") -> Handle:
+        """A new session. Raises Busy where there is no room, ValueError for options that the model cannot meet."""
+        if pace not in ("realtime", "max"):
+            raise ValueError(f"pace must be realtime or max, got {pace!r}")
+        self._admit()
+        session = Session(self.pipeline, options, policy=self.policy, clock=self.clock)
+        handle = Handle(session, pace, self.limits, self.clock, self.wake)
+        with self._condition:
+            self._admit()  # text may have taken long to encode
+            self._handles[handle.id] = handle
+        self.wake()
+        return handle
+
+    def get(self, id: str) -> Handle | None:
+        """The session of this id, for a while after its end too; None if there is none."""
+        return self._handles.get(id)
+
+    def handles(self) -> list[Handle]:
+        """All sessions, oldest first, those included that ended a short while ago."""
+        with self._condition:
+            return list(self._handles.values())
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers for health checks and metrics; bytes, or None where the system does not say."""
+        live = [handle for handle in self.handles() if handle.ended is None]
+        now, device = self.clock(), self.pipeline.device
+        return {
+            "is_ready": self.is_ready,
+            "sessions": len(live),
+            "max_sessions": self.limits.sessions,
+            "queue_depth": sum(handle.may_run(now) for handle in live),
+            "buffered_chunks": sum(len(handle._kept) for handle in live),
+            "chunks": self.made,
+            "session_bytes": self.session_bytes,
+            "budget_bytes": self._budget,
+            "free_bytes": free_bytes(device),
+            "process_bytes": process_bytes(),
+            "device_bytes": torch.cuda.memory_reserved(device) if device.type == "cuda" else None,
+        }
+
+    def wake(self) -> None:
+        """Have the thread look again at who may run."""
+        with self._condition:
+            self._is_stale = True
+            self._condition.notify_all()
+
+    # ---- admission ----
+
+    def _admit(self) -> None:
+        live = sum(handle.ended is None for handle in self._handles.copy().values())
+        if self._is_closed:
+            raise Busy("the server is shutting down")
+        if live >= self.limits.sessions:
+            raise Busy(f"all {self.limits.sessions} sessions are taken")
+        if self._budget is not None and (live + 1) * self.session_bytes > self.limits.memory_share * self._budget:
+            raise Busy(f"no memory for another session: {live} hold {self.session_bytes / 2**20:.0f} MiB each")
+
+    def _measure(self, session: Session) -> None:
+        """What the first session comes to hold, with the chunks that are kept for its reader."""
+        if self._is_measured:
+            return
+        height, width = self.pipeline.size
+        chunk = height * width * 3 * (session.sampling.chunk or 1) * self.pipeline.codec.temporal_factor
+        buffers = chunk * (self.limits.buffer_chunks + self.limits.resume_chunks)
+        self.session_bytes = max(self.session_bytes, held_bytes(session, without=(self.pipeline,)) + buffers)
+        self._is_measured = session.sequence > self._full_after(session)
+
+    def _full_after(self, session: Session) -> int:
+        """Chunks after which a session holds as much as it ever will."""
+        return self.pipeline.export.frames // (session.sampling.chunk or 1) + 1
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        if self._warm is not None:
+            self._warm_up(self._warm)
+        self.is_ready = not self._is_closed
+        while not self._is_closed:
+            handle = self._next()
+            if handle is not None:
+                self._run_one(handle)
+        for handle in self.handles():
+            handle.session.close()
+
+    def _warm_up(self, prompt: str) -> None:
+        try:
+            session = Session(self.pipeline, Options(prompt), policy=self.policy)
+            while not (self._is_measured or self._is_closed):
+                session.next_chunk()
+                self._measure(session)
+            session.command("prompt", text=prompt)  # reads a full window again
+            session.next_chunk()
+            session.close()
+        except Exception:
+            log.exception("the model could not be warmed up")
+            _free_memory()
+
+    def _next(self) -> Handle | None:
+        """Whose chunk comes next; waits a while if there is nothing to do."""
+        self._reap()
+        now = self.clock()
+        with self._condition:
+            self._is_stale = False
+            ready = [handle for handle in self._handles.values() if handle.may_run(now)]
+            if ready:
+                return min(ready, key=lambda handle: handle.due_s)
+            later = [h.due_s - h.lead_s - now for h in self._handles.values() if h.ended is None and h.pace != "max"]
+            wait = min((s for s in later if s > 0), default=1.0)
+            self._condition.wait_for(lambda: self._is_stale or self._is_closed, min(wait, 1.0))
+        return None
+
+    def _run_one(self, handle: Handle) -> None:
+        start, session = self.clock(), handle.session
+        try:
+            made = session.next_chunk()
+            self._measure(session)
+        except Exception as error:
+            handle.end(Ended(_explain(error), is_error=True))
+            session.close()
+            del error
+            _free_memory()
+            return
+        if made is not None:
+            self.made += 1
+            handle.add(made, start, self.clock())
+        if session.closed:
+            handle.end(Ended("closed by client"))
+
+    def _reap(self) -> None:
+        now, ended = self.clock(), []
+        for handle in self.handles():
+            is_idle = now - handle.seen_s > self.limits.idle_s
+            if handle.ended is None and is_idle:
+                handle.end(Ended(f"nobody read it for {self.limits.idle_s:g} s"))
+            if handle.ended is not None:
+                handle.session.close()
+                ended.append((is_idle, handle))
+        forgotten = [h for is_idle, h in ended if is_idle] + [h for _, h in ended[: -self.limits.sessions]]
+        with self._condition:
+            for handle in forgotten:
+                self._handles.pop(handle.id, None)
+
+
+def _explain(error: Exception) -> str:
+    """What a session's reader is told; everything else goes to the log."""
+    words = str(error).lower()
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if is_memory or (isinstance(error, RuntimeError) and ("out of memory" in words or "alloc" in words)):
+        log.warning("a session ran out of memory: %s", " ".join(str(error).split())[:300])
+        return "out of memory: the server had none left for this session; others go on"
+    log.error("a session failed", exc_info=error)
+    return "the session failed; the server's log says why"
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

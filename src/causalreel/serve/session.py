@@ -1,0 +1,492 @@
+"""One live video: an endless rollout with its decoder, steered by commands that take effect at chunk borders.
+
+A session makes pixels when it is asked for the next chunk and does nothing else: no threads, no network, no clock that
+decides what is shown. So its command log replays to the same frames, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from causalreel.data.video import to_bytes
+from causalreel.infer.live import MODES, Live, Policy, PolicyKind, encode_prompt
+from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.schedule import adapt
+from causalreel.types import DecodeStream
+
+FORMAT = "causalreel-session/1"
+MAX_COMMANDS = 10_000
+"""Commands that a session keeps, for its record."""
+MAX_PICTURES = 64
+"""Pictures among them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a session begins."""
+
+    prompt: str
+    seed: int = 0
+    steps: int | None = None
+    """Denoising steps per chunk; None: the model's."""
+    chunk: int | None = None
+    """Latent frames made together; None: the model's."""
+    fps: float | None = None
+    """Pixel frames per second at which it is meant to be shown; None: the model's. Does not change the frames."""
+    image: Tensor | None = None
+    """First picture (3,H,W) in [-1,1], for frame-wise models; its values are rounded to 8 bits."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A command that took effect."""
+
+    number: int
+    name: str
+    arguments: dict[str, Any]
+    latency_s: float
+    """From the command to its first affected pixels being ready; time spent paused counts."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a chunk went, in seconds."""
+
+    denoise_s: float
+    decode_s: float
+    queue_s: float = 0.0
+    """Waiting for the model, while it worked for other sessions."""
+    encode_s: float = 0.0
+    """Into stills or video, by whoever sends it."""
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A chunk of pixels."""
+
+    sequence: int
+    """0, 1, 2 ..."""
+    first_frame: int
+    """Number of its first pixel frame in the session."""
+    frames: Tensor
+    """(t,H,W,3) uint8 on the CPU."""
+    prompt: str
+    """In force when it was made."""
+    timings: Timings
+    commands: tuple[Applied, ...] = ()
+    """What took effect with it."""
+
+
+@dataclass
+class _Pending:
+    """A checked command that waits for a chunk border."""
+
+    number: int
+    name: str
+    arguments: dict[str, Any]
+    told_s: float
+    text: Tensor | None = None
+
+
+class Session:
+    """One live video. `command`, `state` and `record` may be called from any thread, `next_chunk` from one at a time.
+
+    policy: "renew" or "slide", see `infer.live.Policy`; None: the model's. Raises ValueError for options that the model
+    cannot meet.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        options: Options,
+        *,
+        id: str | None = None,
+        policy: PolicyKind | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.id = uuid.uuid4().hex if id is None else id
+        self.pipeline, self.clock = pipeline, clock
+        seed = _integer("seed", options.seed, 0, (1 << 63) - 1)
+        steps = None if options.steps is None else _integer("steps", options.steps, 1, 100)
+        chunk = None if options.chunk is None else _integer("chunk", options.chunk, 1, pipeline.export.frames)
+        fps = pipeline.export.fps if options.fps is None else _number("fps", options.fps, 240)
+        self._picture = None if options.image is None else self._check_picture(options.image)
+        self.options = options
+        self.sampling = adapt(pipeline.sampling, steps=steps, chunk=chunk)
+        self.policy = Policy.of(pipeline.export, self.sampling, policy)
+        if self._picture is not None:
+            self._refuse_picture()
+        self.prompt, self.seed, self.fps = _text("prompt", options.prompt), seed, fps
+        self.paused = self.closed = False
+        self.sequence = self.frames = 0
+        """Chunks and pixel frames made so far."""
+        self._to_step = 0
+        self._intended = (self.prompt, self.seed)
+        """Prompt and seed when all pending commands have been taken."""
+        self._order, self._lock = threading.Lock(), threading.Lock()
+        self._pending: list[_Pending] = []
+        self._taken: list[_Pending] = []
+        """In force, but not yet reported with a chunk."""
+        self._log: list[dict[str, Any]] = []
+        self._count = self._pictures = 0
+        self._text = encode_prompt(pipeline, self.prompt, self.seed)
+        self._live: Live | None = None
+        self._decode: DecodeStream | None = None
+
+    # ---- commands ----
+
+    def command(self, name: str, **arguments: Any) -> int:
+        """Check a command now, have it take effect at the next chunk border; -> its number (1, 2, ...).
+
+        prompt(text, mode="recompute" | "switch" | "fade", chunks=4), pause, resume, step(chunks=1): of a paused
+        session; restart(seed=None, prompt=None): from the first frame; steps(steps), fps(fps),
+        image(image): restart from a picture (3,H,W) in [-1,1], or from none if None; close.
+        Raises ValueError for unknown commands, arguments and values, and in a closed session.
+        """
+        if name not in _CHECKS:
+            raise ValueError(f"name must be one of {', '.join(_CHECKS)}, got {name!r}")
+        allowed = _ARGUMENTS[name]
+        if unknown := [key for key in arguments if key not in allowed]:
+            raise ValueError(f"{name} takes {', '.join(allowed) or 'no arguments'}; got {unknown[0]!r}")
+        told_s = self.clock()
+        checked = _CHECKS[name](self, arguments)
+        with self._order:  # encoding text may take long, and nobody but other commands waits for it
+            is_picture = checked.get("image") is not None
+            if self.closed:
+                raise ValueError(f"session {self.id} is closed")
+            if self._count >= MAX_COMMANDS or (is_picture and self._pictures >= MAX_PICTURES):
+                raise ValueError(f"a session takes at most {MAX_COMMANDS} commands, {MAX_PICTURES} with a picture")
+            prompt, seed = self._intended
+            prompt = checked.get("text") or checked.get("prompt") or prompt
+            seed = seed if checked.get("seed") is None else checked["seed"]
+            needs_text = name in ("prompt", "restart", "image")
+            text = encode_prompt(self.pipeline, prompt, seed) if needs_text else None
+            self._intended = (prompt, seed)
+            self._count, self._pictures = self._count + 1, self._pictures + is_picture
+            with self._lock:
+                self._pending.append(_Pending(self._count, name, checked, told_s, text))
+            return self._count
+
+    def state(self) -> dict[str, Any]:
+        """What it is doing, as JSON takes it."""
+        height, width = self.pipeline.size
+        with self._lock:
+            return {
+                "id": self.id,
+                "model": self.pipeline.export.name,
+                "prompt": self.prompt,
+                "seed": self.seed,
+                "steps": self.sampling.multistep or len(self.sampling.steps),
+                "chunk": self.sampling.chunk,
+                "fps": self.fps,
+                "width": width,
+                "height": height,
+                "policy": self.policy.kind,
+                "has_image": self._picture is not None,
+                "paused": self.paused,
+                "closed": self.closed,
+                "sequence": self.sequence,
+                "frames": self.frames,
+                "pending": len(self._pending),
+            }
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether commands wait for the next chunk border."""
+        return bool(self._pending)
+
+    @property
+    def can_run(self) -> bool:
+        """Whether `next_chunk` has something to do: a chunk to make, or a command to take."""
+        return not self.closed and (not self.paused or self._to_step > 0 or bool(self._pending))
+
+    # ---- chunks ----
+
+    def next_chunk(self) -> Emitted | None:
+        """Take the pending commands and make the next chunk; None while paused and after close."""
+        self._take_pending()
+        if self.closed or (self.paused and self._to_step == 0):
+            return None
+        with torch.no_grad():
+            start = self.clock()
+            latents = self._next_latents()
+            _finish(latents)
+            denoised = self.clock()
+            assert self._decode is not None
+            frames = to_bytes(self._decode(latents)[0])  # (t,H,W,3)
+        done = self.clock()
+        self._to_step = max(self._to_step - 1, 0)
+        taken, self._taken = self._taken, []
+        commands = tuple(Applied(c.number, c.name, _describe(c.arguments), done - c.told_s) for c in taken)
+        timings = Timings(denoised - start, done - denoised)
+        emitted = Emitted(self.sequence, self.frames, frames, self.prompt, timings, commands)
+        with self._lock:
+            self.sequence, self.frames = self.sequence + 1, self.frames + len(frames)
+        return emitted
+
+    def close(self) -> None:
+        """Close at once and let go of all memory; for the thread that asks for chunks."""
+        with self._lock:
+            self.closed = True
+            self._pending.clear()
+        self._let_go()
+
+    def _next_latents(self) -> Tensor:
+        if self._live is None:
+            first = None
+            if self._picture is not None:
+                first = self.pipeline.codec.encode(_pixels(self._picture).to(self.pipeline.device))  # (1,1,C,h,w)
+            how: dict[str, Any] = {"sampling": self.sampling, "policy": self.policy}
+            self._live = Live(self.pipeline, self._text, seed=self.seed, first=first, **how)
+            self._decode = self.pipeline.codec.stream() if self.pipeline.decoder is None else self.pipeline.decoder(1)
+            if first is not None:
+                return first
+        return self._live.next_chunk().latents
+
+    def _take_pending(self) -> None:
+        with self._lock:
+            taken, self._pending = self._pending, []
+            for command in taken:
+                if self.closed:
+                    break
+                at = {"number": command.number, "at": self.sequence}
+                self._log.append({**at, "name": command.name, "arguments": command.arguments})
+                self._apply(command)
+                self._taken.append(command)
+        if self.closed:
+            self._let_go()
+
+    def _apply(self, command: _Pending) -> None:
+        arguments = command.arguments
+        match command.name:
+            case "prompt":
+                assert command.text is not None
+                self.prompt, self._text = arguments["text"], command.text
+                if self._live is not None:
+                    self._live.tell(command.text, mode=arguments["mode"], chunks=arguments["chunks"])
+            case "pause":
+                self.paused, self._to_step = True, 0
+            case "resume":
+                self.paused = False
+            case "step":
+                self._to_step = self._to_step + arguments["chunks"] if self.paused else 0
+            case "restart" | "image":
+                assert command.text is not None
+                if command.name == "image":
+                    self._picture = arguments["image"]
+                self.prompt, self._text = arguments.get("prompt") or self.prompt, command.text
+                self.seed = self.seed if arguments.get("seed") is None else arguments["seed"]
+                self._let_go()
+            case "steps":
+                self.sampling = adapt(self.pipeline.sampling, steps=arguments["steps"], chunk=self.sampling.chunk)
+                if self._live is not None:
+                    self._live.resample(self.sampling)
+            case "fps":
+                self.fps = arguments["fps"]
+            case "close":
+                self.closed = True
+
+    def _let_go(self) -> None:
+        if self._live is not None:
+            self._live.close()
+        self._live = self._decode = None
+
+    # ---- the record ----
+
+    def record(self) -> dict[str, Any]:
+        """Options and commands with the chunk at which each took effect, as JSON takes it; for `replay`."""
+        with self._lock:
+            options = self.options
+            picture = None if options.image is None else _pack(self._check_picture(options.image))
+            begin = {"prompt": options.prompt, "seed": options.seed, "steps": options.steps, "chunk": options.chunk}
+            return {
+                "format": FORMAT,
+                "model": self.pipeline.export.name,
+                "policy": self.policy.kind,
+                "options": {**begin, "fps": options.fps, "image": picture},
+                "commands": [{**entry, "arguments": _packed(entry["arguments"])} for entry in self._log],
+                "chunks": self.sequence,
+            }
+
+    @classmethod
+    def replay(cls, pipeline: Pipeline, record: dict[str, Any]) -> Iterator[Emitted]:
+        """Make the chunks of a recorded session again, frames bit for bit on a CPU; raises ValueError at once."""
+        found = record.get("format") if isinstance(record, dict) else None
+        if found != FORMAT:
+            raise ValueError(f"record must have the format {FORMAT}, got {found!r}")
+        try:
+            model, chunks = record["model"], _integer("chunks", record["chunks"], 0, 1 << 53)
+            begin = dict(record["options"])
+            commands = [(c["at"], c["name"], _unpacked(c["arguments"])) for c in record["commands"]]
+            begin["image"] = None if begin.get("image") is None else _pixels(_unpack(begin["image"]))[0, 0]
+            options, policy = Options(**begin), record["policy"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"record is not complete: {type(error).__name__} {error}") from None
+        if model != pipeline.export.name:
+            raise ValueError(f"record was made with the model {model!r}, this is {pipeline.export.name!r}")
+        return cls(pipeline, options, policy=policy)._replayed(commands, chunks)
+
+    def _replayed(self, commands: list[tuple[int, str, dict[str, Any]]], chunks: int) -> Iterator[Emitted]:
+        waiting = iter([*commands, None])
+        command = next(waiting)
+        while self.sequence < chunks:
+            while command is not None and command[0] <= self.sequence:
+                self.command(command[1], **command[2])
+                command = next(waiting)
+            made = self.next_chunk()
+            if made is None:
+                raise ValueError(f"record says {chunks} chunks, but it pauses or closes after {self.sequence}")
+            yield made
+
+    def _check_picture(self, picture: Any) -> Tensor:
+        """(3,H,W) in [-1,1] -> (H,W,3) uint8."""
+        size = (3, *self.pipeline.size)
+        shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
+        if shape != size:
+            raise ValueError(f"image must be a tensor {size} in [-1,1], got {shape}")
+        return to_bytes(picture)[0]
+
+    def _refuse_picture(self) -> None:
+        if self.sampling.chunk != 1:
+            raise ValueError(
+                f"a picture to begin with needs a frame-wise model (chunk 1); this one has chunk {self.sampling.chunk}"
+            )
+
+
+# ---- what commands take ---------------------------------------------------------------------------------------------
+
+
+def _check_prompt(session: Session, arguments: dict[str, Any]) -> dict[str, Any]:
+    mode = arguments.get("mode", "recompute")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    chunks = _integer("chunks", arguments.get("chunks", 4), 1, 1000)
+    return {"text": _text("text", arguments.get("text")), "mode": mode, "chunks": chunks}
+
+
+def _check_restart(session: Session, arguments: dict[str, Any]) -> dict[str, Any]:
+    seed, prompt = arguments.get("seed"), arguments.get("prompt")
+    return {
+        "seed": None if seed is None else _integer("seed", seed, 0, (1 << 63) - 1),
+        "prompt": None if prompt is None else _text("prompt", prompt),
+    }
+
+
+def _check_steps(session: Session, arguments: dict[str, Any]) -> dict[str, Any]:
+    steps = _integer("steps", arguments.get("steps"), 1, 100)
+    adapt(session.pipeline.sampling, steps=steps)
+    return {"steps": steps}
+
+
+def _check_image(session: Session, arguments: dict[str, Any]) -> dict[str, Any]:
+    if "image" not in arguments:
+        raise ValueError("image needs the argument image: a picture, or None to begin without")
+    picture = arguments["image"]
+    if picture is None:
+        return {"image": None}
+    session._refuse_picture()
+    return {"image": session._check_picture(picture)}
+
+
+_Check = Callable[[Session, dict[str, Any]], dict[str, Any]]
+_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "prompt": ("text", "mode", "chunks"),
+    "pause": (),
+    "resume": (),
+    "step": ("chunks",),
+    "restart": ("seed", "prompt"),
+    "steps": ("steps",),
+    "fps": ("fps",),
+    "image": ("image",),
+    "close": (),
+}
+_CHECKS: dict[str, _Check] = {
+    "prompt": _check_prompt,
+    "pause": lambda session, arguments: {},
+    "resume": lambda session, arguments: {},
+    "step": lambda session, arguments: {"chunks": _integer("chunks", arguments.get("chunks", 1), 1, 1000)},
+    "restart": _check_restart,
+    "steps": _check_steps,
+    "fps": lambda session, arguments: {"fps": _number("fps", arguments.get("fps"), 240)},
+    "image": _check_image,
+    "close": lambda session, arguments: {},
+}
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
+    return value
+
+
+def _integer(name: str, value: Any, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any, most: float) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not 0 < value <= most:
+        raise ValueError(f"{name} must be a number above 0, at most {most}; got {value!r}")
+    return float(value)
+
+
+# ---- pictures in records --------------------------------------------------------------------------------------------
+
+
+def _pixels(picture: Tensor) -> Tensor:
+    """(H,W,3) uint8 -> (1,1,3,H,W) float32 in [-1,1]."""
+    return picture.permute(2, 0, 1)[None, None].float() / 127.5 - 1
+
+
+def _pack(picture: Tensor) -> dict[str, Any]:
+    data = base64.b64encode(zlib.compress(picture.contiguous().numpy().tobytes())).decode()
+    return {"height": picture.shape[0], "width": picture.shape[1], "zlib": data}
+
+
+def _unpack(packed: dict[str, Any]) -> Tensor:
+    height, width = (_integer(side, packed[side], 1, 1 << 14) for side in ("height", "width"))
+    size = height * width * 3
+    try:
+        data = zlib.decompressobj().decompress(base64.b64decode(packed["zlib"], validate=True), size)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"the record's picture cannot be read: {error}") from None
+    if len(data) != size:
+        raise ValueError(f"the record's picture must have {size} bytes, got {len(data)}")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3)
+
+
+def _packed(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: _pack(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def _unpacked(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: _pixels(_unpack(v))[0, 0] if k == "image" and v is not None else v for k, v in arguments.items()}
+
+
+def _describe(arguments: dict[str, Any]) -> dict[str, Any]:
+    """As JSON takes it, without pixels."""
+    return {k: f"{v.shape[1]} x {v.shape[0]} pixels" if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def _finish(x: Tensor) -> None:
+    """Wait until a GPU has made it, so that timings are true."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def with_queue(emitted: Emitted, queue_s: float) -> Emitted:
+    """The chunk with the time that it waited for the model."""
+    return replace(emitted, timings=replace(emitted.timings, queue_s=queue_s))

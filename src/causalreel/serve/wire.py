@@ -1,0 +1,295 @@
+"""What goes over the wire: requests and commands as checked models, chunks as binary messages, and their JSON kin.
+
+A binary message is one chunk: 4 bytes, big endian, with the length of a JSON header; the header; then the payloads one
+behind the other, whose sizes the header names. Text messages are JSON both ways. WebSocket and WebRTC's data channel
+speak the same.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from causalreel.serve.session import Applied, Emitted
+
+Format = Literal["jpeg", "webp", "h264"]
+Seed = Annotated[int, Field(ge=0, lt=1 << 53, description="Exact in JavaScript too.")]
+Steps = Annotated[int, Field(ge=1, le=1000, description="Denoising steps per chunk.")]
+Rate = Annotated[float, Field(gt=0, le=240, allow_inf_nan=False, description="Pixel frames per second.")]
+Size = Annotated[int, Field(ge=1, le=1024, description="Latent frames made together.")]
+Picture = Annotated[str, Field(description="Base64 or data: URL of a PNG, JPEG or WebP file.")]
+HEAD = 4
+"""Bytes of the length of a header."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SessionRequest(_Model):
+    """A session to open. What is left out is the model's own."""
+
+    prompt: str
+    seed: Seed = 0
+    steps: Steps | None = None
+    chunk: Size | None = None
+    fps: Rate | None = None
+    pace: Literal["realtime", "max"] = "realtime"
+    image: Picture | None = None
+
+
+class VideoRequest(_Model):
+    """A video to make. `frames` are pixel frames; left out: as many as a training clip."""
+
+    prompt: str
+    seed: Seed = 0
+    frames: Annotated[int, Field(ge=1)] | None = None
+    steps: Steps | None = None
+    chunk: Size | None = None
+    image: Picture | None = None
+
+
+class PromptCommand(_Model):
+    """Another prompt: `switch` changes the text alone, `recompute` the context too, `fade` goes over in `chunks`."""
+
+    name: Literal["prompt"]
+    text: str
+    mode: Literal["switch", "recompute", "fade"] = "recompute"
+    chunks: Annotated[int, Field(ge=1, le=256)] = 4
+
+
+class PlainCommand(_Model):
+    """pause, resume or close."""
+
+    name: Literal["pause", "resume", "close"]
+
+
+class StepCommand(_Model):
+    """Make so many chunks, then pause."""
+
+    name: Literal["step"]
+    chunks: Annotated[int, Field(ge=1, le=256)] = 1
+
+
+class RestartCommand(_Model):
+    """Begin again, with another seed or prompt if given."""
+
+    name: Literal["restart"]
+    seed: Seed | None = None
+    prompt: str | None = None
+
+
+class StepsCommand(_Model):
+    """Denoising steps from now on."""
+
+    name: Literal["steps"]
+    steps: Steps
+
+
+class RateCommand(_Model):
+    """Frames per second from now on."""
+
+    name: Literal["fps"]
+    fps: Rate
+
+
+class ImageCommand(_Model):
+    """Begin again from a picture."""
+
+    name: Literal["image"]
+    image: Picture
+
+
+CommandRequest = Annotated[
+    PromptCommand | PlainCommand | StepCommand | RestartCommand | StepsCommand | RateCommand | ImageCommand,
+    Field(discriminator="name"),
+]
+COMMANDS: TypeAdapter[Any] = TypeAdapter(CommandRequest)
+
+
+class EndView(BaseModel):
+    """How a session ended."""
+
+    reason: str
+    is_error: bool
+
+
+class SessionView(BaseModel):
+    """A session as the API shows it."""
+
+    id: str
+    stream: str
+    state: dict[str, Any]
+    ended: EndView | None = None
+
+
+class SessionList(BaseModel):
+    """All sessions."""
+
+    object: Literal["list"] = "list"
+    data: list[SessionView]
+
+
+class CommandTaken(BaseModel):
+    """A command that was taken; it is in force when a chunk tells its number."""
+
+    number: int
+    state: dict[str, Any]
+
+
+class VideoError(BaseModel):
+    """Why a video was not made."""
+
+    code: str
+    message: str
+
+
+class VideoView(BaseModel):
+    """A video job: status, and when it is completed, how large it is."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed", "cancelled", "interrupted"]
+    progress: Annotated[int, Field(ge=0, le=100)]
+    created_at: int
+    started_at: int | None = None
+    completed_at: int | None = None
+    prompt: str
+    seed: int
+    frames: int
+    fps: float
+    size: str
+    steps: int | None = None
+    chunk: int | None = None
+    bytes: int | None = None
+    error: VideoError | None = None
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoView]
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    """What is no longer there."""
+
+    id: str
+    deleted: Literal[True] = True
+
+
+class ErrorDetail(BaseModel):
+    """A code for programs, a message for people."""
+
+    code: str
+    message: str
+
+
+class ErrorView(BaseModel):
+    """Every answer that is an error."""
+
+    error: ErrorDetail
+
+
+def explain(error: Any) -> str:
+    """What a ValidationError finds wrong with a request, without repeating values it held: they may be secret, huge or not encodable."""
+    parts = []
+    for detail in error.errors()[:5]:
+        where = ".".join(str(place)[:40] for place in detail["loc"]) or "request"
+        parts.append(f"{where}: {detail['msg']}")
+    return "; ".join(parts).encode("ascii", "backslashreplace").decode("ascii")
+
+
+def command_of(fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A command's JSON -> its name and its arguments, those left out left out; ValueError."""
+    try:
+        command = COMMANDS.validate_python(fields, strict=True)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
+    arguments = {key: getattr(command, key) for key in command.model_fields_set if key != "name"}
+    return command.name, {key: value for key, value in arguments.items() if value is not None}
+
+
+def parse(text: str | bytes) -> dict[str, Any]:
+    """A client's text message -> its fields; ValueError for anything but a JSON object with a type."""
+    if isinstance(text, bytes):
+        raise ValueError("messages must be text with JSON, got bytes")
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("messages must be JSON") from error
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise ValueError("messages must be objects with a type")
+    return message
+
+
+def dumps(message: dict[str, Any]) -> str:
+    """A text message; ASCII, and without NaN, which JavaScript does not read."""
+    return json.dumps(plain(message), allow_nan=False, separators=(",", ":"))
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it; tensors are left to the record."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return f"tensor {'x'.join(map(str, value.shape))}"
+    if isinstance(value, float) and value - value != 0:  # infinite or not a number
+        return None
+    return value
+
+
+def applied(command: Applied) -> dict[str, Any]:
+    """A command that took effect, as the header of a chunk tells it."""
+    return {"number": command.number, "name": command.name, "latency_s": command.latency_s}
+
+
+def pack(
+    emitted: Emitted, payloads: list[bytes], *, form: str, fps: float, keyframe: bool, encode_s: float
+) -> bytes:
+    """A chunk and its encoded frames -> a binary message."""
+    timings = emitted.timings
+    header = {
+        "type": "chunk",
+        "sequence": emitted.sequence,
+        "first_frame": emitted.first_frame,
+        "frames": len(emitted.frames),
+        "fps": fps,
+        "prompt": emitted.prompt,
+        "format": form,
+        "sizes": [len(payload) for payload in payloads],
+        "keyframe": keyframe,
+        "timings": {
+            "denoise_s": timings.denoise_s,
+            "decode_s": timings.decode_s,
+            "encode_s": encode_s,
+            "queue_s": timings.queue_s,
+        },
+        "commands": [applied(command) for command in emitted.commands],
+    }
+    coded = dumps(header).encode("ascii")
+    return b"".join([len(coded).to_bytes(HEAD, "big"), coded, *payloads])
+
+
+def unpack(message: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """A binary message -> its header and payloads; ValueError if they do not fill it exactly."""
+    length = int.from_bytes(message[:HEAD], "big")
+    if len(message) < HEAD + length:
+        raise ValueError(f"message must hold a header of {length} bytes, got {len(message) - HEAD}")
+    header = json.loads(message[HEAD : HEAD + length])
+    payloads, at = [], HEAD + length
+    for size in header["sizes"]:
+        payloads.append(message[at : at + size])
+        at += size
+    if at != len(message):
+        raise ValueError(f"payloads must fill the message: {at} of {len(message)} bytes")
+    return header, payloads
