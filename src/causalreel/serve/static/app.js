@@ -193,9 +193,9 @@ function query() { return { format: $("format").value, quality: 92 }; }
 function leave() {
   now.stream?.stop();
   now.stream = null;
+  decoder.drop();
   player.clear();
   player.play();
-  decoder.reset("");
   now.chunks.length = 0;
   now.sent.clear();
   now.stepping = false;

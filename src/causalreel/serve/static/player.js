@@ -7,45 +7,63 @@ const WINDOW_MS = 4000; // over which the shown rate is taken
 /** Whether this browser can decode H.264 access units (not on a page without a secure context). */
 export const hasVideoDecoder = typeof VideoDecoder === "function";
 
-/** Payloads of one stream -> pictures, chunk after chunk in order. */
+/** Payloads of streams -> pictures, in the order in which they came. */
 export class Decoder {
   constructor(deliver, fail) {
     Object.assign(this, { deliver, fail });
-    this.turn = Promise.resolve();
+    this.gate = Promise.resolve(); // into the decoders: a new one opens when the old one is empty
+    this.turn = Promise.resolve(); // out of them
     this.coder = null;
     this.pending = new Map();
     this.codec = "";
+    this.era = 0;
   }
 
-  /** A new connection: the next access unit is a key frame. */
+  /** A new connection: the next access unit is a key frame. What came before is still delivered. */
   reset(codec) {
-    if (this.coder && this.coder.state !== "closed") this.coder.close();
-    this.coder = null;
-    this.pending.clear();
-    this.codec = codec;
+    this.enter(async () => {
+      const { coder } = this;
+      Object.assign(this, { coder: null, codec });
+      if (coder?.state !== "configured") return;
+      await coder.flush();
+      coder.close();
+      this.pending.clear();
+    });
   }
+
+  /** Another session: what is still on its way is not delivered. */
+  drop() { this.era += 1; }
 
   take(header, parts) {
-    if (header.format === "h264") this.feed(header, parts);
-    else this.turn = this.turn.then(() => this.stills(header, parts)).catch((problem) => this.fail(problem));
+    const { era } = this;
+    this.enter(() => (header.format === "h264" ? this.feed(header, parts, era) : this.stills(header, parts, era)));
   }
 
-  async stills(header, parts) {
+  enter(act) { this.gate = this.gate.then(act).catch((problem) => this.fail(problem)); }
+
+  leave(picture, facts) {
+    this.turn = this.turn.then(async () => {
+      const item = { picture: await picture, ...facts };
+      if (facts.era === this.era) this.deliver(item);
+      else item.picture.close();
+    }).catch((problem) => this.fail(problem));
+  }
+
+  stills(header, parts, era) {
     const type = `image/${header.format}`;
-    const pictures = await Promise.all(parts.map((part) => createImageBitmap(new Blob([part], { type }))));
-    pictures.forEach((picture, i) => this.deliver({ picture, header, index: i }));
+    parts.forEach((part, index) => this.leave(createImageBitmap(new Blob([part], { type })), { header, index, era }));
   }
 
-  feed(header, parts) {
+  feed(header, parts, era) {
     if (!this.coder) {
       if (!header.keyframe) return;
       this.coder = new VideoDecoder({ output: (frame) => this.decoded(frame), error: (problem) => this.fail(problem) });
       this.coder.configure({ codec: this.codec, optimizeForLatency: true });
     }
-    parts.forEach((data, i) => {
-      const timestamp = header.first_frame + i; // a name for the frame; the clock is ours
-      this.pending.set(timestamp, { header, index: i });
-      const type = header.keyframe && i === 0 ? "key" : "delta";
+    parts.forEach((data, index) => {
+      const timestamp = header.first_frame + index; // a name for the frame; the clock is ours
+      this.pending.set(timestamp, { header, index, era });
+      const type = header.keyframe && index === 0 ? "key" : "delta";
       this.coder.decode(new EncodedVideoChunk({ type, timestamp, data }));
     });
   }
@@ -54,11 +72,8 @@ export class Decoder {
     const facts = this.pending.get(frame.timestamp);
     this.pending.delete(frame.timestamp);
     const picture = createImageBitmap(frame); // a decoder lends few frames: copy and hand back
-    this.turn = this.turn.then(async () => {
-      const copy = await picture;
-      frame.close();
-      if (facts) this.deliver({ picture: copy, ...facts });
-    }).catch((problem) => this.fail(problem));
+    picture.finally(() => frame.close()).catch(() => {}); // a failure is told where the picture is awaited
+    if (facts) this.leave(picture, facts);
   }
 }
 
