@@ -111,7 +111,11 @@ function round(number) { return Number.isFinite(number) ? String(Math.round(numb
 
 function undecodable(problem) {
   console.error(problem);
-  tell(`This browser could not decode the stream as ${$("format").value}: ${problem.message}`);
+  const format = $("format").value;
+  tell(`This browser could not decode the stream as ${format}: ${problem.message}`);
+  if (format !== "h264") return;
+  $("format").value = "webp"; // pictures are decoded everywhere
+  now.stream?.change(query());
 }
 
 // --------------------------------------------------------------------------------------------------------- sessions
