@@ -36,8 +36,8 @@ from causalreel.data.video import to_bytes
 from causalreel.data.world import render, simulate
 from causalreel.eval.metrics import measure
 
-ROOT = Path(__file__).resolve().parents[1]
-STATIC = ROOT / "src" / "causalreel" / "serve" / "static"
+PACKAGE = Path(causalreel.__file__).resolve().parent
+STATIC = PACKAGE / "serve" / "static"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 MODEL = "tiny/frame-1step"
 FIRST = "a large red circle moves right slowly on a dark background"
@@ -87,7 +87,7 @@ def serve(folder: Path, *arguments: str) -> Iterator[str]:
         port = probe.getsockname()[1]
     line = [sys.executable, "-m", "causalreel", "serve", "--model", MODEL, "--port", str(port)]
     line += ["--data", str(folder / "data"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(line, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -290,13 +290,14 @@ def test_keys(page: Any, server: str) -> None:
 def test_says_when_it_is_too_slow(page: Any, server: str) -> None:
     play(page, server)
     wait_until(lambda: "times real time" in page.locator("#speed").inner_text(), "the speed")
-    assert not page.locator("#slow").is_visible()
+    wait_until(lambda: not page.locator("#slow").is_visible(), "the machine to have time")
     page.fill("#fps", "240")
     page.press("#fps", "Enter")
     wait_until(lambda: page.locator("#slow").is_visible(), "the warning")
     words = page.locator("#slow").inner_text()
     assert re.match(r"Slower than real time: [\d.]+ of 240 frames per second arrive", words)
     assert page.locator("#say").inner_text().startswith("Slower than real time")
+    screenshot(page, "slow")
     page.fill("#fps", "4")
     page.press("#fps", "Enter")
     wait_until(lambda: not page.locator("#slow").is_visible(), "the warning to go")
@@ -464,6 +465,22 @@ def test_phone_and_names(browser: Any, server: str) -> None:
     order = page.evaluate("() => ['stage', 'prompt-form', 'pace'].map((id) => document.getElementById(id).offsetTop)")
     assert order == sorted(order)
     page.click("#end")
+    context.close()
+
+
+def test_less_motion(browser: Any, server: str) -> None:
+    """Who asks for less motion starts the video himself."""
+    context = browser.new_context(reduced_motion="reduce")
+    page = context.new_page()
+    page.add_init_script(COLLECT)
+    page.goto(server)
+    page.wait_for_timeout(1000)
+    assert count(page) == 0
+    assert "less motion" in page.locator("#overlay").inner_text()
+    page.click("#again")
+    wait_until(lambda: count(page) > 4, "frames")
+    page.click("#end")
+    wait_until(lambda: attribute(page, "#connection", "data-kind") == "down", "the end")
     context.close()
 
 

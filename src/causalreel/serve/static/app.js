@@ -9,6 +9,7 @@ import { copyLink, Recorder, saveReplay, toggleRecording } from "./sharing.js";
 import { Api, Problem, Stream } from "./wire.js";
 
 const FIRST_PROMPT = "a large red circle moves right slowly on a dark background";
+const SMALL = 256; // pixels across, up to which a video is enlarged without smoothing
 const SLOWER = 0.92; // share of the frame rate below which generation is called slower than real time
 
 const link = new URLSearchParams(location.search);
@@ -39,7 +40,7 @@ const player = new Player($("video"), {
   shown(item) {
     const { header, index } = item;
     overlay("");
-    $("video").classList.toggle("small", $("video").width <= 256);
+    $("video").classList.toggle("small", $("video").width <= SMALL);
     timeline.shown($("video"), item);
     if (index === 0) began(header);
     if (player.budget === 0 && now.stepping) endStep();
@@ -135,20 +136,17 @@ async function begin() {
   tell("");
   try {
     const known = stored(() => sessionStorage, "session");
-    const id = (known && (await alive(known))) || (await now.api.create(options())).id;
-    join(id);
+    join((known && (await alive(known))) || (await now.api.create(options())));
   } catch (problem) {
     refused(problem);
   }
 }
 
-/** The id if its session still goes on, after a reload of the page. */
+/** The session if it still goes on, after a reload of the page. */
 async function alive(id) {
   try {
-    const found = await now.api.look(id);
-    const state = found.state ?? found;
-    now.resume = state.sequence - 1; // it counts the chunks made
-    return state.closed ? null : id;
+    const { state } = await now.api.look(id);
+    return state.closed ? null : { id, state, after: state.sequence - 1 }; // it counts the chunks made
   } catch (problem) {
     if (problem.status === 404) return null;
     throw problem;
@@ -167,9 +165,10 @@ function refused(problem) {
   tell(problem.message);
 }
 
-function join(id) {
+function join({ id, state, after = -1 }) {
   stored(() => sessionStorage, "session", id);
   now.id = id;
+  now.state = state;
   $("session").textContent = id;
   now.stream = new Stream(now.api, id, query(), {
     hello: (message) => {
@@ -178,20 +177,20 @@ function join(id) {
       changed(message.state);
     },
     chunk,
-    state: (message) => changed(message.state ?? message),
+    state: (message) => changed(message.state),
     error: (message) => tell(message.message),
     link: (kind, text) => { connection(kind, text); say(text); },
     lost: () => say("Some chunks were missed while the connection was away."),
     taken: () => takenOver(),
     ended: (reason, isError, status) => ended(reason, isError, status),
   });
-  if (now.resume !== undefined) now.stream.after = now.resume;
-  delete now.resume;
+  now.stream.after = after;
   now.stream.open();
   enable(true);
 }
 
-function query() { return { format: $("format").value, quality: 92 }; }
+/** Small videos are shown enlarged, artefacts too, and cost little. */
+function query() { return { format: $("format").value, quality: now.state.width <= SMALL ? 98 : 90 }; }
 
 /** Leave the session without ending it. */
 function leave() {
@@ -231,7 +230,7 @@ function takenOver() {
 }
 
 function changed(state) {
-  now.state = state ?? {};
+  now.state = state;
   $("model").textContent = now.state.model ?? "";
   const isPaused = Boolean(now.state.paused);
   const isSettled = !now.state.pending && !now.asking; // no command of ours is on its way to change it
@@ -469,4 +468,9 @@ wire();
 $("prompt").value = link.get("prompt") ?? FIRST_PROMPT;
 if (link.has("seed")) $("seed").value = link.get("seed");
 enable(false);
-begin();
+if (matchMedia("(prefers-reduced-motion: reduce)").matches) {
+  connection("down", "Not started");
+  overlay("Not started, as this device asks for less motion. New session starts it.");
+} else {
+  begin();
+}

@@ -155,25 +155,24 @@ export class Stream {
       return;
     }
     this.on.link("wait", "Reconnecting");
-    const state = await this.state();
-    if (!state || this.isOver) return;
+    if (!(await this.isThere()) || this.isOver) return;
     const wait = Math.min(LONGEST_WAIT_MS, 250 * 2 ** this.tries++);
     this.timer = setTimeout(() => this.open(), wait);
   }
 
-  /** What the server says of the session, or null after telling why there is none; keeps asking while it is away. */
-  async state() {
+  /** Whether the server still has the session; if not, it is over. Keeps asking while the server is away. */
+  async isThere() {
     for (;;) {
       try {
-        const found = await this.api.look(this.id);
-        return found.state ?? found;
+        await this.api.look(this.id);
+        return true;
       } catch (problem) {
-        if (this.isOver) return null;
+        if (this.isOver) return false;
         if (problem.status >= 400 && problem.status < 500 && problem.status !== 429) {
           this.stop();
           const gone = problem.status === 404 ? "The server no longer knows this session." : problem.message;
           this.on.ended(gone, true, problem.status);
-          return null;
+          return false;
         }
         this.on.link("down", "No connection, trying again");
         await new Promise((done) => setTimeout(done, Math.min(LONGEST_WAIT_MS, 500 * 2 ** this.tries++)));
