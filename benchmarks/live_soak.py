@@ -60,7 +60,8 @@ def main() -> None:
     if args.prompts:
         changes.start()
     print(
-        "minute | frames/s a session | latency p50, p95, max (ms) | queue p95 (ms) | change p50, p95 (ms) | RSS, GPU MiB"
+        "minute | frames/s a session | latency p50, p95, max (ms) | queue p95 (ms) | change p50, p95 (ms) | "
+        "RSS, GPU MiB"
     )
     while time.monotonic() - start < args.minutes * 60:
         time.sleep(args.minute)

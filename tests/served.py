@@ -5,16 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from PIL import Image
-
-pytest.importorskip("fastapi", reason="the extra serve is not installed")
-
 from fastapi.testclient import TestClient
+from PIL import Image
 
 import causalreel
 from causalreel.infer.pipeline import Pipeline
@@ -56,8 +54,6 @@ def message(socket: Any) -> tuple[dict[str, Any], list[bytes]]:
     if got["type"] == "websocket.close":
         return {"type": "close", "code": got["code"]}, []
     if got.get("text") is not None:
-        import json
-
         return json.loads(got["text"]), []
     return unpack(got["bytes"])
 
@@ -72,9 +68,9 @@ def until(socket: Any, is_it: Callable[[dict[str, Any]], bool], limit: int = 200
     raise AssertionError(f"not among {limit} messages: {[m['type'] for m in seen]}")
 
 
-def picture(width: int = 64, height: int = 64, kind: str = "PNG") -> bytes:
+def picture(width: int = 64, height: int = 64, kind: str = "PNG", mode: str = "RGB") -> bytes:
     held = io.BytesIO()
-    Image.new("RGB", (width, height), (255, 0, 0)).save(held, kind)
+    Image.new(mode, (width, height), (255, 0, 0) if mode == "RGB" else 0).save(held, kind)
     return held.getvalue()
 
 
@@ -83,8 +79,6 @@ def coded(data: bytes) -> str:
 
 
 def wait_for(client: TestClient, video: str, *statuses: str, tries: int = 600) -> dict[str, Any]:
-    import time
-
     for _ in range(tries):
         row = client.get(f"/v1/videos/{video}").json()
         if row["status"] in statuses:

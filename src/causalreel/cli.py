@@ -284,7 +284,8 @@ class Stream:
     """Play an endless video whose prompt changes on the way, in a window or into a file or pipe.
 
     Without -o it plays in a window (space pauses, r restarts, q closes). With --stdin a typed line is the next prompt;
-    /switch, /recompute or /fade and a prompt say how; /pause, /resume, /step N, /restart SEED, /steps N, /fps N, /close.
+    /switch, /recompute or /fade and a prompt say how. /pause, /resume, /close, /step N, /restart SEED, /steps N and
+    /fps N are the other commands.
     """
 
     prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = "a large red circle moves right"

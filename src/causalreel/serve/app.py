@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,7 +99,7 @@ def create_app(model: Scheduler | Pipeline, settings: Settings = Settings()) -> 
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Have every error leave in one form, and be counted."""
+    """Have every foreseen error leave in one form, and be counted; others are the doorkeeper's."""
 
     def answer(request: Request, error: ApiError) -> Response:
         request.app.state.service.refused(error.code)
@@ -113,17 +112,11 @@ def _answer_errors(app: FastAPI) -> None:
     def invalid(request: Request, error: ValidationError | RequestValidationError) -> Response:
         return answer(request, ApiError(422, "invalid_request", explain(error)))
 
-    def unforeseen(request: Request, error: Exception) -> Response:
-        number = secrets.token_hex(4)
-        log.error("error %s at %s %s", number, request.method, request.url.path, exc_info=error)
-        return answer(request, ApiError(500, "internal", f"internal error; the server's log has more under {number}"))
-
     handlers: dict[Any, Any] = {
         ApiError: answer,
         HTTPException: http,
         ValidationError: invalid,
         RequestValidationError: invalid,
-        Exception: unforeseen,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
@@ -180,7 +173,7 @@ async def page() -> Response:
 async def open_session(request: Request, response: Response) -> dict[str, Any]:
     """Open a session; its frames come over the WebSocket at `stream`."""
     wanted = await read_model(request, SessionRequest)
-    handle = await run_in_threadpool(service_of(request).open, wanted)
+    handle = await service_of(request).work(service_of(request).open, wanted)
     response.headers["location"] = f"/v1/sessions/{handle.id}"
     return view(handle)
 
@@ -212,7 +205,7 @@ async def command_session(request: Request, session_id: str) -> dict[str, Any]:
     handle = service.handle(session_id)
     fields = await read_model(request, None)
     try:
-        number = await run_in_threadpool(service.command, handle, fields)
+        number = await service.work(service.command, handle, fields)
     except ValueError as error:
         raise ApiError(400, "invalid_request", str(error)) from error
     return {"number": number, "state": plain(handle.session.state())}

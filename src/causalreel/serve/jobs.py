@@ -138,11 +138,14 @@ class Store:
             return done.rowcount > 0
 
     def complete(self, video: str) -> None:
-        size = self.file(video).stat().st_size
-        self.update(video, status="completed", completed_at=int(time.time()), bytes=size)
+        """The file is whole; if the video was cancelled meanwhile, it goes."""
+        now, size = int(time.time()), self.file(video).stat().st_size
+        if not self.update(video, only="in_progress", status="completed", completed_at=now, bytes=size):
+            self.file(video).unlink()
 
-    def fail(self, video: str, code: str, message: str) -> None:
-        self.update(video, status="failed", completed_at=int(time.time()), error_code=code, error_message=message)
+    def fail(self, video: str, code: str, message: str, *, only: str | None = None) -> None:
+        now = int(time.time())
+        self.update(video, only=only, status="failed", completed_at=now, error_code=code, error_message=message)
 
     def remove(self, video: str) -> None:
         with self.lock:
@@ -263,7 +266,7 @@ class Jobs:
             self.store.file(video).unlink(missing_ok=True)
             self.store.update(video, only="in_progress", status="interrupted", completed_at=int(time.time()))
         except Exception as error:
-            self.store.fail(video, *_told(error, video))
+            self.store.fail(video, *_told(error, video), only="in_progress")
         finally:
             handle.close("video is done")
             self.progress.pop(video, None)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import socket
+import sys
 from typing import Any
 
 GRACE_S = 5
 """Streams have so long to end when the server does."""
 PING_S = 20.0
 """A stream whose other end does not answer for so long is closed."""
+SWITCH_S = 0.001
+"""A thread holds the interpreter for so long at most while others wait; Python's own 0.005 adds up where several work,
+and health has to answer."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -38,4 +42,5 @@ def run(app: Any, door: socket.socket, *, message_bytes: int, behind_proxy: bool
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=GRACE_S,
     )
+    sys.setswitchinterval(SWITCH_S)
     uvicorn.Server(config).run(sockets=[door])

@@ -13,6 +13,7 @@ import hmac
 import io
 import json
 import logging
+import secrets
 import threading
 import time
 import warnings
@@ -228,8 +229,19 @@ class Guard:
             self.count(error.code)
             await refuse(error, scope, receive, send)
             return
-        limit = self.settings.body_bytes
-        await self.app(scope, _limited(receive, limit) if scope["type"] == "http" else receive, _dressed(scope, send))
+        is_http = scope["type"] == "http"
+        began: list[bool] = []
+        try:
+            limited = _limited(receive, self.settings.body_bytes) if is_http else receive
+            await self.app(scope, limited, _dressed(scope, send, began))
+        except Exception:
+            number = secrets.token_hex(4)
+            log.exception("error %s at %s", number, scope["path"])
+            self.count("internal")
+            if not is_http or began:  # too late for another answer
+                raise
+            message = f"internal error; the server's log has more under {number}"
+            await refuse(ApiError(500, "internal", message), scope, receive, send)
 
     def check(self, scope: Scope) -> None:
         """Raise the ApiError that the request earns before its body is read."""
@@ -247,7 +259,9 @@ class Guard:
             return  # a preflight carries no token; CORS answers it
         wait = self.rates.take(client_of(scope))
         if wait > 0:
-            raise ApiError(429, "too_many_requests", "too many requests; slow down", {"retry-after": str(1 + int(wait))})
+            raise ApiError(
+                429, "too_many_requests", "too many requests; slow down", {"retry-after": str(1 + int(wait))}
+            )
         if not is_right(self.settings.token, token_of(scope)):
             raise ApiError(401, "unauthorized", "a bearer token is needed", {"www-authenticate": "Bearer"})
         length = headers.get("content-length", "0")
@@ -297,11 +311,12 @@ def _limited(receive: Receive, limit: int) -> Receive:
     return counted
 
 
-def _dressed(scope: Scope, send: Send) -> Send:
-    """Lay the security headers on the answer; answers of the API are nobody's to keep."""
+def _dressed(scope: Scope, send: Send, began: list[bool]) -> Send:
+    """Lay the security headers on the answer and note that it began; answers of the API are nobody's to keep."""
 
     async def dressed(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
+            began.append(True)
             present = {name.lower() for name, _ in message["headers"]}
             extra = HEADERS | ({"cache-control": "no-store"} if scope["path"].startswith("/v1/") else {})
             new = [(name.encode(), value.encode()) for name, value in extra.items() if name.encode() not in present]

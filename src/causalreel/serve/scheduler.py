@@ -136,7 +136,7 @@ class Handle:
             return self._kept[after + 1 - oldest]
 
     def listen(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback` (from another thread, shortly) after each chunk and at the end; -> what stops that."""
+        """Call `callback` (from another thread, shortly) after each chunk, commands and the end; -> what stops it."""
         with self._condition:
             self._listeners.append(callback)
 
@@ -163,8 +163,6 @@ class Handle:
         """Whether a chunk should be made."""
         if self.ended is not None or not self.session.can_run:
             return False
-        if self.session.paused and self.session.has_pending:
-            return True  # commands are taken even if nobody reads
         if self.waiting >= self.limits.buffer_chunks:
             return False
         return self.pace == "max" or self.due_s - self.lead_s <= now
@@ -182,20 +180,21 @@ class Handle:
                 self.newest = emitted.sequence
                 self._forget()
                 self._condition.notify_all()
-        self._tell()
+        self.tell()
 
     def end(self, ended: Ended) -> None:
         """Nothing more will come; the first reason stays."""
         with self._condition:
             self.ended = self.ended or ended
             self._condition.notify_all()
-        self._tell()
+        self.tell()
 
     def _forget(self) -> None:
         while self._kept and self._kept[0].sequence <= self.taken - self.limits.resume_chunks:
             self._kept.popleft()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Call those who listen."""
         for callback in list(self._listeners):
             callback()
 
@@ -352,6 +351,8 @@ class Scheduler:
     def _next(self) -> Handle | None:
         """Whose chunk comes next; waits a while if there is nothing to do."""
         self._reap()
+        for handle in self.handles():
+            self._take_commands(handle)
         now = self.clock()
         with self._condition:
             self._is_stale = False
@@ -369,15 +370,25 @@ class Scheduler:
             made = session.next_chunk()
             self._measure(session)
         except Exception as error:
-            handle.end(Ended(_explain(error), is_error=True))
-            session.close()
-            del error
-            _free_memory()
+            _fail(handle, error)
             return
         if made is not None:
             self.made += 1
             handle.add(made, start, self.clock())
         if session.closed:
+            handle.end(Ended("closed by client"))
+
+    def _take_commands(self, handle: Handle) -> None:
+        """Commands take effect though no chunk is due: also if nobody reads, or playback is far behind."""
+        if handle.ended is not None or not handle.session.has_pending:
+            return
+        try:
+            handle.session.take_commands()
+        except Exception as error:
+            _fail(handle, error)
+            return
+        handle.tell()
+        if handle.session.closed:
             handle.end(Ended("closed by client"))
 
     def _reap(self) -> None:
@@ -393,6 +404,15 @@ class Scheduler:
         with self._condition:
             for handle in forgotten:
                 self._handles.pop(handle.id, None)
+
+
+def _fail(handle: Handle, error: Exception) -> None:
+    """End this session alone, its memory first."""
+    handle.session.close()
+    reason = _explain(error)
+    error.__traceback__ = None  # it holds the tensors of the call that failed
+    _free_memory()
+    handle.end(Ended(reason, is_error=True))
 
 
 def _explain(error: Exception) -> str:

@@ -3,9 +3,12 @@ WebRTC are its callers; all of it may block and is called from threads."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from causalreel.serve.metrics import Metrics
 from causalreel.serve.safety import ApiError, Rates, Settings, decode_base64, decode_picture, is_readable
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+WORKERS = 4
+
 
 class Service:
     """One scheduler and the limits around it."""
@@ -31,8 +37,15 @@ class Service:
         self.jobs: Jobs | None = None
         self.viewers: dict[str, Any] = {}
         """Session -> the connection that is served its frames; a newer one takes over."""
-        self.threads = ThreadPoolExecutor(settings.streams, thread_name_prefix="stream")
-        """Threads that wait for chunks and encode them: one a stream, so that no viewer waits for another."""
+        self.threads = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="encode")
+        """Threads that encode chunks; more than there are cores would only get in the way of each other."""
+
+        self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="work")
+        """Threads that check requests and encode prompts."""
+
+    async def work(self, do: Callable[..., Result], *arguments: Any) -> Result:
+        """Have a thread do what takes a while; few at a time, or the event loop would not get its turn."""
+        return await asyncio.get_running_loop().run_in_executor(self.workers, do, *arguments)
 
     def facts(self) -> dict[str, Any]:
         """Numbers of what is now: the scheduler's, viewers, jobs."""
@@ -120,7 +133,8 @@ class Service:
         return f": {text!r}" if text and self.settings.log_prompts else ""
 
     def close(self) -> None:
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.threads, self.workers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _ascii(error: Exception) -> str:

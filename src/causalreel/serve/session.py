@@ -208,15 +208,15 @@ class Session:
 
     @property
     def can_run(self) -> bool:
-        """Whether `next_chunk` has something to do: a chunk to make, or a command to take."""
-        return not self.closed and (not self.paused or self._to_step > 0 or bool(self._pending))
+        """Whether `next_chunk` would make a chunk, if no command waits."""
+        return not self.closed and (not self.paused or self._to_step > 0)
 
     # ---- chunks ----
 
     def next_chunk(self) -> Emitted | None:
         """Take the pending commands and make the next chunk; None while paused and after close."""
-        self._take_pending()
-        if self.closed or (self.paused and self._to_step == 0):
+        self.take_commands()
+        if not self.can_run:
             return None
         with torch.no_grad():
             start = self.clock()
@@ -254,7 +254,8 @@ class Session:
                 return first
         return self._live.next_chunk().latents
 
-    def _take_pending(self) -> None:
+    def take_commands(self) -> None:
+        """Have the pending commands take effect now, between two chunks; for the thread that asks for chunks."""
         with self._lock:
             taken, self._pending = self._pending, []
             for command in taken:

@@ -103,7 +103,7 @@ class Stream:
                 raise WebSocketDisconnect(message.get("code", 1006))
             said = message.get("text")
             said = message.get("bytes", b"") if said is None else said
-            for answer in await asyncio.to_thread(self.service.answer, self.handle, said, client):
+            for answer in await self.service.work(self.service.answer, self.handle, said, client):
                 await self.tell(answer)
 
     async def play(self) -> tuple[int, str]:

@@ -62,7 +62,8 @@ def planned(service: Service, wanted: VideoRequest) -> dict[str, Any]:
 async def create_video(request: Request, response: Response) -> dict[str, Any]:
     """Ask for a video; it is made in the background."""
     wanted = await read_model(request, VideoRequest)
-    fields = await run_in_threadpool(planned, request.app.state.service, wanted)
+    service = request.app.state.service
+    fields = await service.work(planned, service, wanted)
     row = await run_in_threadpool(jobs_of(request).create, fields)
     response.headers["location"] = f"/v1/videos/{row['id']}"
     return shown(row | {"progress": 0})

@@ -199,7 +199,7 @@ class ErrorView(BaseModel):
 
 
 def explain(error: Any) -> str:
-    """What a ValidationError finds wrong with a request, without repeating values it held: they may be secret, huge or not encodable."""
+    """What a ValidationError finds wrong with a request, without the values it held: secret, huge, not encodable."""
     parts = []
     for detail in error.errors()[:5]:
         where = ".".join(str(place)[:40] for place in detail["loc"]) or "request"
@@ -253,9 +253,7 @@ def applied(command: Applied) -> dict[str, Any]:
     return {"number": command.number, "name": command.name, "latency_s": command.latency_s}
 
 
-def pack(
-    emitted: Emitted, payloads: list[bytes], *, form: str, fps: float, keyframe: bool, encode_s: float
-) -> bytes:
+def pack(emitted: Emitted, payloads: list[bytes], *, form: str, fps: float, keyframe: bool, encode_s: float) -> bytes:
     """A chunk and its encoded frames -> a binary message."""
     timings = emitted.timings
     header = {

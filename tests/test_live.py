@@ -1,0 +1,249 @@
+"""Endless streams: segments equal rollouts put together by hand; the ways to change the prompt; flat for ever."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from causalreel import load
+from causalreel.eval.metrics import measure
+from causalreel.infer.accelerate import accelerate
+from causalreel.infer.live import Live, Policy, encode_prompt
+from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.schedule import noise_levels
+from causalreel.nn.masks import Context
+from causalreel.rollout import KeyedNoise, chunked, rollout
+from causalreel.types import Conditioning
+from causalreel.weights.export import Sampling
+from test_infer import FULL, PROMPTS, close, pipeline
+
+TWO_STEP = Sampling(1, (1000.0, 500.0), first_steps=(1000.0, 750.0, 500.0))
+
+
+def stream(made: Pipeline, chunks: int, *, policy: Policy | None = None, seed: int = 3) -> tuple[Live, Tensor]:
+    policy = Policy.of(made.export, made.sampling, "renew") if policy is None else policy
+    live = Live(made, encode_prompt(made, PROMPTS[0], seed), seed=seed, policy=policy)
+    return live, torch.cat([live.next_chunk().latents for _ in range(chunks)], dim=1)
+
+
+class Shifted:
+    """Noise of frames counted from `base`."""
+
+    def __init__(self, made: Pipeline, seed: int, base: int) -> None:
+        self.noise, self.base = KeyedNoise([seed], made.export.latent), base
+
+    def initial(self, start: int, frames: int) -> Tensor:
+        return self.noise.initial(self.base + start, frames)
+
+    def renoise(self, start: int, frames: int, draw: int) -> Tensor:
+        return self.noise.renoise(self.base + start, frames, draw)
+
+
+def behind(made: Pipeline, kept: Tensor, new: int, *, base: int, text: Tensor, seed: int = 3) -> Tensor:
+    """`new` frames behind `kept` latents at positions from 0, with a plain plan and a plain cache."""
+    sampling = made.sampling
+    chunk = sampling.chunk or 1
+    plan = chunked([chunk] * (new // chunk), noise_levels(sampling), prefix=[chunk] * (kept.shape[1] // chunk))
+    chunks = rollout(
+        made.denoiser,
+        plan,
+        conditioning=Conditioning(text),
+        noise=Shifted(made, seed, base),
+        cache=made.denoiser.new_cache(),
+        prefix=kept,
+    )
+    return torch.cat([chunk.latents for chunk in chunks], dim=1)
+
+
+@pytest.mark.parametrize("sampling", [TWO_STEP, Sampling(2), dataclasses.replace(TWO_STEP, guidance=2.0)])
+def test_the_first_segment_is_a_clip(sampling: Sampling) -> None:
+    made = pipeline(sampling)
+    _, latents = stream(made, 4 // (sampling.chunk or 1))
+    clip = torch.cat([chunk.latents for chunk in made.latents(PROMPTS[0], seed=3)], dim=1)
+    assert torch.equal(latents, clip)
+
+
+def test_a_segment_begins_behind_the_last_latents_at_positions_from_0() -> None:
+    made = pipeline(TWO_STEP)
+    _, latents = stream(made, 8)
+    text = encode_prompt(made, PROMPTS[0], 3)
+    close(behind(made, latents[:, 2:4], 2, base=2, text=text), latents[:, 4:6])
+    close(behind(made, latents[:, 4:6], 2, base=4, text=text), latents[:, 6:8])
+
+
+def test_chunks_say_where_they_are() -> None:
+    made = pipeline(Sampling(2))
+    live = Live(made, encode_prompt(made, PROMPTS[0]))
+    assert [live.next_chunk().start for _ in range(5)] == [0, 2, 4, 6, 8] and live.frame == 10
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("kind", ["renew", "slide"])
+def test_positions_cache_and_noise_stay_in_order(kind: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pipeline(TWO_STEP)
+    made = accelerate(made) if fast else made
+    monkeypatch.setattr("causalreel.infer.live.POSITIONS", 10)
+    policy = Policy.of(made.export, TWO_STEP, kind)
+    calls, drawn, visible = [], [], []
+    forward, initial = type(made.denoiser).forward, KeyedNoise.initial
+
+    def spy(self: object, x: Tensor, *args: object, start: int = 0, cache: object = None, **how: object) -> Tensor:
+        calls.append((start, start + x.shape[1]))
+        result = forward(self, x, *args, start=start, cache=cache, **how)
+        visible.append(len(cache.frames))
+        return result
+
+    def spy_initial(self: KeyedNoise, start: int, frames: int) -> Tensor:
+        drawn.append(start)
+        return initial(self, start, frames)
+
+    monkeypatch.setattr(type(made.denoiser), "forward", spy)
+    monkeypatch.setattr(KeyedNoise, "initial", spy_initial)
+    live, latents = stream(made, 40, policy=policy)
+    assert drawn == list(range(40)) and latents.isfinite().all()
+    assert max(end for _, end in calls) == (4 if kind == "renew" else 10)
+    assert max(visible) <= 4 and live._kept.shape[1] == 2
+    assert live.segments == (19 if kind == "renew" else 1 + 4)
+
+
+def test_slide_is_the_long_clip_until_positions_run_out() -> None:
+    made = pipeline(TWO_STEP)
+    policy = Policy.of(made.export, TWO_STEP, "slide")
+    assert policy.context == Context(window=4) and policy.length == 1024
+    _, latents = stream(made, 12, policy=policy)
+    clip = torch.cat([chunk.latents for chunk in made.latents(PROMPTS[0], seed=3, frames=45)], dim=1)
+    assert torch.equal(latents, clip)
+
+
+def test_fast_networks_make_the_same_stream() -> None:
+    torch.manual_seed(0)
+    made = pipeline(TWO_STEP)
+    results = []
+    for one in (made, accelerate(pipeline(TWO_STEP))):
+        live = Live(one, encode_prompt(one, PROMPTS[0]))
+        parts = []
+        for index in range(11):
+            if index == 7:
+                live.tell(encode_prompt(one, PROMPTS[1]))
+            parts.append(live.next_chunk().latents)
+        results.append(torch.cat(parts, dim=1))
+    close(*results)
+
+
+# ---- other prompts
+
+
+def changed(made: Pipeline, mode: str, **how: int) -> tuple[Live, Tensor, Tensor, Tensor]:
+    """Three chunks, a change, -> the stream, its old latents, the next chunk's and the new text."""
+    live, old = stream(made, 3)
+    text = encode_prompt(made, PROMPTS[1], 3)
+    live.tell(text, mode=mode, **how)
+    return live, old, live.next_chunk().latents, text
+
+
+def test_recompute_reads_what_is_kept_under_the_new_text() -> None:
+    made = pipeline(TWO_STEP)
+    live, old, new, text = changed(made, "recompute")
+    assert live.segments == 2
+    close(new, behind(made, old[:, 1:3], 1, base=1, text=text))
+    other = behind(made, old[:, 1:3], 1, base=1, text=encode_prompt(made, PROMPTS[0], 3))
+    assert (new - other).abs().max() > 1e-2
+
+
+def test_switch_keeps_the_cache() -> None:
+    made = pipeline(TWO_STEP)
+    live, old, new, text = changed(made, "switch")
+    assert live.segments == 1
+    said = [encode_prompt(made, PROMPTS[0], 3), text]
+    plan = made.schedule().plan(fused=True)
+    parts: Iterator = rollout(
+        made.denoiser,
+        plan,
+        conditioning=lambda call: Conditioning(said[call.parts[-1].start >= 3]),
+        noise=Shifted(made, 3, 0),
+        cache=made.denoiser.new_cache(),
+    )
+    expected = torch.cat([chunk.latents for chunk in parts], dim=1)
+    close(torch.cat([old, new], dim=1), expected)
+    assert (new - changed(made, "recompute")[2]).abs().max() > 1e-3
+
+
+def test_fade_moves_the_text_evenly_and_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pipeline(TWO_STEP)
+    live, *_, text = changed(made, "fade", chunks=4)
+    old = encode_prompt(made, PROMPTS[0], 3)
+    for done in (1, 2, 3):
+        close(live._told.text, old + (text - old) * done / 4, 1e-6)
+        live.next_chunk()
+    assert torch.equal(live._told.text, text) and live._fade is None
+    live.tell(old, mode="fade", chunks=2)
+    live.next_chunk()
+    half = live._told.text
+    live.tell(text, mode="fade", chunks=2)  # from where the other one has got to
+    live.next_chunk()
+    close(live._told.text, (half + text) / 2, 1e-6)
+    live.tell(old, mode="switch")
+    live.next_chunk()
+    assert torch.equal(live._told.text, old)
+
+
+def test_other_steps() -> None:
+    made = pipeline(TWO_STEP)
+    live, old = stream(made, 3)
+    one = Sampling(1, (1000.0,))
+    live.resample(one)
+    new = live.next_chunk().latents
+    text = encode_prompt(made, PROMPTS[0], 3)
+    close(new, behind(dataclasses.replace(made, sampling=one), old[:, 1:3], 1, base=1, text=text))
+    with pytest.raises(ValueError, match="chunk cannot change in a stream: it is 1, got 2"):
+        live.resample(Sampling(2))
+
+
+def test_a_picture_to_begin_with() -> None:
+    made = pipeline(TWO_STEP)
+    picture = torch.rand(3, 32, 32) * 2 - 1
+    first = made.codec.encode(picture[None, None]).detach()
+    live = Live(made, encode_prompt(made, PROMPTS[0], 3), seed=3, first=first)
+    latents = torch.cat([live.next_chunk().latents for _ in range(3)], dim=1)
+    clip = list(made.stream(PROMPTS[0], seed=3, prefix=picture))
+    decode = made.codec.stream()
+    decode(first)
+    close(decode(latents), torch.cat(clip[1:], dim=1))
+    with pytest.raises(ValueError, match="multiple of the chunk's 2 latent frames, got 1"):
+        Live(pipeline(Sampling(2)), first[:1], first=first)
+
+
+def test_impossible_policies() -> None:
+    export = pipeline().export
+    for sampling, how, message in [
+        (FULL, {}, "needs an autoregressive model"),
+        (Sampling(4), {}, "chunk must be at most 2 for a live stream, got 4"),
+        (Sampling(2), {"keep": 3}, "keep must be a multiple of 2, from 2 to 2; got 3"),
+        (Sampling(1), {"keep": 4}, "from 1 to 3; got 4"),
+        (Sampling(1), {"kind": "roll"}, "policy must be one of renew, slide, got 'roll'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Policy.of(export, sampling, **how)
+    assert Policy.of(export, Sampling(1)).kind == "slide"
+    assert Policy.of(dataclasses.replace(export, name="tiny/x"), Sampling(1)).kind == "renew"
+    live = Live(pipeline(TWO_STEP), encode_prompt(pipeline(), PROMPTS[0]))
+    with pytest.raises(ValueError, match="mode must be one of switch, recompute, fade, got 'cut'"):
+        live.tell(encode_prompt(pipeline(), PROMPTS[0]), mode="cut")
+    with pytest.raises(ValueError, match="chunks must be at least 1, got 0"):
+        live.tell(encode_prompt(pipeline(), PROMPTS[0]), mode="fade", chunks=0)
+
+
+@pytest.mark.slow
+def test_the_tiny_model_holds_one_prompt_and_follows_another() -> None:
+    tiny = load("tiny", device="cpu")
+    live = Live(tiny, encode_prompt(tiny, PROMPTS[0]))
+    decode = tiny.codec.stream()
+    long = torch.cat([decode(live.next_chunk().latents) for _ in range(60)], dim=1)
+    assert measure(long[:, -80:], [PROMPTS[0]]).follow.item() > 0.9
+    live.tell(encode_prompt(tiny, PROMPTS[1]))
+    new = torch.cat([decode(live.next_chunk().latents) for _ in range(24)], dim=1)
+    assert measure(new[:, -32:], [PROMPTS[1]]).follow.item() > 0.5

@@ -1,0 +1,284 @@
+"""Sessions: commands at chunk borders, what is refused, and replays that are the same bits."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from causalreel.data.video import to_bytes
+from causalreel.infer.live import Live
+from causalreel.serve import session as module
+from causalreel.serve.session import Options, Session
+from causalreel.weights.export import Sampling
+from test_infer import PROMPTS, pipeline
+from test_live import TWO_STEP
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def session(sampling: Sampling = TWO_STEP, **options: object) -> Session:
+    return Session(pipeline(sampling), Options(PROMPTS[0], **options))
+
+
+def pictures(one: Session, chunks: int) -> list[Tensor]:
+    made = [one.next_chunk() for _ in range(chunks)]
+    assert all(chunk is not None for chunk in made)
+    return [chunk.frames for chunk in made]
+
+
+def test_the_beginning_is_a_clip() -> None:
+    one = session(seed=5)
+    clip = to_bytes(pipeline(TWO_STEP).generate(PROMPTS[0], seed=5)[0])
+    made = [one.next_chunk() for _ in range(4)]
+    assert torch.equal(torch.cat([chunk.frames for chunk in made]), clip)
+    assert made[0].frames.dtype == torch.uint8 and made[0].frames.shape == (1, 32, 32, 3)
+    assert [chunk.sequence for chunk in made] == [0, 1, 2, 3]
+    assert [chunk.first_frame for chunk in made] == [0, 1, 5, 9]
+    assert one.state()["frames"] == 13 and one.state()["sequence"] == 4
+    json.dumps(one.state())
+
+
+def test_a_command_takes_effect_at_the_next_border_and_says_when() -> None:
+    clock = Clock()
+    one = Session(pipeline(TWO_STEP), Options(PROMPTS[0]), clock=clock)
+    first = one.next_chunk()
+    assert first.prompt == PROMPTS[0] and first.commands == ()
+    assert one.command("prompt", text=PROMPTS[1], mode="fade", chunks=2) == 1
+    clock.now += 1.5
+    assert one.command("fps", fps=8) == 2
+    assert one.prompt == PROMPTS[0] and one.state()["pending"] == 2  # not yet
+    clock.now += 0.5
+    second = one.next_chunk()
+    assert second.prompt == PROMPTS[1] and one.fps == 8
+    told, rate = second.commands
+    assert (told.number, told.name, told.latency_s) == (1, "prompt", 2.0)
+    assert told.arguments == {"text": PROMPTS[1], "mode": "fade", "chunks": 2}
+    assert (rate.number, rate.name, rate.latency_s) == (2, "fps", 0.5)
+    assert one.next_chunk().commands == ()
+
+
+@pytest.mark.parametrize("mode", ["switch", "recompute", "fade"])
+def test_modes_reach_the_stream(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(Live, "tell", lambda self, text, **how: told.append((text, how)))
+    one = session()
+    one.next_chunk()
+    one.command("prompt", text=PROMPTS[1], mode=mode, chunks=3)
+    one.next_chunk()
+    ((text, how),) = told
+    assert how == {"mode": mode, "chunks": 3} and torch.equal(text, one.pipeline.text.encode([PROMPTS[1]]))
+
+
+def test_pause_step_resume() -> None:
+    one, free = session(), session()
+    expected = pictures(free, 5)
+    got = pictures(one, 1)
+    one.command("pause")
+    assert one.next_chunk() is None and one.state()["paused"] and not one.can_run
+    one.command("step", chunks=2)
+    got += pictures(one, 2)
+    assert one.next_chunk() is None
+    one.command("step")
+    one.command("resume")  # what was left to step does not count any more
+    got += pictures(one, 2)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_command_in_a_pause_is_taken_at_once() -> None:
+    one = session()
+    one.command("pause")
+    one.command("prompt", text=PROMPTS[1])
+    assert one.next_chunk() is None and one.prompt == PROMPTS[1] and one.state()["pending"] == 0
+    one.command("resume")
+    assert [command.number for command in one.next_chunk().commands] == [1, 2, 3]
+
+
+def test_restart() -> None:
+    one = session(seed=1)
+    begun = pictures(one, 3)
+    one.command("restart")
+    again = pictures(one, 3)
+    assert all(torch.equal(a, b) for a, b in zip(begun, again, strict=True))
+    one.command("restart", seed=2, prompt=PROMPTS[1])
+    other = pictures(one, 3)
+    expected = pictures(Session(pipeline(TWO_STEP), Options(PROMPTS[1], seed=2)), 3)
+    assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+    assert one.state()["seed"] == 2 and one.state()["frames"] == 27  # frames go on counting
+
+
+def test_a_short_prompt_is_completed_by_the_seed_that_is_to_come() -> None:
+    one = session(seed=1)
+    one.command("prompt", text="a red circle")
+    one.command("restart", seed=2)
+    expected = pictures(Session(pipeline(TWO_STEP), Options("a red circle", seed=2)), 2)
+    assert all(torch.equal(a, b) for a, b in zip(pictures(one, 2), expected, strict=True))
+    assert one.prompt == "a red circle"
+
+
+def test_steps_frame_rate_and_size() -> None:
+    one = session(steps=1)
+    assert one.state()["steps"] == 1 and one.state()["fps"] == 16.0
+    assert (one.state()["height"], one.state()["width"]) == (32, 32)
+    pictures(one, 1)
+    one.command("steps", steps=3)
+    pictures(one, 1)
+    assert one.state()["steps"] == 3 and one._live.sampling.steps == pytest.approx((1000, 2000 / 3, 1000 / 3))
+    two = session(Sampling(2))
+    assert [len(frames) for frames in pictures(two, 3)] == [5, 8, 8]
+
+
+def test_a_picture_comes_first_and_a_restart_keeps_it() -> None:
+    picture = torch.rand(3, 32, 32) * 2 - 1
+    one = session(image=picture)
+    rounded = (to_bytes(picture)[0].permute(2, 0, 1).float() / 127.5) - 1
+    clip = to_bytes(pipeline(TWO_STEP).generate(PROMPTS[0], prefix=rounded)[0])
+    assert torch.equal(torch.cat(pictures(one, 4)), clip)
+    one.command("restart")
+    assert torch.equal(torch.cat(pictures(one, 4)), clip) and one.state()["has_image"]
+    one.command("image", image=None)
+    assert torch.equal(torch.cat(pictures(one, 2)), torch.cat(pictures(session(), 2)))
+    one.command("image", image=picture)
+    made = one.next_chunk()
+    assert torch.equal(made.frames, clip[:1]) and made.commands[0].arguments == {"image": "32 x 32 pixels"}
+
+
+def test_close() -> None:
+    one = session()
+    pictures(one, 1)
+    one.command("close")
+    one.command("prompt", text=PROMPTS[1])
+    assert one.next_chunk() is None and one.closed and one._live is None and one.prompt == PROMPTS[0]
+    with pytest.raises(ValueError, match="is closed"):
+        one.command("pause")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("jump", {}, "name must be one of prompt, pause, .*, got 'jump'"),
+        ("pause", {"now": 1}, "pause takes no arguments; got 'now'"),
+        ("prompt", {}, "text must be a text that is not empty, got None"),
+        ("prompt", {"text": "  "}, "text must be a text"),
+        ("prompt", {"text": "a flying elephant"}, "unknown word 'flying'"),
+        ("prompt", {"text": PROMPTS[1], "mode": "cut"}, "mode must be one of switch, recompute, fade, got 'cut'"),
+        ("prompt", {"text": PROMPTS[1], "mode": ["fade"]}, "mode must be one of"),
+        ("prompt", {"text": PROMPTS[1], "chunks": 0}, "chunks must be a whole number from 1 to 1000, got 0"),
+        ("step", {"chunks": True}, "chunks must be a whole number from 1 to 1000, got True"),
+        ("restart", {"seed": -1}, "seed must be a whole number from 0"),
+        ("restart", {"seed": "7"}, "seed must be a whole number from 0"),
+        ("restart", {"prompt": 7}, "prompt must be a text"),
+        ("steps", {}, "steps must be a whole number from 1 to 100, got None"),
+        ("steps", {"steps": 2.5}, "steps must be a whole number"),
+        ("fps", {"fps": float("nan")}, "fps must be a number above 0, at most 240; got nan"),
+        ("fps", {"fps": 0}, "fps must be a number above 0"),
+        ("image", {}, "image needs the argument image"),
+        (
+            "image",
+            {"image": torch.zeros(3, 8, 8)},
+            r"image must be a tensor \(3, 32, 32\) in \[-1,1\], got \(3, 8, 8\)",
+        ),
+        ("image", {"image": "cat.png"}, "got str"),
+    ],
+)
+def test_bad_commands_are_refused_at_once(name: str, arguments: dict, message: str) -> None:
+    one = session()
+    with pytest.raises(ValueError, match=message):
+        one.command(name, **arguments)
+    assert one.state()["pending"] == 0 and one.command("pause") == 1  # a refused one has no number
+
+
+def test_bad_options() -> None:
+    made = pipeline(Sampling(2))
+    for options, message in [
+        (Options(""), "prompt must be a text"),
+        (Options(PROMPTS[0], seed=-1), "seed must be"),
+        (Options(PROMPTS[0], steps=0), "steps must be"),
+        (Options(PROMPTS[0], chunk=3), "chunk must be at most 2"),
+        (Options(PROMPTS[0], fps=1e9), "fps must be"),
+        (Options(PROMPTS[0], image=torch.zeros(3, 32, 32)), "needs a frame-wise model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Session(made, options)
+    with pytest.raises(ValueError, match="needs a frame-wise model"):
+        Session(made, Options(PROMPTS[0])).command("image", image=torch.zeros(3, 32, 32))
+
+
+def test_commands_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_COMMANDS", 2)
+    monkeypatch.setattr(module, "MAX_PICTURES", 1)
+    one = session()
+    one.command("image", image=torch.zeros(3, 32, 32))
+    with pytest.raises(ValueError, match="at most 2 commands, 1 with a picture"):
+        one.command("image", image=torch.zeros(3, 32, 32))
+    one.command("pause")
+    with pytest.raises(ValueError, match="at most 2 commands"):
+        one.command("resume")
+
+
+# ---- records
+
+
+def told() -> tuple[Session, list[Tensor]]:
+    """A session with every command in it, and what it showed."""
+    one, shown = session(seed=9, image=torch.rand(3, 32, 32) * 2 - 1), []
+    script = {
+        1: [("prompt", {"text": PROMPTS[1]})],
+        3: [("prompt", {"text": PROMPTS[0], "mode": "fade", "chunks": 3}), ("fps", {"fps": 12})],
+        6: [("steps", {"steps": 1}), ("prompt", {"text": "a green square", "mode": "switch"})],
+        8: [("pause", {}), ("step", {"chunks": 2})],
+        11: [("restart", {"seed": 4, "prompt": PROMPTS[1]})],
+        13: [("image", {"image": torch.rand(3, 32, 32) * 2 - 1})],
+    }
+    while one.sequence < 16:
+        for name, arguments in script.pop(one.sequence, []):
+            one.command(name, **arguments)
+        made = one.next_chunk()
+        if made is None:
+            one.command("resume")
+            continue
+        shown.append(made.frames)
+    return one, shown
+
+
+def test_a_record_replays_bit_for_bit() -> None:
+    one, shown = told()
+    record = json.loads(json.dumps(one.record()))
+    again = list(Session.replay(pipeline(TWO_STEP), record))
+    assert [chunk.sequence for chunk in again] == list(range(16))
+    assert all(torch.equal(chunk.frames, frames) for chunk, frames in zip(again, shown, strict=True))
+    assert [entry["at"] for entry in record["commands"]] == [1, 3, 3, 6, 6, 8, 8, 10, 11, 13]
+    assert not any(torch.equal(a, b) for a, b in zip(shown[2:], pictures(session(seed=9), 16)[2:], strict=True))
+
+
+def test_bad_records() -> None:
+    record = json.loads(json.dumps(told()[0].record()))
+    made = pipeline(TWO_STEP)
+
+    def refused(message: str, **changes: object) -> None:
+        with pytest.raises(ValueError, match=message):
+            list(Session.replay(made, copy.deepcopy(record) | changes))
+
+    refused("must have the format causalreel-session/1, got 'x'", format="x")
+    refused("was made with the model 'other', this is 'small'", model="other")
+    refused("not complete", options={"prompt": PROMPTS[0], "colour": 1})
+    refused("not complete", commands=[{"at": 1}])
+    refused("chunks must be a whole number", chunks="many")
+    refused("pauses or closes after 0", commands=[{"at": 0, "name": "pause", "arguments": {}}])
+    refused("name must be one of", commands=[{"at": 0, "name": "rm", "arguments": {}}])
+    image = record["options"]["image"]
+    refused("must have 300000 bytes", options=record["options"] | {"image": image | {"height": 1000, "width": 100}})
+    refused("cannot be read", options=record["options"] | {"image": image | {"zlib": "AAAA"}})
+    with pytest.raises(ValueError, match="must have the format"):
+        Session.replay(made, [1])  # type: ignore[arg-type] - at once, before the first chunk
