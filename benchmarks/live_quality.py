@@ -31,8 +31,16 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--chunks", type=int, default=120)
     parser.add_argument("--behind", type=int, default=16, help="chunks looked at behind a change")
+    parser.add_argument("--only", choices=("streams", "changes"))
     args = parser.parse_args()
     pipeline = load(args.model, device="cpu")
+    if args.only != "changes":
+        streams(pipeline, args)
+    if args.only != "streams":
+        changes(pipeline, args)
+
+
+def streams(pipeline, args) -> None:
     export, chunk = pipeline.export, pipeline.sampling.chunk
     policies = {
         f"renew, keep {keep}": Policy.of(export, pipeline.sampling, "renew", keep) for keep in kept(export, chunk)
@@ -46,10 +54,15 @@ def main() -> None:
         rows = [scores(pipeline, policy, seed, args.chunks) for seed in range(args.streams)]
         cells = [" / ".join(f"{mean(row[i][k] for row in rows):.3f}" for k in range(3)) for i in range(len(STRETCHES))]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def changes(pipeline, args) -> None:
+    export, chunk = pipeline.export, pipeline.sampling.chunk
+    default = Policy.of(export, pipeline.sampling, "renew").keep
     print(f"follow of the new prompt in chunks behind the change; {args.streams} streams")
     for keep in kept(export, chunk):
         policy = Policy.of(export, pipeline.sampling, "renew", keep)
-        modes = ("switch", "recompute", "fade") if keep == half else ("recompute",)
+        modes = ("switch", "recompute", "fade") if keep == default else ("recompute",)
         for mode in modes:
             curves = [change(pipeline, policy, seed, mode, args.behind) for seed in range(args.streams)]
             cells = [f"{mean(curve[i] for curve in curves):.2f}" for i in range(args.behind)]

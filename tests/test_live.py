@@ -25,7 +25,7 @@ TWO_STEP = Sampling(1, (1000.0, 500.0), first_steps=(1000.0, 750.0, 500.0))
 
 
 def stream(made: Pipeline, chunks: int, *, policy: Policy | None = None, seed: int = 3) -> tuple[Live, Tensor]:
-    policy = Policy.of(made.export, made.sampling, "renew") if policy is None else policy
+    policy = Policy.of(made.export, made.sampling, "renew", 2) if policy is None else policy
     live = Live(made, encode_prompt(made, PROMPTS[0], seed), seed=seed, policy=policy)
     return live, torch.cat([live.next_chunk().latents for _ in range(chunks)], dim=1)
 
@@ -87,7 +87,7 @@ def test_positions_cache_and_noise_stay_in_order(kind: str, fast: bool, monkeypa
     made = pipeline(TWO_STEP)
     made = accelerate(made) if fast else made
     monkeypatch.setattr("causalreel.infer.live.POSITIONS", 10)
-    policy = Policy.of(made.export, TWO_STEP, kind)
+    policy = Policy.of(made.export, TWO_STEP, kind, 2)
     calls, drawn, visible = [], [], []
     forward, initial = type(made.denoiser).forward, KeyedNoise.initial
 
@@ -108,6 +108,16 @@ def test_positions_cache_and_noise_stay_in_order(kind: str, fast: bool, monkeypa
     assert max(end for _, end in calls) == (4 if kind == "renew" else 10)
     assert max(visible) <= 4 and live._kept.shape[1] == 2
     assert live.segments == (19 if kind == "renew" else 1 + 4)
+
+
+def test_segments_share_one_memory() -> None:
+    made = accelerate(pipeline(TWO_STEP))
+    live, _ = stream(made, 10)
+    live.tell(encode_prompt(made, PROMPTS[1]))
+    live.next_chunk()
+    assert [len(free) for free in made.denoiser.run._free.values()] == [0]
+    live.close()
+    assert [len(free) for free in made.denoiser.run._free.values()] == [1]
 
 
 def test_slide_is_the_long_clip_until_positions_run_out() -> None:
@@ -228,6 +238,9 @@ def test_impossible_policies() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             Policy.of(export, sampling, **how)
+    twelve = dataclasses.replace(export, frames=12)
+    assert [Policy.of(twelve, Sampling(n), "renew").keep for n in (1, 2, 6)] == [3, 2, 6]
+    assert Policy.of(twelve, Sampling(1), "slide").keep == 6
     assert Policy.of(export, Sampling(1)).kind == "slide"
     assert Policy.of(dataclasses.replace(export, name="tiny/x"), Sampling(1)).kind == "renew"
     live = Live(pipeline(TWO_STEP), encode_prompt(pipeline(), PROMPTS[0]))

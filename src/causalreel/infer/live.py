@@ -31,6 +31,10 @@ MODES: tuple[str, ...] = get_args(Mode)
 DEFAULT_POLICIES: dict[str, PolicyKind] = {"tiny": "renew"}
 """Family of models -> the policy that measured better; the others slide, as the released code for long videos does."""
 
+KEPT: dict[PolicyKind, int] = {"renew": 4, "slide": 2}
+"""A new segment keeps the trained length divided by this. For renew a quarter held and followed prompts best, as
+measured (`benchmarks/live_quality.py`, table in docs/live.md); for slide half is a guess between speed and memory."""
+
 POSITIONS = 1024
 """Positions of frames that sliding may reach before it begins again at 0: as many as the released code has tables."""
 
@@ -52,7 +56,7 @@ class Policy:
 
     @staticmethod
     def of(export: Export, sampling: Sampling, kind: PolicyKind | None = None, keep: int | None = None) -> Policy:
-        """The policy for a model: its family's kind, and half a training clip kept, unless told otherwise."""
+        """The policy for a model: its family's kind and that kind's share of a training clip kept, unless told."""
         chunk = sampling.chunk
         if chunk is None:
             raise ValueError(f"a live stream needs an autoregressive model; {export.name} generates whole clips")
@@ -63,7 +67,7 @@ class Policy:
         trained = export.frames // chunk * chunk
         if trained < 2 * chunk:
             raise ValueError(f"chunk must be at most {export.frames // 2} for a live stream, got {chunk}")
-        keep = max(trained // 2 // chunk * chunk, chunk) if keep is None else keep
+        keep = max(trained // KEPT[kind] // chunk * chunk, chunk) if keep is None else keep
         if not chunk <= keep <= trained - chunk or keep % chunk:
             raise ValueError(f"keep must be a multiple of {chunk}, from {chunk} to {trained - chunk}; got {keep}")
         if kind == "renew":
@@ -208,6 +212,9 @@ class _Shifted:
 
 
 def encode_prompt(pipeline: Pipeline, prompt: str, seed: int = 0) -> Tensor:
-    """-> text (1,K,E) on the pipeline's device; what the prompt leaves open is drawn by the seed, as in a clip."""
+    """-> text (1,K,E) where the encoder makes it; what the prompt leaves open is drawn by the seed, as in a clip.
+
+    `Live` moves it to the pipeline's device, so that a thread that only encodes leaves that device alone.
+    """
     with torch.no_grad():
-        return pipeline.text.encode([pipeline.text.complete(prompt, seed)]).to(pipeline.device)
+        return pipeline.text.encode([pipeline.text.complete(prompt, seed)])

@@ -260,7 +260,7 @@ class _Recording:
                 run()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = run()
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:

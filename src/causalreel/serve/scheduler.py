@@ -325,6 +325,8 @@ class Scheduler:
     # ---- the thread ----
 
     def _run(self) -> None:
+        if self.pipeline.device.type == "cuda" and self.pipeline.device.index is not None:
+            torch.cuda.set_device(self.pipeline.device)
         if self._warm is not None:
             self._warm_up(self._warm)
         self.is_ready = not self._is_closed
