@@ -86,11 +86,12 @@ function measure() {
   const sum = (key) => recent.reduce((total, each) => total + each[key], 0);
   const [made_s, span_s] = [sum("made_s") / recent.length, sum("span_s") / recent.length];
   const rate = player.rate();
-  if (rate !== null && !now.isPaused) graphs.rate.add(rate, now.fps);
-  const shown = rate === null || now.isPaused ? "" : ` Shown: ${rate.toFixed(1)} of ${round(now.fps)} frames per second.`;
+  const isKnown = rate !== null && !now.isPaused;
+  if (isKnown) graphs.rate.add(rate, now.fps);
+  const shown = isKnown ? ` Shown: ${rate.toFixed(1)} of ${round(now.fps)} frames per second.` : "";
   $("speed").textContent =
-    `A chunk of ${recent.at(-1).frames} frames takes ${made_s.toFixed(3)} s to make and ${span_s.toFixed(3)} s to play: `
-    + `${(span_s / made_s).toFixed(1)} times real time.${shown}`;
+    `A chunk of ${recent.at(-1).frames} frames takes ${made_s.toFixed(3)} s to make and ${span_s.toFixed(3)} s `
+    + `to play: ${(span_s / made_s).toFixed(1)} times real time.${shown}`;
   const isLive = !now.isPaused && now.stream && !now.stream.isOver;
   const isSlow = isLive && rate !== null && rate < SLOWER * now.fps;
   if (isSlow) $("slow").textContent = slowWords(rate, made_s > span_s);
@@ -244,7 +245,6 @@ function changed(state) {
     const field = $(name);
     if (typeof value === "number" && document.activeElement !== field) field.value = round(value);
   }
-  if (Array.isArray(now.state.steps) && document.activeElement !== $("steps")) $("steps").value = now.state.steps.length;
 }
 
 function showPaused(isPaused) {
@@ -451,8 +451,9 @@ function wire() {
   });
   $("image").addEventListener("change", () => { if ($("image").files[0]) startFrom($("image").files[0]); });
   onSubmit("seed-form", restart);
-  onSubmit("steps-form", () => order("steps", { steps: Number($("steps").value) }, `${$("steps").value} steps a chunk`));
-  onSubmit("fps-form", () => order("fps", { fps: Number($("fps").value) }, `${$("fps").value} frames per second`));
+  const set = (name, unit) => order(name, { [name]: Number($(name).value) }, `${$(name).value} ${unit}`);
+  onSubmit("steps-form", () => set("steps", "steps a chunk"));
+  onSubmit("fps-form", () => set("fps", "frames per second"));
   onSubmit("access", () => {
     now.api.token = $("token").value;
     stored(() => sessionStorage, "token", now.api.token);
