@@ -52,14 +52,15 @@ def steady_heap() -> bool:
     """Have the C library keep what it has got from the system, for programs that work the same way for ever.
 
     By default glibc gives freed pages back and asks for them again, many times a second in a decoder: resident memory
-    wanders, and chunks take longer. Set once at the start of a program, never by a library. -> whether it could be set.
+    wanders by a few percent. Set once at the start of a program, never by a library. -> whether it could be set.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return False
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    return bool(mallopt(mmap_threshold, 1 << 25)) and bool(mallopt(trim_threshold, 1 << 30))
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # of malloc.h
+    wanted = {arena_max: 1, mmap_threshold: 1 << 25, trim_threshold: 1 << 30}
+    return all(mallopt(name, value) for name, value in wanted.items())
 
 
 def process_bytes() -> int | None:
