@@ -738,8 +738,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 def serve(args: Serve) -> int:
     from causalreel.serve.app import create_app
     from causalreel.serve.listen import listen, run
+    from causalreel.serve.memory import steady_heap
     from causalreel.serve.scheduler import Limits, Scheduler
 
+    steady_heap()
     settings = _serve_settings(args)
     limits = Limits(
         sessions=args.max_sessions,
