@@ -80,7 +80,7 @@ def test_a_browser_shows_a_session_and_its_prompt_change(url: str) -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page()
-        page.goto(f"{url}/")
+        page.goto(f"{url}/healthz")  # an empty page of the server's: what plays by itself must be in sight
         page.evaluate(f"() => {{ {snippet}; window.show = show; }}")  # the page's policy admits no script element
         page.evaluate(BEGIN, session)
 

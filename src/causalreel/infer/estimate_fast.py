@@ -7,6 +7,7 @@ on the meta device. Not compared with a GPU yet but for single parts; what torch
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -125,7 +126,11 @@ def _precision(request: Request) -> str:
 
 
 def _decoder(request: Request) -> tuple[int, int, int]:
-    """Weights (the codec's own and the fast form's), state, and the rest at the widest point of a call."""
+    """Weights (the codec's own and the fast form's), state, and the rest at the widest point of a call.
+
+    Where Triton is not installed, its passes are counted in their torch form, which holds more.
+    """
+    backend = "torch" if importlib.util.find_spec("triton") is None else "triton"
     with torch.device("meta"):
         codec = codec_of(request.decoder).to(DTYPES[request.decoder_dtype]).requires_grad_(False)
     own = _bytes((*codec.parameters(), *codec.buffers()))
@@ -133,7 +138,7 @@ def _decoder(request: Request) -> tuple[int, int, int]:
     frames = request.chunk if isinstance(codec, TAEHV) else 1
     with outlined() as held:
         sizes = tuple({frames, 1})
-        decoder = fast_decoder(codec, *size, batch=request.batch, graphs=False, backend="triton", sizes=sizes)
+        decoder = fast_decoder(codec, *size, batch=request.batch, graphs=False, backend=backend, sizes=sizes)
         stream, results = decoder.stream(), 0
         for count in (1, frames, frames):
             latents = torch.empty(request.batch, count, *request.latent.shape, device="meta")
