@@ -96,6 +96,18 @@ def test_recorded_rollouts_are_the_networks(chunk: int, frames: int, window: int
         assert relative(run(coarse, plan=plan, **how), exact) < 0.2
 
 
+def test_clips_made_in_turn_are_those_made_alone() -> None:
+    """Two streams of one pipeline, chunk by chunk: they share recordings, and must not share what is in them."""
+    pipeline = accelerate_pipeline(causalreel.load("tiny", device="cuda"))
+    prompts = ("a large red circle moves right", "a small blue square moves up")
+    alone = [torch.cat(list(pipeline.stream(prompt, seed=5)), 1).cpu() for prompt in prompts]
+    for ahead in ((True, True), (True, False)):
+        streams = [pipeline.stream(p, seed=5, ahead=a) for p, a in zip(prompts, ahead, strict=True)]
+        parts = list(zip(*streams, strict=True))
+        for index, expected in enumerate(alone):
+            assert torch.allclose(torch.cat([part[index] for part in parts], 1).cpu(), expected, atol=0.02)
+
+
 def test_the_tiny_model_makes_the_same_video_accelerated_and_ahead() -> None:
     prompt = "a large red circle moves right"
     exact = causalreel.load("tiny", device="cpu").generate(prompt, seed=3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -228,7 +229,7 @@ class _Ahead:
 
     def __init__(self, chunks: Iterator[Chunk], device: torch.device, ahead: bool) -> None:
         self.chunks, self.ready = chunks, None
-        self.side = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
+        self.side = _side_stream(device) if ahead and device.type == "cuda" else None
         if self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream(device))
 
@@ -251,6 +252,12 @@ class _Ahead:
             here.wait_event(event)
             chunk.latents.record_stream(here)
         return chunk
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all clips of a device: they share caches and recordings, so their chunks are made in turn."""
+    return torch.cuda.Stream(device)
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

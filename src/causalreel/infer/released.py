@@ -142,7 +142,7 @@ def _codec(decoder: str, files: ModelFiles | None, device: torch.device, dtype: 
 
 
 def _read_codec(decoder: str, path: Path) -> nn.Module:
-    from causalreel.weights.codecs import load_taehv, load_wan_vae  # pyright: ignore[reportMissingImports]
+    from causalreel.weights.codecs import load_taehv, load_wan_vae
 
     return load_wan_vae(path) if decoder == "wan" else load_taehv(path)
 
@@ -154,7 +154,7 @@ def _random_codec(decoder: str) -> nn.Module:
             from causalreel.codecs.wan_vae import CausalVAE, vae_config
 
             return CausalVAE(vae_config("wan2.1"))
-        from causalreel.codecs.taehv import TAEHV  # pyright: ignore[reportMissingImports]
+        from causalreel.codecs.taehv import TAEHV
 
         return TAEHV()
 
@@ -162,8 +162,8 @@ def _random_codec(decoder: str) -> nn.Module:
 def _text(export: Export, files: ModelFiles | None, choices: Choices, device: torch.device) -> TextEncoder:
     if files is None:
         return FixedTextEncoder(export.model.text_length, export.model.text_dim, device)
-    from causalreel.text.umt5 import Placement  # pyright: ignore[reportMissingImports]
-    from causalreel.weights.umt5 import load_text_encoder  # pyright: ignore[reportMissingImports]
+    from causalreel.text.umt5 import Placement
+    from causalreel.weights.umt5 import load_text_encoder
 
     return load_text_encoder(
         files.text, files.tokenizer, placement=Placement(device=device), cache=choices.prompt_cache

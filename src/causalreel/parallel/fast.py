@@ -295,6 +295,8 @@ class Recordings:
         self.pool: Any = None
         self.side: torch.cuda.Stream | None = None
         """Where all recordings are made: every stream has workspaces of its own, tens of MB each."""
+        self.last: torch.Event | None = None
+        """When the latest call is over."""
 
     def __call__(
         self,
@@ -305,6 +307,9 @@ class Recordings:
         mask: FrameMask | None,
         cache: StaticCache,
     ) -> Tensor:
+        here = torch.cuda.current_stream(x.device)
+        if self.last is not None:  # recordings share memory: one call after the other, whatever streams they come from
+            here.wait_event(self.last)
         keys = self._place_text(text)
         inputs = [x, levels.blocks, levels.head, *rotation]
         kind = (x.shape, x.dtype, mask, cache.call, id(cache.memory), keys[0][0].shape)
@@ -318,7 +323,9 @@ class Recordings:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.side = self.side or torch.cuda.Stream(x.device)
             self.graphs[kind] = _Recording(held, run, self.pool, self.side)
-        return self.graphs[kind](inputs)
+        velocity = self.graphs[kind](inputs)
+        self.last = here.record_event()
+        return velocity
 
     def _place_text(self, text: TextKeys) -> TextKeys:
         """The text keys, copied into the tensors that graphs read if they are not there yet."""

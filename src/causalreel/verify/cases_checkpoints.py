@@ -168,8 +168,8 @@ def _vae(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _umt5(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    from causalreel.text.umt5 import UMT5Sizes  # pyright: ignore[reportMissingImports]
-    from causalreel.weights.umt5 import official_shapes  # pyright: ignore[reportMissingImports]
+    from causalreel.text.umt5 import UMT5Sizes
+    from causalreel.weights.umt5 import official_shapes
 
     return official_shapes(
         UMT5Sizes(
@@ -185,7 +185,7 @@ def _umt5(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _taehv(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    from causalreel.codecs.taehv import TAEHV, TAEHVConfig  # pyright: ignore[reportMissingImports]
+    from causalreel.codecs.taehv import TAEHV, TAEHVConfig
 
     widths = tuple(sizes["decoder_widths"])
     return _shapes_of(lambda: TAEHV(TAEHVConfig(encoder_width=sizes["encoder_width"], decoder_widths=widths)))
