@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # From nothing to the shipped models: data, codec, base, AR, causal ODE / CD, DMD, evaluation, export.
 #
-#   bash runs/speedrun.sh            one GPU (H200: about 29 minutes, 24 with a warm compile cache); writes runs/tiny
-#   bash runs/speedrun.sh --smoke    the same path in miniature on a CPU, in minutes: proves the plumbing, nothing else
+#   bash runs/speedrun.sh            one GPU (H200: about 25 minutes); writes runs/tiny
+#   bash runs/speedrun.sh --smoke    the same path in miniature on a CPU, in a minute or two: proves the plumbing, nothing else
 #
-# Stop it at any time and run it again: finished stages are skipped, a running one continues from its checkpoint.
-# STAGES="codec data base" runs only these; MORE="trainer.preview_every=0" overrides every recipe.
+# From the base model on, frame-wise and chunk-wise trainings share the GPU, so that one computes while another compiles;
+# names mark their lines. Stop it at any time and run it again: finished stages are skipped, running ones continue from
+# their checkpoints. STAGES="codec data base" runs only these; MORE="trainer.preview_every=0" overrides every recipe.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${RUN:-runs/tiny}
@@ -16,14 +17,19 @@ if [ "${1:-}" = "--smoke" ]; then
   smoke=(smoke)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # networks this small only lose by more
 fi
-stages=${STAGES:-codec data base ar ode cd dmd eval embed}
+stages=${STAGES:-codec data base ar ode cd dmd eval embed} init=${INIT:-ode}
+for stage in $stages; do
+  [[ " codec data base ar ode cd dmd eval embed " == *" $stage "* ]] || { echo "unknown stage $stage" >&2; exit 2; }
+done
+wanted() { [[ " $stages " == *" $1 "* ]]; }
 reel() { python3 -m causalreel "$@"; }
 
-# train NAME RECIPE [KEY=VALUE ...]: one stage, its paths put below $run
+# train NAME STAGE RECIPE [KEY=VALUE ...]: one training if its stage is wanted, its paths put below $run
 train() {
-  local name=$1 recipe=$2
-  shift 2
-  if [ -f "$run/$name/export/config.yaml" ] || [ -f "$run/$name/export/codec.yaml" ]; then return; fi
+  local name=$1 stage=$2 recipe=$3
+  shift 3
+  wanted "$stage" || return 0
+  if [ -f "$run/$name/export/config.yaml" ] || [ -f "$run/$name/export/codec.yaml" ]; then return 0; fi
   local more=("trainer.out=$run/$name" ${MORE:-})
   if [ "$recipe" != tiny/codec ]; then more+=("data=$run/data" "codec=$run/codec/export"); fi
   if [ ${#smoke[@]} -gt 0 ]; then
@@ -36,48 +42,75 @@ train() {
     esac
   fi
   echo "== $name ($(date +%T))"
-  reel train "$recipe" "${more[@]}" "$@"
+  if [ -t 0 ]; then # alone on a terminal: a bar
+    reel train "$recipe" "${more[@]}" "$@"
+  else # beside others, or into a log: lines
+    reel train "$recipe" "${more[@]}" "$@" 2>&1 | (trap '' INT TERM && exec sed -u "s/^/[$name] /")
+  fi
+  echo "== $name done ($(date +%T))"
 }
 from() { # from ROLE=NAME ...: where roles start
   for pair in "$@"; do echo "init.${pair%%=*}=$run/${pair#*=}/export"; done
 }
 
-for stage in $stages; do
-  case $stage in
-    codec) train codec tiny/codec ;;
-    data)
-      [ -d "$run/data" ] && [ -f "$run/data/done" ] || {
-        reel encode --codec "$run/codec/export" --out "$run/data" --clips "$clips"
-        touch "$run/data/done"
-      } ;;
-    base) train base tiny/base ;;
-    ar)
-      train ar-frame tiny/ar $(from student=base)
-      train ar-chunk tiny/ar $(from student=base) settings.chunk=3 ;;
-    ode)
-      train ode-frame tiny/causal_ode $(from student=ar-frame teacher=ar-frame)
-      train ode-chunk tiny/causal_ode $(from student=ar-chunk teacher=ar-chunk) settings.chunk=3 ;;
-    cd)
-      train cd-frame tiny/causal_cd $(from student=ar-frame teacher=ar-frame)
-      train cd-chunk tiny/causal_cd $(from student=ar-chunk teacher=ar-chunk) settings.chunk=3 ;;
-    dmd)
-      init=${INIT:-ode}
-      train "frame-2step" tiny/dmd $(from student=$init-frame critic=base teacher=base)
-      train "frame-1step" tiny/dmd_1step $(from student=$init-frame critic=base teacher=base)
-      train "chunk-4step" tiny/dmd_chunk $(from student=$init-chunk critic=base teacher=base) ;;
-    eval)
-      reel eval --clips "$eval_clips" --out "$run/eval" "base=$run/base/export" \
-        "AR frame-wise=$run/ar-frame/export" "AR chunk-wise=$run/ar-chunk/export" \
-        "frame-2step=$run/frame-2step/export" "frame-1step=$run/frame-1step/export" \
-        "chunk-4step=$run/chunk-4step/export" ;;
-    embed)
-      assets=${EMBED:-$run/assets}
-      mkdir -p "$assets"
-      cp "$run/codec/export/codec.safetensors" "$run/codec/export/codec.yaml" "$assets/"
-      for variant in frame-2step frame-1step chunk-4step; do
-        reel export "$run/$variant/export" "$assets/$variant" --name "tiny/$variant" --codec tiny \
-          --scores "$run/eval/scores.json" --label "$variant"
-      done ;;
-    *) echo "unknown stage $stage" >&2; exit 2 ;;
-  esac
-done
+aside() { # aside COMMAND ...: in the background, in $!; told to stop, it ends when its trainings have saved
+  (
+    trap 'trap "" TERM; wait; exit 143' TERM
+    "$@"
+  ) </dev/null &
+}
+together() { # together 'COMMAND ...' ...: all at once, until all have ended
+  local command pids=() failed=0
+  for command in "$@"; do aside $command; pids+=($!); done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  return $failed
+}
+frame_wise() {
+  train ar-frame ar tiny/ar $(from student=base)
+  together "train ode-frame ode tiny/causal_ode $(from student=ar-frame teacher=ar-frame)" \
+    "train cd-frame cd tiny/causal_cd $(from student=ar-frame teacher=ar-frame)"
+  together "train frame-2step dmd tiny/dmd $(from student=$init-frame critic=base teacher=base)" \
+    "train frame-1step dmd tiny/dmd_1step $(from student=$init-frame critic=base teacher=base)"
+}
+chunk_wise() {
+  train ar-chunk ar tiny/ar $(from student=base) settings.chunk=3
+  together "train ode-chunk ode tiny/causal_ode $(from student=ar-chunk teacher=ar-chunk) settings.chunk=3" \
+    "train cd-chunk cd tiny/causal_cd $(from student=ar-chunk teacher=ar-chunk) settings.chunk=3"
+  train chunk-4step dmd tiny/dmd_chunk $(from student=$init-chunk critic=base teacher=base)
+}
+
+train codec codec tiny/codec
+if wanted data && [ ! -f "$run/data/done" ]; then
+  echo "== data ($(date +%T))"
+  reel encode --codec "$run/codec/export" --out "$run/data" --clips "$clips"
+  touch "$run/data/done"
+fi
+train base base tiny/base
+
+set -m # a process group for each, so that one signal reaches each training once
+lanes=()
+for lane in frame_wise chunk_wise; do aside $lane; lanes+=($!); done
+set +m
+trap 'trap "" INT TERM HUP; for lane in "${lanes[@]}"; do kill -TERM -- "-$lane" || true; done; wait; exit 130' INT TERM HUP
+failed=0
+for lane in "${lanes[@]}"; do wait "$lane" || failed=1; done
+trap - INT TERM HUP
+[ $failed = 0 ] || { echo "a training failed" >&2; exit 1; }
+
+if wanted eval; then
+  echo "== eval ($(date +%T))"
+  reel eval --clips "$eval_clips" --out "$run/eval" "base=$run/base/export" \
+    "AR frame-wise=$run/ar-frame/export" "AR chunk-wise=$run/ar-chunk/export" \
+    "frame-2step=$run/frame-2step/export" "frame-1step=$run/frame-1step/export" \
+    "chunk-4step=$run/chunk-4step/export"
+fi
+if wanted embed; then
+  assets=${EMBED:-$run/assets}
+  mkdir -p "$assets"
+  cp "$run/codec/export/codec.safetensors" "$run/codec/export/codec.yaml" "$assets/"
+  for variant in frame-2step frame-1step chunk-4step; do
+    reel export "$run/$variant/export" "$assets/$variant" --name "tiny/$variant" --codec tiny \
+      --scores "$run/eval/scores.json" --label "$variant"
+  done
+fi
+echo "== end ($(date +%T))"
