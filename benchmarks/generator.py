@@ -146,7 +146,7 @@ class Bench:
         _, times = self.rollout(net, setting, frames=frames, **how, sync=True)
         blocks = [1000 * (b - a) for a, b in pairwise(times[:-1])]
         full = 21 // chunk + 1
-        first, last = statistics.median(blocks[full : full + 10]), statistics.median(blocks[-10:])
+        first, last = statistics.median(blocks[full : full + 20]), statistics.median(blocks[-20:])
         row = {"frames": frames, "first_full_ms": first, "last_ms": last, "ratio": last / first}
         self.result.setdefault("long", {})[setting] = row
         print(
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--frames", type=int, default=21)
     parser.add_argument("--long-frames", type=int, default=90)
+    parser.add_argument("--long-settings", nargs="*", default=["framewise-1step", "chunkwise-4step"])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--sections", nargs="*", default=["errors", "attention", "settings", "fp8", "profile", "long"])
     parser.add_argument("--out", type=Path)
@@ -320,14 +321,14 @@ def main() -> None:
         if DEVICE == "cuda":
             bench.profile(net, "framewise-1step")
 
-    def both(run: Callable[[DiTDenoiser, str], None]) -> None:
+    def each(run: Callable[[DiTDenoiser, str], None], settings: list[str]) -> None:
         net = fast()
-        for name in ("framewise-1step", "chunkwise-4step"):
+        for name in settings:
             run(net, name)
 
     guarded("settings", settings)
-    guarded("profile", lambda: both(bench.profile))
-    guarded("long", lambda: both(bench.long))
+    guarded("profile", lambda: each(bench.profile, ["framewise-1step", "chunkwise-4step"]))
+    guarded("long", lambda: each(bench.long, args.long_settings))
     guarded("fp8", fp8)
 
 

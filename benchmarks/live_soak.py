@@ -1,7 +1,8 @@
 """Run live sessions for minutes and report, minute by minute, speed, chunk latency and memory.
 
     python benchmarks/live_soak.py --minutes 10                 one session at the model's own frame rate
-    python benchmarks/live_soak.py --sessions 4 --pace max      four that share the model
+    python benchmarks/live_soak.py --sessions 1 2 4 --pace max  one, then two, then four that share the model, each for
+                                                                so many minutes
 
 On a GPU with a released model (random weights will do): --model causal-forcing/chunkwise --weights random --prompts 3
 also changes the prompt every so many seconds and reports the latency from the change to its first affected pixels.
@@ -15,6 +16,7 @@ import statistics
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=("eager", "bf16", "fp8"))
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--minute", type=float, default=60, help="seconds that a row of the table covers")
-    parser.add_argument("--sessions", type=int, default=1)
+    parser.add_argument("--sessions", type=int, nargs="+", default=[1])
     parser.add_argument("--pace", default="realtime", choices=("realtime", "max"))
     parser.add_argument("--prompts", type=float, default=0, help="seconds between prompt changes; 0: none")
     parser.add_argument("--mode", default="recompute", choices=("switch", "recompute", "fade"))
@@ -52,17 +54,25 @@ def main() -> None:
     pipeline = load(args.model, **given)
     if args.precision != "eager" and pipeline.device.type == "cuda":
         pipeline = accelerate(pipeline, precision=args.precision)
-    scheduler = Scheduler(pipeline, Limits(sessions=args.sessions), policy=args.policy)
+    scheduler = Scheduler(pipeline, Limits(sessions=max(args.sessions)), policy=args.policy)
     begun = time.monotonic()
     scheduler.start()
     while not scheduler.is_ready:
         time.sleep(0.05)
     print(f"{args}\nwarm after {time.monotonic() - begun:.1f} s; {scheduler.facts()}", flush=True)
-    readers = [Reader(scheduler.open(Options(PROMPTS[i % 3], seed=i), pace=args.pace)) for i in range(args.sessions)]
-    rows, start = [], time.monotonic()
-    changes = threading.Thread(target=change, args=(readers, args.prompts, args.mode), daemon=True)
+    found = [soak(scheduler, count, args) for count in args.sessions]
+    scheduler.close()
+    if args.output:
+        args.output.write_text(json.dumps({"args": vars(args) | {"output": None}, "found": found}, indent=1))
+
+
+def soak(scheduler: Scheduler, count: int, args: argparse.Namespace) -> dict[str, Any]:
+    """`count` sessions for `args.minutes` -> what they were like, minute by minute."""
+    readers = [Reader(scheduler.open(Options(PROMPTS[i % 3], seed=i), pace=args.pace)) for i in range(count)]
+    rows, start, done = [], time.monotonic(), threading.Event()
     if args.prompts:
-        changes.start()
+        threading.Thread(target=change, args=(readers, args.prompts, args.mode, done), daemon=True).start()
+    print(f"{count} session{'s' if count > 1 else ''}")
     print(
         "minute | frames/s a session | latency p50, p95, max (ms) | queue p95 (ms) | change p50, p95 (ms) | "
         "RSS, GPU MiB"
@@ -70,10 +80,13 @@ def main() -> None:
     while time.monotonic() - start < args.minutes * 60:
         time.sleep(args.minute)
         rows.append(report(len(rows) + 1, readers, scheduler, args.minute))
-    print("first pixels (ms):", [round(1000 * reader.first_s) for reader in readers])
-    scheduler.close()
-    if args.output:
-        args.output.write_text(json.dumps({"args": vars(args) | {"output": None}, "rows": rows}, indent=1))
+    first_ms = [round(1000 * reader.first_s) for reader in readers]
+    print("first pixels (ms):", first_ms, flush=True)
+    done.set()
+    for reader in readers:
+        reader.handle.close()
+        reader.thread.join()
+    return {"sessions": count, "first_pixels_ms": first_ms, "rows": rows}
 
 
 class Reader:
@@ -82,7 +95,8 @@ class Reader:
     def __init__(self, handle: Handle) -> None:
         self.handle, self.made, self.opened_s, self.first_s = handle, [], time.monotonic(), 0.0
         self.changes: list[float] = []
-        threading.Thread(target=self.read, daemon=True).start()
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
 
     def read(self) -> None:
         after = -1
@@ -97,16 +111,17 @@ class Reader:
                 self.changes += [c.latency_s for c in chunk.commands if c.name == "prompt"]
 
 
-def change(readers: list[Reader], every_s: float, mode: str) -> None:
+def change(readers: list[Reader], every_s: float, mode: str, done: threading.Event) -> None:
     turn = 0
     while True:
         for reader in readers:
-            time.sleep(every_s / len(readers))
+            if done.wait(every_s / len(readers)):
+                return
             turn += 1
             reader.handle.command("prompt", text=PROMPTS[turn % 3], mode=mode)
 
 
-def report(minute: int, readers: list[Reader], scheduler: Scheduler, seconds: float) -> dict:
+def report(minute: int, readers: list[Reader], scheduler: Scheduler, seconds: float) -> dict[str, Any]:
     made, changes = [], []
     for reader in readers:
         taken, reader.made = reader.made, []
