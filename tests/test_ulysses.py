@@ -100,12 +100,13 @@ def plan_of(chunk: int) -> Iterator[Call]:
 
 def process(folder: str) -> None:
     """What each of the processes does: everything, shared; then what must be refused."""
-    from causalreel.parallel.mesh import join, launch
+    from causalreel.parallel.mesh import join, launch, release_first
     from causalreel.parallel.ulysses import shard_sequence
 
-    where = launch()
+    where, holder = launch(), GroupHolder()
     assert where is not None
     with join(where, "cpu") as mesh:
+        release_first(holder)
         result: dict = dict(everything(HEADS[mesh.size], lambda net: shard_sequence(net)))
         net = network(HEADS[mesh.size])
         result["errors"] = [
@@ -122,7 +123,17 @@ def process(folder: str) -> None:
         result["held"] = [peak(shard_sequence(net))]
         net.model.exchange = PretendExchange(mesh.size)
         result["held"].append(peak(net))
-        torch.save(result, Path(folder) / f"{mesh.rank}.pt")
+    result["released"] = holder.released_in_group
+    torch.save(result, Path(folder) / f"{where.rank}.pt")
+
+
+class GroupHolder:
+    """Stands for recorded calls, which NCCL waits for when its group goes."""
+
+    released_in_group = False
+
+    def release(self) -> None:
+        self.released_in_group = torch.distributed.is_initialized()
 
 
 def peak(net: DiTDenoiser) -> int:
@@ -206,6 +217,7 @@ def test_all_processes_get_the_same_bits(results: list[dict]) -> None:
 
 def test_there_and_back_is_the_identity(results: list[dict]) -> None:
     assert all(all(found["identity"]) for found in results)
+    assert all(found["released"] for found in results)  # before the group was gone
 
 
 def test_the_estimate_takes_the_exchange_for_what_it_is(results: list[dict]) -> None:

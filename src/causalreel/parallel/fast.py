@@ -24,6 +24,7 @@ from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, FrameMask
 from causalreel.nn.split_attention import attend_plain, attend_split, copies_for
 from causalreel.nn.static_cache import CacheMemory, StaticCache
+from causalreel.parallel.mesh import release_first
 from causalreel.parallel.quantise import Fp8Linear
 
 WARMUP = 2
@@ -297,6 +298,13 @@ class Recordings:
         """Where all recordings are made: every stream has workspaces of its own, tens of MB each."""
         self.last: torch.Event | None = None
         """When the latest call is over."""
+        release_first(self)
+
+    def release(self) -> None:
+        """Give all recordings up; the next call of each kind records it again."""
+        for recording in self.graphs.values():
+            recording.graph.reset()
+        self.graphs.clear()
 
     def __call__(
         self,

@@ -5,12 +5,13 @@ touches any of them. `torchrun --nproc_per_node=N` sets the variables; without t
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
 
 PATIENCE = timedelta(minutes=10)
 """How long processes wait for each other before a collective fails."""
+
+
+class Holder(Protocol):
+    """What may hold the group's communicators, as CUDA graphs do in which a collective was captured."""
+
+    def release(self) -> None: ...
+
+
+_holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+
+
+def release_first(holder: Holder) -> None:
+    """`holder.release()` is called before this process leaves its group: NCCL's leaving waits for it, for ever if need
+    be."""
+    _holders.add(holder)
 
 
 @dataclass(frozen=True)
@@ -117,4 +133,8 @@ def join(where: Launch, device: str | None = None) -> Iterator[Mesh]:
     if is_cuda:
         torch.cuda.synchronize(place)
     yield Mesh(where.rank, where.size, place)
+    for holder in list(_holders):
+        holder.release()
+    if is_cuda:
+        torch.cuda.synchronize(place)
     dist.destroy_process_group()
