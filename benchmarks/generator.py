@@ -4,7 +4,8 @@
 
 480x832, 21 latent frames, batch 1, a fixed random text embedding; text encoder and decoder excluded. Times of whole
 rollouts are wall clock around a synchronised GPU, median of --runs after one to warm up; blocks are synchronised one by
-one in a rollout of their own. Sections: errors, attention, settings, profile, long, fp8.
+one in a rollout of their own. Sections: errors, attention, settings (the fast network, fused calls), plain (calls not
+fused, and the plain network), profile, long, fp8.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ SETTINGS = {
     "framewise-2step": (1, TWO, FOUR),
     "framewise-1step": (1, ONE, FOUR),
 }
+
+SECTIONS = ("errors", "attention", "settings", "plain", "fp8", "profile", "long")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """A CPU only rehearses: sections errors, settings and long, at sizes given on the command line."""
@@ -281,7 +284,7 @@ def main() -> None:
     parser.add_argument("--long-frames", type=int, default=90)
     parser.add_argument("--long-settings", nargs="*", default=["framewise-1step", "chunkwise-4step"])
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--sections", nargs="*", default=["errors", "attention", "settings", "fp8", "profile", "long"])
+    parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     bench = Bench(args)
@@ -310,6 +313,9 @@ def main() -> None:
         net = fast()
         for name in SETTINGS:
             bench.setting(net, "fast", name, "fused")
+
+    def plain() -> None:
+        net = fast()
         bench.setting(net, "fast", "framewise-1step", "plain")
         bench.setting(net, "fast", "chunkwise-4step", "plain")
         bench.setting(bench.net, "eager", "framewise-1step", "plain")
@@ -327,6 +333,7 @@ def main() -> None:
             run(net, name)
 
     guarded("settings", settings)
+    guarded("plain", plain)
     guarded("profile", lambda: each(bench.profile, ["framewise-1step", "chunkwise-4step"]))
     guarded("long", lambda: each(bench.long, args.long_settings))
     guarded("fp8", fp8)
