@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from hypothesis import strategies as st
 
 from causalreel.nn import split_attention
 from causalreel.nn.denoiser import DiTDenoiser, Guided
-from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, FrameMask, frame_mask, frames_of
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.split_attention import Work, attend_split, parts_of, rectangles, work_of
 from causalreel.nn.static_cache import CacheMemory, StaticCache
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
-from causalreel.types import Conditioning, LatentSpec
+from causalreel.types import Chunk, Conditioning, LatentSpec
 
 CONFIG = ModelConfig(dim=48, ffn_dim=80, heads=3, layers=2, text_dim=8, text_length=4, freq_dim=32, channels=4)
 SPEC = LatentSpec(4, 4, 6)
@@ -168,22 +169,59 @@ def test_sharing_weights_keeps_the_network_and_its_names() -> None:
     assert sum(stores.values()) <= size
 
 
-def test_memories_are_used_again_and_never_by_two_rollouts_at_once() -> None:
+@pytest.mark.parametrize("plan", ["plain", "fused"])
+@pytest.mark.parametrize("case", ROLLOUTS, ids=str)
+def test_rollouts_take_turns_in_one_memory(case: tuple, plan: str) -> None:
+    """Chunk by chunk, three at once, of which one begins late and one ends early: each makes what it makes alone."""
+    window, sink, chunk, frames, _ = case
+    context, fast = Context(window=window, sink=sink), accelerate(denoiser())
+    run_, total = fast.run, frames
+    assert isinstance(run_, FastDiT)
+
+    def begin(seed: int) -> Iterator[Chunk]:
+        told = fast.prepare(Conditioning(torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(seed))))
+        calls = chunked([chunk] * (total // chunk), (1.0, 0.6))
+        cache = run_.new_cache(context, chunk=chunk, frames=frames, batch=1, size=(4, 6))
+        how: dict = {"conditioning": told, "noise": KeyedNoise([seed], SPEC), "cache": cache}
+        return rollout(fast, fuse(calls) if plan == "fused" else calls, **how)
+
+    with torch.no_grad():
+        alone = [collect(begin(seed)) for seed in range(3)]
+        (memory,) = run_._memories.values()
+        memory.buffer.fill_(float("nan"))  # what nobody wrote must not be read
+        live, made = {seed: begin(seed) for seed in range(2)}, {seed: [] for seed in range(3)}
+        for turn in range(total // chunk + 1):
+            if turn == 1:
+                live[2] = begin(2)
+            if turn == 2:
+                del live[1]
+            for seed, rolling in live.items():
+                made[seed] += [part for part in [next(rolling, None)] if part is not None]
+    assert list(run_._memories.values()) == [memory]
+    assert torch.equal(collect(made[0]), alone[0]) and torch.equal(collect(made[2]), alone[2])
+    assert len(made[1]) == 2 and torch.equal(collect(made[1]), alone[1][:, : 2 * chunk])
+
+
+def test_a_memory_is_let_go_of_and_never_used_by_two_calls_at_once() -> None:
     fast = FastDiT(denoiser().model)
 
-    def new() -> StaticCache:
-        cache = fast.new_cache(Context(window=4), chunk=1, frames=None, batch=1, size=(4, 6))
-        assert isinstance(cache, StaticCache)
-        return cache
+    def new(context: Context = Context(window=4)) -> FrameCache:
+        return fast.new_cache(context, chunk=1, frames=None, batch=1, size=(4, 6))
 
     first, second = new(), new()
-    assert first.memory is not second.memory
-    kept = first.memory
-    del first
+    assert isinstance(first, StaticCache) and isinstance(second, StaticCache)
+    assert first.memory is second.memory and first.memory.guest is None
+    first.begin(frames_of((1,)), TOKENS)
+    second.begin(frames_of((1,)), TOKENS)
+    for late in (lambda: first.commit(1), lambda: first.slots):
+        with pytest.raises(RuntimeError, match="another rollout has begun a call"):
+            late()
+    memory = second.memory
+    assert memory.guest is second
+    del second
     gc.collect()
-    assert new().memory is kept
-    assert second.memory is not kept
-    assert isinstance(fast.new_cache(Context(), chunk=1, frames=None, batch=1, size=(4, 6)), KVCache)
+    assert memory.guest is None
+    assert isinstance(new(Context()), KVCache)
 
 
 def test_a_static_cache_refuses_what_it_cannot_hold() -> None:

@@ -108,6 +108,20 @@ def test_clips_made_in_turn_are_those_made_alone() -> None:
             assert torch.allclose(torch.cat([part[index] for part in parts], 1).cpu(), expected, atol=0.02)
 
 
+def test_streams_in_turn_record_nothing_of_their_own() -> None:
+    """What one stream has recorded serves others that live at the same time; each has the memory in turn."""
+    pipeline = accelerate_pipeline(causalreel.load("tiny", device="cuda"))
+    graphs = pipeline.denoiser.run.graphs
+    list(pipeline.stream("a large red circle moves right", seed=5))
+    recorded = dict(graphs.graphs)
+    assert recorded
+    for _ in zip(*(pipeline.stream("a small blue square moves up", seed=seed) for seed in range(3)), strict=True):
+        assert graphs.graphs == recorded
+    graphs.release()
+    list(pipeline.stream("a large red circle moves right", seed=5))
+    assert graphs.graphs.keys() == recorded.keys()
+
+
 def test_the_tiny_model_makes_the_same_video_accelerated_and_ahead() -> None:
     prompt = "a large red circle moves right"
     exact = causalreel.load("tiny", device="cpu").generate(prompt, seed=3)

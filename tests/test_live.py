@@ -115,9 +115,10 @@ def test_segments_share_one_memory() -> None:
     live, _ = stream(made, 10)
     live.tell(encode_prompt(made, PROMPTS[1]))
     live.next_chunk()
-    assert [len(free) for free in made.denoiser.run._free.values()] == [0]
+    (memory,) = made.denoiser.run._memories.values()
+    assert memory.guest is not None
     live.close()
-    assert [len(free) for free in made.denoiser.run._free.values()] == [1]
+    assert memory.guest is None
 
 
 def test_slide_is_the_long_clip_until_positions_run_out() -> None:

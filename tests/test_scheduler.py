@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from causalreel.infer import live
+from causalreel.infer.schedule import Schedule
 from causalreel.serve import memory
 from causalreel.serve.memory import held_bytes
 from causalreel.serve.scheduler import Busy, Ended, Handle, Limits, Lost, Scheduler
@@ -391,3 +394,17 @@ def test_many_readers_slow_ones_and_ones_that_come_back(started: Callable) -> No
         thread.start()
     until(lambda: all(len(row) >= 12 for row in seen))
     assert seen == [list(range(12))] * 9
+
+
+def test_early_prompts_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every number of frames that is read again is met once before the first client, to record its calls."""
+    read_again = []
+
+    def spy(length: int, prefix: int, *rest: Any) -> Schedule:
+        read_again.append(prefix)
+        return Schedule(length, prefix, *rest)
+
+    monkeypatch.setattr(live, "Schedule", spy)
+    scheduler = Scheduler(pipeline(TWO_STEP), warm=None)
+    scheduler._warm_up_early_prompts(PROMPTS[0], 3)
+    assert [n for n in read_again if n] == [1, 2]

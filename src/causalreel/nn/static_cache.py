@@ -10,10 +10,14 @@ While the video is shorter than the window, frame f lies at c + f (at f if the v
 own keys lie at the end, and a fused call first moves the oldest chunk of the ring to the front, where its first half
 still sees it. Only chunks that divide the ring fit (else use `KVCache`). A call writes to places that no committed
 frame holds.
+
+Calls are recorded over a memory, so all live rollouts of one size use the same one, in turn: when another one's call
+begins, what lies there is copied away, and copied back when its turn comes.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +37,7 @@ class Call:
 
 
 class CacheMemory:
-    """What a static cache lies in: keys and values of all layers, and the rows that a call writes.
+    """What static caches of one size lie in, one at a time: keys and values of all layers, the rows that a call writes.
 
     frames: places for latent frames, window and one chunk.
     """
@@ -55,10 +59,29 @@ class CacheMemory:
         self.places = torch.arange(frames * tokens, device=device)
         self.slots = torch.zeros_like(self.places)
         """Rows that the announced call writes, at the start."""
+        self._guest: weakref.ref[StaticCache] | None = None
+
+    @property
+    def guest(self) -> StaticCache | None:
+        """Whose frames lie here; None if that rollout is over."""
+        return None if self._guest is None else self._guest()
+
+    def admit(self, cache: StaticCache) -> None:
+        """Make `cache` the guest; what the one before it still needs is copied away."""
+        before = self.guest
+        if before is cache:
+            return
+        if self.buffer.is_cuda:
+            torch.cuda.synchronize(self.buffer.device)  # the guest may have used another stream
+        if before is not None:
+            before.move_out()
+        cache.move_in()
+        self._guest = weakref.ref(cache)
 
 
 class StaticCache:
-    """Context of one rollout, in a memory that no other live rollout uses.
+    """Context of one rollout, in a memory that it may share with others, as long as they take turns in one thread:
+    between a call and its commit no other one may begin a call.
 
     frames: latent frames of the whole video, None if endless; the smaller of it and the window decides the size. chunk:
     frames generated together; all chunks, prefix included, have this size. Raises ValueError where the layout does not
@@ -77,6 +100,8 @@ class StaticCache:
         self.window = min(n for n in (context.window, frames) if n is not None)
         self._front = memory.frames - self.window
         """Places for a chunk that leaves; none if the window never overflows."""
+        self._away: Tensor | None = None
+        """As the memory's buffer, for the time in which another rollout uses that."""
         self.frames: tuple[Frame, ...] = ()
         self.call: Call | None = None
         self._queries: tuple[Frame, ...] = ()
@@ -108,6 +133,7 @@ class StaticCache:
             raise ValueError(f"the cache was made for chunks of {c} frames; the call has others: {queries}")
         if start != (self.frames[-1].chunk_end if self.frames else 0):
             raise ValueError(f"the call starts at frame {start}, where the cache does not end")
+        self.memory.admit(self)
         self._queries = queries
         if end <= self.window:
             visible = (*self.frames, *queries)
@@ -150,6 +176,7 @@ class StaticCache:
         """As FrameCache.commit; whole chunks only."""
         if frames not in self._commits:
             raise ValueError(f"commit takes {', '.join(map(str, self._commits))} frames of this call, got {frames}")
+        self._require_memory()
         move = self._commits[frames]
         if move is not None:
             self._copy(*move)
@@ -158,12 +185,39 @@ class StaticCache:
         self.frames = tuple(f for f in everything if f.index < self.context.sink or f.index >= oldest)
         self._queries, self._commits, self.call = (), {}, None
 
+    # ---- sharing the memory ----
+
+    def move_out(self) -> None:
+        """Copy the committed frames away, before another rollout uses the memory."""
+        held = self._held
+        if held.start < held.stop:
+            self._away = torch.empty_like(self.memory.buffer) if self._away is None else self._away
+            self._away[:, :, :, held].copy_(self.memory.buffer[:, :, :, held])
+
+    def move_in(self) -> None:
+        """Copy back what `move_out` has copied away."""
+        held = self._held
+        if self._away is not None and held.start < held.stop:
+            self.memory.buffer[:, :, :, held].copy_(self._away[:, :, :, held])
+
+    @property
+    def _held(self) -> slice:
+        """Rows among which all committed frames lie."""
+        end = self.frames[-1].chunk_end if self.frames else 0
+        run = (self._front, self._front + end) if end <= self.window - self.chunk else (0, self.memory.frames)
+        return slice(*(n * self.tokens for n in run))
+
+    def _require_memory(self) -> None:
+        if self.memory.guest is not self:
+            raise RuntimeError("another rollout has begun a call between this one's call and its commit")
+
     # ---- places ----
 
     @property
     def slots(self) -> Tensor:
         """Rows of keys and values (L) int64 that the announced call writes."""
         assert self.call is not None
+        self._require_memory()
         return self.memory.slots[: self.call.writes * self.tokens]
 
     def keys(self, layer: int) -> Tensor:

@@ -8,7 +8,6 @@ each kind of call is recorded once and replayed. Everything else works as well, 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,8 +96,8 @@ class FastDiT:
         self.graphs = Recordings(self) if graphs else None
         self._levels: dict[tuple[float, ...], Levels] = {}
         self._is_released = False
-        self._free: dict[tuple[int, int, int], list[CacheMemory]] = {}
-        """Memories that no rollout uses, per size: places, batch, tokens a frame."""
+        self._memories: dict[tuple[int, int, int], CacheMemory] = {}
+        """Per size: places, batch, tokens a frame."""
 
     def release_originals(self) -> None:
         """Give back the weights of which there are fp8 copies; calls with gradient are no longer possible then."""
@@ -116,7 +115,7 @@ class FastDiT:
     ) -> FrameCache:
         """A cache for a rollout over latents of `size` (H,W): static where that works, else one that grows.
 
-        The memory of a rollout that is over, and with it the recordings of its calls, are used again.
+        Rollouts of one size share a memory, and with it the recordings of their calls.
         """
         config, exchange = self.model.config, self.model.exchange
         if context.window is not None and frames is not None and frames > context.window:
@@ -125,24 +124,18 @@ class FastDiT:
             return KVCache(config.layers, context)
         tokens = size[0] * size[1] // config.patch**2
         key = (StaticCache.places(context, chunk, frames), batch, tokens)
-        free = self._free.setdefault(key, [])
-        if not free:
-            free.append(
-                CacheMemory(
-                    layers=config.layers,
-                    heads=config.heads if exchange is None else config.heads // exchange.size,
-                    head_dim=config.dim // config.heads,
-                    tokens=tokens,
-                    frames=key[0],
-                    batch=batch,
-                    dtype=self.model.dtype,
-                    device=self.model.device,
-                )
+        if key not in self._memories:
+            self._memories[key] = CacheMemory(
+                layers=config.layers,
+                heads=config.heads if exchange is None else config.heads // exchange.size,
+                head_dim=config.dim // config.heads,
+                tokens=tokens,
+                frames=key[0],
+                batch=batch,
+                dtype=self.model.dtype,
+                device=self.model.device,
             )
-        memory = free.pop()
-        cache = StaticCache(context, chunk=chunk, frames=frames, memory=memory)
-        weakref.finalize(cache, free.append, memory)
-        return cache
+        return StaticCache(context, chunk=chunk, frames=frames, memory=self._memories[key])
 
     def __call__(
         self,

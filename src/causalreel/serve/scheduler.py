@@ -347,9 +347,23 @@ class Scheduler:
             session.command("prompt", text=prompt)  # reads a full window again
             session.next_chunk()
             session.close()
+            if self.pipeline.device.type == "cuda":  # the first call of each kind is recorded: not while people watch
+                self._warm_up_early_prompts(prompt, session.policy.keep // (session.sampling.chunk or 1))
         except Exception:
             log.exception("the model could not be warmed up")
             _free_memory()
+
+    def _warm_up_early_prompts(self, prompt: str, most: int) -> None:
+        """A prompt that changes before `most` chunks are made reads fewer frames again: each number of them once."""
+        for chunks in range(1, most):
+            session = Session(self.pipeline, Options(prompt), policy=self.policy)
+            for turn in range(chunks + 2):
+                if self._is_closed:
+                    return
+                if turn == chunks:
+                    session.command("prompt", text=prompt)
+                session.next_chunk()
+            session.close()
 
     def _next(self) -> Handle | None:
         """Whose chunk comes next; waits a while if there is nothing to do."""
