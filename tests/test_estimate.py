@@ -20,6 +20,7 @@ from causalreel.infer.estimate import (
     cache_bytes,
     decoder_bytes,
     estimate,
+    table,
     table_bytes,
     text_bytes,
     umt5_bytes,
@@ -190,9 +191,11 @@ def test_decoder_against_a_real_stream(dtype: str) -> None:
 
 
 def test_peak_is_the_sum_of_what_stays_and_the_larger_of_what_passes() -> None:
-    parts = dict.fromkeys(Estimate.__dataclass_fields__, 1) | {"activations": 10, "decoder_workspace": 7}
-    assert Estimate(**{**parts, "overlap": False}).peak == 9 + 10
-    assert Estimate(**{**parts, "overlap": True}).peak == 9 + 17
+    names = [name for name, _ in estimate(SMALL).parts()]
+    parts = dict.fromkeys(names, 1) | {"activations": 10, "decoder_workspace": 7}
+    assert len(names) == 11
+    assert Estimate(**parts, overlap=False).peak == 9 + 10
+    assert Estimate(**parts, overlap=True).peak == 9 + 17
 
 
 def test_held_counts_what_is_alive() -> None:
@@ -306,6 +309,19 @@ def test_the_peak_on_a_gpu(chunk: int) -> None:
     roll(request, device="cuda")
     real = torch.cuda.max_memory_allocated() - before
     assert abs(real - estimate(request).peak) < 0.1 * real, (real, estimate(request))
+
+
+def test_what_torch_counts_leaves_out_what_recordings_keep() -> None:
+    parts = dict.fromkeys((name for name, _ in estimate(SMALL).parts()), 0)
+    parts |= {"weights": 10, "cache": 50, "activations": 3, "decoder_state": 2, "decoder_workspace": 20}
+    plain = Estimate(**parts, overlap=True)
+    assert plain.peak == plain.tensors == 85
+    recorded = replace(plain, recorded=True)
+    assert recorded.peak == 85 and recorded.tensors == 65  # while the network's calls are recorded
+    small = replace(recorded, cache=1)
+    assert small.tensors == 32  # while the decoder's are, before the cache is there
+    assert "of it in tensors" in table(small) and "of it in tensors" not in table(plain)
+    assert estimate_fast(replace(SMALL, dtype="bfloat16", decoder="none", frames=12)).recorded
 
 
 @pytest.mark.parametrize(("chunk", "window"), [(1, None), (3, None), (1, 4), (2, 6)])

@@ -149,13 +149,31 @@ class Estimate:
     """cuBLAS's workspace."""
     overlap: bool
     """See Request."""
+    recorded: bool = False
+    """Calls are recorded: what they work in stays with the recordings, where torch does not count it as tensors."""
 
     @property
     def peak(self) -> int:
-        """Most bytes held at once while a stream runs."""
+        """Most bytes held at once while a stream runs: what must be free."""
         passing = (self.activations, self.decoder_workspace)
-        standing = sum(getattr(self, f.name) for f in fields(self) if f.name != "overlap") - sum(passing)
-        return standing + (sum(passing) if self.overlap else max(passing))
+        return self._standing + (sum(passing) if self.overlap else max(passing))
+
+    @property
+    def tensors(self) -> int:
+        """`peak` as `torch.cuda.max_memory_allocated` counts: recorded calls only while they are being recorded, the
+        decoder's first, before there is a cache."""
+        if not self.recorded:
+            return self.peak
+        decoder = self.decoder_weights + self.decoder_state + self.decoder_workspace
+        return max(self._standing + self.activations, self.weights + self.text_encoder + self.libraries + decoder)
+
+    @property
+    def _standing(self) -> int:
+        return sum(size for _, size in self.parts()) - self.activations - self.decoder_workspace
+
+    def parts(self) -> list[tuple[str, int]]:
+        """Name and bytes of every part."""
+        return [(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("overlap", "recorded")]
 
 
 def estimate(request: Request) -> Estimate:
@@ -391,8 +409,9 @@ def umt5_bytes() -> int:
 
 
 def table(found: Estimate) -> str:
-    """The parts, one a line in GiB, and the peak."""
-    rows = [(f.name.replace("_", " "), getattr(found, f.name)) for f in fields(found) if f.name != "overlap"]
-    rows = [(name, size) for name, size in rows if size] + [("peak", found.peak)]
+    """The parts, one a line in GiB, the peak, and how much of it torch counts where that is less."""
+    rows = [(name.replace("_", " "), size) for name, size in found.parts() if size] + [("peak", found.peak)]
+    if found.tensors != found.peak:
+        rows.append(("of it in tensors", found.tensors))
     note = "" if found.overlap or not found.decoder_workspace else "\n(activations and decoder workspace share memory)"
     return "\n".join(f"{name:18}{size / GIB:9.3f} GiB" for name, size in rows) + note

@@ -2,7 +2,7 @@
 
 Keys and values lie in a memory of fixed size; recordings hold their inputs and results and share working memory that
 nothing else uses; the fast decoder has weights, state and working memory of its own. All of it by running the real code
-on the meta device. Not compared with a GPU yet but for single parts; what torch holds in reserve comes on top.
+on the meta device. docs/memory.md has it beside a GPU's; what torch holds in reserve comes on top.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def estimate_fast(request: Request) -> Estimate:
         text_encoder=umt5_bytes() if request.text_encoder == "gpu" else 0,
         libraries=STREAMS * CUBLAS_WORKSPACE,
         overlap=True,  # each set of recordings keeps its working memory to itself
+        recorded=True,
     )
 
 
