@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # From nothing to the shipped models: data, codec, base, AR, causal ODE / CD, DMD, evaluation, export.
 #
-#   bash runs/speedrun.sh            one GPU (H200: about 25 minutes); writes runs/tiny
-#   bash runs/speedrun.sh --smoke    the same path in miniature on a CPU, in a minute or two: proves the plumbing, nothing else
+#   bash runs/speedrun.sh            one GPU (H200: 31 minutes); writes runs/tiny
+#   bash runs/speedrun.sh --smoke    the same path in miniature on a CPU, in a minute or two: proves the plumbing only
 #
-# From the base model on, frame-wise and chunk-wise trainings share the GPU, so that one computes while another compiles;
-# names mark their lines. Stop it at any time and run it again: finished stages are skipped, running ones continue from
-# their checkpoints. STAGES="codec data base" runs only these; MORE="trainer.preview_every=0" overrides every recipe.
+# From the base model on, frame-wise and chunk-wise trainings share the GPU, so that one computes while another
+# compiles; names mark their lines. Stop it at any time and run it again: finished stages are skipped, running ones
+# continue from their checkpoints. STAGES="codec data base" runs only these; MORE="trainer.preview_every=0" overrides
+# every recipe.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${RUN:-runs/tiny}
@@ -17,6 +18,7 @@ if [ "${1:-}" = "--smoke" ]; then
   smoke=(smoke)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # networks this small only lose by more
 fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # up to four trainings at once, each else with a thread for every core
 stages=${STAGES:-codec data base ar ode cd dmd eval embed} init=${INIT:-ode}
 for stage in $stages; do
   [[ " codec data base ar ode cd dmd eval embed " == *" $stage "* ]] || { echo "unknown stage $stage" >&2; exit 2; }
@@ -91,7 +93,13 @@ set -m # a process group for each, so that one signal reaches each training once
 lanes=()
 for lane in frame_wise chunk_wise; do aside $lane; lanes+=($!); done
 set +m
-trap 'trap "" INT TERM HUP; for lane in "${lanes[@]}"; do kill -TERM -- "-$lane" || true; done; wait; exit 130' INT TERM HUP
+stop() {
+  trap '' INT TERM HUP
+  for lane in "${lanes[@]}"; do kill -TERM -- "-$lane" || true; done
+  wait
+  exit 130
+}
+trap stop INT TERM HUP
 failed=0
 for lane in "${lanes[@]}"; do wait "$lane" || failed=1; done
 trap - INT TERM HUP
