@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 import textwrap
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -195,17 +195,19 @@ CONFIGS = [
 
 @pytest.mark.parametrize("cls", [*CONFIGS, *cli.COMMANDS], ids=lambda cls: cls.__name__)
 def test_every_field_has_its_line_of_documentation(cls: type) -> None:
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef) and ast.get_docstring(definition)
-    documented = {
-        first.target.id: inspect.cleandoc(second.value.value)
-        for first, second in zip(definition.body, definition.body[1:], strict=False)
-        if isinstance(first, ast.AnnAssign)
-        and isinstance(first.target, ast.Name)
-        and isinstance(second, ast.Expr)
-        and isinstance(second.value, ast.Constant)
-        and isinstance(second.value.value, str)
-    }
+    documented = {}
+    for one in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        assert isinstance(definition, ast.ClassDef) and ast.get_docstring(definition)
+        documented |= {
+            first.target.id: inspect.cleandoc(second.value.value)
+            for first, second in zip(definition.body, definition.body[1:], strict=False)
+            if isinstance(first, ast.AnnAssign)
+            and isinstance(first.target, ast.Name)
+            and isinstance(second, ast.Expr)
+            and isinstance(second.value, ast.Constant)
+            and isinstance(second.value.value, str)
+        }
     assert [f.name for f in fields(cls) if f.name not in documented] == []
     assert [name for name, text in documented.items() if not text.endswith(".") and not text.endswith(")")] == []
 

@@ -1,0 +1,151 @@
+"""The command `causalreel`: reads arguments, calls the package, prints. Nothing else in the package does any of it.
+
+Each subcommand is a dataclass of its arguments and a function that imports what it needs. Known errors (ValueError,
+OSError, a loss that is not finite, a missing optional package) become one line on standard error and exit status 2;
+Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Annotated, Any, TypeAlias
+
+import tyro
+from tyro.conf import subcommand
+
+from causalreel.cli.files import Convert, ExportModel, Models, convert, export_model, models
+from causalreel.cli.live import Serve, Stream, serve, stream
+from causalreel.cli.measuring import Bench, EstimateMemory, Evaluate, Verify, bench, estimate_memory, evaluate, verify
+from causalreel.cli.training import Encode, Train, encode, train
+from causalreel.cli.videos import Generate, generate
+from causalreel.parallel.mesh import Launch, launch
+
+Command: TypeAlias = (
+    Annotated[Generate, subcommand("generate")]
+    | Annotated[Stream, subcommand("stream")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Encode, subcommand("encode")]
+    | Annotated[Evaluate, subcommand("eval")]
+    | Annotated[ExportModel, subcommand("export")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Models, subcommand("models")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Bench, subcommand("bench")]
+    | Annotated[EstimateMemory, subcommand("estimate")]
+    | Annotated[Serve, subcommand("serve")]
+)
+
+COMMANDS: dict[type, Callable[[Any], int]] = {
+    Generate: generate,
+    Stream: stream,
+    Train: train,
+    Encode: encode,
+    Evaluate: evaluate,
+    ExportModel: export_model,
+    Convert: convert,
+    Models: models,
+    Verify: verify,
+    Bench: bench,
+    EstimateMemory: estimate_memory,
+    Serve: serve,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse `argv` (default: the process's arguments), run the subcommand -> exit status.
+
+    In one of several processes (torchrun) all but the first are silent, and an error in any of them ends all.
+    """
+    where = launch()
+    if where is None:
+        return _main(argv, None)
+    from causalreel.parallel.crew import leave
+
+    with contextlib.ExitStack() as silence:
+        if where.rank > 0:
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            status = _main(argv, where)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception:  # not swallowed: the process says what it was and ends with it, and does not wait for others
+            traceback.print_exc()
+            status = 1
+        return leave(where, status)
+
+
+def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        from causalreel import __version__
+
+        print(f"causalreel {__version__}")
+        return 0
+    _log_to_stderr()
+    try:
+        with _together(where):
+            args = tyro.cli(
+                Command,  # type: ignore[arg-type] - a union is as good as a class to tyro
+                prog="causalreel",
+                description="Causal video diffusion: few-step autoregressive generation and its training.",
+                args=argv,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+            if where is not None and not isinstance(args, Generate):
+                raise ValueError("only generate runs in several processes; start this command without torchrun")
+            return COMMANDS[type(args)](args)
+    except KeyboardInterrupt:
+        print("causalreel: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        _print_error(_one_line(error))
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which is not imported for this
+            raise
+        _print_error(f"{_one_line(error)} (causalreel estimate says what takes how much)")
+        return 2
+
+
+def _together(where: Launch | None) -> AbstractContextManager[None]:
+    if where is None:
+        return contextlib.nullcontext()
+    from causalreel.parallel.crew import crew
+
+    return crew(where, describe=_one_line, report=_print_error)
+
+
+def _print_error(line: str) -> None:
+    print(f"causalreel: error: {line}", file=sys.stderr, flush=True)
+
+
+class _ToStderr(logging.Handler):
+    """Log lines to what is standard error at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("causalreel")
+    if not logger.handlers:
+        handler = _ToStderr()
+        handler.setFormatter(logging.Formatter("causalreel: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,88 @@
+"""`causalreel export`, `convert` and `models`: weights in and out of files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+@dataclass(frozen=True)
+class ExportModel:
+    """Write a trained model again as a folder of its own: bfloat16 weights with its codec, name and scores."""
+
+    model: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """Export folder of a training run."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """Folder to write."""
+    name: str | None = None
+    """What messages call it; default: as before."""
+    codec: str | None = None
+    """Codec that the config names, relative to OUT or an embedded family; default: a copy beside the model."""
+    scores: Path | None = None
+    """scores.json of an evaluation, recorded in the provenance."""
+    label: str | None = None
+    """Which of its models this is."""
+
+
+def export_model(args: ExportModel) -> int:
+    from causalreel.weights.export import re_export
+
+    print(re_export(args.model, args.out, name=args.name, codec=args.codec, scores=args.scores, label=args.label))
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- convert
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write a network's weights in another layout, every name and shape checked: Wan2.1's own names, the .pt of Causal
+    and Self Forcing, diffusers' folder, ComfyUI's repack."""
+
+    source: Annotated[Positional[Path], arg(metavar="SRC")]
+    """File or folder, of any of these layouts."""
+    target: Annotated[Positional[Path], arg(metavar="DST")]
+    """official: a .pt; comfyui: a .safetensors; wan and diffusers: a .safetensors or a folder with config.json."""
+    to: Literal["wan", "official", "diffusers", "comfyui"]
+    """Layout of DST."""
+    which: str | None = None
+    """Top-level key of a .pt file, such as generator_ema; default: the first of generator, model, generator_ema."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the values; default: as they are."""
+    heads: int | None = None
+    """Attention heads, where neither SRC nor a known size tells them."""
+
+
+def convert(args: Convert) -> int:
+    from causalreel.weights.convert import convert as write
+
+    print(write(args.source, args.target, args.to, which=args.which, dtype=args.dtype, heads=args.heads))
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the models that have names: those that come with the package, and released ones at full size."""
+
+    names: bool = False
+    """Names only, one a line."""
+
+
+def models(args: Models) -> int:
+    from causalreel.infer.models import variants
+    from causalreel.weights.registry import MODELS, table
+
+    if args.names:
+        print("\n".join([*variants(), *MODELS]))
+        return 0
+    print("come with the package: " + ", ".join(variants()) + "\n")
+    print(table())
+    return 0

@@ -1,0 +1,155 @@
+"""`causalreel bench`, `estimate`, `eval` and `verify`: how fast, how large, how good, how exact."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from causalreel.cli.flags import ModelFlags, at_least
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+
+
+@dataclass(frozen=True)
+class Bench(ModelFlags):
+    """Time a model: first pixels, chunk latency at the start and with a full window, throughput, memory."""
+
+    prompt: str = "a large red circle moves right"
+    """What to show."""
+    batch: int = 1
+    """Clips made together."""
+    frames: int | None = None
+    """Pixel frames; default: as many as a training clip. More fill the window."""
+    runs: int = 3
+    """Measured runs of each kind, after one to warm up."""
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """Also write everything as JSON."""
+
+
+def bench(args: Bench) -> int:
+    at_least(1, batch=args.batch, runs=args.runs)
+    import json
+
+    from causalreel.infer.bench import measure
+    from causalreel.weights.files import write_text
+
+    pipeline = args.load()
+    speed = measure(pipeline, [args.prompt] * args.batch, frames=args.frames, runs=args.runs)
+    print(speed.table())
+    if args.output is not None:
+        write_text(args.output, json.dumps(speed.record() | {"precision": args.precision}, indent=1))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- estimate
+
+
+@dataclass(frozen=True)
+class EstimateMemory:
+    """Say how much memory of a GPU a video takes, before anything is loaded."""
+
+    model: str = "wan-1.3b"
+    """Size (wan-1.3b, wan-14b), embedded model or an export's folder."""
+    height: int | None = None
+    """Pixels; default: 480, or the model's."""
+    width: int | None = None
+    """Pixels; default: 832, or the model's."""
+    frames: int | None = None
+    """Pixel frames, 1 + 4 (n - 1); default: 81, or as many as a training clip. 0 is endless and needs a window."""
+    window: int | None = None
+    """Latent frames that a chunk sees; default: all, or the model's."""
+    chunk: int | None = None
+    """Latent frames made together; default: 3, or the model's."""
+    batch: int = 1
+    """Clips made together."""
+    guided: bool | None = None
+    """Classifier-free guidance; default: as the model."""
+    dtype: Literal["bfloat16", "float16", "float32", "fp8"] | None = None
+    """Type of the network's weights; default: bfloat16, or as the model is loaded."""
+    decoder: Literal["wan", "taehv", "none"] = "wan"
+    """What makes pixels; none: another GPU does. A model with a codec of its own uses that."""
+    decoder_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Type of its weights; default: bfloat16, or as the model's own is loaded."""
+    overlap: bool = False
+    """Decode beside the network and not after it."""
+    text_encoder: Literal["cpu", "gpu"] = "cpu"
+    """Where UMT5-XXL stays."""
+    gpus: int = 1
+    """GPUs that share the stream; the numbers are of the first, which decodes."""
+    precision: Literal["eager", "bf16", "fp8"] | None = None
+    """As of `generate`: the plain network, or recorded calls and a fast decoder; default: bf16 for wan-1.3b and
+    wan-14b, eager for models of one's own."""
+
+
+def estimate_memory(args: EstimateMemory) -> int:
+    from causalreel.infer.estimate import estimate, table
+    from causalreel.infer.estimate_fast import estimate_fast
+    from causalreel.infer.models import request_for
+
+    options = dataclasses.asdict(args)
+    precision = options.pop("precision") or ("bf16" if args.model.startswith("wan-") else "eager")
+    request = request_for(options.pop("model"), **options)
+    if precision != "eager":
+        dtype = "fp8" if precision == "fp8" else "bfloat16"
+        print(table(estimate_fast(dataclasses.replace(request, dtype=dtype, decoder_dtype="bfloat16"))))
+    else:
+        print(table(estimate(request)))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------- eval
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure models: what their videos show against what the prompts say, beside real clips. Prints a table."""
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="[LABEL=]MODEL[@STEPS] ...")] = ("tiny",)
+    """Embedded models or export folders; @1, @2 or @4 samples a few-step model with so many steps."""
+    out: Path = Path("runs/eval")
+    """Folder for the table, the scores of every clip and contact sheets."""
+    clips: int = 512
+    """Held-out prompts."""
+    seed: int = 0
+    """Which held-out prompts, and the noise."""
+    batch: int | None = None
+    """Clips generated together; default: 128 on a GPU, 8 on a CPU, whose caches are small."""
+    device: str | None = None
+    """Such as cpu or cuda:1; default: CUDA if there is one."""
+
+
+def evaluate(args: Evaluate) -> int:
+    at_least(2, clips=args.clips)
+    at_least(1, batch=1 if args.batch is None else args.batch)
+    from causalreel.eval.run import run, table
+
+    rows = run(args.models, out=args.out, clips=args.clips, seed=args.seed, batch=args.batch, device=args.device)
+    print(table(rows))
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------- verify
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare this package with golden values recorded from released implementations."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """Folder of golden files."""
+    pattern: str | None = None
+    """Only the cases whose name fits this glob, such as c4_*."""
+    allow_uncovered: bool = False
+    """Do not fail for cases that nothing here covers."""
+
+
+def verify(args: Verify) -> int:
+    from causalreel import verify as golden
+
+    results = golden.run(args.folder, allow_uncovered=args.allow_uncovered, pattern=args.pattern)
+    print(golden.format_table(results))
+    return 0 if golden.passed(results, args.allow_uncovered) else 1

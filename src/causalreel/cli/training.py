@@ -1,0 +1,79 @@
+"""`causalreel train` and `causalreel encode`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from causalreel.cli.flags import at_least
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+@dataclass(frozen=True)
+class Train:
+    """Run a recipe: a YAML file, or the name of one that comes with the package, such as tiny/causal_cd."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """File or name."""
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")] = ()
+    """key.key=value, laid upon the recipe."""
+    dry_run: bool = False
+    """Print the resolved recipe and check it without training."""
+
+
+def train(args: Train) -> int:
+    from causalreel import config
+    from causalreel.train.run import describe, resolve, run
+
+    recipe = resolve(args.recipe, args.overrides)
+    if args.dry_run:
+        print(config.dump(recipe))
+        print(describe(recipe))
+        return 0
+    return run(recipe).exit_code
+
+
+# --------------------------------------------------------------------------------------------------------------- encode
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Prepare training data: render clips of the tiny world, encode them into latent shards. Continues if stopped."""
+
+    codec: Path
+    """Folder of a trained codec."""
+    out: Path
+    """Folder for the shards."""
+    clips: int = 32768
+    """Clips to render."""
+    seed: int = 0
+    """Which training world."""
+    batch: int = 256
+    """Clips encoded at once."""
+    device: str | None = None
+    """Such as cpu or cuda:1; default: CUDA if there is one."""
+
+
+def encode(args: Encode) -> int:
+    at_least(1, clips=args.clips, batch=args.batch)
+    from causalreel.data.prepare import prepare
+    from causalreel.infer.models import choose_device
+    from causalreel.weights.export import codec_identity, load_codec
+
+    device = choose_device(args.device)
+    codec = load_codec(args.codec).to(device)
+    folder = prepare(
+        args.out,
+        codec,
+        codec_id=codec_identity(args.codec),
+        clips=args.clips,
+        seed=args.seed,
+        batch=args.batch,
+        device=device,
+    )
+    print(folder)
+    return 0
