@@ -202,10 +202,9 @@ class StaticCache:
 
     @property
     def _held(self) -> slice:
-        """Rows among which all committed frames lie."""
+        """Rows among which all committed frames lie; the place to leave by holds none between calls."""
         end = self.frames[-1].chunk_end if self.frames else 0
-        run = (self._front, self._front + end) if end <= self.window - self.chunk else (0, self.memory.frames)
-        return slice(*(n * self.tokens for n in run))
+        return slice(self._front * self.tokens, min(self._front + end, self.memory.frames) * self.tokens)
 
     def _require_memory(self) -> None:
         if self.memory.guest is not self:
