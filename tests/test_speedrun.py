@@ -22,7 +22,7 @@ case $1 in
   train)
     for word in "$@"; do case $word in trainer.out=*) out=${word#trainer.out=} ;; esac; done
     name=$(basename "$out")
-    trap 'said "TERM $name"; exit 130' TERM
+    trap 'said "TERM $name"; sleep 0.5; said "saved $name"; exit 130' TERM
     said "begin $name $*"
     [ "$name" != "${FAILS:-}" ] || exit 2
     [[ " ${WAITS:-} " != *" $name "* ]] || for _ in $(seq 200); do sleep 0.05; done
@@ -114,4 +114,5 @@ def test_a_signal_reaches_every_training_once(environment: dict[str, str]) -> No
     finally:
         process.kill()
     assert sorted(names(environment, "TERM")) == sorted(waits)
+    assert sorted(names(environment, "saved")) == sorted(waits)  # the script has waited for them
     assert not {"eval", "chunk-4step", "frame-2step"} & set(names(environment, "begin"))
