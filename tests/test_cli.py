@@ -187,7 +187,8 @@ def test_bench_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     how = ["bench", "--runs", "1", "--frames", "5", "--batch", "2", "--device", "cpu"]
     assert cli.main([*how, "-o", str(written)]) == 0
     assert "first pixels" in capsys.readouterr().out
-    assert json.loads(written.read_text())["batch"] == 2
+    found = json.loads(written.read_text())
+    assert found["batch"] == 2 and found["precision"] == "eager"  # bf16, the default, is for GPUs
     assert cli.main([*how, "--precision", "eager"]) == 0
     capsys.readouterr()
     assert cli.main(["bench", "--batch", "0"]) == 2

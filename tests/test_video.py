@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,22 @@ def test_an_error_half_way_leaves_the_old_file(clip: Tensor, tmp_path: Path, suf
     with pytest.raises(RuntimeError, match="the model broke"):
         write_video(path, source())
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+@pytest.mark.parametrize("name", [None, "source.mp4"])
+def test_an_error_of_the_disk_names_a_file(clip: Tensor, tmp_path: Path, suffix: str, name: str | None) -> None:
+    """Encoders do not say which file it was: then it is the one that is written."""
+    path = tmp_path / f"a{suffix}"
+
+    def source() -> Iterator[Tensor]:
+        yield clip[:5]
+        raise OSError(errno.ENOSPC, "a full disk", name)
+
+    with pytest.raises(OSError, match="No space left" if name is None else "a full disk") as found:
+        write_video(path, source())
+    assert found.value.filename == (str(path) if name is None else name) and found.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_requests_are_refused_and_leave_nothing(clip: Tensor, tmp_path: Path) -> None:

@@ -60,9 +60,13 @@ class ModelFlags:
             width=self.width,
             prompt_cache=Path("~/.cache/causalreel/prompts").expanduser(),  # embeddings take seconds to make
         )
-        if self.precision == "fp8" or (self.precision == "bf16" and pipeline.device.type == "cuda"):
-            return accelerate(pipeline, precision=self.precision, graphs=graphs)
-        return pipeline
+        if (precision := self.precision_on(pipeline.device)) == "eager":
+            return pipeline
+        return accelerate(pipeline, precision=precision, graphs=graphs)
+
+    def precision_on(self, device: torch.device) -> str:
+        """What the flag comes to: bf16 is for GPUs, a CPU runs the plain network."""
+        return "eager" if self.precision == "bf16" and device.type != "cuda" else self.precision
 
 
 def at_least(least: int, **values: int) -> None:

@@ -41,7 +41,9 @@ def bench(args: Bench) -> int:
     speed = measure(pipeline, [args.prompt] * args.batch, frames=args.frames, runs=args.runs)
     print(speed.table())
     if args.output is not None:
-        write_text(args.output, json.dumps(speed.record() | {"precision": args.precision}, indent=1))
+        write_text(
+            args.output, json.dumps(speed.record() | {"precision": args.precision_on(pipeline.device)}, indent=1)
+        )
     return 0
 
 

@@ -203,11 +203,16 @@ def _write_gif(path: Path, pictures: Iterator[Tensor], fps: float) -> int:
 
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside the target that takes its place at the end, or vanishes on any error."""
+    """A temporary path beside the target that takes its place at the end, or vanishes on any error; an OSError that
+    names no file, as those of encoders, comes out as one that names the target."""
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
     try:
         yield temporary
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
