@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from causalreel.data.video import to_bytes
-from causalreel.infer.live import Live
+from causalreel.infer.live import Live, encode_prompt
 from causalreel.serve import session as module
 from causalreel.serve.session import Options, Session
 from causalreel.weights.export import Sampling
@@ -119,12 +119,13 @@ def test_restart() -> None:
 
 
 def test_a_short_prompt_is_completed_by_the_seed_that_is_to_come() -> None:
-    one = session(seed=1)
-    one.command("prompt", text="a red circle")
-    one.command("restart", seed=2)
-    expected = pictures(Session(pipeline(TWO_STEP), Options("a red circle", seed=2)), 2)
+    one, prompt = session(seed=1), "a red circle"
+    assert not torch.equal(*(encode_prompt(one.pipeline, prompt, seed) for seed in (1, 3)))
+    one.command("prompt", text=prompt)
+    one.command("restart", seed=3)
+    expected = pictures(Session(pipeline(TWO_STEP), Options(prompt, seed=3)), 2)
     assert all(torch.equal(a, b) for a, b in zip(pictures(one, 2), expected, strict=True))
-    assert one.prompt == "a red circle"
+    assert one.prompt == prompt
 
 
 def test_steps_frame_rate_and_size() -> None:
