@@ -298,6 +298,7 @@ class Recordings:
         for recording in self.graphs.values():
             recording.graph.reset()
         self.graphs.clear()
+        self.pool = None  # torch forgets a pool with its last graph; another one needs another pool
 
     def __call__(
         self,
