@@ -274,6 +274,10 @@ def test_requests_by_name() -> None:
     tiny = request_for("tiny", **plain)
     assert tiny.model == preset("tiny") and tiny.frames == 12 and isinstance(tiny.decoder, VAEConfig)
     assert tiny.dtype == "float32" and tiny.text_encoder == "none" and tiny.chunk == 1
+    released = request_for("causal-forcing/framewise-2step", **plain, decoder="taehv")
+    assert released == replace(WAN, chunk=1, decoder="taehv")
+    assert request_for("causal-forcing/longvideo", **plain).window == 21
+    assert request_for("causal-forcing/framewise-ar-diffusion", **plain).guided
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,6 +342,10 @@ def test_the_accelerated_estimate_counts_what_the_accelerated_code_holds(chunk: 
     assert found.fresh == 0 and found.activations > 0 and found.tables > 0
     hidden = rows * request.fresh * tokens * model.ffn_dim * 2
     assert hidden < found.activations < 40 * hidden
+    packed = estimate_fast(replace(request, dtype="fp8-attention"))
+    columns = -(-places * tokens // 128) * 128
+    each = model.layers * rows * model.dim
+    assert packed.cache == each * (places * tokens + columns) + 8 * (2 * places * tokens + columns)
     double = estimate_fast(replace(request, batch=2 * request.batch))
     assert 1.5 < double.activations / found.activations < 2.5 and double.cache > 1.9 * found.cache
 

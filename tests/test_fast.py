@@ -137,7 +137,7 @@ def test_fp8_is_near_and_is_not_the_default() -> None:
         exact, plain, coarse = (d(x, sigma, told) for d in (net, fast, fp8))
     assert (plain - exact).norm() < 1e-5 * exact.norm()
     assert 1e-3 < (coarse - exact).norm() / exact.norm() < 0.1  # e4m3 was used, and is e4m3
-    with pytest.raises(ValueError, match="bf16 or fp8, got 'fp4'"):
+    with pytest.raises(ValueError, match="one of bf16, fp8, fp8-attention, got 'fp4'"):
         accelerate(denoiser(), precision="fp4")
 
 
@@ -264,7 +264,7 @@ def test_rectangles_cover_the_mask_once(rows: list[list[bool]]) -> None:
     ],
 )
 def test_split_attention_is_attention(mask: FrameMask | None, processors: int, monkeypatch) -> None:
-    monkeypatch.setattr("causalreel.nn.split_attention._processors", lambda device: processors)
+    monkeypatch.setattr("causalreel.nn.split_attention.processors_of", lambda device: processors)
     torch.manual_seed(0)
     tokens = 6
     rows, columns = (2, 5) if mask is None else (len(mask.allowed), len(mask.allowed[0]))
@@ -279,7 +279,7 @@ def test_split_attention_is_attention(mask: FrameMask | None, processors: int, m
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize(
-    "way", [lambda mask: list(rectangles(mask)), split_attention._groups], ids=["shared", "groups"]
+    "way", [lambda mask: list(rectangles(mask)), split_attention.groups_of], ids=["shared", "groups"]
 )
 def test_every_way_to_cut_a_fused_call_is_attention(way, parts: int) -> None:
     torch.manual_seed(0)

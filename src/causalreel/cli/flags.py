@@ -36,8 +36,9 @@ class ModelFlags:
     """Denoising steps per chunk; default: the model's."""
     chunk: int | None = None
     """Latent frames made together; default: the model's."""
-    precision: Literal["eager", "bf16", "fp8"] = "bf16"
-    """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, slightly other videos; eager the plain network."""
+    precision: Literal["eager", "bf16", "fp8", "fp8-attention"] = "bf16"
+    """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, fp8-attention with e4m3 attention and cache as well,
+    both slightly other videos; eager the plain network."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
 

@@ -55,7 +55,7 @@ class EstimateMemory:
     """Say how much memory of a GPU a video takes, before anything is loaded."""
 
     model: str = "wan-1.3b"
-    """Size (wan-1.3b, wan-14b), embedded model or an export's folder."""
+    """Size (wan-1.3b, wan-14b), released or embedded model, or an export's folder."""
     height: int | None = None
     """Pixels; default: 480, or the model's."""
     width: int | None = None
@@ -82,21 +82,23 @@ class EstimateMemory:
     """Where UMT5-XXL stays."""
     gpus: int = 1
     """GPUs that share the stream; the numbers are of the first, which decodes."""
-    precision: Literal["eager", "bf16", "fp8"] | None = None
-    """As of `generate`: the plain network, or recorded calls and a fast decoder; default: bf16 for wan-1.3b and
-    wan-14b, eager for models of one's own."""
+    precision: Literal["eager", "bf16", "fp8", "fp8-attention"] | None = None
+    """As of `generate`: the plain network, or recorded calls and a fast decoder; default: bf16 for Wan's sizes and
+    released models, eager for models of one's own."""
 
 
 def estimate_memory(args: EstimateMemory) -> int:
     from causalreel.infer.estimate import estimate, table
     from causalreel.infer.estimate_fast import estimate_fast
     from causalreel.infer.models import request_for
+    from causalreel.weights.registry import MODELS
 
     options = dataclasses.asdict(args)
-    precision = options.pop("precision") or ("bf16" if args.model.startswith("wan-") else "eager")
+    is_wan = args.model.startswith("wan-") or args.model in MODELS
+    precision = options.pop("precision") or ("bf16" if is_wan else "eager")
     request = request_for(options.pop("model"), **options)
     if precision != "eager":
-        dtype = "fp8" if precision == "fp8" else "bfloat16"
+        dtype = precision if precision.startswith("fp8") else "bfloat16"
         print(table(estimate_fast(dataclasses.replace(request, dtype=dtype, decoder_dtype="bfloat16"))))
     else:
         print(table(estimate(request)))

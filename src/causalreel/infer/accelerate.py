@@ -19,26 +19,33 @@ from causalreel.types import DecodeStream
 
 log = logging.getLogger(__name__)
 
+NEEDS = {"fp8": (8, 9), "fp8-attention": (9, 0)}
+"""The compute capability from which a GPU has the products."""
+
 
 def accelerate(pipeline: Pipeline, *, precision: str = "bf16", graphs: bool = True) -> Pipeline:
     """-> the pipeline with `parallel.fast.FastDiT` behind its denoiser, weights in the type they are computed in, and
     on a GPU `codecs.fast_decode` for its pixels.
 
-    precision: bf16, or fp8 (e4m3 products; a change of numerics, which is logged). graphs: record the network's calls
+    precision: bf16, fp8 (e4m3 products) or fp8-attention (self-attention and its cache too): changes of numerics, which
+    are logged. graphs: record the network's calls
     (CUDA only), which takes a few seconds for each number of frames and pays from the second clip on.
     """
     denoiser, is_cuda = pipeline.denoiser, pipeline.device.type == "cuda"
-    if precision == "fp8" and not (is_cuda and torch.cuda.get_device_capability(pipeline.device) >= (8, 9)):
+    least = NEEDS.get(precision)
+    if least is not None and not (is_cuda and torch.cuda.get_device_capability(pipeline.device) >= least):
         raise ValueError(
-            f"precision fp8 needs a GPU of compute capability 8.9 or later; the device is {pipeline.device}"
+            f"precision {precision} needs a GPU of compute capability {'.'.join(map(str, least))} or later; "
+            f"the device is {pipeline.device}"
         )
     if denoiser.compute is not None:
         denoiser = denoiser.to(denoiser.compute)
     fast.accelerate(denoiser, precision=precision, graphs=graphs and is_cuda)
-    if precision == "fp8":
+    if precision in NEEDS:
         assert isinstance(denoiser.run, fast.FastDiT)
         denoiser.run.release_originals()
-        log.info("%s: products in fp8 (e4m3); videos differ slightly from those in bf16", pipeline.export.name)
+        what = "products" if precision == "fp8" else "products, attention and its cache"
+        log.info("%s: %s in fp8 (e4m3); videos differ slightly from those in bf16", pipeline.export.name, what)
     return dataclasses.replace(pipeline, denoiser=denoiser, decoder=_fast_decoders(pipeline) if is_cuda else None)
 
 

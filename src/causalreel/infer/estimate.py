@@ -28,7 +28,13 @@ from causalreel.rollout import Call, chunked, fuse, rollout
 from causalreel.types import Conditioning, LatentSpec
 
 GIB = 2**30
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.bfloat16,
+    "fp8-attention": torch.bfloat16,
+}
 """Name of the weights' type -> type of the arithmetic."""
 CUBLAS_WORKSPACE = 32 * 2**20
 """What torch gives cuBLAS on a GPU of compute capability 9 (its default of CUBLAS_WORKSPACE_CONFIG)."""
@@ -58,8 +64,9 @@ class Request:
     """Classifier-free guidance: two rows for each clip."""
     fused: bool = True
     """Commits join the next chunk's first step."""
-    dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "bfloat16"
-    """Type of the network's weights; fp8 means the blocks' linear layers, computing in bfloat16."""
+    dtype: Literal["float32", "bfloat16", "float16", "fp8", "fp8-attention"] = "bfloat16"
+    """Type of the network's weights; fp8 means the blocks' linear layers, computing in bfloat16; fp8-attention the
+    same, with a cache in fp8 where the pipeline is accelerated."""
     gpus: int = 1
     """GPUs that share the stream; the estimate is for the first, which decodes."""
     decoder: Literal["wan", "taehv", "none"] | VAEConfig = "wan"
@@ -203,7 +210,7 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
     wide = DTYPES[dtype].itemsize
 
     def width(name: str, parameter: Tensor) -> int:
-        return 1 if dtype == "fp8" and name.startswith("blocks.") and parameter.ndim == 2 else wide
+        return 1 if dtype.startswith("fp8") and name.startswith("blocks.") and parameter.ndim == 2 else wide
 
     return sum(parameter.numel() * width(name, parameter) for name, parameter in net.named_parameters())
 

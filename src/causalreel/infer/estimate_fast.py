@@ -95,7 +95,7 @@ def _network(request: Request) -> tuple[int, int, int]:
             noise = Nothing(request.rows, request.latent)
             for _ in rollout(net, calls, conditioning=told, noise=noise, cache=cache):
                 pass
-        return held.peak, _bytes((cache.memory.buffer, cache.memory.places, cache.memory.slots))
+        return held.peak, _bytes(cache.memory.tensors)
 
     roll()  # tables are made in the first rollout and only read in the second
     peak, memory = roll()
@@ -123,7 +123,7 @@ class _Recorded:
 
 
 def _precision(request: Request) -> str:
-    return "fp8" if request.dtype == "fp8" else "bf16"
+    return request.dtype if request.dtype.startswith("fp8") else "bf16"
 
 
 def _decoder(request: Request) -> tuple[int, int, int]:

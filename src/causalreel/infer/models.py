@@ -115,24 +115,25 @@ def _check_released(export: Export, device: torch.device, *, decoder: Literal["w
         return
     free, _ = torch.cuda.mem_get_info(device)
     if weight_bytes(export.model) > free / 10:
-        sampling = export.sampling
-        request = Request(
-            export.model,
-            export.latent,
-            chunk=sampling.chunk or export.frames,
-            window=export.context.window,
-            frames=export.frames,
-            guided=sampling.guidance != 1,
-            decoder=decoder,
-            gpus=gpus,
-        )
+        request = Request(export.model, export.latent, **_asked_by(export), decoder=decoder, gpus=gpus)
         check(request, free, where=torch.cuda.get_device_name(device))
+
+
+def _asked_by(export: Export) -> dict[str, Any]:
+    """The fields of a `Request` that a model decides."""
+    sampling = export.sampling
+    return {
+        "chunk": sampling.chunk or export.frames,
+        "window": export.context.window,
+        "frames": export.frames,
+        "guided": sampling.guidance != 1,
+    }
 
 
 def request_for(
     model: str | Path, *, height: int | None, width: int | None, frames: int | None, **options: Any
 ) -> Request:
-    """What a video of `model` (a preset's name, an embedded model or a folder) asks of memory; None: its own choice.
+    """What a video of `model` (as for `load`, or a preset's name) asks of memory; None: its own choice.
 
     height, width and frames are pixels and pixel frames, the latter 0 where the clip does not end; options: fields of
     `infer.estimate.Request`.
@@ -140,13 +141,14 @@ def request_for(
     if str(model) in PRESETS and str(model) not in DEFAULT_VARIANTS:
         network, own = preset(str(model)), {"chunk": 3, "frames": 21}
         codec, latent = vae_config("wan2.1"), LatentSpec(network.channels, 60, 104)
+    elif str(model) in MODELS:
+        export = MODELS[str(model)].export()
+        network, latent, own, codec = export.model, export.latent, _asked_by(export), vae_config("wan2.1")
     else:
         folder = find(model)
         export = read_export(folder)
         network, latent = export.model, export.latent
-        own = {"chunk": export.sampling.chunk or export.frames, "window": export.context.window}
-        own |= {"frames": export.frames, "guided": export.sampling.guidance != 1}
-        own |= {"dtype": "float32", "decoder_dtype": "float32"}  # as `load` leaves them
+        own = _asked_by(export) | {"dtype": "float32", "decoder_dtype": "float32"}  # as `load` leaves them
         codec = read_codec(codec_file(folder, export.codec)).codec
         options |= {"decoder": codec} if options.get("decoder") != "none" else {}
         options |= {"text_encoder": "none"}

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from causalreel.nn import attention, kernels, split_attention
+from causalreel.nn import attention, fp8_attention, kernels, split_attention
 from causalreel.nn.masks import FrameMask
 from causalreel.parallel import fast
 
@@ -109,9 +109,11 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     found: list[tuple[Any, str, Any]] = [
         (kernels, "uses_triton", lambda x: True),
         (kernels, "_triton", _Silent),
+        (kernels, "_triton_attention", _Silent),
         (split_attention, "attend_plain", lambda q, k, v: torch.empty_like(q)),
         (split_attention, "attend_with_sum", _attended_with_sum),
-        (split_attention, "_processors", lambda device: PROCESSORS),
+        (split_attention, "processors_of", lambda device: PROCESSORS),
+        (fp8_attention, "processors_of", lambda device: PROCESSORS),
         (fast, "attend_plain", lambda q, k, v: torch.empty_like(q)),
     ]
     if importlib.util.find_spec("triton") is not None:

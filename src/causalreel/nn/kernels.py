@@ -154,6 +154,58 @@ def norm_rotate_into(
     return q
 
 
+def norm_rotate_packed(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> Tensor:
+    """As norm_rotate, in e4m3 without a scale: keys (B,rows,N,D) get rows `slots` (L) int64, values (B,N,D,columns)
+    get `column_of` them -> queries (B,L,N,D).
+
+    e4m3 has 3 bits of precision from 2^-6 to 448 whatever the scale; larger numbers become 448.
+    """
+    batch, length, width3 = qkv.shape
+    heads, dim = keys.shape[2:]
+    if not uses_triton(qkv):
+        q, k, v = norm_rotate(qkv, q_weight, k_weight, cos, sin, heads=heads, eps=eps)
+        store_packed(keys, values, slots, k, v)
+        return to_fp8(q)
+    q = torch.empty(batch, length, heads, dim, dtype=FP8, device=qkv.device)
+    _launch_norm_rotate(qkv, q_weight, k_weight, cos, sin, q.unsqueeze(0), keys, None, slots, heads=heads, eps=eps)
+    width, tokens, channels = width3 // 3, 64, 64
+    _triton().store_columns[(-(-length // tokens), -(-width // channels), batch)](
+        qkv, values, slots, length, width, values.shape[3], TOKENS=tokens, CHANNELS=channels, num_warps=4
+    )
+    return q
+
+
+def column_of(row: Any) -> Any:
+    """Where a row's value lies among the columns (int or tensor of ints): 16 neighbours as (4,2,2) instead of (2,4,2).
+
+    This is the order in which a processor's threads hold the probabilities of 16 keys after a product with 8 bits a
+    number, and want them for the next one: with values in that order they need not be exchanged.
+    """
+    return row - row % 16 + row % 8 // 2 * 4 + row % 16 // 8 * 2 + row % 2
+
+
+def store_packed(keys: Tensor, values: Tensor, rows: Tensor, k: Tensor, v: Tensor) -> None:
+    """k, v (B,L,N,D) into rows of keys (B,rows,N,D) e4m3 and columns of values (B,N,D,columns) e4m3."""
+    for target, axis, at, given in ((keys, 1, rows, k), (values, 3, column_of(rows), v.permute(0, 2, 3, 1))):
+        target.view(torch.uint8).index_copy_(axis, at, to_fp8(given).view(torch.uint8))
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """x in e4m3, without a scale."""
+    return x.float().clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
 def _launch_norm_rotate(
     qkv: Tensor,
     q_weight: Tensor,
@@ -162,7 +214,7 @@ def _launch_norm_rotate(
     sin: Tensor,
     q: Tensor,
     keys: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     slots: Tensor | None,
     *,
     heads: int,
@@ -178,7 +230,7 @@ def _launch_norm_rotate(
         sin,
         q,
         keys,
-        values,
+        values if values is not None else qkv,
         slots if slots is not None else qkv,
         length,
         width,
@@ -188,6 +240,7 @@ def _launch_norm_rotate(
         q.stride(0),
         COPIES=q.shape[0] if slots is not None else 1,
         HAS_SLOTS=slots is not None,
+        PACKED=values is None,
         BLOCK=_power_of_two(width),
         num_warps=_warps(width),
     )
@@ -215,6 +268,37 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------- partial attentions
+
+
+def attend_e4m3(
+    q: Tensor, keys: Tensor, values: Tensor, tiles: Tensor, parts: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """q (L,N,D), keys (rows,N,D), values (N,D,columns) e4m3, programs (T,4) as `fp8_attention.tiles_of` makes them ->
+    per part of the keys, out (P,L,N,D) of `dtype` and its log-sum-exp (P,N,L), for `merge`. Triton only."""
+    length, heads, width = q.shape
+    out = torch.empty(parts, length, heads, width, dtype=dtype, device=q.device)
+    lse = torch.empty(parts, heads, length, device=q.device)
+    found = _triton_attention()
+    found.allocate_on(q.device)
+    found.attend_e4m3[(len(tiles), heads, parts)](
+        q,
+        keys,
+        values,
+        tiles,
+        out,
+        lse,
+        length,
+        keys.shape[0],
+        values.shape[2],
+        1.4426950408889634 / width**0.5,
+        HEADS=heads,
+        WIDTH=width,
+        TILE=64,
+        BLOCK=128,
+        num_warps=4,
+        num_stages=3,
+    )
+    return out, lse
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], out: Tensor, row_scale: Tensor | None = None) -> None:
@@ -310,6 +394,14 @@ def _power_of_two(n: int) -> int:
 
 def _warps(width: int) -> int:
     return 4 if width <= 2048 else 8 if width <= 8192 else 16
+
+
+def _triton_attention() -> Any:
+    """As `_triton`, for the attention of its own."""
+    _triton()
+    from causalreel.nn import triton_attention
+
+    return triton_attention
 
 
 def _triton() -> Any:

@@ -112,7 +112,7 @@ def work_of(mask: FrameMask | None, frames: tuple[int, int], tokens: int, heads:
     """
     rows, columns = frames
     shared = [Rectangle(0, rows, 0, columns)] if mask is None else list(rectangles(mask))
-    groups = [] if mask is None else _groups(mask)
+    groups = [] if mask is None else groups_of(mask)
     is_filled = all(_tiles(r.shape[0] * tokens, heads) >= 2 * processors for r in groups)
     ways = [way for way in ([groups, shared] if is_filled else [shared, groups]) if way and _fits(way, rows)]
     if not ways:
@@ -123,11 +123,11 @@ def work_of(mask: FrameMask | None, frames: tuple[int, int], tokens: int, heads:
 
 def copies_for(mask: FrameMask | None, frames: tuple[int, int], tokens: int, heads: int, device: torch.device) -> int:
     """Copies of the queries that `attend_split` would make; whoever writes queries can write as many at once."""
-    work = work_of(mask, frames, tokens, heads, _processors(device))
+    work = work_of(mask, frames, tokens, heads, processors_of(device))
     return 1 if work is None else work.copies
 
 
-def _groups(mask: FrameMask) -> list[Rectangle]:
+def groups_of(mask: FrameMask) -> list[Rectangle]:
     """Neighbouring queries that see alike with the run of keys they see; nothing where that is no run."""
     found, top, rows = [], 0, mask.allowed
     while top < len(rows):
@@ -162,7 +162,7 @@ def attend_split(
     """
     q = queries[0]
     frames = q.shape[1] // tokens, k.shape[1] // tokens
-    work = work_of(mask, frames, tokens, q.shape[2], _processors(q.device))
+    work = work_of(mask, frames, tokens, q.shape[2], processors_of(q.device))
     if work is None or (work.is_plain or (mask is None and q.shape[0] > 1)):
         out = attend_plain(q, k, v) if mask is None or work is not None else _general(q, k, v, mask, tokens)
         return kernels.quantise_heads(out) if quantised else (out, None)
@@ -291,5 +291,5 @@ def _is_hopper_or_later(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

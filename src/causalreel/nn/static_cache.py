@@ -55,11 +55,62 @@ class CacheMemory:
         device: torch.device | str,
     ) -> None:
         self.tokens, self.frames = tokens, frames
-        self.buffer = torch.zeros(layers, 2, batch, frames * tokens, heads, head_dim, dtype=dtype, device=device)
+        self._allocate(layers, batch, frames * tokens, heads, head_dim, dtype, device)
         self.places = torch.arange(frames * tokens, device=device)
         self.slots = torch.zeros_like(self.places)
         """Rows that the announced call writes, at the start."""
         self._guest: weakref.ref[StaticCache] | None = None
+
+    # ---- what lies where; `nn.fp8_attention` has another layout ----
+
+    def _allocate(
+        self,
+        layers: int,
+        batch: int,
+        rows: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.buffer = torch.zeros(layers, 2, batch, rows, heads, head_dim, dtype=dtype, device=device)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is held."""
+        return self.buffer, self.places, self.slots
+
+    def keys(self, layer: int) -> Tensor:
+        """All places of a layer's keys (B,rows,N,D)."""
+        return self.buffer[layer, 0]
+
+    def values(self, layer: int) -> Tensor:
+        return self.buffer[layer, 1]
+
+    def store(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write k, v (B,L,N,D) to `rows` (L)."""
+        self.keys(layer).index_copy_(1, rows, k.to(self.buffer.dtype))
+        self.values(layer).index_copy_(1, rows, v.to(self.buffer.dtype))
+
+    def view(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values (B,Lk,N,D) that lie there."""
+        return self.keys(layer)[:, rows], self.values(layer)[:, rows]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """`length` rows of all layers, from row to row."""
+        self.buffer[:, :, :, target : target + length].copy_(self.buffer[:, :, :, source : source + length])
+
+    def save(self, rows: slice, into: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Copy rows of all layers to where `into` has them, or to new tensors as large as the memory."""
+        away = into or (torch.empty_like(self.buffer),)
+        away[0][:, :, :, rows].copy_(self.buffer[:, :, :, rows])
+        return away
+
+    def restore(self, rows: slice, away: tuple[Tensor, ...]) -> None:
+        """Copy back what `save` has copied."""
+        self.buffer[:, :, :, rows].copy_(away[0][:, :, :, rows])
+
+    # ---- whose turn it is ----
 
     @property
     def guest(self) -> StaticCache | None:
@@ -71,8 +122,8 @@ class CacheMemory:
         before = self.guest
         if before is cache:
             return
-        if self.buffer.is_cuda:
-            torch.cuda.synchronize(self.buffer.device)  # the guest may have used another stream
+        if self.places.is_cuda:
+            torch.cuda.synchronize(self.places.device)  # the guest may have used another stream
         if before is not None:
             before.move_out()
         cache.move_in()
@@ -100,8 +151,8 @@ class StaticCache:
         self.window = min(n for n in (context.window, frames) if n is not None)
         self._front = memory.frames - self.window
         """Places for a chunk that leaves; none if the window never overflows."""
-        self._away: Tensor | None = None
-        """As the memory's buffer, for the time in which another rollout uses that."""
+        self._away: tuple[Tensor, ...] | None = None
+        """What `CacheMemory.save` has made, for the time in which another rollout uses the memory."""
         self.frames: tuple[Frame, ...] = ()
         self.call: Call | None = None
         self._queries: tuple[Frame, ...] = ()
@@ -167,10 +218,8 @@ class StaticCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As FrameCache.extend: writes k, v (B,L,N,D) to `slots` and lends the run that the call reads."""
-        assert self.call is not None
-        self.keys(layer).index_copy_(1, self.slots, k.to(self.memory.buffer.dtype))
-        self.values(layer).index_copy_(1, self.slots, v.to(self.memory.buffer.dtype))
-        return self.view(layer)
+        self.memory.store(layer, self.slots, k, v)
+        return self.memory.view(layer, self.rows)
 
     def commit(self, frames: int) -> None:
         """As FrameCache.commit; whole chunks only."""
@@ -191,14 +240,13 @@ class StaticCache:
         """Copy the committed frames away, before another rollout uses the memory."""
         held = self._held
         if held.start < held.stop:
-            self._away = torch.empty_like(self.memory.buffer) if self._away is None else self._away
-            self._away[:, :, :, held].copy_(self.memory.buffer[:, :, :, held])
+            self._away = self.memory.save(held, self._away)
 
     def move_in(self) -> None:
         """Copy back what `move_out` has copied away."""
         held = self._held
         if self._away is not None and held.start < held.stop:
-            self.memory.buffer[:, :, :, held].copy_(self._away[:, :, :, held])
+            self.memory.restore(held, self._away)
 
     @property
     def _held(self) -> slice:
@@ -219,18 +267,11 @@ class StaticCache:
         self._require_memory()
         return self.memory.slots[: self.call.writes * self.tokens]
 
-    def keys(self, layer: int) -> Tensor:
-        """All places of a layer's keys (B,capacity*S,N,D)."""
-        return self.memory.buffer[layer, 0]
-
-    def values(self, layer: int) -> Tensor:
-        return self.memory.buffer[layer, 1]
-
-    def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B,Lk,N,D) of what the announced call reads, its own frames included."""
+    @property
+    def rows(self) -> slice:
+        """Rows that the announced call reads, its own frames included."""
         assert self.call is not None
-        rows = slice(*(n * self.tokens for n in self.call.reads))
-        return self.keys(layer)[:, rows], self.values(layer)[:, rows]
+        return slice(*(n * self.tokens for n in self.call.reads))
 
     @property
     def _ring(self) -> int:
@@ -257,7 +298,4 @@ class StaticCache:
 
     def _copy(self, source: int, target: int) -> None:
         """One chunk of all layers, from place to place."""
-        length = self.chunk * self.tokens
-        a, b = source * self.tokens, target * self.tokens
-        buffer = self.memory.buffer
-        buffer[:, :, :, b : b + length].copy_(buffer[:, :, :, a : a + length])
+        self.memory.copy(source * self.tokens, target * self.tokens, self.chunk * self.tokens)

@@ -87,6 +87,7 @@ def norm_rotate(
     copy_stride,
     COPIES: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -97,17 +98,39 @@ def norm_rotate(
     cosine, sine = tl.load(cos + token * pairs + pair), tl.load(sin + token * pairs + pair)
     start = qkv + row * 3 * width
     turned = _normed_and_rotated(start, q_weight, cosine, sine, width, eps, at, inside, BLOCK)
+    if PACKED:
+        turned = tl.clamp(turned, -448.0, 448.0)
     for p in tl.static_range(COPIES):
         there = p * copy_stride + row * width + at
         tl.store(q + there, turned.to(q.dtype.element_ty), mask=inside)
     turned = _normed_and_rotated(start + width, k_weight, cosine, sine, width, eps, at, inside, BLOCK)
     if HAS_SLOTS:
         there = sample * batch_stride + tl.load(slots + token) * width + at
-        value = tl.load(start + 2 * width + at, mask=inside, other=0.0)
-        tl.store(values + there, value.to(values.dtype.element_ty), mask=inside)
+        if PACKED:  # values go elsewhere, by store_columns
+            turned = tl.clamp(turned, -448.0, 448.0)
+        else:
+            value = tl.load(start + 2 * width + at, mask=inside, other=0.0)
+            tl.store(values + there, value.to(values.dtype.element_ty), mask=inside)
     else:
         there = row * width + at
     tl.store(keys + there, turned.to(keys.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_columns(qkv, values, slots, length, width, columns, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The last third of rows (B,L,3E) as columns of values (B,E,columns), in e4m3; see kernels.column_of."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    sample = tl.program_id(2).to(tl.int64)
+    is_token, is_channel = token < length, channel < width
+    slot = tl.load(slots + token, mask=is_token, other=0)
+    column = slot - slot % 16 + slot % 8 // 2 * 4 + slot % 16 // 8 * 2 + slot % 2
+    row = sample * length + token
+    at = qkv + row[:, None] * (3 * width) + (2 * width + channel)[None, :]
+    value = tl.load(at, mask=is_token[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
+    there = values + (sample * width + channel)[:, None] * columns + column[None, :]
+    value = tl.clamp(tl.trans(value), -448.0, 448.0)
+    tl.store(there, value.to(values.dtype.element_ty), mask=is_channel[:, None] & is_token[None, :])
 
 
 @triton.jit

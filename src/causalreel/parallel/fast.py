@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from causalreel.nn import kernels
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import Block, DiT, TextKeys
+from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, FrameMask
 from causalreel.nn.split_attention import attend_plain, attend_split, copies_for
@@ -28,6 +29,10 @@ from causalreel.parallel.quantise import Fp8Linear
 
 WARMUP = 2
 """Runs before a recording, in which kernels are compiled and libraries choose theirs."""
+
+
+PRECISIONS = ("bf16", "fp8", "fp8-attention")
+"""What a FastDiT computes in."""
 
 
 class Bf16Linear:
@@ -82,17 +87,19 @@ class Levels:
 
 
 class FastDiT:
-    """x, sigma, text -> velocity, as the DiT it is made of. precision: bf16 (the weights' own type) or fp8.
+    """x, sigma, text -> velocity, as the DiT it is made of. precision: one of PRECISIONS.
 
-    With fp8 the products of the blocks are e4m3 with a scale per token and per output channel; attention, embeddings
-    and the head stay as they are. The released code has no such mode: it is a change of numerics, never a default.
+    bf16 is the weights' own type. With fp8 the products of the blocks are e4m3 with a scale per token and per output
+    channel; attention, embeddings and the head stay as they are. fp8-attention also has self-attention and its cache in
+    e4m3 (`nn.fp8_attention`), where the cache is static. The released code has no such modes: they are changes of
+    numerics, never a default.
     """
 
     def __init__(self, model: DiT, *, precision: str = "bf16", graphs: bool = True) -> None:
-        if precision not in ("bf16", "fp8"):
-            raise ValueError(f"precision must be bf16 or fp8, got {precision!r}")
-        self.model, self.precision = model, precision
-        self.blocks = [FastBlock(block, Fp8Linear if precision == "fp8" else Bf16Linear) for block in model.blocks]
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.model, self.precision, self.quantised = model, precision, precision != "bf16"
+        self.blocks = [FastBlock(block, Fp8Linear if self.quantised else Bf16Linear) for block in model.blocks]
         self.graphs = Recordings(self) if graphs else None
         self._levels: dict[tuple[float, ...], Levels] = {}
         self._is_released = False
@@ -101,7 +108,7 @@ class FastDiT:
 
     def release_originals(self) -> None:
         """Give back the weights of which there are fp8 copies; calls with gradient are no longer possible then."""
-        if self.precision != "fp8":
+        if not self.quantised:
             raise ValueError("only fp8 products are copies; in bf16 they share the network's weights")
         for block in self.model.blocks:
             attn, cross = block.self_attn, block.cross_attn
@@ -125,7 +132,8 @@ class FastDiT:
         tokens = size[0] * size[1] // config.patch**2
         key = (StaticCache.places(context, chunk, frames), batch, tokens)
         if key not in self._memories:
-            self._memories[key] = CacheMemory(
+            kind = PackedMemory if self.precision == "fp8-attention" else CacheMemory
+            self._memories[key] = kind(
                 layers=config.layers,
                 heads=config.heads if exchange is None else config.heads // exchange.size,
                 head_dim=config.dim // config.heads,
@@ -193,7 +201,7 @@ class FastDiT:
         model, eps = self.model, self.model.config.eps
         y = model.tokens(x).contiguous()  # (B,F,S,E)
         shape, tokens = y.shape, y.shape[2]
-        quantised = self.precision == "fp8"
+        quantised = self.quantised
         whole = x.shape[3] * x.shape[4] // model.config.patch**2
         y = y.flatten(0, 2)
         first = levels.blocks[0]
@@ -233,27 +241,66 @@ class FastDiT:
         tokens: int,
     ) -> tuple[Tensor, Tensor | None]:
         """z (B*F*S,E) -> what it reads (B*F*S,E), before the output projection; e4m3 with row scales for fp8."""
-        model, exchange, frames = self.model, self.model.exchange, shape[1]
+        exchange, frames = self.model.exchange, shape[1]
         qkv = block.qkv(z, scale).view(shape[0], frames * shape[2], -1)
         weights = (block.q_norm, block.k_norm, *rotation)
-        quantised = self.precision == "fp8"
-        if exchange is None and isinstance(cache, StaticCache):
-            where = {"keys": cache.keys(layer), "values": cache.values(layer), "slots": cache.slots}
-            k, v = cache.view(layer)
-            copies = copies_for(mask, (frames, k.shape[1] // tokens), tokens, model.config.heads, z.device)
-            queries = kernels.norm_rotate_into(qkv, *weights, eps=model.config.eps, copies=copies, **where)
+        if isinstance(cache, StaticCache) and isinstance(cache.memory, PackedMemory):
+            out, scale = self._packed_attention(layer, qkv, weights, frames, mask, cache, cache.memory, tokens)
         else:
-            q, k, v = kernels.norm_rotate(qkv, *weights, heads=model.config.heads, eps=model.config.eps)
-            if exchange is not None:
-                q, k, v = exchange.to_heads(q, k, v, frames)
-            if cache is not None:
-                k, v = cache.extend(layer, k, v)
-            queries = q.unsqueeze(0)
+            queries, k, v = self._queries(layer, qkv, weights, frames, mask, cache, tokens)
+            out, scale = attend_split(queries, k, v, mask, tokens, quantised=self.quantised and exchange is None)
         if exchange is None:
-            out, scale = attend_split(queries, k, v, mask, tokens, quantised=quantised)
             return out.flatten(2).flatten(0, 1), scale
-        out = exchange.to_tokens(attend_split(queries, k, v, mask, tokens)[0], frames).flatten(2).flatten(0, 1)
-        return kernels.quantise_rows(out) if quantised else (out, None)
+        out = exchange.to_tokens(out, frames).flatten(2).flatten(0, 1)
+        return kernels.quantise_rows(out) if self.quantised else (out, None)
+
+    def _queries(
+        self,
+        layer: int,
+        qkv: Tensor,
+        weights: tuple[Tensor, ...],
+        frames: int,
+        mask: FrameMask | None,
+        cache: FrameCache | None,
+        tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B,L,3E) -> queries (P,B,L,N,D), and the keys and values they may see, the cache's included."""
+        config, exchange = self.model.config, self.model.exchange
+        if exchange is None and isinstance(cache, StaticCache):
+            keys, values = cache.memory.keys(layer), cache.memory.values(layer)
+            k, v = cache.memory.view(layer, cache.rows)
+            copies = copies_for(mask, (frames, k.shape[1] // tokens), tokens, config.heads, qkv.device)
+            where = {"keys": keys, "values": values, "slots": cache.slots}
+            return kernels.norm_rotate_into(qkv, *weights, eps=config.eps, copies=copies, **where), k, v
+        q, k, v = kernels.norm_rotate(qkv, *weights, heads=config.heads, eps=config.eps)
+        if exchange is not None:
+            q, k, v = exchange.to_heads(q, k, v, frames)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        return q.unsqueeze(0), k, v
+
+    def _packed_attention(
+        self,
+        layer: int,
+        qkv: Tensor,
+        weights: tuple[Tensor, ...],
+        frames: int,
+        mask: FrameMask | None,
+        cache: StaticCache,
+        memory: PackedMemory,
+        tokens: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """qkv (B,L,3E) -> what it reads (B,L,N,D), with row scales if the next product is of these tokens."""
+        config, exchange = self.model.config, self.model.exchange
+        if exchange is None:
+            where = {"keys": memory.keys(layer), "values": memory.values(layer), "slots": cache.slots}
+            q = kernels.norm_rotate_packed(qkv, *weights, eps=config.eps, **where)
+        else:
+            turned = kernels.norm_rotate(qkv, *weights, heads=config.heads, eps=config.eps)
+            q, k, v = exchange.to_heads(*turned, frames)
+            memory.store(layer, cache.slots, k, v)
+            q = kernels.to_fp8(q)
+        return attend_packed(q, memory, layer, cache.rows, mask, tokens, quantised=exchange is None)
 
 
 class _Recording:
