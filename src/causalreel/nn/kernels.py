@@ -164,10 +164,11 @@ def norm_rotate_packed(
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
+    run: int,
     eps: float,
 ) -> Tensor:
     """As norm_rotate, in e4m3 without a scale: keys (B,rows,N,D) get rows `slots` (L) int64, values (B,N,D,columns)
-    get `column_of` them -> queries (B,L,N,D).
+    get `column_of` them -> queries (B,L,N,D). Slots are neighbours in runs of `run`.
 
     e4m3 has 3 bits of precision from 2^-6 to 448 whatever the scale; larger numbers become 448.
     """
@@ -179,10 +180,11 @@ def norm_rotate_packed(
         return to_fp8(q)
     q = torch.empty(batch, length, heads, dim, dtype=FP8, device=qkv.device)
     _launch_norm_rotate(qkv, q_weight, k_weight, cos, sin, q.unsqueeze(0), keys, None, slots, heads=heads, eps=eps)
-    width, tokens, channels = width3 // 3, 64, 64
-    _triton().store_columns[(-(-length // tokens), -(-width // channels), batch)](
-        qkv, values, slots, length, width, values.shape[3], TOKENS=tokens, CHANNELS=channels, num_warps=4
-    )
+    width, columns, channels = width3 // 3, 128, 64
+    blocks = -(-(run + 15) // columns)  # a run may begin within 16 columns
+    grid = length // run * blocks, -(-width // channels), batch
+    sizes = length, width, values.shape[3], run, blocks
+    _triton().store_columns[grid](qkv, values, slots, *sizes, COLUMNS=columns, CHANNELS=channels, num_warps=4)
     return q
 
 
@@ -368,7 +370,8 @@ def gelu(x: Tensor, *, quantised: bool = False) -> tuple[Tensor, Tensor | None]:
         row_scale if row_scale is not None else x,
         width,
         QUANTISED=quantised,
-        BLOCK=_power_of_two(width),
+        BLOCK=(block := 1 << (width - 1).bit_length() - 1),  # the largest power of two below the width
+        REST=_power_of_two(width - block),
         num_warps=_warps(width),
     )
     return out, row_scale

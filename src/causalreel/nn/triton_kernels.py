@@ -11,7 +11,7 @@ def _row_to_fp8(y, out, row_scale, row, width, at, inside):
     """Write one row as e4m3 and its scale."""
     scale = tl.maximum(tl.max(tl.where(inside, tl.abs(y), 0.0), 0), 1e-12) / 448.0
     tl.store(row_scale + row, scale)
-    tl.store(out + row * width + at, (y / scale).to(tl.float8e4nv), mask=inside)
+    tl.store(out + row * width + at, (y * (1.0 / scale)).to(tl.float8e4nv), mask=inside)
 
 
 @triton.jit
@@ -117,20 +117,38 @@ def norm_rotate(
 
 
 @triton.jit
-def store_columns(qkv, values, slots, length, width, columns, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The last third of rows (B,L,3E) as columns of values (B,E,columns), in e4m3; see kernels.column_of."""
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+def store_columns(
+    qkv,
+    values,
+    slots,
+    length,
+    width,
+    columns,
+    run,
+    blocks,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The last third of rows (B,L,3E) as columns of values (B,E,columns), in e4m3; see kernels.column_of.
+
+    `run` tokens at a time lie side by side. A program looks up, for neighbouring columns, whose value they take.
+    """
     sample = tl.program_id(2).to(tl.int64)
-    is_token, is_channel = token < length, channel < width
-    slot = tl.load(slots + token, mask=is_token, other=0)
-    column = slot - slot % 16 + slot % 8 // 2 * 4 + slot % 16 // 8 * 2 + slot % 2
-    row = sample * length + token
-    at = qkv + row[:, None] * (3 * width) + (2 * width + channel)[None, :]
-    value = tl.load(at, mask=is_token[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
+    first = tl.program_id(0) // blocks * run
+    slot = tl.load(slots + first)
+    start = tl.multiple_of(slot - slot % 16 + tl.program_id(0) % blocks * COLUMNS, 16)
+    column = start + tl.arange(0, COLUMNS)
+    row = column - column % 16 + column % 4 // 2 * 8 + column % 16 // 4 * 2 + column % 2 - slot
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    is_row, is_channel = (row >= 0) & (row < run), channel < width
+    at = qkv + (sample * length + first + row)[:, None] * (3 * width) + (2 * width + channel)[None, :]
+    value = tl.load(at, mask=is_row[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
+    value = tl.trans(tl.clamp(value, -448.0, 448.0)).to(values.dtype.element_ty)
     there = values + (sample * width + channel)[:, None] * columns + column[None, :]
-    value = tl.clamp(tl.trans(value), -448.0, 448.0)
-    tl.store(there, value.to(values.dtype.element_ty), mask=is_channel[:, None] & is_token[None, :])
+    if (start >= slot) & (start + COLUMNS <= slot + run):  # no mask along the columns, so that 16 are stored at once
+        tl.store(there, value, mask=is_channel[:, None])
+    else:
+        tl.store(there, value, mask=is_channel[:, None] & is_row[None, :])
 
 
 @triton.jit
@@ -195,21 +213,30 @@ def merge(
     if QUANTISED:
         scale = tl.maximum(tl.max(tl.max(tl.where(inside, tl.abs(y), 0.0), 1), 0), 1e-12) / 448.0
         tl.store(row_scale + row, scale)
-        y /= scale
+        y *= 1.0 / scale
     tl.store(result + row * HEADS * WIDTH + at, y.to(result.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gelu(x, out, row_scale, width, QUANTISED: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu(x, row, width, at):
+    y = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+    return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))  # 0.5 (1 + tanh z) = sigmoid(2 z)
+
+
+@triton.jit
+def gelu(x, out, row_scale, width, QUANTISED: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr):
+    """A row in two pieces, of BLOCK and of REST, so that few threads are idle."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    y = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))  # 0.5 (1 + tanh z) = sigmoid(2 z)
+    at, rest = tl.arange(0, BLOCK), BLOCK + tl.arange(0, REST)
+    y, z = _gelu(x, row, width, at), _gelu(x, row, width, rest)
     if QUANTISED:
-        _row_to_fp8(y, out, row_scale, row, width, at, inside)
-    else:
-        tl.store(out + row * width + at, y.to(out.dtype.element_ty), mask=inside)
+        top = tl.maximum(tl.max(tl.abs(y), 0), tl.max(tl.abs(z), 0))  # what is not inside is 0
+        scale = tl.maximum(top, 1e-12) / 448.0
+        tl.store(row_scale + row, scale)
+        y *= 1.0 / scale
+        z *= 1.0 / scale
+    tl.store(out + row * width + at, y.to(out.dtype.element_ty), mask=at < width)
+    tl.store(out + row * width + rest, z.to(out.dtype.element_ty), mask=rest < width)
 
 
 @triton.jit

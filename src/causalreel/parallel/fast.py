@@ -294,7 +294,7 @@ class FastDiT:
         config, exchange = self.model.config, self.model.exchange
         if exchange is None:
             where = {"keys": memory.keys(layer), "values": memory.values(layer), "slots": cache.slots}
-            q = kernels.norm_rotate_packed(qkv, *weights, eps=config.eps, **where)
+            q = kernels.norm_rotate_packed(qkv, *weights, run=cache.chunk * tokens, eps=config.eps, **where)
         else:
             turned = kernels.norm_rotate(qkv, *weights, heads=config.heads, eps=config.eps)
             q, k, v = exchange.to_heads(*turned, frames)
