@@ -123,6 +123,11 @@ def compare(device: str = "cpu") -> None:
     rows = batch * frames * tokens
     x, branch, gate = normal(rows, width), normal(rows, width), normal(frames, width)
     for scale, shift in ((normal(frames, width), normal(frames, width)), (normal(width), normal(width))):
+        for together in (2, 4):  # rows of one frame that are handled together
+            rows4 = frames * together
+            args = normal(batch * rows4, width), scale, shift
+            how = {"eps": 1e-6, "tokens": together, "branch": normal(batch * rows4, width), "gate": gate}
+            check("residual_norm", kernels.residual_norm(*args, **how), formula(kernels.residual_norm, *args, **how))
         for how in ({}, {"branch": branch}, {"branch": branch, "gate": gate}):
             args = (x, scale, shift)
             how = {**how, "eps": 1e-6, "tokens": tokens}

@@ -51,7 +51,8 @@ def residual_norm(
     row_scale = torch.empty(rows, 1, device=x.device) if quantised else None
     frames = scale.shape[0] if scale.ndim == 2 else 1
     frames = max(frames, gate.shape[0] if gate is not None and gate.ndim == 2 else 1)
-    _triton().residual_norm[(rows,)](
+    together = next(n for n in (4, 2, 1) if tokens % n == 0)
+    _triton().residual_norm[(rows // together,)](
         x,
         branch if branch is not None else x,
         gate if gate is not None else scale,
@@ -69,8 +70,9 @@ def residual_norm(
         HAS_BRANCH=branch is not None,
         HAS_GATE=gate is not None,
         QUANTISED=quantised,
+        ROWS=together,
         BLOCK=_power_of_two(width),
-        num_warps=_warps(width),
+        num_warps=2 * _warps(width) if together > 1 else _warps(width),
     )
     return total, out, row_scale
 

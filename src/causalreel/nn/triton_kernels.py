@@ -1,4 +1,4 @@
-"""Triton kernels behind `nn.kernels`, which says what they compute. One program handles one row of tokens."""
+"""Triton kernels behind `nn.kernels`, which says what they compute. A program handles one row of tokens, or a few."""
 
 from __future__ import annotations
 
@@ -33,29 +33,34 @@ def residual_norm(
     HAS_BRANCH: tl.constexpr,
     HAS_GATE: tl.constexpr,
     QUANTISED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    frame = (row // tokens) % frames
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    y = tl.load(x + row * width + at, mask=inside, other=0.0)
+    """A program handles ROWS rows of one frame, so that modulation, longer than a row in float32, is read once."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    frame = (first // tokens) % frames
+    channel = tl.arange(0, BLOCK)
+    inside = (channel < width)[None, :]
+    row = first + tl.arange(0, ROWS)
+    at = row[:, None] * width + channel[None, :]
+    y = tl.load(x + at, mask=inside, other=0.0)
     if HAS_BRANCH:
-        added = tl.load(branch + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_GATE:
-            added *= tl.load(gate + frame * gate_stride + at, mask=inside, other=0.0)
+            added *= tl.load(gate + frame * gate_stride + channel, mask=channel < width, other=0.0)[None, :]
         y = (y.to(tl.float32) + added).to(y.dtype)
-        tl.store(total + row * width + at, y, mask=inside)
+        tl.store(total + at, y, mask=inside)
     y = y.to(tl.float32)
-    mean = tl.sum(y, 0) / width
-    y = tl.where(inside, y - mean, 0.0)
-    y *= tl.rsqrt(tl.sum(y * y, 0) / width + eps)
-    y *= tl.load(scale + frame * scale_stride + at, mask=inside, other=0.0).to(tl.float32)
-    y += tl.load(shift + frame * scale_stride + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(y, 1) / width
+    y = tl.where(inside, y - mean[:, None], 0.0)
+    y *= tl.rsqrt(tl.sum(y * y, 1) / width + eps)[:, None]
+    y *= tl.load(scale + frame * scale_stride + channel, mask=channel < width, other=0.0).to(tl.float32)[None, :]
+    y += tl.load(shift + frame * scale_stride + channel, mask=channel < width, other=0.0).to(tl.float32)[None, :]
     if QUANTISED:
-        _row_to_fp8(y, out, row_scale, row, width, at, inside)
-    else:
-        tl.store(out + row * width + at, y.to(out.dtype.element_ty), mask=inside)
+        top = tl.maximum(tl.max(tl.where(inside, tl.abs(y), 0.0), 1), 1e-12) / 448.0
+        tl.store(row_scale + row, top)
+        y *= (1.0 / top)[:, None]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
