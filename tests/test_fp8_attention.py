@@ -57,7 +57,7 @@ def test_frames_are_copied_from_any_place_to_any_place(tokens: int) -> None:
     for layer in range(2):
         held.store(layer, torch.arange(count), coarse(2, count, 2, 32), coarse(2, count, 2, 32))
     expected = [[part.clone() for part in held.view(layer, slice(0, count))] for layer in range(2)]
-    for source, target, frames in ((0, 5, 2), (3, 0, 1), (6, 1, 1)):
+    for source, target, frames in ((0, 5, 2), (3, 0, 1), (6, 1, 1), (0, 2, 1), (1, 3, 2)):
         held.copy(source * tokens, target * tokens, frames * tokens)
         a, b, length = source * tokens, target * tokens, frames * tokens
         for parts in expected:
@@ -99,6 +99,13 @@ def test_rollouts_see_in_e4m3_what_they_see_with_another_cache(
         cache = net.run.new_cache(context, chunk=chunk, frames=frames, batch=1, size=(4, 6))
         return run(net, cache, plan, case)
 
+    write: Callable = kernels.norm_rotate_packed
+
+    def written(*args, slots, run, **how):
+        assert run == chunk * TOKENS and (slots.view(-1, run).diff(dim=1) == 1).all()
+        return write(*args, slots=slots, run=run, **how)
+
+    monkeypatch.setattr(kernels, "norm_rotate_packed", written)
     packed = made("fp8-attention")
     plain = made("fp8")
     exact: Callable = kernels.norm_rotate
@@ -128,6 +135,17 @@ def test_rollouts_in_e4m3_take_turns() -> None:
     assert isinstance(held, PackedMemory)
     for seed in range(2):
         assert torch.equal(collect(pair[seed] for pair in both), alone[seed])
+
+
+def test_what_fits_no_static_cache_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    net = FastDiT(denoiser().model, precision="fp8-attention", graphs=False)
+    with caplog.at_level("WARNING"):
+        net.new_cache(Context(window=5), chunk=3, frames=None, batch=1, size=(4, 6))
+    assert "attention in bfloat16" in caplog.text
+    with pytest.raises(ValueError, match="run must divide the 4 tokens, got 3"):
+        held = memory()
+        into = {"keys": held.keys(0), "values": held.values(0), "slots": torch.arange(4), "run": 3, "eps": 1e-6}
+        kernels.norm_rotate_packed(torch.zeros(2, 4, 192), *torch.ones(2, 64), *torch.ones(2, 4, 16), **into)
 
 
 def test_every_query_is_in_one_tile_with_what_it_sees() -> None:

@@ -60,7 +60,8 @@ class FastDecoder:
         self._owner: weakref.ref[FastStream] | None = None
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         if graphs:
-            self._capture()
+            with torch.cuda.device(self.device):  # Triton starts kernels on the current device
+                self._capture()
 
     def stream(self) -> FastStream:
         """A new video to be decoded piece by piece."""
@@ -138,7 +139,8 @@ class FastStream:
         while start < latents.shape[1]:
             left = latents.shape[1] - start if self._has_begun else 1
             size = next(size for size in self._decoder.sizes if size <= left)
-            pieces.append(self._decoder._run(latents[:, start : start + size], not self._has_begun))
+            with torch.cuda.device_of(latents):
+                pieces.append(self._decoder._run(latents[:, start : start + size], not self._has_begun))
             self._has_begun, start = True, start + size
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 

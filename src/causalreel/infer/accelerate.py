@@ -27,8 +27,8 @@ def accelerate(pipeline: Pipeline, *, precision: str = "bf16", graphs: bool = Tr
     """-> the pipeline with `parallel.fast.FastDiT` behind its denoiser, weights in the type they are computed in, and
     on a GPU `codecs.fast_decode` for its pixels.
 
-    precision: bf16, fp8 (e4m3 products) or fp8-attention (self-attention and its cache too): changes of numerics, which
-    are logged. graphs: record the network's calls
+    precision: bf16, fp8 (e4m3 products) or fp8-attention (self-attention and its cache too); the last two change the
+    numerics, which is logged. graphs: record the network's calls
     (CUDA only), which takes a few seconds for each number of frames and pays from the second clip on.
     """
     denoiser, is_cuda = pipeline.denoiser, pipeline.device.type == "cuda"

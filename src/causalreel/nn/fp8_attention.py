@@ -1,10 +1,11 @@
-"""Attention in e4m3 over a cache in e4m3: half the memory, and on an H200 two thirds of the time.
+"""Attention in e4m3 over a cache in e4m3: half the memory, and on an H200 about 0.7 of the time.
 
 Queries, keys and values are e4m3 without a scale: the type's precision is the same from 2^-6 to 448, queries and keys
 are RMS-normed, and what is larger becomes 448. Probabilities are e4m3 too, as p 2^8 against the largest score met so
-far; sums and accumulators are float32. A GPU's 8-bit product wants both factors with the summed index innermost: keys
-lie as they do elsewhere, values as columns (`nn.kernels.column_of`). The released code has no such arithmetic: it is a
-change of numerics, never a default. docs/performance.md has its error and its times.
+far; what is below 2^-18 of it becomes 0, but counts in the sum that is divided by. Blocks of keys are added in float32,
+the keys of a block as a GPU's 8-bit product does it. Such a product wants both factors with the summed index innermost:
+keys lie as they do elsewhere, values as columns (`nn.kernels.column_of`). The released code has no such arithmetic: it
+is a change of numerics, never a default. docs/performance.md has its error and its times.
 
 No gradient. On a CPU, and for masks that are no runs, what was stored is unpacked and attended to as usual.
 """
@@ -25,7 +26,7 @@ TILE, BLOCK = 64, 128
 """Queries of a program, and keys that it takes at a time."""
 
 RESIDENT = 2
-"""Programs that a processor holds."""
+"""Programs that a processor holds: what fits an H200 at a width of 128."""
 
 WAVE_US, MERGE_US, PART_US = 292 / 32760, 8.0, 6.0 / 1560
 """What a choice of parts costs, in microseconds: a wave of programs per key; a merge; a part per query. Fitted on an
@@ -52,6 +53,7 @@ class PackedMemory(CacheMemory):
         self._keys = torch.zeros(layers, batch, rows, heads, head_dim, dtype=torch.uint8, device=device)
         self._values = torch.zeros(layers, batch, heads, head_dim, columns, dtype=torch.uint8, device=device)
         self._columns = kernels.column_of(torch.arange(columns, device=device))
+        self._tiles: dict[tuple[tuple[Rectangle, ...], int], Tensor] = {}
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -73,6 +75,7 @@ class PackedMemory(CacheMemory):
         return self.keys(layer)[:, rows].to(self.dtype), values.permute(0, 3, 1, 2).to(self.dtype).contiguous()
 
     def copy(self, source: int, target: int, length: int) -> None:
+        """As the base class; at 480x832 a frame's rows begin within sixteen, and its values are looked up in pairs."""
         self._keys[:, :, target : target + length].copy_(self._keys[:, :, source : source + length])
         if (target - source) % 16 == 0 and source % 16 == 0 and length % 16 == 0:
             self._values[..., target : target + length].copy_(self._values[..., source : source + length])
@@ -90,9 +93,15 @@ class PackedMemory(CacheMemory):
     def restore(self, rows: slice, away: tuple[Tensor, ...]) -> None:
         self._move(rows, away, (self._keys, self._values))
 
+    def tiles(self, groups: tuple[Rectangle, ...], first: int) -> Tensor:
+        """`tiles_of` these groups; kept as long as the memory, because recordings read it."""
+        if (groups, first) not in self._tiles:
+            self._tiles[groups, first] = tiles_of(groups, self.tokens, first, self.places.device)
+        return self._tiles[groups, first]
+
     @staticmethod
     def _move(rows: slice, source: tuple[Tensor, ...], target: tuple[Tensor, ...]) -> None:
-        columns = slice(rows.start // 16 * 16, -(-rows.stop // 16) * 16)  # whole groups; nobody else's lie beside them
+        columns = slice(rows.start // 16 * 16, -(-rows.stop // 16) * 16)  # whole groups: all of it is one rollout's
         target[0][:, :, rows].copy_(source[0][:, :, rows])
         target[1][..., columns].copy_(source[1][..., columns])
 
@@ -118,7 +127,7 @@ def attend_packed(
         return attend_split(q.to(memory.dtype).unsqueeze(0), k, v, mask, tokens, quantised=quantised)
     heads = q.shape[2]
     parts = parts_of(tuple(groups), tokens, heads, processors_of(q.device))
-    tiles = tiles_of(tuple(groups), tokens, rows.start, q.device)
+    tiles = memory.tiles(tuple(groups), rows.start)
     out = torch.empty_like(q, dtype=kernels.FP8 if quantised else memory.dtype)
     scale = torch.empty(q.shape[0] * q.shape[1], 1, device=q.device) if quantised else None
     for b in range(q.shape[0]):
@@ -129,7 +138,6 @@ def attend_packed(
     return out, scale
 
 
-@lru_cache(maxsize=4096)
 def tiles_of(groups: tuple[Rectangle, ...], tokens: int, first: int, device: torch.device) -> Tensor:
     """What each program does (T,4) int32: queries [a, b), keys [c, d), which lie from row `first` on."""
     found = [

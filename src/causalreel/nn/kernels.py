@@ -1,4 +1,4 @@
-"""The network's pointwise work, fused: each function is a formula in torch, and one Triton kernel on a GPU.
+"""The network's pointwise work, fused: each function is a formula in torch, and a Triton kernel or two on a GPU.
 
 The formulas are what tests compare with and what runs on a CPU. Arithmetic is float32 inside, inputs and outputs keep
 their type; intermediate roundings of the layer-by-layer form fall away, so results are nearer to float32, not farther.
@@ -51,7 +51,7 @@ def residual_norm(
     row_scale = torch.empty(rows, 1, device=x.device) if quantised else None
     frames = scale.shape[0] if scale.ndim == 2 else 1
     frames = max(frames, gate.shape[0] if gate is not None and gate.ndim == 2 else 1)
-    together = next(n for n in (4, 2, 1) if tokens % n == 0)
+    together = next(n for n in (4, 2, 1) if tokens % n == 0 and n * width <= 2**13)
     _triton().residual_norm[(rows // together,)](
         x,
         branch if branch is not None else x,
@@ -170,12 +170,14 @@ def norm_rotate_packed(
     eps: float,
 ) -> Tensor:
     """As norm_rotate, in e4m3 without a scale: keys (B,rows,N,D) get rows `slots` (L) int64, values (B,N,D,columns)
-    get `column_of` them -> queries (B,L,N,D). Slots are neighbours in runs of `run`.
+    get columns `column_of(slots)` -> queries (B,L,N,D). `run` slots at a time are neighbours; it divides L.
 
     e4m3 has 3 bits of precision from 2^-6 to 448 whatever the scale; larger numbers become 448.
     """
     batch, length, width3 = qkv.shape
     heads, dim = keys.shape[2:]
+    if length % run:
+        raise ValueError(f"run must divide the {length} tokens, got {run}")
     if not uses_triton(qkv):
         q, k, v = norm_rotate(qkv, q_weight, k_weight, cos, sin, heads=heads, eps=eps)
         store_packed(keys, values, slots, k, v)
@@ -202,7 +204,8 @@ def column_of(row: Any) -> Any:
 def store_packed(keys: Tensor, values: Tensor, rows: Tensor, k: Tensor, v: Tensor) -> None:
     """k, v (B,L,N,D) into rows of keys (B,rows,N,D) e4m3 and columns of values (B,N,D,columns) e4m3."""
     for target, axis, at, given in ((keys, 1, rows, k), (values, 3, column_of(rows), v.permute(0, 2, 3, 1))):
-        target.view(torch.uint8).index_copy_(axis, at, to_fp8(given).view(torch.uint8))
+        finite = to_fp8(given.nan_to_num(0.0))  # a masked value is multiplied by 0, and read by other rollouts
+        target.view(torch.uint8).index_copy_(axis, at, finite.view(torch.uint8))
 
 
 def to_fp8(x: Tensor) -> Tensor:
@@ -300,9 +303,15 @@ def attend_e4m3(
         TILE=64,
         BLOCK=128,
         num_warps=4,
-        num_stages=3,
+        num_stages=3 if _shared_memory(q) >= 2**17 else 2,
     )
     return out, lse
+
+
+def _shared_memory(x: Tensor) -> int:
+    """Bytes a program may have; the interpreter has no limit."""
+    has = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
+    return getattr(has, "shared_memory_per_block_optin", 2**20)
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], out: Tensor, row_scale: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels behind `nn.kernels`, which says what they compute. A program handles one row of tokens, or a few."""
+"""Triton kernels behind `nn.kernels`, which says what they compute. A program handles a few rows of tokens at most."""
 
 from __future__ import annotations
 

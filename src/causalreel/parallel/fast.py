@@ -8,6 +8,7 @@ each kind of call is recorded once and replayed. Everything else works as well, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from causalreel.nn.split_attention import attend_plain, attend_split, copies_for
 from causalreel.nn.static_cache import CacheMemory, StaticCache
 from causalreel.parallel.mesh import release_first
 from causalreel.parallel.quantise import Fp8Linear
+
+log = logging.getLogger(__name__)
 
 WARMUP = 2
 """Runs before a recording, in which kernels are compiled and libraries choose theirs."""
@@ -128,6 +131,10 @@ class FastDiT:
         if context.window is not None and frames is not None and frames > context.window:
             frames = None  # longer than the window is as good as endless
         if not StaticCache.fits(context, chunk, frames):
+            if self.precision == "fp8-attention":
+                log.warning(
+                    "window %s and chunks of %d fit no static cache: attention in bfloat16", context.window, chunk
+                )
             return KVCache(config.layers, context)
         tokens = size[0] * size[1] // config.patch**2
         key = (StaticCache.places(context, chunk, frames), batch, tokens)
@@ -169,9 +176,10 @@ class FastDiT:
         size = x.shape[3] // self.model.config.patch, x.shape[4] // self.model.config.patch
         cos, sin = self.model.rotation(positions, *size, x.device)  # (L,1,D/2)
         rotation = cos.squeeze(1), sin.squeeze(1)
-        if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache):
-            return self.graphs(x, levels, rotation, keys, mask, cache)
-        return self.evaluate(x, levels, rotation, keys, mask, cache)
+        with torch.cuda.device_of(x):  # Triton starts kernels on the current device
+            if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache):
+                return self.graphs(x, levels, rotation, keys, mask, cache)
+            return self.evaluate(x, levels, rotation, keys, mask, cache)
 
     def levels(self, sigmas: tuple[float, ...]) -> Levels:
         """Modulation of a call's noise levels, one a frame; kept, because rollouts use few."""
@@ -290,7 +298,7 @@ class FastDiT:
         memory: PackedMemory,
         tokens: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """qkv (B,L,3E) -> what it reads (B,L,N,D), with row scales if the next product is of these tokens."""
+        """qkv (B,L,3E) -> what it reads (B,L,N,D); e4m3 with row scales, unless it still has to be exchanged."""
         config, exchange = self.model.config, self.model.exchange
         if exchange is None:
             where = {"keys": memory.keys(layer), "values": memory.values(layer), "slots": cache.slots}
@@ -361,7 +369,7 @@ class Recordings:
             here.wait_event(self.last)
         keys = self._place_text(text)
         inputs = [x, levels.blocks, levels.head, *rotation]
-        kind = (x.shape, x.dtype, mask, cache.call, id(cache.memory), keys[0][0].shape)
+        kind = (x.shape, x.dtype, mask, cache.call, cache.chunk, id(cache.memory), keys[0][0].shape)
         if kind not in self.graphs:
             held = [part.clone() for part in inputs]
 
