@@ -1,6 +1,9 @@
 """Claim: fp8 products, and fp8 attention, cost a trained model little of what its videos show.
 
-    python claims/fp8_quality.py [CLIPS]       seconds on a GPU, about half an hour on a CPU with 512 clips
+    python claims/fp8_quality.py [CLIPS]       a minute on a GPU, about half an hour on a CPU with 512 clips
+
+Verdict (one H200, torch 2.11, 512 clips): true. Follow and direction are those of bfloat16 within two standard errors;
+quality falls by 0.001 to 0.002 with fp8 products, 0.003 to 0.005 with attention as well.
 
 The embedded models, the same held-out prompts and the same noise in every precision; differences are paired. On a CPU
 fp8 is computed with rounded factors in float32, and probabilities are not rounded.
