@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from causalreel.nn import kernels
+from causalreel.nn.kernels import E4M3_BLOCK, E4M3_TILE
 from causalreel.nn.masks import FrameMask
 from causalreel.nn.split_attention import Rectangle, attend_split, groups_of, processors_of
 from causalreel.nn.static_cache import CacheMemory
-
-TILE, BLOCK = 64, 128
-"""Queries of a program, and keys that it takes at a time."""
 
 RESIDENT = 2
 """Programs that a processor holds: what fits an H200 at a width of 128."""
@@ -48,7 +46,7 @@ class PackedMemory(CacheMemory):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        columns = -(-rows // BLOCK) * BLOCK
+        columns = -(-rows // E4M3_BLOCK) * E4M3_BLOCK
         self.dtype = dtype
         self._keys = torch.zeros(layers, batch, rows, heads, head_dim, dtype=torch.uint8, device=device)
         self._values = torch.zeros(layers, batch, heads, head_dim, columns, dtype=torch.uint8, device=device)
@@ -143,7 +141,7 @@ def tiles_of(groups: tuple[Rectangle, ...], tokens: int, first: int, device: tor
     found = [
         (top, r.bottom * tokens, first + r.left * tokens, first + r.right * tokens)
         for r in groups
-        for top in range(r.top * tokens, r.bottom * tokens, TILE)
+        for top in range(r.top * tokens, r.bottom * tokens, E4M3_TILE)
     ]
     return torch.tensor(found, dtype=torch.int32, device=device)
 
@@ -151,14 +149,14 @@ def tiles_of(groups: tuple[Rectangle, ...], tokens: int, first: int, device: tor
 @lru_cache(maxsize=4096)
 def parts_of(groups: tuple[Rectangle, ...], tokens: int, heads: int, processors: int) -> int:
     """Into how many parts to cut every program's keys; each has a block of keys at least."""
-    least = min(r.shape[1] * tokens for r in groups) // BLOCK
+    least = min(r.shape[1] * tokens for r in groups) // E4M3_BLOCK
     possible = range(1, max(1, min(MAX_PARTS, least)) + 1)
     return min(possible, key=lambda parts: _cost(groups, tokens, heads, parts, processors))
 
 
 def _cost(groups: tuple[Rectangle, ...], tokens: int, heads: int, parts: int, processors: int) -> float:
     """Microseconds, about."""
-    counts = [-(-r.shape[0] * tokens // TILE) * heads for r in groups]
+    counts = [-(-r.shape[0] * tokens // E4M3_TILE) * heads for r in groups]
     keys = sum(n * r.shape[1] * tokens for n, r in zip(counts, groups, strict=True)) / sum(counts)
     waves = -(-sum(counts) * parts // (RESIDENT * processors)) / parts
     queries = sum(r.shape[0] for r in groups) * tokens

@@ -18,6 +18,9 @@ FP8_MAX = 448.0
 
 FP8 = torch.float8_e4m3fn
 
+E4M3_TILE, E4M3_BLOCK = 64, 128
+"""Queries of a program of `attend_e4m3`, and keys that it takes at a time."""
+
 
 def uses_triton(x: Tensor) -> bool:
     """Whether the Triton form runs. Tests say yes on a CPU too, where Triton's interpreter runs it."""
@@ -300,8 +303,8 @@ def attend_e4m3(
         1.4426950408889634 / width**0.5,
         HEADS=heads,
         WIDTH=width,
-        TILE=64,
-        BLOCK=128,
+        TILE=E4M3_TILE,
+        BLOCK=E4M3_BLOCK,
         num_warps=4,
         num_stages=3 if _shared_memory(q) >= 2**17 else 2,
     )
