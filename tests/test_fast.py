@@ -224,6 +224,14 @@ def test_a_memory_is_let_go_of_and_never_used_by_two_calls_at_once() -> None:
     assert isinstance(new(Context()), KVCache)
 
 
+def test_recordings_that_are_given_up_give_their_pool_up() -> None:
+    recordings = FastDiT(denoiser().model).graphs
+    assert recordings is not None
+    recordings.pool = (0, 1)  # torch forgets it with its last graph
+    recordings.release()
+    assert recordings.pool is None
+
+
 def test_a_static_cache_refuses_what_it_cannot_hold() -> None:
     with pytest.raises(ValueError, match="finite window or length"):
         static(Context(window=5), 3, None)

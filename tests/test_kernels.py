@@ -214,7 +214,7 @@ def compare_attention(device: str, formula: Callable) -> None:
     for tokens, chunk, first, mask in (
         (88, 2, 1, None),
         (88, 1, 0, frame_mask(frames_of((1, 1), start=3), frames_of((1,) * 5), Context())),
-        (40, 1, 1, frame_mask(frames_of((1, 1), start=2), frames_of((1,) * 4), Context(window=3))),
+        (24, 1, 1, frame_mask(frames_of((1, 1), start=2), frames_of((1,) * 4), Context(window=3))),
     ):
         memory, q_frames = packed_memory(device, tokens), 2 if mask is None else len(mask.allowed)
         count = 4 if mask is None else len(mask.allowed[0])
