@@ -57,7 +57,7 @@ def test_frames_are_copied_from_any_place_to_any_place(tokens: int) -> None:
     for layer in range(2):
         held.store(layer, torch.arange(count), coarse(2, count, 2, 32), coarse(2, count, 2, 32))
     expected = [[part.clone() for part in held.view(layer, slice(0, count))] for layer in range(2)]
-    for source, target, frames in ((0, 5, 2), (3, 0, 1), (6, 1, 1), (1, 3, 2), (0, 2, 1)):
+    for source, target, frames in ((0, 5, 2), (3, 0, 1), (6, 1, 1), (1, 3, 2), (0, 2, 1), (2, 4, 1)):
         held.copy(source * tokens, target * tokens, frames * tokens)
         a, b, length = source * tokens, target * tokens, frames * tokens
         for parts in expected:
