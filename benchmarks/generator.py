@@ -27,6 +27,7 @@ import torch
 from causalreel.flow import warp_steps
 from causalreel.nn import kernels
 from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import Context, frame_mask, frames_of
 from causalreel.nn.presets import preset
@@ -223,6 +224,28 @@ class Bench:
             found = micros(partial(attend_split, q.unsqueeze(0), k, v, mask, frame))
             self.result["attention"][f"fused {chunk}x{n}"] = found
             print(f"attention fused chunk={chunk} n={n}: {found:.0f} us", flush=True)
+        for rows in (1, 2, 3, 6):
+            for n in (1, 3, 6, 11, 21):
+                found, share = self.attention_e4m3(rows, n, frame, heads, width)
+                self.result["attention"][f"e4m3 {rows}x{n}"] = found, share
+                print(f"attention e4m3 q={rows} n={n}: {found:.0f} us, sums {share:.4f} of the exact ones", flush=True)
+
+    def attention_e4m3(self, rows: int, n: int, frame: int, heads: int, width: int) -> tuple[float, float]:
+        """Microseconds, merging included, and how large results are beside float32 ones of the same e4m3 numbers.
+
+        Values have a mean, so that sums which lose something are seen.
+        """
+        size: dict[str, Any] = {"layers": 1, "heads": heads, "head_dim": width, "frames": n, "batch": 1}
+        memory = PackedMemory(**size, tokens=frame, dtype=torch.bfloat16, device=DEVICE)
+        k, v = torch.randn(2, 1, n * frame, heads, width, device=DEVICE)
+        memory.store(0, memory.places, k, v + torch.randn(heads, width, device=DEVICE))
+        q = kernels.to_fp8(torch.randn(1, rows * frame, heads, width, device=DEVICE))
+        run = partial(attend_packed, q, memory, 0, slice(0, n * frame), None, frame)
+        k, v = memory.view(0, slice(0, n * frame))
+        some = (x.float().transpose(1, 2) for x in (q[:, :256], k, v))
+        exact = torch.nn.functional.scaled_dot_product_attention(*some).transpose(1, 2)
+        found = run()[0][:, :256].float()
+        return micros(run), ((found * exact).sum() / exact.square().sum()).item()
 
 
 def merged(q, k, v, parts):

@@ -22,6 +22,7 @@ import torch
 
 from causalreel.infer.accelerate import accelerate
 from causalreel.infer.models import load
+from causalreel.parallel.fast import PRECISIONS
 from causalreel.serve.memory import steady_heap
 from causalreel.serve.scheduler import Ended, Handle, Limits, Scheduler
 from causalreel.serve.session import Options
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--weights")
     parser.add_argument("--decoder")
     parser.add_argument("--policy", choices=("renew", "slide"))
-    parser.add_argument("--precision", default="bf16", choices=("eager", "bf16", "fp8", "fp8-attention"))
+    parser.add_argument("--precision", default="bf16", choices=("eager", *PRECISIONS))
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--minute", type=float, default=60, help="seconds that a row of the table covers")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1])

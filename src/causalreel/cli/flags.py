@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from causalreel.infer.pipeline import Pipeline
 
+Precision = Literal["eager", "bf16", "fp8", "fp8-attention"]
+
 
 @dataclass(frozen=True)
 class ModelFlags:
@@ -36,7 +38,7 @@ class ModelFlags:
     """Denoising steps per chunk; default: the model's."""
     chunk: int | None = None
     """Latent frames made together; default: the model's."""
-    precision: Literal["eager", "bf16", "fp8", "fp8-attention"] = "bf16"
+    precision: Precision = "bf16"
     """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, fp8-attention with e4m3 attention and cache as well,
     both slightly other videos; eager the plain network."""
     device: str | None = None

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, at_least
+from causalreel.cli.flags import ModelFlags, Precision, at_least
 
 # ---------------------------------------------------------------------------------------------------------------- bench
 
@@ -82,7 +82,7 @@ class EstimateMemory:
     """Where UMT5-XXL stays."""
     gpus: int = 1
     """GPUs that share the stream; the numbers are of the first, which decodes."""
-    precision: Literal["eager", "bf16", "fp8", "fp8-attention"] | None = None
+    precision: Precision | None = None
     """As of `generate`: the plain network, or recorded calls and a fast decoder; default: bf16 for Wan's sizes and
     released models, eager for models of one's own."""
 

@@ -36,19 +36,11 @@ MAX_PARTS = 6
 class PackedMemory(CacheMemory):
     """A cache memory in e4m3: keys (B,rows,N,D) and values (B,N,D,columns), columns by `kernels.column_of`."""
 
-    def _allocate(
-        self,
-        layers: int,
-        batch: int,
-        rows: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
+        layers, batch, rows, heads, head_dim = shape
         columns = -(-rows // E4M3_BLOCK) * E4M3_BLOCK
         self.dtype = dtype
-        self._keys = torch.zeros(layers, batch, rows, heads, head_dim, dtype=torch.uint8, device=device)
+        self._keys = torch.zeros(shape, dtype=torch.uint8, device=device)
         self._values = torch.zeros(layers, batch, heads, head_dim, columns, dtype=torch.uint8, device=device)
         self._columns = kernels.column_of(torch.arange(columns, device=device))
         self._tiles: dict[tuple[tuple[Rectangle, ...], int], Tensor] = {}

@@ -55,7 +55,7 @@ class CacheMemory:
         device: torch.device | str,
     ) -> None:
         self.tokens, self.frames = tokens, frames
-        self._allocate(layers, batch, frames * tokens, heads, head_dim, dtype, device)
+        self._allocate((layers, batch, frames * tokens, heads, head_dim), dtype, device)
         self.places = torch.arange(frames * tokens, device=device)
         self.slots = torch.zeros_like(self.places)
         """Rows that the announced call writes, at the start."""
@@ -63,17 +63,9 @@ class CacheMemory:
 
     # ---- what lies where; `nn.fp8_attention` has another layout ----
 
-    def _allocate(
-        self,
-        layers: int,
-        batch: int,
-        rows: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        self.buffer = torch.zeros(layers, 2, batch, rows, heads, head_dim, dtype=dtype, device=device)
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> None:
+        """shape: layers, batch, rows, heads, width of a head."""
+        self.buffer = torch.zeros(shape[0], 2, *shape[1:], dtype=dtype, device=device)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
