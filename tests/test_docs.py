@@ -20,6 +20,7 @@ from causalreel import cli
 from causalreel.infer.models import variants
 from causalreel.train.run import find_recipe, resolve
 from causalreel.weights import export as exports
+from conftest import why_skipped
 from test_weights import small_family
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,3 +172,8 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 def test_ci_can_be_run() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_why_tests_were_skipped_is_said_in_one_line() -> None:
+    reasons = ["Skipped: needs a CUDA GPU", "no recorded cases in x (set CAUSALREEL_GOLDEN)", "no CUDA device", "odd"]
+    assert why_skipped(reasons) == "skipped 4: 2 need a GPU, 1 recorded numbers (CAUSALREEL_GOLDEN), 1 odd"

@@ -113,8 +113,11 @@ def test_rollouts_see_in_e4m3_what_they_see_with_another_cache(
         kernels, "norm_rotate", lambda *a, **k: tuple(kernels.to_fp8(part).float() for part in exact(*a, **k))
     )
     rounded = made("fp8")
-    assert (packed - rounded).norm() < 1e-3 * plain.norm()  # a sum in another order may be rounded the other way
-    assert 0.003 < (packed - plain).norm() / plain.norm() < 0.2
+    cost = (rounded - plain).norm()
+    # A sum in another order may be rounded the other way, by 2^-4 of a number, and moves all that follows: then the two
+    # are as far apart as two draws of e4m3's cost, sqrt(2) of it, and otherwise equal.
+    assert 0.003 < cost / plain.norm() < 0.2 and 0.5 * cost < (packed - plain).norm() < 1.5 * cost
+    assert (packed - rounded).norm() < 1.5 * cost
 
 
 def test_rollouts_in_e4m3_take_turns() -> None:

@@ -24,11 +24,13 @@ from causalreel.infer.outline import Held
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import PRESETS, ModelConfig
+from causalreel.nn.static_cache import StaticCache
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.parallel.mesh import Launch, device_of
 from causalreel.parallel.ulysses import Ulysses, allowed_sizes
 from causalreel.rollout import Call, KeyedNoise, chunked, collect, fuse, rollout
 from causalreel.types import Conditioning, LatentSpec
+from patience import PATIENCE_S, wait_until
 
 HERE = Path(__file__).resolve()
 SRC = HERE.parents[1] / "src"
@@ -83,6 +85,8 @@ def everything(heads: int, share=lambda net: net) -> dict[str, Tensor]:
             assert cache.keys[0] is not None
             found[f"cached heads, {name}"] = torch.tensor(cache.keys[0].shape[2])
             found[f"cached frames, {name}"] = torch.tensor(cache.keys[0].shape[1])
+            for precision in ("fp8", "fp8-attention"):
+                found[f"stored, {precision}, {name}"] = stored(share(network(heads, context)), chunk, precision)
             for how, precision in (("accelerated", "bf16"), ("e4m3", "fp8-attention")):
                 fast = accelerate(net, precision=precision).run
                 assert isinstance(fast, FastDiT)
@@ -92,6 +96,23 @@ def everything(heads: int, share=lambda net: net) -> dict[str, Tensor]:
                 chunks = rollout(net, fuse(plan) if fused else plan, conditioning=told, noise=noise, cache=held)
                 found[f"{name}, {how}"] = collect(chunks)
     return found
+
+
+def stored(net: DiTDenoiser, chunk: int, precision: str) -> Tensor:
+    """The first block's keys and values (2,B,L,N,D) that one call leaves in a cache; the sums before the first
+    rounding to e4m3, 16 whole multiples of 2^-8, are exact in any order."""
+    embedding = net.model.patch_embedding
+    for parameter in (embedding.weight, embedding.bias):
+        parameter.copy_((parameter * 256).round() / 256)
+    fast = accelerate(net, precision=precision).run
+    assert isinstance(fast, FastDiT)
+    x, sigma, told = inputs(chunk)
+    held = fast.new_cache(net.context, chunk=chunk, frames=6, batch=len(x), size=(LATENT.height, LATENT.width))
+    net(x.sign(), sigma[:1], told, cache=held)
+    if isinstance(held, StaticCache):
+        return torch.stack(held.memory.view(0, held.rows))
+    held.commit(chunk)  # a window and a chunk that fit no static cache
+    return torch.stack([held.keys[0], held.values[0]])
 
 
 def plan_of(chunk: int) -> Iterator[Call]:
@@ -180,7 +201,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """What each process found, in the order of their ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     running = torchrun(request.param, str(HERE), str(folder))
-    output, errors = running.communicate(timeout=120)
+    output, errors = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 0, output + errors
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
@@ -198,11 +219,41 @@ def test_shared_calls_and_rollouts_are_those_of_one_process(results: list[dict],
                 assert found[name] * len(results) == value == HEADS[len(results)]
             elif name.startswith("cached frames"):
                 assert found[name] == value
-            elif name.endswith("e4m3"):  # what lies between two of its numbers may be rounded either way
-                assert (found[name] - value).norm() < 0.01 * value.norm(), name
+            elif name.startswith("stored") or name.endswith("e4m3"):
+                continue  # what lies between two of its numbers may be rounded either way: the next two tests
             else:
                 assert value.std() > 0.1, name
                 assert (found[name] - value).abs().max() < 1e-5 * max(1, value.abs().max()), name
+
+
+def test_what_is_shared_in_e4m3_is_rounded_to_the_nearest(results: list[dict], alone: dict) -> None:
+    """Heads of each process's cache against what one process stores in float32: half a step of e4m3 away at the most.
+
+    e4m3 has 3 bits behind the leading one and steps of 2^-9 below 2^-6, so half a step of x is 2^floor(log2 |x|) / 16,
+    and not less than 2^-10. Whether a number between two of them goes up or down hangs on the last bit of a sum, which
+    is another on another machine and with other shapes; both are right.
+    """
+    expected, count = alone[len(results)], len(results)
+    for name in ROLLOUTS:
+        exact = expected[f"stored, fp8, {name}"]
+        half = torch.exp2(exact.abs().clamp(min=2**-6).log2().floor()) / 16
+        for rank, found in enumerate(results):
+            kept = exact.chunk(count, 3)[rank], half.chunk(count, 3)[rank]
+            away = (found[f"stored, fp8-attention, {name}"] - kept[0]).abs()
+            assert (away <= kept[1] * (1 + 1e-3) + 1e-6).all(), name
+
+
+def test_rollouts_shared_in_e4m3_err_as_those_of_one_process(results: list[dict], alone: dict) -> None:
+    """One number of e4m3 that is rounded the other way (by 2^-4 of it) moves everything after it, so two rollouts in
+    e4m3 may differ by as much as e4m3 itself costs. What is the same is that cost, their distance from float32: it is
+    the sum of some hundred thousand roundings, and all of them would have to grow or shrink to change it by a half. A
+    head, a scale or a frame out of place costs as much as the whole value, some twenty times as much."""
+    expected = alone[len(results)]
+    for name in ROLLOUTS:
+        exact = expected[name]
+        cost = (expected[f"{name}, e4m3"] - exact).norm()
+        for found in results:
+            assert 0.5 * cost <= (found[f"{name}, e4m3"] - exact).norm() <= 1.5 * cost, name
 
 
 def test_the_accelerated_network_is_the_network(alone: dict) -> None:
@@ -214,7 +265,7 @@ def test_the_accelerated_network_is_the_network(alone: dict) -> None:
 
 def test_all_processes_get_the_same_bits(results: list[dict]) -> None:
     for name, value in results[0].items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not name.startswith("stored"):  # each has heads of its own
             assert all(torch.equal(other[name], value) for other in results[1:]), name
 
 
@@ -273,19 +324,24 @@ def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
 
     from causalreel import cli
     from causalreel.data.video import read_video
+    from causalreel.infer.inputs import read_picture
 
     Image.new("RGB", (40, 40), (0, 0, 255)).save(tmp_path / "blue.png")
     request = [PROMPT, "--frames", "17", "--scale", "1", "--image", str(tmp_path / "blue.png"), "--device", "cpu"]
-    running = torchrun(2, "-m", "causalreel", "generate", *request, "-o", str(tmp_path / "two.mp4"))
-    assert cli.main(["generate", *request, "-o", str(tmp_path / "one.mp4")]) == 0
-    output, errors = running.communicate(timeout=60)
+    files = {
+        name: ["-o", str(tmp_path / f"{name}.mp4"), "--sheet", str(tmp_path / f"{name}.png")] for name in ("one", "two")
+    }
+    running = torchrun(2, "-m", "causalreel", "generate", *request, *files["two"])
+    assert cli.main(["generate", *request, *files["one"]]) == 0
+    output, errors = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 0, errors
-    assert re.fullmatch(r"\S*two\.mp4: 17 frames in [^\n]*\n", output)
+    assert re.fullmatch(r"\S*two\.mp4: 17 frames in [^\n]*\n\S*two\.png\n", output)
     assert errors.count("attention: sdpa") == 1
-    one, two = (read_video(tmp_path / name)[0] for name in ("one.mp4", "two.mp4"))
-    assert one.shape == two.shape == (17, 3, 64, 64)
-    assert (one - two).abs().mean() < 1e-3 and one.std() > 0.05
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["blue.png", "one.mp4", "two.mp4"]
+    videos = [read_video(tmp_path / f"{name}.mp4")[0] for name in files]
+    assert all(video.shape == (17, 3, 64, 64) for video in videos)
+    one, two = (read_picture(tmp_path / f"{name}.png") for name in files)  # the frames before H.264 takes its choices
+    assert one.std() > 0.05 and (one - two).abs().max() < 1.5 / 127.5  # a sum in another order: one level at the most
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blue.png", "one.mp4", "one.png", "two.mp4", "two.png"]
 
 
 @pytest.mark.parametrize(
@@ -299,20 +355,18 @@ def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
 def test_errors_are_one_line_of_the_first_process(count: int, arguments: list[str], said: str, tmp_path: Path) -> None:
     output = ["-o", str(tmp_path / "x.mp4")] if arguments[0] == "generate" else []
     running = torchrun(count, "-m", "causalreel", *arguments, *output, "--device", "cpu")
-    printed, errors = running.communicate(timeout=60)
+    printed, errors = running.communicate(timeout=PATIENCE_S)
     ours = [line for line in errors.splitlines() if line.startswith("causalreel: error")]
     assert running.returncode != 0 and printed == "" and len(ours) == 1 and said in ours[0], errors
     assert not list(tmp_path.iterdir())
 
 
 def test_a_process_that_waits_for_one_that_failed_is_ended() -> None:
-    start = time.monotonic()
     running = torchrun(2, str(HERE), "stuck")
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=PATIENCE_S)  # a collective alone waits for half an hour
     ours = [line for line in errors.splitlines() if line.startswith("error:")]
     assert running.returncode != 0
     assert ours == ["error: process 1 of 2: the second has had enough"], errors
-    assert time.monotonic() - start < 40
 
 
 # ---- decoding elsewhere ----------------------------------------------------------------------------------------------
@@ -328,10 +382,8 @@ def test_parts_are_made_one_ahead() -> None:
 
     reader = ahead(parts())
     assert next(reader) == 0
-    until = time.monotonic() + 10
-    while len(made) < 3 and time.monotonic() < until:  # one waits in the queue, one to be put there
-        time.sleep(0.01)
-    time.sleep(0.05)
+    wait_until(lambda: len(made) >= 3)  # one waits in the queue, one to be put there
+    time.sleep(0.05)  # no more than these
     assert made == [0, 1, 2]
     assert [int(part) for part in reader] == [1, 2, 3, 4]
 
@@ -395,7 +447,7 @@ def test_gpus_share_a_stream(count: int, tmp_path: Path) -> None:
         env = {**os.environ, "PYTHONPATH": str(SRC)}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         request = [str(script), "--models", "wan-1.3b", "--layers", "4", "--runs", "1", "--long", "0"]
-        subprocess.run([*launcher, *request, "--out", str(folder)], env=env, check=True, timeout=300)
+        subprocess.run([*launcher, *request, "--out", str(folder)], env=env, check=True, timeout=2 * PATIENCE_S)
         found.append(torch.load(folder / f"wan-1.3b-{processes}.pt"))
     one, several = found[0]["latents"].float(), found[1]["latents"].float()
     noise = found[0]["bf16_error"]  # of one GPU against float32, the same rollout
