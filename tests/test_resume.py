@@ -167,6 +167,7 @@ def test_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:
     (directory / ".incomplete-step-00000009-1" / "student.safetensors").write_text("half")
     (directory / "notes").mkdir()
     assert checkpoint.latest(directory) == directory / "step-00000003"
+    train(Toy(), Rows(), toy_config(tmp_path, 3))
     assert sorted(path.name for path in directory.iterdir()) == ["notes", "step-00000003"]
 
 

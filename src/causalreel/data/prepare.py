@@ -1,23 +1,28 @@
 """Training data on disk: latents and captions of the tiny world, in shards that are whole or absent.
 
 A prepared folder holds `latents-00000.safetensors` (latents (R,F,C,h,w) float16), captions beside each shard, one a
-line, and `info.yaml` (what made it). Preparing again continues where it stopped.
+line, and `info.yaml` (what made it). Preparing again continues where it stopped; `data.shards` reads it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from causalreel import config as configs
+from causalreel.data.shards import layout, read_captions
 from causalreel.data.world import WorldConfig, captions, render, simulate
+from causalreel.fingerprint import fingerprint
+from causalreel.folders import claim, sweep
 from causalreel.types import VideoCodec
 
 log = logging.getLogger(__name__)
@@ -52,59 +57,44 @@ def prepare(
     codec_id: what tells this codec from others, such as `weights.export.codec_identity`.
     """
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     info = {"world_seed": seed, "shard": shard, "frames": config.frames, "size": config.size, "codec": codec_id}
-    _claim(folder, info)
-    for number, first in enumerate(range(0, clips, shard)):
-        path = folder / f"latents-{number:05d}.safetensors"
-        size = min(shard, clips - first)
-        if path.is_file() and len(_latents(path)) >= size:
-            continue  # a shorter one is the last of a smaller set: made again
-        told, parts = [], []
-        for start in range(first, first + size, batch):
-            state = simulate(min(batch, first + size - start), seed=seed, first=start, config=config, device=device)
-            parts.append(codec.encode(render(state)).half().cpu())
-            told += captions(state)
-        _write_text(path.with_suffix(".txt"), "\n".join(told) + "\n")
-        partial = path.with_name(f".{path.name}.tmp")
-        save_file({"latents": torch.cat(parts)}, partial)
-        os.replace(partial, path)
-        log.info("prepared %d of %d clips", first + size, clips)
+    with claim(folder, "encoding") as is_alone:
+        _agree(folder, info)
+        if is_alone:
+            sweep(folder, ".latents-*.tmp", ".info.yaml.tmp")
+        for number, first in enumerate(range(0, clips, shard)):
+            path = folder / f"latents-{number:05d}.safetensors"
+            size = min(shard, clips - first)
+            if path.is_file() and _is_done(path, size):
+                continue
+            told, parts = [], []
+            for start in range(first, first + size, batch):
+                state = simulate(min(batch, first + size - start), seed=seed, first=start, config=config, device=device)
+                parts.append(codec.encode(render(state)).half().cpu())
+                told += captions(state)
+            _write_text(path.with_suffix(".txt"), "\n".join(told) + "\n")
+            _write_latents(path, torch.cat(parts))
+            log.info("prepared %d of %d clips", first + size, clips)
     return folder
 
 
-def load_prepared(folder: str | Path, *, rows: int | None = None) -> tuple[Tensor, list[str]]:
-    """-> latents (R,F,C,h,w) float16 on the CPU and their captions; the first `rows` of them."""
-    folder = Path(folder)
-    shards = sorted(folder.glob("latents-*.safetensors"))
-    if not shards:
-        raise ValueError(f"no prepared data in {folder}: make it with `causalreel encode`")
-    latents, told = [], []
-    for path in shards:
-        latents.append(_latents(path))
-        told += path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-        if rows is not None and len(told) >= rows:
-            break
-    joined = torch.cat(latents)
-    if len(joined) != len(told):
-        raise ValueError(f"{folder} has {len(joined)} latents but {len(told)} captions: a shard is damaged")
-    if rows is not None and rows > len(told):
-        raise ValueError(f"{folder} has {len(told)} clips, {rows} were asked for")
-    return joined[:rows], told[:rows]
-
-
-def _latents(shard: Path) -> Tensor:
+def _is_done(shard: Path, size: int) -> bool:
+    """Whether a shard has `size` clips, each with its caption: a shorter one is the last of a smaller set."""
+    clips = layout(shard)[0][0]
+    if clips < size:
+        return False
     try:
-        return load_file(shard)["latents"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{shard} is damaged ({error}); delete it and run `causalreel encode` again") from None
+        read_captions(shard, clips)
+    except ValueError:  # stopped between the two files
+        return False
+    return True
 
 
-def _claim(folder: Path, info: Mapping[str, int | str]) -> None:
+def _agree(folder: Path, info: Mapping[str, int | str]) -> None:
     """Write what makes this data, or check that the folder holds the same."""
     path = folder / "info.yaml"
     if path.is_file():
-        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+        held = read_info(folder)
         differing = [key for key, value in info.items() if held.get(key) != value]
         if differing:
             key = differing[0]
@@ -115,10 +105,30 @@ def _claim(folder: Path, info: Mapping[str, int | str]) -> None:
     _write_text(path, yaml.safe_dump(dict(info)))
 
 
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """What made the data in a folder; empty for data made by hand."""
+    path = Path(folder) / "info.yaml"
+    return configs.read(path) if path.is_file() else {}
+
+
 def _write_text(path: Path, text: str) -> None:
+    _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _write_latents(path: Path, latents: Tensor) -> None:
+    tensors = {"latents": latents}
+    _write(path, lambda partial: save_file(tensors, partial, {"sha256": fingerprint(tensors)}))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path} could not be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def held_out(

@@ -23,6 +23,7 @@ from causalreel.data.prepare import held_out
 from causalreel.data.video import contact_sheet
 from causalreel.eval.metrics import Scores, measure
 from causalreel.eval.statistics import features, frechet, summarise
+from causalreel.folders import claim
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import even_steps
@@ -168,11 +169,11 @@ def run(
     """
     if not models:
         raise ValueError("name at least one model: an embedded one such as tiny, or an export folder")
-    pipelines = load_models(models, device=device)
-    Path(out).mkdir(parents=True, exist_ok=True)  # before the work and not after it
-    is_on_cpu = next(iter(pipelines.values())).device.type == "cpu"
-    batch = batch or (8 if is_on_cpu else 128)
-    rows, shown, prompts = evaluate(pipelines, clips=clips, seed=seed, batch=batch)
-    facts = {"clips": clips, "seed": seed, "models": list(models), "torch": str(torch.__version__)}
-    save(Path(out), rows, shown, prompts, facts)
+    with claim(out, "evaluation"):  # before the work and not after it
+        pipelines = load_models(models, device=device)
+        is_on_cpu = next(iter(pipelines.values())).device.type == "cpu"
+        batch = batch or (8 if is_on_cpu else 128)
+        rows, shown, prompts = evaluate(pipelines, clips=clips, seed=seed, batch=batch)
+        facts = {"clips": clips, "seed": seed, "models": list(models), "torch": str(torch.__version__)}
+        save(Path(out), rows, shown, prompts, facts)
     return rows

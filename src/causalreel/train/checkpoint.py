@@ -52,8 +52,10 @@ def save(directory: Path, step: int, state: State, *, keep: int | None = None) -
         _write(temporary, step, state, previous[-1] if previous else None)
         os.replace(temporary, final)
         _flush(directory)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         rest = f"{previous[-1]} is intact" if previous else "there is no earlier one"
         raise OSError(f"checkpoint {final} could not be written ({error}); {rest}") from error
     if keep is not None:
@@ -62,11 +64,14 @@ def save(directory: Path, step: int, state: State, *, keep: int | None = None) -
     return final
 
 
+def clean(directory: Path) -> None:
+    """Remove what killed runs left half written or half deleted; only for who has claimed the run's folder."""
+    for leftover in directory.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint, or None; what a killed run left half written or half deleted is removed."""
-    if directory.is_dir():
-        for leftover in directory.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    """The newest complete checkpoint, or None."""
     complete = _complete(directory)
     return complete[-1] if complete else None
 

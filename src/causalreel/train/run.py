@@ -22,9 +22,11 @@ from causalreel import config as configs
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.codecs.wan_vae import CausalVAE, latent_statistics
 from causalreel.config import FREE
-from causalreel.data.prepare import load_prepared, render_clips
+from causalreel.data.prepare import render_clips
+from causalreel.data.shards import caption_place, load_prepared
 from causalreel.data.sources import ClipSource, LatentSource
 from causalreel.flow import sigma_grid, warp_steps
+from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.presets import preset
 from causalreel.parallel.compile import compile_blocks
@@ -137,11 +139,13 @@ def run(recipe: Recipe) -> Result:
         torch.set_flush_denormal(True)  # denormal activations slow a CPU down several times
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     build = _build_codec if recipe.stage == "codec" else _build_denoising
-    stage, source, export = build(recipe, device)
-    result = trainer.train(stage, source, recipe.trainer, recipe=recipe)
-    if not result.is_interrupted:
-        export(Path(recipe.trainer.out) / "export")
-    return result
+    out = Path(recipe.trainer.out)
+    with claim(out, "training"):
+        stage, source, export = build(recipe, device)
+        result = trainer.train(stage, source, recipe.trainer, recipe=recipe)
+        if not result.is_interrupted:
+            export(out / "export")
+        return result
 
 
 def _check_folder(out: Path) -> None:
@@ -189,10 +193,7 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> tuple[Stage, DataS
     if not isinstance(recipe.settings, PretrainConfig):
         chunk_sizes(latents.shape[1], recipe.settings.chunk)
     encoder = TinyTextEncoder()
-    try:
-        text = torch.cat([encoder.encode(told[i : i + 4096]) for i in range(0, len(told), 4096)])
-    except ValueError as error:
-        raise ValueError(f"captions of {recipe.data}: {error}") from None
+    text = _encode(encoder, told, recipe.data)
     source = LatentSource(latents.to(device), text.to(device))
     roles = _roles(recipe, device)
     for role, net in roles.items():
@@ -224,6 +225,19 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> tuple[Stage, DataS
         log.info("weights written to %s", folder)
 
     return stage, source, export
+
+
+def _encode(encoder: TinyTextEncoder, told: Sequence[str], data: Path) -> Tensor:
+    """The captions (R,K,E); ValueError naming file and line of the first that cannot be read."""
+    try:
+        return torch.cat([encoder.encode(told[i : i + 4096]) for i in range(0, len(told), 4096)])
+    except ValueError:
+        for row, caption in enumerate(told):
+            try:
+                encoder.encode([caption])
+            except ValueError as error:
+                raise ValueError(f"captions of {data}: {caption_place(data, row)}: {error}") from None
+        raise
 
 
 ROLES = {

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from causalreel.config import FREE, dump, fixed
+from causalreel.folders import claim
 from causalreel.train import checkpoint
 from causalreel.train.average import Follower
 from causalreel.train.log import NonFiniteError, Progress, Window, Writer, duration, open_jsonl, open_tensorboard
@@ -95,10 +96,17 @@ def train(
     `recipe` is the resolved run config that contains `config`: it is saved with each checkpoint and must be the same on
     resuming, but for fields marked `FREE`. Raises NonFiniteError, and saves nothing, once a loss or gradient norm is
     infinite or NaN. Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second one at once.
+    The folder is claimed: a second process in it is a ValueError before anything in it is touched.
     """
-    recipe = config if recipe is None else recipe
-    write_preview = _write_preview if write_preview is None else write_preview
-    run = Run(stage, source, config, recipe)
+    with claim(config.out, "training") as is_alone:
+        if is_alone:
+            checkpoint.clean(Path(config.out) / "checkpoints")
+        run = Run(stage, source, config, config if recipe is None else recipe)
+        return _train(run, _write_preview if write_preview is None else write_preview)
+
+
+def _train(run: Run, write_preview: PreviewWriter) -> Result:
+    stage, config, recipe = run.stage, run.config, run.recipe
     if not run.restore():
         logger.info("resolved config:\n%s", dump(recipe))
     if run.step >= config.steps:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from causalreel import config
 from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
 from causalreel.flow import warp_steps
+from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
@@ -132,12 +133,13 @@ def save_export(
     folder = Path(folder)
     if denoiser.config != export.model:
         raise ValueError(f"export.model differs from the saved network's config: {export.model}, {denoiser.config}")
-    if codec is not None:
-        save_codec(folder / "codec.safetensors", codec)
-        export = dataclasses.replace(export, codec="codec.safetensors")
-    metadata = {"format": "causalreel", "name": export.name, "config_hash": _identity(export)}
-    write_tensors(folder / MODEL, _cast(denoiser.model, dtype), metadata)
-    write_text(folder / CONFIG, config.dump(export))
+    with claim(folder, "export"):
+        if codec is not None:
+            save_codec(folder / "codec.safetensors", codec)
+            export = dataclasses.replace(export, codec="codec.safetensors")
+        metadata = {"format": "causalreel", "name": export.name, "config_hash": _identity(export)}
+        write_tensors(folder / MODEL, _cast(denoiser.model, dtype), metadata)
+        write_text(folder / CONFIG, config.dump(export))
     return folder
 
 
