@@ -116,9 +116,12 @@ if wanted embed; then
   assets=${EMBED:-$run/assets}
   mkdir -p "$assets"
   cp "$run/codec/export/codec.safetensors" "$run/codec/export/codec.yaml" "$assets/"
-  for variant in frame-2step frame-1step chunk-4step; do
-    reel export "$run/$variant/export" "$assets/$variant" --name "tiny/$variant" --codec tiny \
-      --scores "$run/eval/scores.json" --label "$variant"
-  done
+  embed() { # embed NAME LABEL: a model with its scores, as the package ships it
+    reel export "$run/$1/export" "$assets/$1" --name "tiny/$1" --codec tiny --scores "$run/eval/scores.json" --label "$2"
+  }
+  embed base base
+  embed ar-frame "AR frame-wise"
+  embed ar-chunk "AR chunk-wise"
+  for variant in frame-2step frame-1step chunk-4step; do embed "$variant" "$variant"; done
 fi
 echo "== end ($(date +%T))"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -345,7 +346,17 @@ def test_without_embedded_weights_the_message_says_so(tmp_path: Path, monkeypatc
         find("tiny")
 
 
-@pytest.mark.parametrize("variant", ["frame-2step", "frame-1step", "chunk-4step"])
+def test_a_number_of_steps_never_picks_a_teacher(family: Path) -> None:
+    """Teachers that are shipped for training are taken by their full names only."""
+    card = (family / "frame-2step/config.yaml").read_text()
+    shutil.copytree(family / "frame-2step", family / "ar-frame")
+    many = card.replace("multistep: null", "multistep: 48").replace("solver: renoise", "solver: euler")
+    (family / "ar-frame/config.yaml").write_text(many)
+    assert find("tiny/ar-frame") == family / "ar-frame"
+    assert find("tiny", steps=48) == family / "chunk-4step"
+
+
+@pytest.mark.parametrize("variant", ["frame-2step", "frame-1step", "chunk-4step", "base", "ar-frame", "ar-chunk"])
 def test_embedded_models_generate(variant: str) -> None:
     name = f"tiny/{variant}"
     if name not in causalreel.variants():

@@ -220,6 +220,8 @@ def _choose(name: str, family: dict[str, Path], steps: int | Sequence[float] | N
     default = default if default in family else next(iter(family))
     if steps is None and chunk is None:
         return family[default]
+    few = {key: folder for key, folder in family.items() if read_export(folder).sampling.multistep is None}
+    family = few or family  # teachers of many steps are taken by their full names only
     count = None if steps is None else steps if isinstance(steps, int) else len(steps)
 
     def distance(key: str) -> tuple[float, float, bool]:
