@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from causalreel import cli
+from causalreel.cli.flags import ThreadFlag
 from causalreel.data.video import read_video
 from causalreel.infer.pipeline import Pipeline
+from causalreel.nn.presets import PRESETS
 from causalreel.weights import export as exports
 from test_weights import small_family
 
@@ -222,3 +224,19 @@ def test_train_resolves_recipes_by_name(capsys: pytest.CaptureFixture[str]) -> N
 def test_verify_refuses_a_missing_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "no-such-folder"]) == 2
     fails(capsys, "no-such-folder")
+
+
+def test_small_networks_take_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before, how = torch.get_num_threads(), (RED, "--frames", "5", "-o", str(tmp_path / "red.mp4"))
+    try:
+        torch.set_num_threads(3)
+        assert generate(*how, "--threads", "2") == 0 and torch.get_num_threads() == 2
+        assert generate(*how, "--threads", "0") == 2 and torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert generate(*how) == 0 and torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        ThreadFlag().set_threads([PRESETS["tiny"], PRESETS["wan-1.3b"]], "cpu")
+        assert torch.get_num_threads() == 2
+        assert generate(*how) == 0 and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

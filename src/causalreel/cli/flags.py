@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,12 +15,44 @@ if TYPE_CHECKING:
     import torch
 
     from causalreel.infer.pipeline import Pipeline
+    from causalreel.nn.presets import ModelConfig
+
+log = logging.getLogger("causalreel")
 
 Precision = Literal["eager", "bf16", "fp8", "fp8-attention"]
 
 
+SMALL = 50_000_000
+"""Parameters below which a network is computed by one thread: its products take microseconds, and on a busy machine a
+thread waits milliseconds for the others at the end of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadFlag:
+    """How many threads compute on the CPU."""
+
+    threads: int | None = None
+    """CPU threads; default: OMP_NUM_THREADS if it is set, else 1 for a network of less than 50 million parameters and
+    torch's own number for a larger one."""
+
+    def set_threads(self, networks: Iterable[ModelConfig], device: torch.device | str | None = None) -> None:
+        """For these networks on this device; without networks, and on a GPU, only what is asked for is set."""
+        import torch
+
+        from causalreel.infer.models import choose_device
+
+        if self.threads is not None:
+            at_least(1, threads=self.threads)
+            torch.set_num_threads(self.threads)
+        elif "OMP_NUM_THREADS" not in os.environ and choose_device(device).type == "cpu":
+            largest = max((n.layers * n.dim * (8 * n.dim + 2 * n.ffn_dim) for n in networks), default=SMALL)
+            if largest < SMALL and torch.get_num_threads() > 1:
+                torch.set_num_threads(1)
+                log.info("one CPU thread, which is fastest for a network this small; --threads N takes N")
+
+
 @dataclass(frozen=True)
-class ModelFlags:
+class ModelFlags(ThreadFlag):
     """Which model, from which files, of which size, and how it computes."""
 
     model: str = "tiny"
@@ -47,8 +82,9 @@ class ModelFlags:
     def load(self, *, device: torch.device | str | None = None, gpus: int = 1, graphs: bool = True) -> Pipeline:
         """The pipeline. device: in place of the flag. graphs: record calls on a GPU; pays from the second clip on."""
         from causalreel.infer.accelerate import accelerate
-        from causalreel.infer.models import load
+        from causalreel.infer.models import load, network_of
 
+        self.set_threads([network_of(self.model)], device or self.device)
         pipeline = load(
             self.model,
             steps=self.steps,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, Precision, at_least
+from causalreel.cli.flags import ModelFlags, Precision, ThreadFlag, at_least
 
 # ---------------------------------------------------------------------------------------------------------------- bench
 
@@ -109,7 +109,7 @@ def estimate_memory(args: EstimateMemory) -> int:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(ThreadFlag):
     """Measure models: what their videos show against what the prompts say, beside real clips. Prints a table."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="[LABEL=]MODEL[@STEPS] ...")] = ("tiny",)
@@ -129,8 +129,10 @@ class Evaluate:
 def evaluate(args: Evaluate) -> int:
     at_least(2, clips=args.clips)
     at_least(1, batch=1 if args.batch is None else args.batch)
-    from causalreel.eval.run import run, table
+    from causalreel.eval.run import parse_model, run, table
+    from causalreel.infer.models import network_of
 
+    args.set_threads([network_of(parse_model(spec)[1]) for spec in args.models], args.device)
     rows = run(args.models, out=args.out, clips=args.clips, seed=args.seed, batch=args.batch, device=args.device)
     print(table(rows))
     return 0
@@ -140,7 +142,7 @@ def evaluate(args: Evaluate) -> int:
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(ThreadFlag):
     """Compare this package with golden values recorded from released implementations."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
@@ -153,7 +155,9 @@ class Verify:
 
 def verify(args: Verify) -> int:
     from causalreel import verify as golden
+    from causalreel.nn.presets import preset
 
+    args.set_threads([preset("tiny")], "cpu")  # recorded networks are as small
     results = golden.run(args.folder, allow_uncovered=args.allow_uncovered, pattern=args.pattern)
     print(golden.format_table(results))
     return 0 if golden.passed(results, args.allow_uncovered) else 1

@@ -8,13 +8,13 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import at_least
+from causalreel.cli.flags import ThreadFlag, at_least
 
 # ---------------------------------------------------------------------------------------------------------------- train
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(ThreadFlag):
     """Run a recipe: a YAML file, or the name of one that comes with the package, such as tiny/causal_cd."""
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
@@ -27,13 +27,15 @@ class Train:
 
 def train(args: Train) -> int:
     from causalreel import config
-    from causalreel.train.run import describe, resolve, run
+    from causalreel.train.run import describe, networks, resolve, run
 
     recipe = resolve(args.recipe, args.overrides)
     if args.dry_run:
         print(config.dump(recipe))
         print(describe(recipe))
         return 0
+    device = recipe.trainer.device
+    args.set_threads(networks(recipe), None if device == "auto" else device)
     return run(recipe).exit_code
 
 
@@ -41,7 +43,7 @@ def train(args: Train) -> int:
 
 
 @dataclass(frozen=True)
-class Encode:
+class Encode(ThreadFlag):
     """Prepare training data: render clips of the tiny world, encode them into latent shards. Continues if stopped."""
 
     codec: Path
@@ -64,6 +66,7 @@ def encode(args: Encode) -> int:
     from causalreel.infer.models import choose_device
     from causalreel.weights.export import codec_identity, load_codec
 
+    args.set_threads([], args.device)
     device = choose_device(args.device)
     codec = load_codec(args.codec).to(device)
     folder = prepare(

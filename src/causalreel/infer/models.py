@@ -18,7 +18,7 @@ from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import Choices, load_released
 from causalreel.infer.schedule import adapt
-from causalreel.nn.presets import PRESETS, preset
+from causalreel.nn.presets import PRESETS, ModelConfig, preset
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.types import LatentSpec
 from causalreel.weights import export as exports
@@ -68,6 +68,10 @@ def load(
     steps, chunk: of a family such as `tiny` they choose the variant trained for them; where there is none, the nearest
     one is used with them, which is logged. device: None is CUDA if there is one, else the CPU. gpus: how many processes
     will share the pipeline (`infer.distributed.spread`), for the check of memory.
+
+    On a CPU the embedded models are fastest with one thread, on a busy machine by far: `torch.set_num_threads(1)`. The
+    command line does it; a program's own threads are not touched here.
+
     The other arguments are for released models (`causal-forcing/chunkwise` ..., see `weights.registry.MODELS`) and
     explained at `infer.released.Choices`; their files are fetched from the hub where no argument says where they are.
     """
@@ -169,6 +173,11 @@ def _latent_side(name: str, pixels: int, unit: int) -> int:
     if pixels < unit or pixels % unit:
         raise ValueError(f"{name} must be a multiple of {unit}, got {pixels}")
     return pixels // unit
+
+
+def network_of(model: str | Path) -> ModelConfig:
+    """The size of the network behind a name or a folder, as for `load`, before anything is loaded."""
+    return MODELS[str(model)].export().model if str(model) in MODELS else read_export(find(model)).model
 
 
 def find(model: str | Path, *, steps: int | Sequence[float] | None = None, chunk: int | None = None) -> Path:

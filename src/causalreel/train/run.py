@@ -28,7 +28,7 @@ from causalreel.data.sources import ClipSource, LatentSource
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.presets import preset
+from causalreel.nn.presets import ModelConfig, preset
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.graphs import graph_calls
 from causalreel.rollout import chunk_sizes
@@ -45,7 +45,7 @@ from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.trainer import Result, TrainerConfig
 from causalreel.types import LatentSpec
-from causalreel.weights.export import Export, Sampling, load_codec, load_export, save_codec, save_export
+from causalreel.weights.export import Export, Sampling, load_codec, load_export, read_export, save_codec, save_export
 from causalreel.weights.files import read_tensors, write_tensors
 
 log = logging.getLogger("causalreel.train")
@@ -246,6 +246,14 @@ ROLES = {
     "causal_ode": ("student", "teacher"),
 }
 """Networks a stage needs from outside; the others need a student only."""
+
+
+def networks(recipe: Recipe) -> list[ModelConfig]:
+    """Sizes of the networks that a recipe trains or learns from, as far as their files are there; none for a codec."""
+    if recipe.stage == "pretrain":
+        return [preset(recipe.model)]
+    folders = [Path(folder) for folder in recipe.init.values()]
+    return [read_export(folder).model for folder in folders if (folder / "config.yaml").is_file()]
 
 
 def _roles(recipe: Recipe, device: torch.device) -> dict[str, DiTDenoiser]:
