@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from causalreel.eval import run as evaluation
+from causalreel.files import write_text
 from causalreel.train import run as training
-from causalreel.weights.files import read_tensors, write_text
+from causalreel.weights.files import read_tensors
 
 INITS = {"sf": "Self Forcing ODE", "ar": "AR diffusion", "ode": "causal ODE", "cd": "causal CD"}
 FOUR = ["settings.steps=[1000,750,500,250]", "settings.first_steps=null"]

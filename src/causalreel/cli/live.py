@@ -93,7 +93,7 @@ def stream(args: Stream) -> int:
         if args.record is not None:
             import json
 
-            from causalreel.weights.files import write_text
+            from causalreel.files import write_text
 
             write_text(args.record, json.dumps(session.record(), indent=1))
     return 0

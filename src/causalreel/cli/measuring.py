@@ -34,8 +34,8 @@ def bench(args: Bench) -> int:
     at_least(1, batch=args.batch, runs=args.runs)
     import json
 
+    from causalreel.files import write_text
     from causalreel.infer.bench import measure
-    from causalreel.weights.files import write_text
 
     pipeline = args.load()
     speed = measure(pipeline, [args.prompt] * args.batch, frames=args.frames, runs=args.runs)

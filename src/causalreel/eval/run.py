@@ -23,11 +23,12 @@ from causalreel.data.prepare import held_out
 from causalreel.data.video import contact_sheet
 from causalreel.eval.metrics import Scores, measure
 from causalreel.eval.statistics import features, frechet, summarise
+from causalreel.files import write_text
 from causalreel.folders import claim
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import even_steps
-from causalreel.weights.files import write_tensors, write_text
+from causalreel.weights.files import write_tensors
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from causalreel.files import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +80,10 @@ class PromptCache:
     def put(self, key: PromptKey, entry: PromptEntry) -> None:
         """Write the entry. A folder that cannot be written is logged: it costs time later, not the result now."""
         path = self.path(key)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         rows = entry.rows.detach().cpu().contiguous()
         facts = {"tokens": torch.tensor(entry.tokens), "checksum": _checksum(path, rows, entry.tokens)}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_bytes(save({"rows": rows, **facts}))
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_bytes(path, save({"rows": rows, **facts}))
         except OSError as error:
             log.warning("prompt cache: cannot write %s (%s)", path, error)
 

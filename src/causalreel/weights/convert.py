@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from causalreel.files import replacing, replacing_folder, write_text
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.build import empty_denoiser, moved
 from causalreel.weights.diffusers import diffusers_config, wan_config
-from causalreel.weights.files import write_tensors, write_text, write_whole
+from causalreel.weights.files import write_tensors
 from causalreel.weights.identify import preset_of
 from causalreel.weights.layouts import LAYOUTS, check_finite, check_fits, read_network, to_layout
 
@@ -63,7 +63,7 @@ def convert(
         write_folder(target, tensors, config, to, dtype=kind)
     elif to == "official":
         inside = {name: _compact(value) for name, value in moved(tensors, "cpu", kind).items()}
-        write_whole(target, lambda file: torch.save({which or network.which or "generator": inside}, file))
+        _write_pickle(target, {which or network.which or "generator": inside})
     else:
         write_tensors(target, moved(tensors, "cpu", kind), {"format": "pt"})
     return target
@@ -79,14 +79,23 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Weights in one file or in shards with their index, and config.json: a new folder, whole or not there."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        _write_parts(partial, tensors, dtype, shard_bytes)
-        facts = diffusers_config(config) if layout == "diffusers" else wan_config(config)
-        write_text(partial / "config.json", json.dumps(facts, indent=2) + "\n")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with replacing_folder(folder) as partial:
+        try:
+            _write_parts(partial, tensors, dtype, shard_bytes)
+            facts = diffusers_config(config) if layout == "diffusers" else wan_config(config)
+            write_text(partial / "config.json", json.dumps(facts, indent=2) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def _write_pickle(target: Path, content: Mapping[str, Mapping[str, Tensor]]) -> None:
+    with replacing(target) as partial:
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # what it makes of a full disk
+            raise OSError(
+                errno.ENOSPC, f"could not be written whole, is the disk full? ({error})", str(target)
+            ) from error
 
 
 def _write_parts(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, most: int) -> None:

@@ -24,13 +24,14 @@ from torch.overrides import TorchFunctionMode
 
 from causalreel import config
 from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
+from causalreel.files import write_text
 from causalreel.flow import warp_steps
 from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.types import LatentSpec
-from causalreel.weights.files import read_metadata, read_tensors, write_tensors, write_text
+from causalreel.weights.files import read_metadata, read_tensors, write_tensors
 from causalreel.weights.layouts import load_strictly
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
