@@ -184,6 +184,9 @@ def test_close() -> None:
         ("steps", {"steps": 2.5}, "steps must be a whole number"),
         ("fps", {"fps": float("nan")}, "fps must be a number above 0, at most 240; got nan"),
         ("fps", {"fps": 0}, "fps must be a number above 0"),
+        ("fps", {"fps": 10**5000}, "got a number of 16610 bits"),
+        ("steps", {"steps": 10**5000}, "got a number of 16610 bits"),
+        (["fps"], {}, "name must be one of"),
         ("image", {}, "image needs the argument image"),
         (
             "image",

@@ -7,7 +7,6 @@ decides what is shown. So its command log replays to the same frames, bit for bi
 from __future__ import annotations
 
 import base64
-import math
 import threading
 import time
 import uuid
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor
 
 from causalreel.data.video import to_bytes
-from causalreel.infer.live import MODES, Live, Policy, PolicyKind, encode_prompt
+from causalreel.infer.live import Live, Policy, PolicyKind, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt
+from causalreel.serve.commands import MOST_FPS, MOST_SEED, MOST_STEPS, check, integer, number, text
 from causalreel.types import DecodeStream
 
 FORMAT = "causalreel-session/1"
@@ -117,17 +117,17 @@ class Session:
     ) -> None:
         self.id = uuid.uuid4().hex if id is None else id
         self.pipeline, self.clock = pipeline, clock
-        seed = _integer("seed", options.seed, 0, (1 << 63) - 1)
-        steps = None if options.steps is None else _integer("steps", options.steps, 1, 100)
-        chunk = None if options.chunk is None else _integer("chunk", options.chunk, 1, pipeline.export.frames)
-        fps = pipeline.export.fps if options.fps is None else _number("fps", options.fps, 240)
+        seed = integer("seed", options.seed, 0, MOST_SEED)
+        steps = None if options.steps is None else integer("steps", options.steps, 1, MOST_STEPS)
+        chunk = None if options.chunk is None else integer("chunk", options.chunk, 1, pipeline.export.frames)
+        fps = pipeline.export.fps if options.fps is None else number("fps", options.fps, MOST_FPS)
         self._picture = None if options.image is None else self._check_picture(options.image)
         self.options = options
         self.sampling = adapt(pipeline.sampling, steps=steps, chunk=chunk)
         self.policy = Policy.of(pipeline.export, self.sampling, policy)
         if self._picture is not None:
             self._refuse_picture()
-        self.prompt, self.seed, self.fps = _text("prompt", options.prompt), seed, fps
+        self.prompt, self.seed, self.fps = text("prompt", options.prompt), seed, fps
         self.paused = self.closed = False
         self.sequence = self.frames = 0
         """Chunks and pixel frames made so far."""
@@ -154,13 +154,13 @@ class Session:
         image(image): restart from a picture (3,H,W) in [-1,1], or from none if None; close.
         Raises ValueError for unknown commands, arguments and values, and in a closed session.
         """
-        if name not in _CHECKS:
-            raise ValueError(f"name must be one of {', '.join(_CHECKS)}, got {name!r}")
-        allowed = _ARGUMENTS[name]
-        if unknown := [key for key in arguments if key not in allowed]:
-            raise ValueError(f"{name} takes {', '.join(allowed) or 'no arguments'}; got {unknown[0]!r}")
         told_s = self.clock()
-        checked = _CHECKS[name](self, arguments)
+        checked = check(name, arguments)
+        if name == "steps":
+            adapt(self.pipeline.sampling, steps=checked["steps"])
+        if checked.get("image") is not None:
+            self._refuse_picture()
+            checked["image"] = self._check_picture(checked["image"])
         with self._order:  # encoding text may take long, and nobody but other commands waits for it
             is_picture = checked.get("image") is not None
             if self.closed:
@@ -171,11 +171,11 @@ class Session:
             prompt = checked.get("text") or checked.get("prompt") or prompt
             seed = seed if checked.get("seed") is None else checked["seed"]
             needs_text = name in ("prompt", "restart", "image")
-            text = encode_prompt(self.pipeline, prompt, seed) if needs_text else None
+            encoded = encode_prompt(self.pipeline, prompt, seed) if needs_text else None
             self._intended = (prompt, seed)
             self._count, self._pictures = self._count + 1, self._pictures + is_picture
             with self._lock:
-                self._pending.append(_Pending(self._count, name, checked, told_s, text))
+                self._pending.append(_Pending(self._count, name, checked, told_s, encoded))
             return self._count
 
     def state(self) -> dict[str, Any]:
@@ -327,7 +327,7 @@ class Session:
         if found != FORMAT:
             raise ValueError(f"record must have the format {FORMAT}, got {found!r}")
         try:
-            model, chunks = record["model"], _integer("chunks", record["chunks"], 0, 1 << 53)
+            model, chunks = record["model"], integer("chunks", record["chunks"], 0, 1 << 53)
             begin = dict(record["options"])
             commands = [(c["at"], c["name"], _unpacked(c["arguments"])) for c in record["commands"]]
             begin["image"] = None if begin.get("image") is None else _pixels(_unpack(begin["image"]))[0, 0]
@@ -365,85 +365,6 @@ class Session:
             )
 
 
-# ---- what commands take ---------------------------------------------------------------------------------------------
-
-
-def _check_prompt(session: Session, arguments: dict[str, Any]) -> dict[str, Any]:
-    mode = arguments.get("mode", "recompute")
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    chunks = _integer("chunks", arguments.get("chunks", 4), 1, 1000)
-    return {"text": _text("text", arguments.get("text")), "mode": mode, "chunks": chunks}
-
-
-def _check_restart(session: Session, arguments: dict[str, Any]) -> dict[str, Any]:
-    seed, prompt = arguments.get("seed"), arguments.get("prompt")
-    return {
-        "seed": None if seed is None else _integer("seed", seed, 0, (1 << 63) - 1),
-        "prompt": None if prompt is None else _text("prompt", prompt),
-    }
-
-
-def _check_steps(session: Session, arguments: dict[str, Any]) -> dict[str, Any]:
-    steps = _integer("steps", arguments.get("steps"), 1, 100)
-    adapt(session.pipeline.sampling, steps=steps)
-    return {"steps": steps}
-
-
-def _check_image(session: Session, arguments: dict[str, Any]) -> dict[str, Any]:
-    if "image" not in arguments:
-        raise ValueError("image needs the argument image: a picture, or None to begin without")
-    picture = arguments["image"]
-    if picture is None:
-        return {"image": None}
-    session._refuse_picture()
-    return {"image": session._check_picture(picture)}
-
-
-_Check = Callable[[Session, dict[str, Any]], dict[str, Any]]
-_ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "prompt": ("text", "mode", "chunks"),
-    "pause": (),
-    "resume": (),
-    "step": ("chunks",),
-    "restart": ("seed", "prompt"),
-    "steps": ("steps",),
-    "fps": ("fps",),
-    "image": ("image",),
-    "close": (),
-}
-_CHECKS: dict[str, _Check] = {
-    "prompt": _check_prompt,
-    "pause": lambda session, arguments: {},
-    "resume": lambda session, arguments: {},
-    "step": lambda session, arguments: {"chunks": _integer("chunks", arguments.get("chunks", 1), 1, 1000)},
-    "restart": _check_restart,
-    "steps": _check_steps,
-    "fps": lambda session, arguments: {"fps": _number("fps", arguments.get("fps"), 240)},
-    "image": _check_image,
-    "close": lambda session, arguments: {},
-}
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
-    return value
-
-
-def _integer(name: str, value: Any, least: int, most: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
-    return value
-
-
-def _number(name: str, value: Any, most: float) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 < value <= most:
-        raise ValueError(f"{name} must be a number above 0, at most {most}; got {value!r}")
-    return float(value)
-
-
 # ---- pictures in records --------------------------------------------------------------------------------------------
 
 
@@ -458,7 +379,7 @@ def _pack(picture: Tensor) -> dict[str, Any]:
 
 
 def _unpack(packed: dict[str, Any]) -> Tensor:
-    height, width = (_integer(side, packed[side], 1, 1 << 14) for side in ("height", "width"))
+    height, width = (integer(side, packed[side], 1, 1 << 14) for side in ("height", "width"))
     size = height * width * 3
     try:
         data = zlib.decompressobj().decompress(base64.b64decode(packed["zlib"], validate=True), size)

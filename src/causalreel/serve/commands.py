@@ -1,0 +1,98 @@
+"""What a session can be told: the commands, what each takes, and the checks that need no session and no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from causalreel.infer.live import MODES
+
+MOST_SEED = (1 << 63) - 1
+MOST_STEPS = 100
+MOST_FPS = 240.0
+MOST_CHUNKS = 1000
+"""Of a step or a fade."""
+
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "prompt": ("text", "mode", "chunks"),
+    "pause": (),
+    "resume": (),
+    "step": ("chunks",),
+    "restart": ("seed", "prompt"),
+    "steps": ("steps",),
+    "fps": ("fps",),
+    "image": ("image",),
+    "close": (),
+}
+"""Command -> the names of what it takes."""
+
+
+def check(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A command's arguments with what was left out filled in; ValueError for what no session could obey.
+
+    What depends on the model is the session's to check: words, steps of a many-step model, shape and use of a picture.
+    """
+    if not isinstance(name, str) or name not in ARGUMENTS:
+        raise ValueError(f"name must be one of {', '.join(ARGUMENTS)}, got {name!r}")
+    if unknown := [key for key in arguments if key not in ARGUMENTS[name]]:
+        raise ValueError(f"{name} takes {', '.join(ARGUMENTS[name]) or 'no arguments'}; got {unknown[0]!r}")
+    return _CHECKS[name](arguments) if name in _CHECKS else {}
+
+
+def _prompt(arguments: dict[str, Any]) -> dict[str, Any]:
+    mode = arguments.get("mode", "recompute")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    chunks = integer("chunks", arguments.get("chunks", 4), 1, MOST_CHUNKS)
+    return {"text": text("text", arguments.get("text")), "mode": mode, "chunks": chunks}
+
+
+def _restart(arguments: dict[str, Any]) -> dict[str, Any]:
+    seed, prompt = arguments.get("seed"), arguments.get("prompt")
+    return {
+        "seed": None if seed is None else integer("seed", seed, 0, MOST_SEED),
+        "prompt": None if prompt is None else text("prompt", prompt),
+    }
+
+
+def _image(arguments: dict[str, Any]) -> dict[str, Any]:
+    if "image" not in arguments:
+        raise ValueError("image needs the argument image: a picture, or None to begin without")
+    return {"image": arguments["image"]}
+
+
+_CHECKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "prompt": _prompt,
+    "step": lambda arguments: {"chunks": integer("chunks", arguments.get("chunks", 1), 1, MOST_CHUNKS)},
+    "restart": _restart,
+    "steps": lambda arguments: {"steps": integer("steps", arguments.get("steps"), 1, MOST_STEPS)},
+    "fps": lambda arguments: {"fps": number("fps", arguments.get("fps"), MOST_FPS)},
+    "image": _image,
+}
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text that is not empty, got {value!r:.80}")
+    return value
+
+
+def integer(name: str, value: Any, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {_shown(value)}")
+    return value
+
+
+def number(name: str, value: Any, most: float) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= most or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number above 0, at most {most:g}; got {_shown(value)}")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; Python refuses to print whole numbers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 1 << 80:
+        return f"a number of {value.bit_length()} bits"
+    return f"{value!r:.80}"
