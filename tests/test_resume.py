@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +20,8 @@ import torch
 from torch import nn
 
 from causalreel import config
-from causalreel.train import checkpoint
+from causalreel.train import checkpoint, hashed
+from causalreel.train.contents import Content
 from causalreel.train.optim import OptimiserConfig
 from causalreel.train.stage import Average
 from causalreel.train.trainer import TrainerConfig, train
@@ -30,10 +34,14 @@ def untimed(out: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in record.items() if k not in CLOCK} for record in metrics(out)]
 
 
-def stored(out: Path) -> checkpoint.State:
+def stored_at(out: Path) -> Path:
     path = checkpoint.latest(out / "checkpoints")
     assert path is not None
-    return checkpoint.load(path)
+    return path
+
+
+def stored(out: Path, *, is_checked: bool = True) -> checkpoint.State:
+    return checkpoint.load(stored_at(out), is_checked=is_checked)
 
 
 def assert_same(one: Any, two: Any) -> None:
@@ -41,7 +49,7 @@ def assert_same(one: Any, two: Any) -> None:
     assert type(one) is type(two)
     if isinstance(one, dict):
         assert one.keys() == two.keys()
-        for key in one.keys() - {"seconds", "recorded"}:
+        for key in one.keys() - {"seconds", "recorded", "aside"}:
             assert_same(one[key], two[key])
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(two)
@@ -123,7 +131,7 @@ def test_killed_at_random_and_started_again(tmp_path: Path) -> None:
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("broken", ["replace", "save_file", "fsync"])
+@pytest.mark.parametrize("broken", ["replace", "write", "fsync"])
 def test_a_full_disk_leaves_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -137,7 +145,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
         return fail() if "step-" in str(name) else real(source, name)
 
     real = os.replace
-    target = checkpoint if broken == "save_file" else checkpoint.os
+    target = hashed.HashedFile if broken == "write" else checkpoint.os
     with monkeypatch.context() as patch:
         patch.setattr(target, broken, refuse if broken == "replace" else fail)
         with pytest.raises(OSError, match=r"step-00000004 could not be written .*No space.*step-00000003 is intact"):
@@ -146,18 +154,84 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-@pytest.mark.parametrize("name", ["trainer.pt", "student.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", [*("trainer.pt", "student.safetensors", "teacher.safetensors", "config.yaml", "manifest.json")]
+)
 def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
-    train(Toy(), Rows(), toy_config(tmp_path, 3))
+    train(Toy(), Rows(), toy_config(tmp_path, 3, save_every=1))
     file = tmp_path / "checkpoints" / "step-00000003" / name
     contents = file.read_bytes()
-    for damaged in (contents[: len(contents) // 2], b"\xff" * len(contents), None):
+    flipped = bytearray(contents)
+    flipped[len(contents) // 2] ^= 1
+    for damaged in (contents[: len(contents) // 2], b"\xff" * len(contents), bytes(flipped), None):
         if damaged is None:
             file.unlink()
         else:
             file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}.*delete .*step-00000003 to go on from step-00000002"):
             train(Toy(), Rows(), toy_config(tmp_path))
+
+
+def test_files_of_another_step_are_named(tmp_path: Path) -> None:
+    train(Toy(), Rows(), toy_config(tmp_path, 3, save_every=1, keep=3))
+    one, _, three = sorted((tmp_path / "checkpoints").iterdir())
+    good = (three / "student.safetensors").read_bytes()
+    shutil.copy(one / "student.safetensors", three / "student.safetensors")
+    with pytest.raises(ValueError, match=r"step-00000003/student.safetensors is damaged: its contents are not those"):
+        train(Toy(), Rows(), toy_config(tmp_path))
+    (three / "student.safetensors").write_bytes(good)
+    three.rename(three.with_name("step-00000008"))
+    with pytest.raises(ValueError, match=r"step-00000008 holds a checkpoint of step 3"):
+        train(Toy(), Rows(), toy_config(tmp_path))
+
+
+def test_without_checks_nothing_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(Toy(), Rows(), toy_config(tmp_path, 3), contents=[Content("data", "here", "1234")])
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: pytest.fail("hashed"))
+    train(Toy(), Rows(), toy_config(tmp_path, 4, check=False))
+    assert stored(tmp_path, is_checked=False).contents == {"data": "1234"}  # what was known stays known
+
+
+def test_fewer_steps_than_are_done_is_an_error(tmp_path: Path) -> None:
+    train(Toy(), Rows(), toy_config(tmp_path, 3))
+    with pytest.raises(ValueError, match=r"steps: got 2, but .*step-00000003 has 3; ask for 3 or more"):
+        train(Toy(), Rows(), toy_config(tmp_path, 2))
+
+
+def test_other_contents_are_named_and_other_places_are_not(tmp_path: Path) -> None:
+    def contents(place: str, data: str, teacher: str = "t") -> list[Content]:
+        return [Content("data", place, data), Content("init.teacher", "there", teacher)]
+
+    train(Toy(), Rows(), toy_config(tmp_path, 3), contents=contents("here", "1234"))
+    train(Toy(), Rows(), toy_config(tmp_path, 4), contents=contents("/mnt/elsewhere", "1234"))
+    for other, message in (
+        (contents("here", "5678"), r"data: here is not what .*step-00000004 was made from \(1234 there, 5678 here\)"),
+        (contents("here", "1234", "u"), r"init.teacher: there is not what"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(Toy(), Rows(), toy_config(tmp_path, 5), contents=other)
+
+
+def test_a_checkpoint_older_than_hashes_and_contents_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without hashes and fingerprints, the places of data and weights among its settings, no time aside."""
+    train(Toy(), Rows(), toy_config(tmp_path / "old", 3))
+    path = stored_at(tmp_path / "old")
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in ("sha256", "seal", "contents"):
+        del manifest[name]
+    manifest["fixed"] |= {"data": "/gone", "init.teacher": "/gone", "compute": "auto"}
+    trainer = torch.load(path / "trainer.pt", weights_only=True)
+    del trainer["aside"]
+    torch.save(trainer, path / "trainer.pt")
+    manifest["bytes"]["trainer.pt"] = (path / "trainer.pt").stat().st_size
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    contents = [Content("data", "here", "1234")]
+    with caplog.at_level("INFO"):
+        for steps in (4, 12):
+            constant = toy_config(tmp_path / "old", steps, save_every=1)
+            train(Toy(), Rows(), constant, contents=contents)
+    assert caplog.text.count("cannot be compared") == 1
+    assert stored(tmp_path / "old").contents == {"data": "1234"}
 
 
 def test_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:

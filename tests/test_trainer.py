@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from causalreel.train import checkpoint
+from causalreel.train import checkpoint, trainer
 from causalreel.train.log import NonFiniteError, open_jsonl
 from causalreel.train.optim import OptimiserConfig, clip_gradients, learning_rate
 from causalreel.train.stage import Average, DataCursor, Loss, StepContext, Update, stable_seed
@@ -247,6 +249,40 @@ def test_previews_leave_no_trace(tmp_path: Path) -> None:
     train(stages[1], Rows(), toy_config(tmp_path / "without"))
     assert shown == [(step, (2, 5, 2, 4, 4)) for step in (0, 5, 10)]
     assert all(torch.equal(a, b) for a, b in zip(weights(stages[0]).values(), weights(stages[1]).values(), strict=True))
+
+
+class SlowClock:
+    """Seconds that pass only while something is shown or saved, and one for each step."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_previews_and_saves_are_named_and_do_not_count_as_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = SlowClock()
+
+    def pass_by(seconds: float) -> None:
+        clock.now += seconds
+
+    def save(*args: Any, **kwargs: Any) -> Path:
+        pass_by(50)
+        return real(*args, **kwargs)
+
+    real = checkpoint.save
+    monkeypatch.setattr(trainer, "time", clock)
+    monkeypatch.setattr(checkpoint, "save", save)
+    config = toy_config(tmp_path, preview_every=4, save_every=5)
+    with caplog.at_level(logging.INFO):
+        train(Toy(lambda step: pass_by(1)), Rows(), config, write_preview=lambda *_: pass_by(100))
+    assert [record["steps_per_second"] for record in metrics(tmp_path)] == [1.0] * 4
+    assert metrics(tmp_path)[-1]["seconds"] == 12 + 3 * 100 + 2 * 50  # the last ones come after the last record
+    told = [record.getMessage() for record in caplog.records]
+    assert f"preview of step 8 in {tmp_path / 'previews'}: 100.0 s" in told
+    assert f"saved {tmp_path / 'checkpoints' / 'step-00000010'}: 50.0 s" in told
 
 
 def test_data_order_is_a_permutation_per_epoch() -> None:

@@ -23,13 +23,15 @@ class Train(ThreadFlag):
     """key.key=value, laid upon the recipe."""
     dry_run: bool = False
     """Print the resolved recipe and check it without training."""
+    check: bool = True
+    """Do not hash and compare data, weights and checkpoints, a second per GB; as trainer.check=false."""
 
 
 def train(args: Train) -> int:
     from causalreel import config
     from causalreel.train.run import describe, networks, resolve, run
 
-    recipe = resolve(args.recipe, args.overrides)
+    recipe = resolve(args.recipe, [*args.overrides, *([] if args.check else ["trainer.check=false"])])
     if args.dry_run:
         print(config.dump(recipe))
         print(describe(recipe))

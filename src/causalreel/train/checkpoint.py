@@ -3,27 +3,34 @@
     step-00001000/  <role>.safetensors ...  trainer.pt  config.yaml  manifest.json
 
 A directory is written under a temporary name, flushed to the disk and renamed; the older ones go after that. Frozen
-roles are hard links to the file of the previous checkpoint, so they take room once.
+roles are hard links to the file of the previous checkpoint, so they take room once. The manifest holds each file's
+SHA-256, made while the file is written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-_NAME = re.compile(r"step-(\d{8,})")
+from causalreel.train.contents import Content, compare
+from causalreel.train.hashed import sha256_of, write_pickle, write_tensors, write_text
+
+_NAME = re.compile(r"step-\d{8,}")
 _TEMPORARY = ".incomplete-"
+_PLACES = ("data", "init.", "compute")
+"""Settings that older checkpoints compare; now their contents are compared."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class State:
     """YAML text."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """The settings that a resumed run must share, as {"dotted.key": value}."""
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """What the run is made from, part -> fingerprint; empty in older checkpoints."""
     frozen: frozenset[str] = frozenset()
     """Roles that are the same as in the directory's previous checkpoint."""
 
@@ -76,25 +85,34 @@ def latest(directory: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load(path: Path, *, device: str = "cpu") -> State:
-    """Read a checkpoint, all of it checked against its manifest."""
+def load(path: Path, *, device: str = "cpu", is_checked: bool = True) -> State:
+    """Read a checkpoint, its files compared with their hashes unless `is_checked` is false; ValueError if one differs.
+
+    Checkpoints older than hashes are compared by size alone.
+    """
     manifest = _manifest(path)
+    if is_checked:
+        _verify(path, manifest.get("sha256", {}))
     files = {role: path / f"{role}.safetensors" for role in manifest["roles"]}
     try:
         trainer = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"checkpoint: {path / 'trainer.pt'} is corrupt: {error}") from error
+        raise _spoiled(path, f"{path / 'trainer.pt'} is corrupt: {error}") from error
     return State(
         roles={role: _load_tensors(file, device) for role, file in files.items()},
         trainer=trainer,
         config=(path / "config.yaml").read_text(encoding="utf-8"),
         fixed=manifest["fixed"],
+        contents=manifest.get("contents", {}),
     )
 
 
-def check_config(path: Path, fixed: Mapping[str, Any]) -> None:
-    """Raise a ValueError naming the settings of this run that differ from those of the checkpoint."""
-    saved, missing = _manifest(path)["fixed"], "absent"
+def check_same(path: Path, fixed: Mapping[str, Any], contents: Sequence[Content] = ()) -> None:
+    """Raise a ValueError naming what differs between this run and the checkpoint: settings, then contents."""
+    manifest = _manifest(path)
+    saved, missing = manifest["fixed"], "absent"
+    if "contents" not in manifest:  # places were compared instead
+        saved = {name: value for name, value in saved.items() if not name.startswith(_PLACES) or name in fixed}
     here = json.loads(json.dumps(fixed))
     differing = [k for k in dict.fromkeys((*saved, *here)) if saved.get(k, missing) != here.get(k, missing)]
     if differing:
@@ -105,6 +123,7 @@ def check_config(path: Path, fixed: Mapping[str, Any]) -> None:
         raise ValueError(
             f"checkpoint {path} is of another config: {shown}{more}; resume with its config or use another out"
         )
+    compare(contents, manifest.get("contents", {}), f"checkpoint {path}")
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
@@ -121,45 +140,51 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> 
 
 
 def _write(directory: Path, step: int, state: State, previous: Path | None) -> None:
+    hashes: dict[str, str] = {}
+    before = _hashes(previous) if previous else {}
     for role, tensors in state.roles.items():
         file = directory / f"{role}.safetensors"
-        if not (role in state.frozen and previous and _link(previous / file.name, file)):
-            _save_tensors(tensors, file)
-    try:
-        torch.save(state.trainer, directory / "trainer.pt")
-    except RuntimeError as error:  # what it makes of a full disk
-        raise OSError(str(error)) from error
-    (directory / "config.yaml").write_text(state.config, encoding="utf-8")
-    sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
-    manifest = {"step": step, "roles": list(state.roles), "fixed": dict(state.fixed), "bytes": sizes}
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        known = before.get(file.name) if role in state.frozen else None
+        if known and previous and _link(previous / file.name, file):
+            hashes[file.name] = known
+        else:
+            hashes[file.name] = write_tensors(file, tensors)
+    hashes["trainer.pt"] = write_pickle(directory / "trainer.pt", state.trainer)
+    hashes["config.yaml"] = write_text(directory / "config.yaml", state.config)
+    manifest = {
+        "step": step,
+        "roles": list(state.roles),
+        "fixed": dict(state.fixed),
+        "contents": dict(state.contents),
+        "bytes": {name: (directory / name).stat().st_size for name in hashes},
+        "sha256": hashes,
+    }
+    sealed = {**manifest, "seal": _seal(manifest)}
+    write_text(directory / "manifest.json", json.dumps(sealed, indent=1))
     for file in directory.iterdir():
         _flush(file)
     _flush(directory)
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors; those that share memory, such as tied weights, are written each."""
-    seen: set[int] = set()
-    contents = {}
-    for name, tensor in tensors.items():
-        content = tensor.detach().to("cpu").contiguous()
-        memory = content.untyped_storage()
-        if memory.data_ptr() in seen or memory.nbytes() != content.nbytes:
-            content = content.clone()
-        seen.add(memory.data_ptr())
-        contents[name] = content
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """A hash of the manifest, which holds the hashes of the other files."""
+    facts = {name: value for name, value in manifest.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """The hashes of a checkpoint's files; none where it is damaged or older than hashes are."""
     try:
-        save_file(contents, file)
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(str(error)) from error
+        return _manifest(path).get("sha256", {})
+    except ValueError:
+        return {}
 
 
 def _load_tensors(file: Path, device: str) -> dict[str, Tensor]:
     try:
         return load_file(file, device=device)
     except SafetensorError as error:
-        raise ValueError(f"checkpoint: {file} is corrupt: {error}") from error
+        raise _spoiled(file.parent, f"{file} is corrupt: {error}") from error
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -171,26 +196,52 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest, after checking that each file is there and as long as it was."""
+    """The manifest, after checking that it is whole and that each file is there and as long as it was."""
     file = path / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        sizes = manifest["bytes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint: {file} is missing or corrupt: {error}") from error
+        sizes, step = manifest["bytes"], manifest["step"]
+        if manifest.keys() & {"sha256", "seal"} and manifest.get("seal") != _seal(manifest):
+            raise ValueError("it was changed after it was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _spoiled(path, f"{file} is missing or corrupt: {error}") from error
+    if _is_named(path) and step != step_of(path):
+        raise _spoiled(path, f"{path} holds a checkpoint of step {step}")
     for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise ValueError(f"checkpoint: {path / name} {state}; delete {path} to go on from an earlier one")
+            raise _spoiled(path, f"{path / name} {state}")
     return manifest
+
+
+def _verify(path: Path, hashes: Mapping[str, str]) -> None:
+    """ValueError naming the first file whose contents are not those that were written."""
+    for name, expected in hashes.items():
+        if sha256_of(path / name) != expected:
+            raise _spoiled(path, f"{path / name} is damaged: its contents are not those that were written")
+
+
+def _spoiled(path: Path, what: str) -> ValueError:
+    """The error for a damaged checkpoint: what is wrong, and how to go on without it."""
+    earlier = [other for other in _complete(path.parent) if step_of(other) < step_of(path)] if _is_named(path) else []
+    rest = f"go on from {earlier[-1].name}" if earlier else "start again"
+    return ValueError(f"checkpoint: {what}; delete {path} to {rest}")
+
+
+def _is_named(path: Path) -> bool:
+    return _NAME.fullmatch(path.name) is not None
+
+
+def step_of(path: Path) -> int:
+    """Completed steps, by the name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _complete(directory: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
     found: Iterable[Path] = directory.iterdir() if directory.is_dir() else ()
-    steps = {path: int(match[1]) for path in found if (match := _NAME.fullmatch(path.name)) and path.is_dir()}
-    return sorted(steps, key=steps.__getitem__)
+    return sorted((path for path in found if _is_named(path) and path.is_dir()), key=step_of)
 
 
 def _remove(path: Path) -> None:

@@ -119,8 +119,12 @@ def open_tensorboard(directory: Path, *, step: int) -> Writer:
 class Progress:
     """One line that is rewritten on a terminal; elsewhere a log line per record."""
 
-    def __init__(self, steps: int, first: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, steps: int, first: int, stream: TextIO | None = None, *, aside: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """aside: seconds so far that are no training steps."""
         self._steps, self._first, self._stream = steps, first, stream or sys.stderr
+        self._aside, self._aside_before = aside, aside()
         self._began = self._drawn = time.monotonic()
         self._is_terminal = self._stream.isatty()
         self._losses = ""
@@ -139,7 +143,7 @@ class Progress:
         if not self._is_terminal or (now - self._drawn < 0.2 and done < self._steps):
             return
         self._drawn = now
-        rate = max(done - self._first, 1) / (now - self._began)
+        rate = max(done - self._first, 1) / (now - self._began - (self._aside() - self._aside_before))
         bar = "=" * (20 * done // max(self._steps, 1))
         eta = duration((self._steps - done) / rate)
         self._stream.write(f"\r[{bar:<20}] {done}/{self._steps}  {rate:.3g} steps/s  {eta} left  {self._losses}\x1b[K")

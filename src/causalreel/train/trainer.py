@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from causalreel.config import FREE, dump, fixed
 from causalreel.folders import claim
 from causalreel.train import checkpoint
 from causalreel.train.average import Follower
+from causalreel.train.contents import Content, fingerprints
 from causalreel.train.log import NonFiniteError, Progress, Window, Writer, duration, open_jsonl, open_tensorboard
 from causalreel.train.optim import OptimiserConfig, RoleOptimiser, learning_rate
 from causalreel.train.stage import DataCursor, DataSource, Stage, StepContext, Update, stable_seed
@@ -60,6 +61,8 @@ class TrainerConfig:
     """Where to train; auto takes the GPU if there is one."""
     tensorboard: bool = field(default=False, metadata=FREE)
     """Whether to write TensorBoard event files beside the metrics file."""
+    check: bool = field(default=True, metadata=FREE)
+    """Whether the contents of data, weights and checkpoints are hashed and compared, about a second per GB."""
 
     def __post_init__(self) -> None:
         for name, least in {"steps": 1, "log_every": 1, "save_every": 1, "preview_every": 0, "keep": 1}.items():
@@ -89,19 +92,21 @@ def train(
     config: TrainerConfig,
     *,
     recipe: Any = None,
+    contents: Sequence[Content] = (),
     write_preview: PreviewWriter | None = None,
 ) -> Result:
     """Train a stage up to `config.steps`, from the newest checkpoint under `config.out` if there is one.
 
     `recipe` is the resolved run config that contains `config`: it is saved with each checkpoint and must be the same on
-    resuming, but for fields marked `FREE`. Raises NonFiniteError, and saves nothing, once a loss or gradient norm is
-    infinite or NaN. Ctrl-C and SIGTERM end the run after the current step, with a checkpoint; a second one at once.
-    The folder is claimed: a second process in it is a ValueError before anything in it is touched.
+    resuming, but for fields marked `FREE`; so must `contents`, what the run is made from. Raises NonFiniteError, and
+    saves nothing, once a loss or gradient norm is infinite or NaN. Ctrl-C and SIGTERM end the run after the current
+    step, with a checkpoint; a second one at once. The folder is claimed: a second process in it is a ValueError before
+    anything in it is touched.
     """
     with claim(config.out, "training") as is_alone:
         if is_alone:
             checkpoint.clean(Path(config.out) / "checkpoints")
-        run = Run(stage, source, config, config if recipe is None else recipe)
+        run = Run(stage, source, config, config if recipe is None else recipe, contents)
         return _train(run, _write_preview if write_preview is None else write_preview)
 
 
@@ -113,7 +118,7 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
         logger.info("nothing to do: %d of %d steps are done", run.step, config.steps)
         return Result(run.step)
 
-    writers, progress = _open_writers(config, run.step)
+    writers, progress = _open_writers(config, run)
     if config.preview_every and run.step == 0:
         run.preview(write_preview)
 
@@ -153,8 +158,12 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
 class Run:
     """The state of a run: all that a checkpoint holds, and how to get it in and out."""
 
-    def __init__(self, stage: Stage, source: DataSource, config: TrainerConfig, recipe: Any) -> None:
+    def __init__(
+        self, stage: Stage, source: DataSource, config: TrainerConfig, recipe: Any, contents: Sequence[Content] = ()
+    ) -> None:
         self.stage, self.source, self.config, self.recipe = stage, source, config, recipe
+        self.contents = tuple(contents)
+        self._kept: dict[str, str] = {}  # what the checkpoint was made from, where nothing is compared
         self.device = choose_device(config.device)
         self.directory = Path(config.out) / "checkpoints"
         self.step = 0
@@ -165,7 +174,8 @@ class Run:
             role: [Follower(a, stage.roles) for a in stage.averages if a.source == role] for role in stage.roles
         }
         self._began = self._saved = time.monotonic()
-        self._recorded = (0, 0.0)  # step and seconds of the latest record
+        self.aside = 0.0  # seconds of previews and saves
+        self._recorded = (0, 0.0)  # step and seconds of steps at the latest record
 
     def _prepare_roles(self) -> dict[str, RoleOptimiser]:
         """Put every role on the device, freeze those that are not trained, make the optimisers of the others."""
@@ -209,14 +219,15 @@ class Run:
         """Close the window: the metrics since the last record. Waits for the GPU; raises NonFiniteError."""
         means, seconds = self._means(), self.seconds
         step_before, seconds_before = self._recorded
+        working = seconds - self.aside
         record: dict[str, float | int] = {"step": self.step, "seconds": seconds, **means}
         for role, optimiser in self.optimisers.items():
             record[f"{role}/lr"] = learning_rate(optimiser.config, self.step - 1, self.config.steps)
-        record["steps_per_second"] = (self.step - step_before) / max(seconds - seconds_before, 1e-9)
+        record["steps_per_second"] = (self.step - step_before) / max(working - seconds_before, 1e-9)
         if self.device.type == "cuda":
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.window.clear()
-        self._recorded = (self.step, seconds)
+        self._recorded = (self.step, working)
         return record
 
     def _means(self) -> dict[str, float]:
@@ -229,12 +240,15 @@ class Run:
 
     def preview(self, write: PreviewWriter) -> None:
         """Let the stage show its progress, without a trace in random state or data position."""
+        began = self._clock()
         devices = [self.device] if self.device.type == "cuda" else []
         cursor = DataCursor(self.cursor.rows, self.config.seed, self.cursor.position)
         with torch.no_grad(), torch.random.fork_rng(devices):
             video = self.stage.preview(self.context(cursor))
         if video is not None:
-            write(video, Path(self.config.out) / "previews", self.step)
+            place = Path(self.config.out) / "previews"
+            write(video, place, self.step)
+            logger.info("preview of step %d in %s: %.1f s", self.step, place, self._step_aside(began))
 
     def is_save_due(self) -> bool:
         """Whether the time between checkpoints is over."""
@@ -243,11 +257,13 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, unless a loss since the last record was not finite."""
+        began = self._clock()
         self._means()
         frozen = self.stage.roles.keys() - self.optimisers.keys() - {average.role for average in self.stage.averages}
         trainer = {
             "step": self.step,
             "seconds": self.seconds,
+            "aside": self.aside,
             "recorded": self._recorded,
             "window": self.window.fetch(),
             "rows": self.cursor.rows,
@@ -258,21 +274,36 @@ class Run:
         if self.device.type == "cuda":
             trainer["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
         roles = {role: module.state_dict() for role, module in self.stage.roles.items()}
-        state = checkpoint.State(roles, trainer, dump(self.recipe), fixed(self.recipe), frozenset(frozen))
+        made_from = {**self._kept, **fingerprints(self.contents)}
+        state = checkpoint.State(roles, trainer, dump(self.recipe), fixed(self.recipe), made_from, frozenset(frozen))
         path = checkpoint.save(self.directory, self.step, state, keep=self.config.keep)
         self._saved = time.monotonic()
-        logger.info("saved %s", path)
+        logger.info("saved %s: %.1f s", path, self._step_aside(began))
+
+    def _clock(self) -> float:
+        """Now, when the GPU has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+    def _step_aside(self, began: float) -> float:
+        """Seconds since `began`, which do not count as training steps."""
+        seconds = time.monotonic() - began
+        self.aside += seconds
+        return seconds
 
     def restore(self) -> bool:
         """Take over the newest checkpoint if there is one; else seed torch and let the averages start as copies."""
-        path = checkpoint.latest(self.directory)
+        path = resumable(self.config, self.recipe, self.contents)
         if path is None:
             torch.manual_seed(stable_seed(self.config.seed, 0, "global"))
             for follower in (f for followers in self.followers.values() for f in followers):
                 follower.copy()
             return False
-        checkpoint.check_config(path, fixed(self.recipe))
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, is_checked=self.config.check)
+        self._kept = dict(state.contents)
+        if self.contents and not state.contents:
+            logger.info("%s is older than fingerprints are: data and initial weights cannot be compared with it", path)
         trainer = state.trainer
         if state.roles.keys() != self.stage.roles.keys():
             raise ValueError(
@@ -289,9 +320,21 @@ class Run:
             torch.cuda.set_rng_state(trainer["rng"]["cuda"], self.device)
         self.step, self.cursor.position = trainer["step"], trainer["position"]
         self.window, self._recorded = Window(trainer["window"]), trainer["recorded"]
-        self._began = time.monotonic() - trainer["seconds"]
+        self._began, self.aside = time.monotonic() - trainer["seconds"], trainer.get("aside", 0.0)
         logger.info("resumed %s after %s of training", path, duration(trainer["seconds"]))
         return True
+
+
+def resumable(config: TrainerConfig, recipe: Any, contents: Sequence[Content] = ()) -> Path | None:
+    """The checkpoint that a run would go on from; ValueError if it is of another run or has more steps."""
+    path = checkpoint.latest(Path(config.out) / "checkpoints")
+    if path is None:
+        return None
+    checkpoint.check_same(path, fixed(recipe), contents if config.check else ())
+    done = checkpoint.step_of(path)
+    if done > config.steps:
+        raise ValueError(f"steps: got {config.steps}, but {path} has {done}; ask for {done} or more or use another out")
+    return path
 
 
 def _backward(loss: Tensor, update: Update) -> None:
@@ -317,9 +360,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _open_writers(config: TrainerConfig, step: int) -> tuple[list[Writer], Progress]:
-    out = Path(config.out)
-    progress = Progress(config.steps, step)
+def _open_writers(config: TrainerConfig, run: Run) -> tuple[list[Writer], Progress]:
+    out, step = Path(config.out), run.step
+    progress = Progress(config.steps, step, aside=lambda: run.aside)
     writers: list[Writer] = [open_jsonl(out / "metrics.jsonl", step=step), progress]
     if config.tensorboard:
         writers.append(open_tensorboard(out / "tensorboard", step=step))
