@@ -10,14 +10,12 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
-import io
 import json
 import logging
 import re
 import secrets
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -25,11 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from causalreel.infer.inputs import fit
+from causalreel.data import pictures
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +40,7 @@ SUBPROTOCOL = "causalreel.v1"
 BEARER_PREFIX = "bearer."
 """A second subprotocol, this and the token in base64url without padding, carries a browser's token."""
 FORMATS = ("PNG", "JPEG", "WEBP")
+_decoding = threading.Lock()
 CLIENTS = 4096
 """Clients whose rate is remembered; the one not seen for longest is forgotten first."""
 
@@ -165,24 +162,10 @@ def decode_picture(data: bytes, size: tuple[int, int], *, pixels: int) -> Tensor
     """A picture's bytes -> (3,H,W) in [-1,1], cropped to `size` (height, width).
 
     Its kind and size are read from its head before any pixel is; more than `pixels` are refused, and kinds other than
-    PNG, JPEG and WebP are not even tried. Of a moving picture the first frame is taken. Raises ValueError.
+    PNG, JPEG and WebP are not even tried. One is decoded at a time. Raises ValueError.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                width, height = picture.size
-                if width * height > pixels:
-                    raise ValueError(f"image must have at most {pixels} pixels, got {width}x{height}")
-                shown = np.array(picture.convert("RGB"))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"image must have at most {pixels} pixels") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
-        raise ValueError("image cannot be read as a PNG, JPEG or WebP file") from error
-    frames = torch.from_numpy(shown).permute(2, 0, 1)[None].float() / 127.5 - 1  # (1,3,h,w)
-    return fit(frames, size)[0]
+    with _decoding:
+        return pictures.decode_picture(data, size, formats=FORMATS, pixels=pixels)[0]
 
 
 def is_readable(text: str, limit: int) -> str:
