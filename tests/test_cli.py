@@ -12,7 +12,7 @@ import torch
 
 from causalreel import cli
 from causalreel.cli.flags import ThreadFlag
-from causalreel.data.video import read_video
+from causalreel.data.video_in import read_video
 from causalreel.infer.pipeline import Pipeline
 from causalreel.nn.presets import PRESETS
 from causalreel.weights import export as exports

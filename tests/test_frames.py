@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from causalreel import cli
-from causalreel.data.video import read_video
+from causalreel.data import colour
+from causalreel.data.video_in import read_video
 from causalreel.serve.frames import H264Encoder, codec_string, pipe, stills, write_mp4
 from causalreel.serve.play import Timed, Typed, parse_line, play, read_script
 from causalreel.serve.session import Options, Session
@@ -39,7 +40,8 @@ def near(a: Tensor, b: Tensor, tolerance: float) -> None:
 def decode(data: list[bytes]) -> Tensor:
     decoder = av.CodecContext.create("h264", "r")
     frames = [frame for unit in data for frame in decoder.decode(av.Packet(unit))] + decoder.decode(None)
-    return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in frames])
+    assert all(frame.colorspace == colour.BT709 and frame.color_range == colour.LIMITED for frame in frames)
+    return torch.stack([torch.from_numpy(colour.to_rgb(frame)) for frame in frames])
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
@@ -96,8 +98,12 @@ def test_pipes() -> None:
         file.seek(0)
         with av.open(file) as container:
             assert float(container.streams.video[0].average_rate) == pytest.approx(rate, rel=0.01)
-            back = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-        near(torch.stack(back), frames, 5)
+            decoded = list(container.decode(video=0))
+        assert all(frame.color_range == colour.LIMITED for frame in decoded)
+        for frame in decoded:
+            assert format == "y4m" or frame.colorspace == colour.BT709
+            frame.colorspace = colour.BT709  # which y4m cannot say
+        near(torch.stack([torch.from_numpy(colour.to_rgb(frame)) for frame in decoded]), frames, 5)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from causalreel.data.video import read_video
+from causalreel.data.video_in import read_video
+from causalreel.files import replacing
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import jobs
 from causalreel.serve.jobs import Store
@@ -280,8 +281,10 @@ def test_a_restart_keeps_marks_and_continues(tmp_path: Path) -> None:
     store.update(renamed, status="in_progress")
     store.file(renamed).write_bytes(b"x" * 20)  # killed between the rename and the record
     store.update(running, status="in_progress")
-    partial = tmp_path / f".{running}.123.partial.mp4"
+    with replacing(tmp_path / "half.mp4") as partial:
+        pass
     partial.write_bytes(b"half")
+    (tmp_path / "half.mp4").unlink()
     store.update(gone, status="completed")
     store.close()
     again = Store(tmp_path)

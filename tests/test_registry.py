@@ -19,7 +19,7 @@ from torch import Tensor
 import causalreel
 from causalreel import cli
 from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
-from causalreel.data.video import read_video
+from causalreel.data.video_in import read_video
 from causalreel.infer import released as building
 from causalreel.infer.models import load
 from causalreel.infer.released import Choices, TwoCodecs, choose_dtype

@@ -323,7 +323,7 @@ def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
     from PIL import Image
 
     from causalreel import cli
-    from causalreel.data.video import read_video
+    from causalreel.data.video_in import read_video
     from causalreel.infer.inputs import read_picture
 
     Image.new("RGB", (40, 40), (0, 0, 255)).save(tmp_path / "blue.png")

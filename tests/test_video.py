@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalreel.data.video import contact_sheet, read_video, to_bytes, write_video
+from causalreel.data.video import Spread, contact_sheet, to_bytes, write_video
+from causalreel.data.video_in import read_video
 from causalreel.data.world import WorldConfig, render, simulate
 
 Image = pytest.importorskip("PIL.Image")
@@ -96,7 +97,7 @@ def test_an_error_of_the_disk_names_a_file(clip: Tensor, tmp_path: Path, suffix:
         yield clip[:5]
         raise OSError(errno.ENOSPC, "a full disk", name)
 
-    with pytest.raises(OSError, match="No space left" if name is None else "a full disk") as found:
+    with pytest.raises(OSError, match="a full disk") as found:
         write_video(path, source())
     assert found.value.filename == (str(path) if name is None else name) and found.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
@@ -157,3 +158,26 @@ def test_contact_sheet_labels_take_room_and_ink(clip: Tensor, tmp_path: Path) ->
     labelled, plain = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
     assert labelled.width == plain.width and labelled.height > plain.height + 24
     assert min(labelled.crop((0, 0, labelled.width, 12)).convert("L").tobytes()) < 100
+
+
+def test_frames_of_a_gif_keep_the_rate(clip: Tensor, tmp_path: Path) -> None:
+    """Its clock counts hundredths of a second, of which 1/16 s is no whole number."""
+    write_video(tmp_path / "a.gif", clip.repeat(3, 1, 1, 1)[:33], 16)
+    with Image.open(tmp_path / "a.gif") as picture:
+        total = 0
+        for number in range(picture.n_frames):
+            picture.seek(number)
+            total += picture.info["duration"]
+    assert abs(total / 1000 - 33 / 16) <= 0.01
+
+
+@pytest.mark.parametrize("count", [1, 5, 33, 500])
+def test_a_sheet_of_a_long_clip_holds_few_frames(count: int) -> None:
+    spread = Spread(columns=8)
+    for start in range(0, count, 4):
+        shades = torch.arange(start, min(start + 4, count), dtype=torch.float32)
+        spread.add(shades.view(-1, 1, 1, 1).expand(-1, 3, 4, 4))
+        assert len(spread.kept) <= 32
+    shades = spread.clip()[:, 0, 0, 0]
+    assert len(shades) == min(8, count) and shades[0] == 0 and shades[-1] == count - 1
+    assert (shades - torch.linspace(0, count - 1, len(shades))).abs().max() <= spread.step / 2 + 0.5

@@ -49,7 +49,7 @@ class Stream(ModelFlags):
     stdin: bool = False
     """Take commands typed while it plays."""
     output: Annotated[str | None, arg(aliases=["-o"])] = None
-    """Video file (.mp4, .mkv, .mov, .gif), or - for standard output."""
+    """Video file (.mp4, .mkv, .mov, .webm, .gif), or - for standard output."""
     pipe: Literal["rgb24", "y4m", "mp4"] = "mp4"
     """What goes to standard output: bare pixels, YUV4MPEG2 or fragmented mp4."""
     realtime: bool = False
@@ -61,14 +61,14 @@ class Stream(ModelFlags):
 def stream(args: Stream) -> int:
     if args.frames is not None and args.seconds is not None:
         raise ValueError("--frames and --seconds exclude each other")
-    from causalreel.data.video import GIF_SUFFIX, VIDEO_SUFFIXES, check_target
+    from causalreel.data.video import OUTPUT_SUFFIXES, check_target
     from causalreel.infer.inputs import read_picture
     from causalreel.serve.memory import steady_heap
     from causalreel.serve.play import Typed, Window, play, read_script
     from causalreel.serve.session import Options, Session
 
     if args.output not in (None, "-"):
-        check_target(args.output, (*VIDEO_SUFFIXES, GIF_SUFFIX))
+        check_target(args.output, OUTPUT_SUFFIXES)
         if args.frames is None and args.seconds is None and not args.stdin:
             raise ValueError("a file needs an end: --frames, --seconds, or --stdin and /close")
     script = [] if args.script is None else read_script(args.script)

@@ -1,28 +1,29 @@
-"""Video files: write H.264 or GIF as frames arrive, read them back, and lay clips out on one picture.
+"""Video files: H.264, VP9 or GIF, written as frames arrive, and clips laid out on one picture. `data.video_in` reads.
 
-Every writer works on a temporary name beside the target and renames it at the end, so that a path either holds a
-complete file or what it held before. Needs PyAV for video files, Pillow for GIF and pictures; both are imported when
-used.
+A path either holds a complete file or what it held before. PyAV and Pillow are imported when they are used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
-GIF_SUFFIX = ".gif"
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+from causalreel.data.colour import tag, to_yuv
+from causalreel.files import replacing
+
+CONTAINERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".webm": "webm", ".gif": "gif"}
+"""Suffix -> FFmpeg's name of the container."""
+OUTPUT_SUFFIXES = tuple(CONTAINERS)
+SHEET_SUFFIXES = (".png", ".jpg", ".jpeg")
+VP9 = {"deadline": "good", "cpu-used": "4", "row-mt": "1", "b": "0"}
 
 
 def check_target(path: str | os.PathLike[str], suffixes: Sequence[str], *, may_make_folder: bool = False) -> Path:
@@ -31,15 +32,21 @@ def check_target(path: str | os.PathLike[str], suffixes: Sequence[str], *, may_m
     may_make_folder: the file's folder need not be there if the folder above it is, because the caller will make it.
     """
     target = Path(path)
+    if "\0" in str(target):
+        raise ValueError(f"path must not hold a zero byte, got {str(target)!r}")
     if target.suffix.lower() not in suffixes:
         raise ValueError(f"path must end in {', '.join(suffixes)}, got {target.name!r}")
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a directory; name a file")
-    folder = target.parent
+    folder, names = target.parent, [target.name]
     if may_make_folder and not folder.exists():
-        folder = folder.parent
+        folder, names = folder.parent, [folder.name, target.name]
     if not folder.is_dir():
         raise FileNotFoundError(f"cannot write {target}: directory {target.parent} does not exist")
+    longest = os.pathconf(folder, "PC_NAME_MAX")
+    for name in names:
+        if (length := len(os.fsencode(name))) > longest:
+            raise ValueError(f"names have at most {longest} bytes here, got {length}: {name!r}")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory; name a file")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"cannot write {target}: directory {folder} is not writable")
     return target
@@ -63,12 +70,13 @@ def write_video(
     """Encode frames as they come; returns how many were written.
 
     frames: an iterable of chunks (T,3,H,W) or single frames (3,H,W), uint8 or float in [-1,1]; a whole video tensor
-    works too. The suffix decides: .mp4 .mkv .mov are H.264 (yuv420p), .gif is a looping GIF. `crf` 0..51 is the H.264
-    quality, lower is better. `scale` repeats pixels, which keeps small videos sharp under 4:2:0 colour.
+    works too. The suffix decides: .mp4 .mkv .mov are H.264 and .webm is VP9, both yuv420p in BT.709, limited range,
+    and tagged as that; .gif is a looping GIF. `crf` 0..51 is the quality, lower is better. `scale` repeats pixels,
+    which keeps small videos sharp under 4:2:0 colour.
     Raises ValueError for a bad suffix, size or empty input, OSError if the file cannot be made. On any error, including
     one raised by the iterable, nothing is left behind.
     """
-    target = check_target(path, (*VIDEO_SUFFIXES, GIF_SUFFIX))
+    target = check_target(path, OUTPUT_SUFFIXES)
     if not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")
     if scale < 1:
@@ -78,31 +86,114 @@ def write_video(
     if first is None:
         raise ValueError("frames must hold at least one frame, got none")
     pictures = itertools.chain([first], pictures)
-    with _replacing(target) as temporary:
-        if target.suffix.lower() == GIF_SUFFIX:
-            return _write_gif(temporary, pictures, fps)
-        return _write_h264(temporary, pictures, fps, crf)
+    container = CONTAINERS[target.suffix.lower()]
+    with replacing(target) as temporary, temporary.open("r+b") as file:  # an open file: FFmpeg takes names for URLs
+        if container == "gif":
+            return _write_gif(file, pictures, fps)
+        codec, options = ("libvpx-vp9", VP9) if container == "webm" else ("libx264", {})
+        return encode(file, pictures, fps, container, codec=codec, options={"crf": str(crf), **options})
 
 
-def read_video(path: str | os.PathLike[str], *, frames: int | None = None) -> tuple[Tensor, float]:
-    """File -> video (T,3,H,W) float32 in [-1,1], at most the first `frames` frames; and its frames per second."""
-    av = _need("av", "PyAV")
-    source = Path(path)
-    if not source.is_file():
-        raise FileNotFoundError(f"no video file at {source}")
-    try:
-        with av.open(str(source)) as container:
-            stream = next(iter(container.streams.video), None)
+def encode(
+    file: Any,
+    pictures: Iterable[Tensor],
+    fps: float,
+    container: str,
+    *,
+    codec: str = "libx264",
+    options: Mapping[str, str],
+    container_options: Mapping[str, str] | None = None,
+) -> int:
+    """Pictures (H,W,3) uint8 of one even size -> tagged video in an open file; -> how many there were."""
+    import av
+
+    count, stream = 0, None
+    with av.open(file, "w", format=container, options=dict(container_options or {})) as output:
+        for count, picture in enumerate(pictures, start=1):  # noqa: B007
             if stream is None:
-                raise ValueError(f"{source} holds no video stream")
-            rate = float(stream.average_rate or 0)
-            decoded = [frame.to_ndarray(format="rgb24") for frame in itertools.islice(container.decode(stream), frames)]
-    except av.FFmpegError as error:
-        raise ValueError(f"{source} cannot be read as a video: {error.strerror}") from error
-    if not decoded:
-        raise ValueError(f"{source} holds no frames")
-    video = torch.stack([torch.from_numpy(picture) for picture in decoded])  # (T,H,W,3)
-    return video.permute(0, 3, 1, 2).float() / 127.5 - 1, rate
+                height, width, _ = picture.shape
+                if height % 2 or width % 2:
+                    raise ValueError(f"video needs even height and width, got {height} x {width}")
+                stream = output.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream.options = dict(options)
+                tag(stream.codec_context)
+            output.mux(stream.encode(to_yuv(picture.numpy())))
+        if stream is not None:
+            output.mux(stream.encode())
+    return count
+
+
+def _write_gif(file: BinaryIO, pictures: Iterable[Tensor], fps: float) -> int:
+    """Its clock has hundredths of a second: each frame begins at the nearest one, so that the rate holds on average."""
+    import av
+
+    count, stream = 0, None
+    graph: Any = None
+    how = {"loop": "0", "final_delay": str(max(2, round(100 / fps)))}
+    with av.open(file, "w", format="gif", options=how) as output:
+        for picture in pictures:
+            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
+            if stream is None:
+                stream = output.add_stream("gif", rate=100)
+                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "pal8"
+                graph = _palettes(frame.width, frame.height)
+            frame.pts, frame.time_base = round(100 * count / min(fps, 50)), Fraction(1, 100)
+            graph.push(frame)
+            output.mux(stream.encode(graph.pull()))
+            count += 1
+        if stream is not None:
+            output.mux(stream.encode())
+    return count
+
+
+def _palettes(width: int, height: int) -> Any:
+    """A filter that gives each frame 256 colours of its own; what has no more stays what it was. The pattern that mixes
+    them where there are more stands still, unlike diffused errors."""
+    import av
+    from av.filter import Graph
+
+    graph = Graph()
+    first = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=Fraction(1, 100))
+    split, last = graph.add("split"), graph.add("buffersink")
+    palette = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
+    use = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=3")
+    first.link_to(split)
+    split.link_to(palette, 0, 0)
+    split.link_to(use, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(last)
+    graph.configure()
+    return graph
+
+
+class Spread:
+    """Some frames of a clip of unknown length, evenly in time, the first and the last among them; memory is bounded.
+
+    Frames at equal distances are kept; when there are twice as many as wanted, every second one goes.
+    """
+
+    def __init__(self, columns: int = 8) -> None:
+        self.columns, self.count, self.step = columns, 0, 1
+        self.kept: list[Tensor] = []
+        self.last: Tensor | None = None
+
+    def add(self, frames: Tensor) -> None:
+        """Frames (t,3,H,W), in order."""
+        for frame in frames:
+            if self.count % self.step == 0:
+                self.kept.append(frame.clone())
+                if len(self.kept) > 4 * self.columns:
+                    self.kept, self.step = self.kept[::2], 2 * self.step
+            self.last, self.count = frame, self.count + 1
+
+    def clip(self) -> Tensor:
+        """(n,3,H,W), at most `columns` frames."""
+        assert self.last is not None, "no frame was added"
+        total = min(self.columns, self.count)
+        places = torch.linspace(0, self.count - 1, total).tolist()
+        picked = [self.kept[min(round(place / self.step), len(self.kept) - 1)] for place in places[:-1]]
+        return torch.stack([*picked, self.last])
 
 
 def contact_sheet(
@@ -117,8 +208,9 @@ def contact_sheet(
 
     The first and the last frame are always shown. Labels stand above the rows.
     """
-    image_module, draw_module = _need("PIL.Image", "Pillow"), _need("PIL.ImageDraw", "Pillow")
-    target = check_target(path, PICTURE_SUFFIXES)
+    from PIL import Image, ImageDraw
+
+    target = check_target(path, SHEET_SUFFIXES)
     if len(videos) == 0:
         raise ValueError("videos must hold at least one clip, got none")
     if labels is not None and len(labels) != len(videos):
@@ -129,99 +221,38 @@ def contact_sheet(
     width = max(row.shape[1] for row in rows)
     texts = [textwrap.wrap(label, max(8, width // 6)) for label in labels] if labels is not None else [[]] * len(rows)
     height = sum(row.shape[0] + 4 + 12 * len(text) for row, text in zip(rows, texts, strict=True))
-    sheet = image_module.new("RGB", (width, height), "white")
-    draw = draw_module.Draw(sheet)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
     top = 0
     for row, text in zip(rows, texts, strict=True):
         for line in text:
             draw.text((2, top), line, fill="black")
             top += 12
-        sheet.paste(image_module.fromarray(row.numpy()), (0, top))
+        sheet.paste(Image.fromarray(row.numpy()), (0, top))
         top += row.shape[0] + 4
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         sheet.save(temporary)
 
 
 def _strip(video: Tensor, columns: int, scale: int) -> Tensor:
     """(T,3,H,W) -> (h,w,3) uint8: frames side by side with a white line of two pixels between them."""
     picked = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
-    pictures = _repeat(to_bytes(video[picked.to(video.device)]), scale)  # (n,h,w,3)
+    pictures = _repeated(to_bytes(video[picked.to(video.device)]), scale)  # (n,h,w,3)
     padded = torch.nn.functional.pad(pictures, (0, 0, 0, 2), value=255)
     return torch.cat(list(padded), dim=1)[:, :-2].contiguous()
-
-
-def _repeat(pictures: Tensor, scale: int) -> Tensor:
-    return pictures if scale == 1 else pictures.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
 def _pictures(frames: Iterable[Tensor], scale: int) -> Iterator[Tensor]:
     """Chunks -> single pictures (h,w,3) uint8, all of one size."""
     size = None
     for chunk in frames:
-        for picture in _repeat(to_bytes(torch.as_tensor(chunk)), scale):
+        for picture in _repeated(to_bytes(torch.as_tensor(chunk)), scale):
             size = size or picture.shape
             if picture.shape != size:
                 raise ValueError(f"frames must all have one size, got {tuple(picture.shape)} after {tuple(size)}")
             yield picture
 
 
-def _write_h264(path: Path, pictures: Iterator[Tensor], fps: float, crf: int) -> int:
-    av = _need("av", "PyAV")
-    count = 0
-    with av.open(str(path), "w") as container:
-        stream = None
-        for picture in pictures:
-            if stream is None:
-                height, width, _ = picture.shape
-                if height % 2 or width % 2:
-                    raise ValueError(f"H.264 needs even height and width, got {height} x {width}")
-                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.options = {"crf": str(crf)}
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
-            count += 1
-        if stream is not None:
-            container.mux(stream.encode())
-    return count
-
-
-def _write_gif(path: Path, pictures: Iterator[Tensor], fps: float) -> int:
-    image_module = _need("PIL.Image", "Pillow")
-    count = 0
-
-    def images() -> Iterator[Any]:
-        nonlocal count
-        for picture in pictures:
-            count += 1
-            yield image_module.fromarray(picture.numpy())
-
-    stream = images()
-    first = next(stream)
-    first.save(path, save_all=True, append_images=stream, duration=max(20, round(1000 / fps)), loop=0)
-    return count
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside the target that takes its place at the end, or vanishes on any error; an OSError that
-    names no file, as those of encoders, comes out as one that names the target."""
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        if error.filename or error.errno is None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _need(name: str, product: str) -> ModuleType:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = {"PyAV": "av", "Pillow": "pillow"}[product]
-        raise ImportError(f"this needs {product}; install it with: pip install {package}") from error
+def _repeated(pictures: Tensor, scale: int) -> Tensor:
+    """(T,h,w,3) -> each pixel `scale` times in both directions."""
+    return pictures if scale == 1 else pictures.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

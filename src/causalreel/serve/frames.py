@@ -18,9 +18,12 @@ from av.video.frame import PictureType
 from PIL import Image
 from torch import Tensor
 
-from causalreel.data.video import write_video
+from causalreel.data.colour import tag, to_yuv
+from causalreel.data.video import encode, write_video
 
 StillFormat = Literal["jpeg", "webp"]
+LIVE = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
+"""Settings of x264 for a pipe."""
 
 
 def stills(frames: Tensor, format: StillFormat = "jpeg", *, quality: int = 85) -> list[bytes]:
@@ -63,6 +66,7 @@ class H264Encoder:
         rate = Fraction(fps).limit_denominator(1001)
         context: Any = av.CodecContext.create("libx264", "w")
         context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+        tag(context)
         context.framerate, context.time_base = rate, 1 / rate
         context.options = {
             "preset": "veryfast",
@@ -83,7 +87,7 @@ class H264Encoder:
         for picture in _arrays(frames):
             if picture.shape[:2] != self._size:
                 raise ValueError(f"frames must be {self._size} pixels, got {picture.shape[:2]}")
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = to_yuv(picture)
             frame.pts = self._count
             if keyframe or self._count == 0:
                 frame.pict_type = PictureType.I
@@ -115,10 +119,13 @@ def write_mp4(path: str | Path, chunks: Iterable[Tensor], fps: float, *, scale: 
 def pipe(file: BinaryIO, chunks: Iterable[Tensor], fps: float, format: Literal["rgb24", "y4m", "mp4"]) -> int:
     """Chunks (t,H,W,3) uint8 -> a pipe, each as soon as it is there; -> frames.
 
-    rgb24: bare bytes; y4m: YUV 4:4:4 with a header that says size and rate; mp4: fragments, one a frame.
+    rgb24: bare bytes; y4m: YUV 4:4:4 with a header that says size and rate, but cannot say that its matrix is BT.709;
+    mp4: fragments, one a frame.
     """
     if format == "mp4":
-        return _pipe_mp4(file, chunks, fps)
+        pictures = (picture for frames in chunks for picture in frames)
+        fragments = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
+        return encode(_Written(file), pictures, fps, "mp4", options=LIVE, container_options=fragments)
     if format not in ("rgb24", "y4m"):
         raise ValueError(f"format must be rgb24, y4m or mp4, got {format!r}")
     count = 0
@@ -127,31 +134,13 @@ def pipe(file: BinaryIO, chunks: Iterable[Tensor], fps: float, format: Literal["
             if count == 0:
                 rate = Fraction(fps).limit_denominator(1001)
                 height, width = picture.shape[:2]
-                head = f"YUV4MPEG2 W{width} H{height} F{rate.numerator}:{rate.denominator} Ip A1:1 C444\n"
-                file.write(head.encode())
-            yuv = av.VideoFrame.from_ndarray(picture, format="rgb24").to_ndarray(format="yuv444p")
-            file.write(b"FRAME\n" + np.ascontiguousarray(yuv).tobytes())
+                head = f"YUV4MPEG2 W{width} H{height} F{rate.numerator}:{rate.denominator} Ip A1:1 C444"
+                file.write(f"{head} XCOLORRANGE=LIMITED\n".encode())
+            file.write(b"FRAME\n" + np.ascontiguousarray(to_yuv(picture, "yuv444p").to_ndarray()).tobytes())
         else:
             file.write(picture.tobytes())
         file.flush()
         count += 1
-    return count
-
-
-def _pipe_mp4(file: BinaryIO, chunks: Iterable[Tensor], fps: float) -> int:
-    count = 0
-    how = {"movflags": "frag_every_frame+empty_moov+default_base_moof"}
-    with av.open(_Written(file), "w", format="mp4", options=how) as container:
-        stream: Any = None
-        for picture in _each(chunks):
-            if stream is None:
-                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-                stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
-                stream.options = {"crf": "18", "preset": "veryfast", "tune": "zerolatency"}
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            count += 1
-        if stream is not None:
-            container.mux(stream.encode())
     return count
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from causalreel.data.video import write_video
+from causalreel.files import remove_leftovers
 from causalreel.serve.safety import ApiError
 from causalreel.serve.scheduler import Busy, Ended, Handle, Scheduler
 from causalreel.serve.session import Emitted, Options
@@ -98,8 +99,7 @@ class Store:
         for row in self.rows("status = 'completed'"):
             if not self.file(row["id"]).is_file():
                 self.fail(row["id"], "missing", "the file of this video is gone")
-        for partial in self.folder.glob(".*.partial.mp4"):
-            partial.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
 
     def file(self, video: str) -> Path:
         """Where a video is when it is finished; `video` is an id of a record, never a client's text."""

@@ -1,0 +1,65 @@
+"""Colour of video: RGB to and from YUV. What is written is BT.709 in limited range and says so; what is read is taken
+for what it says it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+BT709 = 1
+"""The matrix, the primaries and the transfer function of BT.709 have the same number in H.273, and so in FFmpeg."""
+LIMITED, FULL = 1, 2
+"""FFmpeg's numbers of the two ranges: 16 to 235, and 0 to 255."""
+UNKNOWN = 2
+BT601 = 5
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
+"""H.273's numbers of matrices -> swscale's, of those that it converts."""
+HD = (1280, 577)
+"""A video without tags that is at least as wide, or as high, is BT.709, a smaller one BT.601: as players do it."""
+
+
+def to_yuv(picture: np.ndarray, format: str = "yuv420p") -> Any:
+    """(H,W,3) uint8 RGB -> a PyAV frame of BT.709 in limited range, tagged."""
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    frame = frame.reformat(
+        format=format,
+        dst_colorspace=Colorspace.ITU709,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+    )
+    frame.colorspace, frame.color_range = BT709, LIMITED
+    return frame
+
+
+def tag(context: Any) -> None:
+    """Have a codec context, or a stream to be written, say what `to_yuv` makes: matrix, primaries, transfer, range."""
+    context.colorspace = context.color_primaries = context.color_trc = BT709
+    context.color_range = LIMITED
+
+
+def to_rgb(frame: Any) -> np.ndarray:
+    """A decoded PyAV frame -> (H,W,3) uint8 RGB by its own tags; transparent parts are white."""
+    from av.video.reformatter import ColorRange, Colorspace
+
+    is_transparent = any(component.is_alpha for component in frame.format.components)
+    matrix = MATRICES.get(int(frame.colorspace)) or _usual(frame)
+    is_full = frame.format.is_rgb or int(frame.color_range) == FULL or frame.format.name.startswith("yuvj")
+    frame = frame.reformat(
+        format="rgba" if is_transparent else "rgb24",
+        src_colorspace=Colorspace(matrix),
+        src_color_range=ColorRange.JPEG if is_full else ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+    )
+    pixels = frame.to_ndarray()
+    if not is_transparent:
+        return pixels
+    alpha = pixels[..., 3:].astype(np.uint16)
+    return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _usual(frame: Any) -> int:
+    return BT709 if frame.width >= HD[0] or frame.height >= HD[1] else BT601

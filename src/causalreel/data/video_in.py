@@ -1,0 +1,204 @@
+"""Videos from files: upright, in their own colours, with frames picked by their time stamps and fitted as they are
+decoded, so that memory holds what is wanted and not what the file holds.
+
+Files are foreign bytes: only demuxers of single files are allowed (no playlists, which fetch others), frames of more
+than `PIXELS` and files of more than `RATE` frames in a second are refused, and no more is decoded than is wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalreel.data.colour import to_rgb
+from causalreel.data.pictures import Fit, fit_image
+
+log = logging.getLogger(__name__)
+
+PIXELS = 8192 * 4320
+"""Most pixels of a frame."""
+RATE = 1000
+"""Most frames of a file in a second that is wanted."""
+LATE = 0.05
+"""Part of a frame's time by which a frame may come late and still be shown: time stamps are rounded, often to ms."""
+DEMUXERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,ogg,gif,apng,h264,hevc,av1,obu,ivf,"
+    "m4v,mjpeg,mjpeg_2000,asf,yuv4mpegpipe,nut,mxf,rm,dv,vc1,webp_pipe,swf,wtv,film_cpk,bink,smjpeg"
+)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A decoded frame and when it is shown, in seconds from the first one."""
+
+    frame: Any
+    time: float
+    duration: float
+
+
+def read_video(
+    path: str | os.PathLike[str],
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    size: tuple[int, int] | None = None,
+    how: Fit = "crop",
+) -> tuple[Tensor, float]:
+    """File -> video (T,3,H,W) float32 in [-1,1], at most the first `frames` frames; and its frames per second.
+
+    fps: frames at this rate, each the one that a player shows at that time; None: all frames as they are.
+    size: (height, width) that each is fitted to; None: as large as they are, of square pixels. Raises ValueError or
+    FileNotFoundError.
+    """
+    with _opened(path) as (container, stream):
+        rate = float(stream.average_rate or stream.base_rate or 0) if fps is None else fps
+        shown = _frames(path, container, stream)
+        if fps is not None:
+            shown = _at_rate(path, shown, fps)
+        pictures: list[np.ndarray] = []
+        last = turns = None
+        for each in itertools.islice(shown, frames):
+            turns = _turns(each.frame) if turns is None else turns
+            pictures.append(pictures[-1] if each is last else _picture(each.frame, stream, turns, size, how))
+            last = each
+    if not pictures:
+        raise ValueError(f"{path} holds no frames that can be decoded")
+    if any(picture.shape != pictures[0].shape for picture in pictures):
+        raise ValueError(f"{path}: its frames change their size")
+    video = torch.from_numpy(np.stack(pictures))  # (T,H,W,3)
+    return video.permute(0, 3, 1, 2).float().div_(127.5).sub_(1), rate
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
+    """A file's container and its video stream; checked by its head."""
+    import av
+    from av.error import FFmpegError
+    from av.stream import Disposition
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no video file at {path}")
+    options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
+    with open(path, "rb") as file:  # an open file has no name that FFmpeg could take for a protocol
+        try:
+            container = av.open(file, options=options, metadata_errors="replace")
+        except (FFmpegError, OSError, ValueError, MemoryError) as error:
+            raise ValueError(f"{path} cannot be read as a video: {_said(error)}") from error
+        with container:
+            covers = Disposition.attached_pic  # of music
+            stream = next((each for each in container.streams.video if not each.disposition & covers), None)
+            if stream is None:
+                kinds = sorted({each.type for each in container.streams})
+                raise ValueError(f"{path} holds no video stream, {'only ' + ', '.join(kinds) if kinds else 'nothing'}")
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > PIXELS:
+                raise ValueError(f"{path}: frames must have at most {PIXELS} pixels, got {width}x{height}")
+            stream.codec_context.thread_count = 4  # not one for each core: threads hold frames
+            stream.codec_context.options = {"max_pixels": str(PIXELS)}
+            yield container, stream
+
+
+def _frames(path: str | os.PathLike[str], container: Any, stream: Any) -> Iterator[_Shown]:
+    """Frames as they are decoded, their times counted from the first and never falling. What is damaged is left out,
+    and said at the end."""
+    from av.error import FFmpegError
+
+    step = 1 / float(stream.average_rate or stream.base_rate or 25)
+    first, last, damaged = 0.0, None, 0
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except (FFmpegError, OSError, MemoryError):
+            damaged, packet = damaged + 1, None
+        if packet is None:
+            break
+        try:
+            decoded = packet.decode()
+        except (FFmpegError, OSError, MemoryError) as error:
+            damaged += 1
+            if last is None and damaged > 100:
+                raise ValueError(f"{path} cannot be read as a video: {_said(error)}") from error
+            continue
+        for frame in decoded:
+            if frame.is_corrupt and last is not None:
+                damaged += 1
+                continue
+            if last is None:
+                first = frame.time or 0.0
+            time = last.time + step if frame.time is None and last is not None else (frame.time or first) - first
+            if last is not None and time < last.time:  # the clock was set back: go on from here
+                first, time = first + time - last.time - step, last.time + step
+            seconds = float((frame.duration or 0) * (frame.time_base or 0)) or step
+            last = _Shown(frame, time, seconds)
+            yield last
+    end = 0.0 if last is None else last.time + last.duration
+    told = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+    if last is not None and (damaged or end < 0.9 * told - 0.5):
+        log.warning("%s is damaged or was cut off: %.2f s of %.2f s can be decoded", path, end, max(told, end))
+
+
+def _at_rate(path: str | os.PathLike[str], shown: Iterator[_Shown], fps: float) -> Iterator[_Shown]:
+    """What a player shows at 0, 1/fps, 2/fps ...: at each of these times the latest frame that is due."""
+    held, count = None, 0
+    for decoded, each in enumerate(shown, start=1):
+        if decoded > RATE * (each.time + 1):
+            raise ValueError(f"{path} holds more than {RATE} frames in a second")
+        while held is not None and count + LATE < each.time * fps:
+            yield held
+            count += 1
+        held = each
+    while held is not None and (count == 0 or count + LATE < (held.time + held.duration) * fps):
+        yield held
+        count += 1
+
+
+Turns = tuple[bool, bool, bool]
+"""Whether rows and columns change places, and then whether the picture is mirrored from left to right, from top to
+bottom."""
+
+
+def _picture(frame: Any, stream: Any, turns: Turns, size: tuple[int, int] | None, how: Fit) -> np.ndarray:
+    """-> (H,W,3) uint8, upright, of square pixels, fitted."""
+    from PIL import Image
+
+    aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+    aspect = aspect if 1 / 16 <= aspect <= 16 else 1.0
+    is_turned, across, down = turns
+    pixels = to_rgb(frame)
+    if is_turned:
+        pixels, aspect = pixels.swapaxes(0, 1), 1 / aspect
+    picture = Image.fromarray(np.ascontiguousarray(pixels[:: -1 if down else 1, :: -1 if across else 1]))
+    if size is not None:
+        return np.array(fit_image(picture, size, how, aspect=aspect))
+    if aspect == 1:
+        return np.array(picture)
+    return np.array(picture.resize((max(1, round(picture.width * aspect)), picture.height), Image.Resampling.BILINEAR))
+
+
+def _turns(frame: Any) -> Turns:
+    """By the file's display matrix, to whole quarters. Asked of the first frame only: PyAV ties a frame that is asked
+    into a cycle, which is freed late."""
+    from av.sidedata.sidedata import Type
+
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return False, False, False
+    across_x, down_x, _, across_y, down_y = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(down_x) > abs(across_x):
+        return True, across_y < 0, down_x < 0
+    return False, across_x < 0, down_y < 0
+
+
+def _said(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
