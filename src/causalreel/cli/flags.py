@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +17,7 @@ from tyro.conf import arg
 if TYPE_CHECKING:
     import torch
 
+    from causalreel.infer.models import Profile
     from causalreel.infer.pipeline import Pipeline
     from causalreel.nn.presets import ModelConfig
 
@@ -103,9 +107,32 @@ class ModelFlags(ThreadFlag):
             return pipeline
         return accelerate(pipeline, precision=precision, graphs=graphs)
 
+    def profile(self) -> Profile:
+        """What is known of the model before it is loaded."""
+        from causalreel.infer.models import profile
+
+        return profile(self.model, steps=self.steps, chunk=self.chunk, height=self.height, width=self.width)
+
     def precision_on(self, device: torch.device) -> str:
         """What the flag comes to: bf16 is for GPUs, a CPU runs the plain network."""
         return "eager" if self.precision == "bf16" and device.type != "cuda" else self.precision
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Within it SIGTERM ends the process as Ctrl-C does, by an exception, so that what is half-written is removed."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def at_least(least: int, **values: int) -> None:

@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, at_least, pixel_scale
+from causalreel.cli.flags import ModelFlags, at_least, ending, pixel_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from causalreel.infer.pipeline import Pipeline
+    from causalreel.infer.models import Profile
     from causalreel.infer.requests import Wanted
     from causalreel.parallel.mesh import Mesh
 
@@ -33,7 +33,7 @@ class Generate(ModelFlags):
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]")] = ()
     """What to show; the seed of each further prompt is one higher."""
     output: Annotated[Path, arg(aliases=["-o"])] = Path("out.mp4")
-    """Video file (.mp4, .mkv, .mov, .gif), or a directory."""
+    """Video file (.mp4, .mkv, .mov, .webm, .gif), or a directory."""
     prompt_file: Path | None = None
     """Text file with one prompt a line, or .jsonl with {"prompt": ..., "image": ..., "seed": ...} a line, besides those
     on the command line."""
@@ -63,81 +63,91 @@ def generate(args: Generate) -> int:
     """Under torchrun all processes make each video together; the first one alone decodes, writes and prints."""
     from causalreel.infer.distributed import processes
 
-    with processes(args.device) as mesh:
+    with ending(), processes(args.device) as mesh:
         return _generate(args, mesh)
 
 
 def _generate(args: Generate, mesh: Mesh | None) -> int:
     wanted = _wanted(args)
-    from causalreel.data.video import (
-        GIF_SUFFIX,
-        PICTURE_SUFFIXES,
-        VIDEO_SUFFIXES,
-        check_target,
-        contact_sheet,
-        to_bytes,
-        write_video,
-    )
+    from causalreel.data.pictures import read_picture
+    from causalreel.data.video import OUTPUT_SUFFIXES, SHEET_SUFFIXES, Spread, check_target, contact_sheet, write_video
     from causalreel.infer.distributed import ahead, spread
 
     paths = _outputs(args.output, wanted)
     for path in paths:  # before the work and not after it; the writers check again
-        check_target(path, (*VIDEO_SUFFIXES, GIF_SUFFIX), may_make_folder=True)
+        check_target(path, OUTPUT_SUFFIXES, may_make_folder=True)
     if args.sheet is not None:
-        check_target(args.sheet, PICTURE_SUFFIXES)
+        check_target(args.sheet, SHEET_SUFFIXES)
+    profile = args.profile()
+    frames = _frames(args, profile)
+    beginning = None if args.video is None else _beginning(args, profile, frames)
+    for one in wanted:
+        given = 1 if one.image or args.image else 0 if beginning is None else len(beginning)
+        profile.schedule(frames, -(-given // profile.factor))  # says what cannot be, before anything is loaded
     device, gpus = (None, 1) if mesh is None else (mesh.device, mesh.size)
     pipeline = args.load(device=device, gpus=gpus, graphs=len(wanted) > 1)
     pipeline = spread(pipeline, mesh, decode_device=args.decode_device)
     prompts = [one.prompt for one in wanted]
     pipeline.text.encode(prompts)  # all of them are understood before the first is made
-    frames, scale = _frames(args, pipeline), _scale(args, pipeline)
+    scale = pixel_scale(pipeline) if args.scale is None else args.scale
     shown: list[Tensor] = []
     for index, (one, path) in enumerate(zip(wanted, paths, strict=True)):
-        clock = _Clock(path.name)
         seed = args.seed + index if one.seed is None else one.seed
-        parts = pipeline.stream(one.prompt, frames=frames, seed=seed, prefix=_prefix(args, one.image, pipeline))
+        picture = one.image or args.image
+        prefix = beginning if picture is None else read_picture(picture, pipeline.size, args.fit)
+        parts = pipeline.stream(one.prompt, frames=frames, seed=seed, prefix=prefix)
         if mesh is not None and mesh.rank > 0:
             collections.deque(parts, maxlen=0)  # its share of the work; there are no frames in them
             continue
         parts = parts if args.decode_device is None else ahead(parts)
-        kept: list[Tensor] = []  # (t,H,W,3) uint8, for the sheet only: a long clip is not held in memory
-        keep = (lambda frames, kept=kept: kept.append(to_bytes(frames))) if args.sheet else None
+        clock, sheet = _Clock(path.name), Spread()
         path.parent.mkdir(exist_ok=True)
+        keep = sheet.add if args.sheet is not None else None
         write_video(path, clock.watch(parts, keep), pipeline.export.fps, scale=scale)
         print(f"{path}: {clock.summary()}", flush=True)
         if args.sheet is not None:
-            shown.append(_joined(kept).permute(0, 3, 1, 2))
+            shown.append(sheet.clip())
     if args.sheet is not None and shown:
         contact_sheet(shown, args.sheet, prompts, scale=max(1, scale // 2))
         print(args.sheet)
     return 0
 
 
+PROGRESS_S = 10.0
+"""Where there is no terminal, progress is a line every so often."""
+
+
 class _Clock:
-    """Passes frames on, counts and times them, and shows progress on a terminal."""
+    """Passes frames on, counts and times them, and shows progress: on a terminal a line that changes."""
 
     def __init__(self, name: str) -> None:
         self.name, self.frames, self.first_s, self.start = name, 0, 0.0, time.perf_counter()
+        self.is_terminal, self.said = sys.stderr.isatty(), self.start
 
     def watch(self, parts: Iterator[Tensor], keep: Callable[[Tensor], None] | None) -> Iterator[Tensor]:
         """Parts (1,t,3,H,W) -> uint8 (t,3,H,W) on the CPU."""
         from causalreel.data.video import to_bytes
 
-        is_terminal = sys.stderr.isatty()
         try:
             for part in parts:
                 frames = to_bytes(part[0]).permute(0, 3, 1, 2)  # bytes before they leave the GPU
                 self.first_s = self.first_s or time.perf_counter() - self.start
                 self.frames += len(frames)
-                if is_terminal:
-                    sys.stderr.write(f"\r{self.name}: {self.frames} frames")
-                    sys.stderr.flush()
+                self._say()
                 if keep is not None:
                     keep(frames)
                 yield frames
         finally:
-            if is_terminal:
+            if self.is_terminal:
                 sys.stderr.write("\r\033[K")
+
+    def _say(self) -> None:
+        now = time.perf_counter()
+        if self.is_terminal:
+            print(f"\r{self.name}: {self.frames} frames", end="", file=sys.stderr, flush=True)
+        elif now - self.said >= PROGRESS_S:
+            print(f"{self.name}: {self.frames} frames after {now - self.start:.0f} s", file=sys.stderr, flush=True)
+            self.said = now
 
     def summary(self) -> str:
         total = time.perf_counter() - self.start
@@ -149,7 +159,7 @@ class _Clock:
 
 def _wanted(args: Generate) -> list[Wanted]:
     """Every video that is asked for; the pictures are known to be pictures."""
-    from causalreel.infer.inputs import read_picture
+    from causalreel.data.pictures import read_picture
     from causalreel.infer.requests import Wanted, read_pairs, read_prompts
 
     if args.image is not None and args.video is not None:
@@ -172,22 +182,18 @@ def _wanted(args: Generate) -> list[Wanted]:
     return wanted
 
 
-def _frames(args: Generate, pipeline: Pipeline) -> int | None:
+def _frames(args: Generate, profile: Profile) -> int | None:
     """Pixel frames of a clip, however they are asked for."""
     latent = args.latent_frames
     if args.blocks is not None:
         at_least(1, blocks=args.blocks)
-        if pipeline.sampling.chunk is None:
-            raise ValueError(f"--blocks needs an autoregressive model; {pipeline.export.name} makes whole clips")
-        latent = args.blocks * pipeline.sampling.chunk
+        if profile.sampling.chunk is None:
+            raise ValueError(f"--blocks needs an autoregressive model; {profile.export.name} makes whole clips")
+        latent = args.blocks * profile.sampling.chunk
     if latent is None:
         return args.frames
     at_least(1, latent_frames=latent)
-    return 1 + pipeline.codec.temporal_factor * (latent - 1)
-
-
-def _scale(args: Generate, pipeline: Pipeline) -> int:
-    return pixel_scale(pipeline) if args.scale is None else args.scale
+    return 1 + profile.factor * (latent - 1)
 
 
 def _outputs(output: Path, wanted: Sequence[Wanted]) -> list[Path]:
@@ -202,19 +208,16 @@ def _outputs(output: Path, wanted: Sequence[Wanted]) -> list[Path]:
     return [output.with_name(f"{output.stem}-{name}{output.suffix}") for name in names]
 
 
-def _prefix(args: Generate, image: Path | None, pipeline: Pipeline) -> Tensor | None:
-    """The frames (T,3,H,W) that a video starts with, if any."""
-    from causalreel.infer.inputs import read_clip, read_picture
+def _beginning(args: Generate, profile: Profile, frames: int | None) -> Tensor:
+    """The frames (T,3,H,W) of the given video; no more are read than there is room for."""
+    from causalreel.infer.inputs import read_clip
 
-    if (picture := image or args.image) is not None:
-        return read_picture(picture, pipeline.size, args.fit)
-    if args.video is None:
-        return None
-    unit, factor = pipeline.sampling.chunk or 1, pipeline.codec.temporal_factor
-    return read_clip(args.video, pipeline.size, unit=unit, factor=factor, how=args.fit)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat(list(parts))
+    assert args.video is not None
+    unit = profile.sampling.chunk
+    if unit is None:
+        raise ValueError(f"--video needs an autoregressive model; {profile.export.name} makes whole clips")
+    most = profile.export.frames // unit * unit if frames is None else profile.schedule(frames).frames - unit
+    if most < unit:
+        raise ValueError(f"a video of {frames} frames leaves no room behind {args.video}; ask for more with --frames")
+    how: dict[str, Any] = {"unit": unit, "factor": profile.factor, "how": args.fit}
+    return read_clip(args.video, profile.size, fps=profile.export.fps, most=most, **how)

@@ -6,6 +6,7 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from causalreel.infer.estimate import Request, weight_bytes
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import Choices, load_released
-from causalreel.infer.schedule import adapt
+from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.nn.presets import PRESETS, ModelConfig, preset
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.types import LatentSpec
@@ -101,6 +102,44 @@ def load(
         TEXT_ENCODERS[export.text](device),
         device,
     )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a model before its weights are read."""
+
+    export: Export
+    sampling: Sampling
+    """How it will be sampled."""
+    factor: int
+    """Pixel frames of a latent frame."""
+    size: tuple[int, int]
+    """Height and width of its videos in pixels."""
+
+    def schedule(self, frames: int | None, prefix: int = 0) -> Schedule:
+        """How a clip of `frames` pixel frames would be made behind `prefix` latent frames; ValueError if it cannot."""
+        how: dict[str, Any] = {"trained": self.export.frames, "temporal_factor": self.factor}
+        return schedule(self.sampling, **how, frames=frames, prefix=prefix, context=self.export.context)
+
+
+def profile(
+    model: str | Path,
+    *,
+    steps: int | Sequence[float] | None = None,
+    chunk: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Profile:
+    """What `load` would load, from its config alone."""
+    if str(model) in MODELS:
+        export, codec = MODELS[str(model)].export(height=height, width=width), vae_config("wan2.1")
+    else:
+        folder = find(model, steps=steps, chunk=chunk)
+        export = read_export(folder)
+        codec = read_codec(codec_file(folder, export.codec)).codec
+    spatial, temporal = 2 ** len(codec.temporal_down), 2 ** sum(codec.temporal_down)
+    size = (export.latent.height * spatial, export.latent.width * spatial)
+    return Profile(export, adapt(export.sampling, steps=steps, chunk=chunk), temporal, size)
 
 
 def _check_memory(folder: Path, device: torch.device, *, chunk: int | None = None, gpus: int = 1) -> None:
