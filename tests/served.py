@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 import causalreel
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.app import create_app
+from causalreel.serve.listen import Server, listen
 from causalreel.serve.safety import Settings
 from causalreel.serve.scheduler import Limits, Scheduler
 from causalreel.serve.wire import unpack
@@ -40,6 +42,28 @@ def serving(pipeline: Pipeline, limits: Limits = Limits(), **settings: Any) -> I
             yield client
     finally:
         scheduler.close()
+
+
+@contextlib.contextmanager
+def listening(pipeline: Pipeline, limits: Limits, **how: Any) -> Iterator[str]:
+    """A real server on a free port of loopback -> host:port."""
+    scheduler = Scheduler(pipeline, limits)
+    scheduler.start()
+    allowed = Settings(**(PLENTY | how))
+    with listen("127.0.0.1", 0) as door:
+        server = Server(create_app(scheduler, allowed))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        host, port = door.getsockname()
+        try:
+            yield f"{host}:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            scheduler.close()
+    assert not thread.is_alive()
 
 
 def opened(client: TestClient, prompt: str = RED, **options: Any) -> str:
@@ -79,6 +103,7 @@ def coded(data: bytes) -> str:
 
 
 def wait_for(client: TestClient, video: str, *statuses: str, tries: int = 600) -> dict[str, Any]:
+    row: dict[str, Any] = {}
     for _ in range(tries):
         row = client.get(f"/v1/videos/{video}").json()
         if row["status"] in statuses:

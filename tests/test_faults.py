@@ -7,7 +7,6 @@ import contextlib
 import json
 import random
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ import httpx
 import pytest
 import schemathesis
 import torch
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
@@ -26,13 +24,12 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
 from causalreel.infer.pipeline import Pipeline
-from causalreel.serve.app import create_app
-from causalreel.serve.listen import listen
-from causalreel.serve.safety import MIB, Settings
-from causalreel.serve.scheduler import Handle, Limits, Scheduler
+from causalreel.serve.safety import MIB
+from causalreel.serve.scheduler import Handle, Limits
+from causalreel.serve.service import Talk
 from causalreel.serve.session import Session
 from causalreel.serve.wire import unpack
-from served import BLUE, PLENTY, RED, opened, serving, small_pipeline, until
+from served import BLUE, RED, listening, opened, serving, small_pipeline, until
 
 TOKEN = "right"
 FEW = settings(
@@ -47,32 +44,6 @@ FEW = settings(
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
     return small_pipeline()
-
-
-@contextlib.contextmanager
-def listening(pipeline: Pipeline, limits: Limits, **how: Any) -> Iterator[str]:
-    """A real server on a free port of loopback -> host:port."""
-    scheduler = Scheduler(pipeline, limits)
-    scheduler.start()
-    allowed = Settings(**(PLENTY | how))
-    with listen("127.0.0.1", 0) as door:
-        config = uvicorn.Config(
-            create_app(scheduler, allowed), log_level="critical", ws_max_size=allowed.body_bytes,
-            ws_per_message_deflate=False, timeout_graceful_shutdown=1,
-        )  # fmt: skip
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        host, port = door.getsockname()
-        try:
-            yield f"{host}:{port}"
-        finally:
-            server.should_exit = True
-            thread.join(30)
-            scheduler.close()
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -152,19 +123,19 @@ def client(pipeline: Pipeline) -> Iterator[Any]:
 def test_fuzzed_messages_get_one_answer_each_and_the_session_lives(client: Any) -> None:
     service = client.app.state.service
     session = opened(client)
-    handle = service.handle(session)
+    talk = Talk(service, service.handle(session), "fuzz")
 
     @settings(FEW, max_examples=300)
     @given(messages)
     def check(text: str) -> None:
-        answers = service.answer(handle, text, "fuzz")
+        answers = talk.answer(text)
         assert answers and answers[0]["type"] in ("ack", "error", "pong")
         for answer in answers:
             json.dumps(answer, allow_nan=False)
 
     check()
-    service.answer(handle, json.dumps({"type": "command", "name": "prompt", "text": BLUE}), "fuzz")
-    service.answer(handle, json.dumps({"type": "command", "name": "resume"}), "fuzz")
+    talk.answer(json.dumps({"type": "command", "name": "prompt", "text": BLUE}))
+    talk.answer(json.dumps({"type": "command", "name": "resume"}))
     with client.websocket_connect(f"/v1/sessions/{session}/stream") as socket:
         until(socket, lambda m: m["type"] == "chunk" and m["prompt"] == BLUE)
 

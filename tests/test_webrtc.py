@@ -294,7 +294,7 @@ BAD_OFFERS = [
     pytest.param("", "one video track", id="empty"),
     pytest.param("v=0\r\nnonsense", "offer", id="nonsense"),
     pytest.param("m=video 9 UDP/TLS/RTP/SAVPF 97\r\n" * 3, "cannot be read", id="only media lines"),
-    pytest.param("x" * (webrtc.MAX_OFFER + 1), "at most 65536 characters", id="huge"),
+    pytest.param("x" * (webrtc.MAX_OFFER + 1), "at most 49152 characters", id="huge"),
     pytest.param("a=candidate:\r\n" * 65, "at most 64 candidates", id="many candidates"),
 ]
 

@@ -195,7 +195,7 @@ def serve(args: Serve) -> int:
             logging.getLogger("causalreel").warning("whoever reaches this address may use it; see --token-file")
         scheduler.start()
         try:
-            run(app, door, message_bytes=settings.body_bytes, behind_proxy=args.behind_proxy)
+            run(app, door, behind_proxy=args.behind_proxy)
         finally:
             scheduler.close()
     return 0

@@ -27,9 +27,10 @@ except ImportError as error:
 from causalreel import __version__
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.bodies import describe, read_model, takes
+from causalreel.serve.guard import Guard, refuse
 from causalreel.serve.jobs import Jobs, Limits, Store
 from causalreel.serve.metrics import CONTENT_TYPE
-from causalreel.serve.safety import ApiError, Guard, Settings, refuse
+from causalreel.serve.safety import ApiError, Settings
 from causalreel.serve.scheduler import Handle, Scheduler
 from causalreel.serve.service import Service
 from causalreel.serve.streaming import Stream, Wish
@@ -88,7 +89,9 @@ def create_app(model: Scheduler | Pipeline, settings: Settings = Settings()) -> 
         app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _answer_errors(app)
     app.openapi = describe(app)
-    app.add_middleware(Guard, settings=settings, rates=service.rates, count=service.refused)
+    app.add_middleware(
+        Guard, settings=settings, rates=service.rates, count=service.refused, is_stopping=lambda: service.is_stopping
+    )
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,

@@ -1,23 +1,32 @@
-"""Bodies of requests: JSON or, with a picture, multipart; read with limits, checked strictly, described in OpenAPI."""
+"""Bodies of requests: JSON or, with a picture, multipart; read with limits, checked strictly, described in OpenAPI.
+
+Nothing here parses on the event loop: a body is read by it and taken apart in a thread.
+"""
 
 from __future__ import annotations
 
 import base64
-import json
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel, ValidationError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
+from causalreel.serve.guard import SMALL, too_large
 from causalreel.serve.safety import ApiError
-from causalreel.serve.wire import COMMANDS, SessionRequest, VideoRequest
+from causalreel.serve.wire import COMMANDS, SessionRequest, VideoRequest, bounded, parse_object
 
 Model = TypeVar("Model", bound=BaseModel)
 FIELDS = 16
 """Most fields of a form."""
 REFERENCE = "#/components/schemas/{model}"
+CHARSET = re.compile(r""";\s*charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
+BOUNDARY = re.compile(
+    r""";\s*boundary\s*=\s*(?:"([0-9a-z'()+_,./:=? -]{1,70})"|([0-9a-z'()+_,./:=?-]{1,70}))""", re.IGNORECASE
+)
 
 
 @overload
@@ -26,44 +35,106 @@ async def read_model(request: Request, model: type[Model]) -> Model: ...
 async def read_model(request: Request, model: None) -> dict[str, Any]: ...
 async def read_model(request: Request, model: type[Model] | None) -> Model | dict[str, Any]:
     """The body as `model`, or as the fields of a JSON object if that is None; ValidationError or ApiError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if model is not None and kind == "multipart/form-data":
-        return model.model_validate(await _form(request))  # the values of a form are text: not strict
-    if kind != "application/json":
-        raise ApiError(415, "unsupported_type", "the body must be application/json" + _or_form(model))
-    body = await request.body()
-    if model is not None:
-        return model.model_validate_json(body, strict=True)
+    told = request.headers.get("content-type", "")
+    kind, charset = told.partition(";")[0].strip().lower(), CHARSET.search(told)
+    takes_forms = model is not None and "image" in model.model_fields
+    if kind != "application/json" and not (takes_forms and kind == "multipart/form-data"):
+        ways = "application/json or multipart/form-data" if takes_forms else "application/json"
+        raise ApiError(415, "unsupported_type", f"the body must be {ways}")
+    if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise ApiError(415, "unsupported_type", "the body must be UTF-8, and its charset utf-8 if one is named")
+    body, work = await request.body(), request.app.state.service.work
+    if kind == "application/json":
+        return await work(_read_json, body, model)
+    boundary = BOUNDARY.search(told)
+    if boundary is None:
+        raise ApiError(400, "invalid_request", "the content type of a form must name its boundary")
+    assert model is not None
+    return model.model_validate(await work(read_form, body, boundary[1] or boundary[2]))  # text: not strict
+
+
+def _read_json(body: bytes, model: type[Model] | None) -> Model | dict[str, Any]:
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        text = bounded(body.decode("utf-8"))
+        found = parse_object(text) if model is None else model.model_validate_json(text, strict=True)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, "invalid_request", "the body must be UTF-8") from error
+    except RecursionError as error:
         raise ApiError(400, "invalid_request", "the body must be JSON") from error
-    if not isinstance(fields, dict):
-        raise ApiError(400, "invalid_request", "the body must be a JSON object")
-    return fields
+    except ValueError as error:
+        if isinstance(error, ValidationError):
+            raise
+        raise ApiError(400, "invalid_request", f"the body {error}") from error
+    picture = found.get("image") if isinstance(found, dict) else getattr(found, "image", None)
+    if len(body) - (len(picture) if isinstance(picture, str) else 0) > SMALL:
+        raise too_large(SMALL)
+    return found
 
 
-def _or_form(model: type[BaseModel] | None) -> str:
-    return "" if model is None else " or multipart/form-data"
+def read_form(body: bytes, boundary: str) -> dict[str, Any]:
+    """Fields of a form in UTF-8; a file becomes base64, as it would be in JSON. ApiError."""
+    form = _Form()
+    try:
+        parser = MultipartParser(boundary.encode("ascii"), form.callbacks())
+        parser.write(body)
+        parser.finalize()
+        return form.fields()
+    except (FormParserError, UnicodeDecodeError) as error:
+        raise ApiError(400, "invalid_request", "the form cannot be read") from error
 
 
-async def _form(request: Request) -> dict[str, Any]:
-    """Fields of a form; a file becomes base64, as it would be in JSON."""
-    fields: dict[str, Any] = {}
-    async with request.form(max_files=1, max_fields=FIELDS) as form:
-        for name, value in form.multi_items():
-            if name in fields:
+class _Form:
+    """What the parser of a form finds."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[str, bool, bytearray]] = []
+        """Name, whether it is a file, content."""
+        self.header, self.value, self.disposition = bytearray(), bytearray(), b""
+
+    def callbacks(self) -> Any:
+        return {
+            "on_part_begin": self.begin,
+            "on_header_field": lambda data, start, end: self.header.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self.value.extend(data[start:end]),
+            "on_header_end": self.end_header,
+            "on_headers_finished": self.end_headers,
+            "on_part_data": lambda data, start, end: self.parts[-1][2].extend(data[start:end]),
+        }
+
+    def begin(self) -> None:
+        self.disposition = b""
+        if len(self.parts) == FIELDS:
+            raise ApiError(400, "invalid_request", f"a form must have at most {FIELDS} fields")
+
+    def end_header(self) -> None:
+        if bytes(self.header).lower() == b"content-disposition":
+            self.disposition = bytes(self.value)
+        self.header.clear()
+        self.value.clear()
+
+    def end_headers(self) -> None:
+        options = parse_options_header(self.disposition)[1]
+        if b"name" not in options:
+            raise ApiError(400, "invalid_request", "every part of a form must have a name")
+        self.parts.append((options[b"name"].decode("utf-8"), b"filename" in options, bytearray()))
+
+    def fields(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, is_file, content in self.parts:
+            if name in found:
                 raise ApiError(400, "invalid_request", "a field must be given once")
-            is_file = isinstance(value, UploadFile)
             if is_file != (name == "image"):
                 raise ApiError(400, "invalid_request", "image must be a file, and nothing else may be one")
-            fields[name] = base64.b64encode(await value.read()).decode() if isinstance(value, UploadFile) else value
-    return fields
+            if not is_file and len(content) > SMALL:
+                raise too_large(SMALL)
+            found[name] = base64.b64encode(content).decode() if is_file else content.decode("utf-8")
+        return found
 
 
-def takes(model: str, *, multipart: bool = False) -> dict[str, Any]:
-    """What a route says of its body in OpenAPI."""
-    content: dict[str, Any] = {"application/json": {"schema": {"$ref": REFERENCE.format(model=model)}}}
+def takes(model: str | type[BaseModel], *, multipart: bool = False) -> dict[str, Any]:
+    """What a route says of its body in OpenAPI: a model, or the name of one that `describe` adds."""
+    schema = {"$ref": REFERENCE.format(model=model)} if isinstance(model, str) else model.model_json_schema()
+    content: dict[str, Any] = {"application/json": {"schema": schema}}
     if multipart:
         content["multipart/form-data"] = {"schema": {"$ref": REFERENCE.format(model=f"{model}Form")}}
     return {"requestBody": {"required": True, "content": content}}

@@ -312,7 +312,7 @@ class Jobs:
                 raise Cancelled
             pulled = handle.pull(after, RETRY_S)
             if isinstance(pulled, Ended):
-                raise Failed(pulled.reason)
+                raise Cancelled if self.stopping.is_set() else Failed(pulled.reason)
             if not isinstance(pulled, Emitted):
                 continue
             after = pulled.sequence

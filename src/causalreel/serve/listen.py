@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import logging
+import signal
 import socket
 import sys
 from typing import Any
 
+try:
+    import uvicorn
+except ImportError as error:
+    raise ImportError("serving needs uvicorn; install it with: pip install 'causalreel[serve]'") from error
+
+from causalreel.serve.connections import protocols
+
 GRACE_S = 5
-"""Streams have so long to end when the server does."""
+"""Requests have so long to end when the server does."""
+PARTING_S = 2.0
+"""Streams have so long to tell their viewers that the session has ended."""
 PING_S = 20.0
 """A stream whose other end does not answer for so long is closed."""
 SWITCH_S = 0.001
@@ -17,33 +29,57 @@ and health has to answer."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; OSError if the address is taken or not this machine's."""
+    """A listening socket; ValueError for a port that cannot be, OSError for an address that is taken or not here."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be from 0 to 65535, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=128)
-
-
-def run(app: Any, door: socket.socket, *, message_bytes: int, behind_proxy: bool = False) -> None:
-    """Serve an ASGI application until a signal says to stop.
-
-    message_bytes: largest WebSocket message that is taken. Frames are compressed already, so messages are not.
-    """
     try:
-        import uvicorn
-    except ImportError as error:
-        raise ImportError("serving needs uvicorn; install it with: pip install 'causalreel[serve]'") from error
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=behind_proxy,
-        ws_max_size=message_bytes,
-        ws_ping_interval=PING_S,
-        ws_ping_timeout=PING_S,
-        ws_per_message_deflate=False,
-        timeout_graceful_shutdown=GRACE_S,
-    )
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+
+
+class Server(uvicorn.Server):
+    """uvicorn, whose end is told: sessions end before their streams are cut."""
+
+    def __init__(self, app: Any, *, behind_proxy: bool = False) -> None:
+        self.service = app.state.service
+        settings = self.service.settings
+        http, talking = protocols(per_s=settings.requests_per_s, burst=settings.burst, shares_client=behind_proxy)
+        config = uvicorn.Config(
+            app,
+            http=http,
+            ws=talking,
+            log_level="critical",  # what goes wrong in a request is logged by the doorkeeper; noise from outside is not
+            access_log=False,
+            server_header=False,
+            proxy_headers=behind_proxy,
+            ws_max_size=settings.body_bytes,
+            ws_ping_interval=PING_S,
+            ws_ping_timeout=PING_S,
+            ws_per_message_deflate=False,  # frames are compressed already
+            timeout_graceful_shutdown=GRACE_S,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the sessions, wait until their viewers have been told, then close as uvicorn does."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self.service.stop)
+        until = loop.time() + PARTING_S
+        while self.service.viewers and loop.time() < until:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+
+def run(app: Any, door: socket.socket, *, behind_proxy: bool = False) -> None:
+    """Serve an application of `create_app` until a signal says to stop. SIGTERM is an orderly end: it returns."""
     sys.setswitchinterval(SWITCH_S)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # would log what strangers send
     gc.collect()
     gc.freeze()  # what is loaded stays: walking all of it again would stop every thread for a tenth of a second
-    uvicorn.Server(config).run(sockets=[door])
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has stopped
+    try:
+        Server(app, behind_proxy=behind_proxy).run(sockets=[door])
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,9 +1,5 @@
-"""What keeps a server safe: limits, the bearer token, rates, and the doorkeeper that every request passes first.
-
-The doorkeeper (`Guard`) is plain ASGI and stands before routing, so that no route can be forgotten: it checks the
-Host header (DNS rebinding), the Origin header (other sites' pages, WebSockets included, which no CORS rule covers),
-the rate per client, the token, and the size of the body while it arrives; and it lays security headers on all answers.
-"""
+"""What keeps a server safe: its limits, the bearer token, rates, and checks of texts and pictures. `guard` has the
+doorkeeper, who applies them to every request."""
 
 from __future__ import annotations
 
@@ -11,9 +7,7 @@ import base64
 import binascii
 import hmac
 import json
-import logging
 import re
-import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -21,15 +15,12 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from torch import Tensor
 
 from causalreel.data import pictures
 
-log = logging.getLogger(__name__)
-
-MIB = 1 << 20
+KIB, MIB = 1 << 10, 1 << 20
 HEALTH = ("/healthz", "/readyz")
 """Probes ask by address and without a token."""
 OPEN_PATHS = (*HEALTH, "/")
@@ -181,7 +172,7 @@ def is_readable(text: str, limit: int) -> str:
 
 def token_of(scope: Scope) -> str | None:
     """The token a request brings: `Authorization: Bearer`, or a browser's WebSocket subprotocol."""
-    headers = _headers(scope)
+    headers = headers_of(scope)
     kind, _, value = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
         return value.strip()
@@ -203,131 +194,14 @@ def is_right(token: str | None, given: str | None) -> bool:
     return given is not None and hmac.compare_digest(token.encode(), given.encode("utf-8", "replace"))
 
 
-class Guard:
-    """The doorkeeper: ASGI around ASGI."""
-
-    def __init__(self, app: Any, settings: Settings, rates: Rates, count: Callable[[str], None]) -> None:
-        """count: called with the code of every refusal."""
-        self.app, self.settings, self.rates, self.count = app, settings, rates, count
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
-            return
-        try:
-            self.check(scope)
-        except ApiError as error:
-            self.count(error.code)
-            await refuse(error, scope, receive, send)
-            return
-        is_http = scope["type"] == "http"
-        began: list[bool] = []
-        try:
-            limited = _limited(receive, self.settings.body_bytes) if is_http else receive
-            await self.app(scope, limited, _dressed(scope, send, began))
-        except Exception:
-            number = secrets.token_hex(4)
-            log.exception("error %s at %s", number, scope["path"])
-            self.count("internal")
-            if not is_http or began:  # too late for another answer
-                raise
-            message = f"internal error; the server's log has more under {number}"
-            await refuse(ApiError(500, "internal", message), scope, receive, send)
-
-    def check(self, scope: Scope) -> None:
-        """Raise the ApiError that the request earns before its body is read."""
-        headers, path = _headers(scope), scope["path"]
-        host = headers.get("host", "")
-        if self.settings.hosts and path not in HEALTH and _name(host) not in self.settings.hosts:
-            raise ApiError(421, "wrong_host", "this server does not go by that name; see --allow-host")
-        origin = headers.get("origin")
-        is_change = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        if origin is not None and is_change and not self._is_own(origin, host):
-            raise ApiError(403, "wrong_origin", "pages of other sites may not use this server; see --allow-origin")
-        if path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
-            return
-        if scope["type"] == "http" and scope["method"] == "OPTIONS":
-            return  # a preflight carries no token; CORS answers it
-        wait = self.rates.take(client_of(scope))
-        if wait > 0:
-            raise ApiError(
-                429, "too_many_requests", "too many requests; slow down", {"retry-after": str(1 + int(wait))}
-            )
-        if not is_right(self.settings.token, token_of(scope)):
-            raise ApiError(401, "unauthorized", "a bearer token is needed", {"www-authenticate": "Bearer"})
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self.settings.body_bytes:
-            raise too_large(self.settings.body_bytes)
-
-    def _is_own(self, origin: str, host: str) -> bool:
-        return origin in self.settings.origins or urlsplit(origin).netloc.lower() == host.lower()
-
-
 def client_of(scope: Scope) -> str:
     """Who asks: the address of the peer (uvicorn puts that of a trusted proxy's client there)."""
     return str(scope["client"][0]) if scope.get("client") else "unknown"
 
 
-def too_large(limit: int) -> ApiError:
-    return ApiError(413, "too_large", f"the request must have at most {limit} bytes")
-
-
-async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the error; a WebSocket is not accepted."""
-    prefix = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
-    if scope["type"] == "websocket":
-        await receive()  # the request to connect
-        if "websocket.http.response" not in scope.get("extensions", {}):
-            await send({"type": "websocket.close", "code": 1008, "reason": error.message})
-            return
-    body = error.body()
-    extra = {"content-type": "application/json", "content-length": str(len(body)), **HEADERS, **error.headers}
-    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in extra.items()]
-    await send({"type": f"{prefix}.start", "status": error.status, "headers": headers})
-    await send({"type": f"{prefix}.body", "body": body})
-
-
-def _limited(receive: Receive, limit: int) -> Receive:
-    """Count a body as it arrives: its length need not have been told."""
-    seen = 0
-
-    async def counted() -> MutableMapping[str, Any]:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
-            raise too_large(limit)
-        return message
-
-    return counted
-
-
-def _dressed(scope: Scope, send: Send, began: list[bool]) -> Send:
-    """Lay the security headers on the answer and note that it began. Answers of the API are nobody's to keep, and the
-    page's files are asked for again after an upgrade."""
-    path = scope["path"]
-    kept = {"cache-control": "no-store"} if path.startswith("/v1/") else {}
-    kept = {"cache-control": "no-cache"} if path.startswith(OPEN_PREFIX) else kept
-
-    async def dressed(message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            began.append(True)
-            present = {name.lower() for name, _ in message["headers"]}
-            extra = [(name.encode(), value.encode()) for name, value in (HEADERS | kept).items()]
-            new = [(name, value) for name, value in extra if name not in present]
-            message = {**message, "headers": [*message["headers"], *new]}
-        await send(message)
-
-    return dressed
-
-
-def _headers(scope: Scope) -> dict[str, str]:
-    """Of repeated headers the first: a client cannot add one behind that of a proxy."""
-    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in reversed(scope["headers"])}
-
-
-def _name(host: str) -> str:
-    """Host header -> its name without port, lower case; [::1]:8000 -> [::1]."""
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0].lower()
+def headers_of(scope: Scope) -> dict[str, str]:
+    """Headers by their small names; of a repeated one all values, as one list."""
+    found: dict[str, list[str]] = {}
+    for name, value in scope["headers"]:
+        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    return {name: ", ".join(values) for name, values in found.items()}

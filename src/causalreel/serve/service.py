@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from causalreel.serve.guard import SMALL
 from causalreel.serve.metrics import Metrics
 from causalreel.serve.safety import ApiError, Rates, Settings, decode_base64, decode_picture, is_readable
 from causalreel.serve.scheduler import Busy, Handle, Scheduler
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 WORKERS = 4
+PATIENCE = 100
+"""Messages in a row that are told to be too many before the connection is closed."""
+TOO_FAST = "too many messages; slow down"
 
 
 class Service:
@@ -36,6 +40,8 @@ class Service:
         self.metrics = Metrics(self.facts)
         self.rates = Rates(settings.requests_per_s, settings.burst)
         self.jobs: Jobs | None = None
+        self.is_stopping = False
+        """The server is going to end: nothing new is waited for."""
         self.viewers: dict[str, Any] = {}
         """Session -> the connection that is served its frames; a newer one takes over."""
         self.threads = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="encode")
@@ -97,32 +103,11 @@ class Service:
         for key in ("text", "prompt"):
             if key in arguments:
                 arguments[key] = self.prompt(arguments[key])
-        if "image" in arguments:
+        if arguments.get("image") is not None:
             arguments["image"] = self.picture(decode_base64(arguments["image"]))
         number = handle.command(name, **arguments)
         log.info("session %s: %s%s", handle.id, name, self.said(arguments.get("text") or arguments.get("prompt")))
         return number
-
-    def answer(self, handle: Handle, text: str | bytes, client: str) -> list[dict[str, Any]]:
-        """A client's message -> the messages that answer it; never raises for what a client can send."""
-        said: Any = None
-        try:
-            if len(text) > self.settings.body_bytes:
-                raise ValueError(f"messages must have at most {self.settings.body_bytes} bytes, got {len(text)}")
-            message = parse(text)
-            said = message.pop("id", None)
-            said = said if isinstance(said, (int, str)) and len(str(said)) <= 64 else None
-            kind = message.pop("type")
-            if kind == "ping":
-                return [{"type": "pong", "id": said}]
-            if kind != "command":
-                raise ValueError("type must be command or ping")
-            if self.rates.take(client) > 0:
-                raise ValueError("too many commands; slow down")
-            number = self.command(handle, message)
-        except ValueError as error:
-            return [{"type": "error", "id": said, "message": _ascii(error)}]
-        return [{"type": "ack", "id": said, "number": number}, self.state(handle)]
 
     def state(self, handle: Handle) -> dict[str, Any]:
         """The message that tells a session's state."""
@@ -138,9 +123,60 @@ class Service:
         """What a log line may say of a prompt; one line of it, whatever it holds."""
         return f": {text!r}" if text and self.settings.log_prompts else ""
 
+    def stop(self) -> None:
+        """Take nothing new and end all sessions; a video that is being made is interrupted."""
+        self.is_stopping = True
+        if self.jobs is not None:
+            self.jobs.stopping.set()
+        self.scheduler.close()
+
     def close(self) -> None:
         for pool in (self.threads, self.workers):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Talk:
+    """What one connection says of one session. Every message costs a token of its client's rate, whatever it holds."""
+
+    def __init__(self, service: Service, handle: Handle, client: str) -> None:
+        self.service, self.handle, self.client = service, handle, client
+        self.refused = 0
+        """Messages in a row that came too fast."""
+
+    @property
+    def is_too_much(self) -> bool:
+        """The client goes on though it was told to slow down: close."""
+        return self.refused >= PATIENCE
+
+    def answer(self, text: str | bytes) -> list[dict[str, Any]]:
+        """A client's message -> the messages that answer it; never raises for what a client can send."""
+        said: Any = None
+        try:
+            wait = self.service.rates.take(self.client)
+            self.refused = self.refused + 1 if wait > 0 else 0
+            is_small = len(text) <= SMALL
+            if not is_small and wait > 0:
+                raise ValueError(TOO_FAST)
+            if len(text) > self.service.settings.body_bytes:
+                raise ValueError(
+                    f"messages must have at most {self.service.settings.body_bytes} bytes, got {len(text)}"
+                )
+            message = parse(text)
+            said = message.pop("id", None)
+            said = said if isinstance(said, (int, str)) and len(str(said)) <= 64 else None
+            if wait > 0:
+                raise ValueError(TOO_FAST)
+            kind = message.pop("type")
+            if kind == "ping" and is_small:
+                return [{"type": "pong", "id": said}]
+            if kind not in ("ping", "command"):
+                raise ValueError("type must be command or ping")
+            if not is_small and len(text) - len(str(message.get("image", ""))) > SMALL:
+                raise ValueError(f"messages without a picture must have at most {SMALL} bytes")
+            number = self.service.command(self.handle, message)
+        except ValueError as error:
+            return [{"type": "error", "id": said, "message": _ascii(error)}]
+        return [{"type": "ack", "id": said, "number": number}, self.service.state(self.handle)]
 
 
 def _ascii(error: Exception) -> str:

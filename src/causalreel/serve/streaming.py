@@ -16,7 +16,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from causalreel.serve.encoding import encoder
 from causalreel.serve.safety import SUBPROTOCOL, ApiError, client_of
 from causalreel.serve.scheduler import Ended, Handle, Lost
-from causalreel.serve.service import Service
+from causalreel.serve.service import Service, Talk
 from causalreel.serve.session import Emitted
 from causalreel.serve.wire import Format, dumps, pack
 
@@ -26,8 +26,9 @@ LOOK_S = 1.0
 """A viewer of a session that makes nothing, such as a paused one, looks so often."""
 SEND_S = 60.0
 """A viewer that takes no byte for so long is cut off; he may come back."""
-REPLACED, SLOW, LOST = 4001, 4002, 4003
-"""Close codes: another viewer took over; the viewer did not read; what he asks for is no longer kept."""
+REPLACED, SLOW, LOST, TOO_MUCH = 4001, 4002, 4003, 1008
+"""Close codes: another viewer took over; the viewer did not read; what he asks for is no longer kept; he goes on
+sending though he was told that it is too much."""
 CLEAN = (1000, 1001)
 
 
@@ -100,16 +101,17 @@ class Stream:
         await asyncio.wait_for(self.socket.close(code, reason), LOOK_S)
 
     async def listen(self) -> tuple[int, str]:
-        """Take messages until the viewer leaves, which raises."""
-        client = client_of(self.socket.scope)
-        while True:
+        """Take messages until the viewer leaves, which raises, or does not heed the rate."""
+        talk = Talk(self.service, self.handle, client_of(self.socket.scope))
+        while not talk.is_too_much:
             message = await self.socket.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message.get("code", 1006))
             said = message.get("text")
             said = message.get("bytes", b"") if said is None else said
-            for answer in await self.service.work(self.service.answer, self.handle, said, client):
+            for answer in await self.service.work(talk.answer, said):
                 await self.tell(answer)
+        return TOO_MUCH, "too many messages"
 
     async def play(self) -> tuple[int, str]:
         """Send chunk after chunk until there are no more -> how to close."""

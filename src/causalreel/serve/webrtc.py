@@ -27,9 +27,10 @@ except ImportError as error:
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, Field
 
+from causalreel.serve.bodies import read_model, takes
 from causalreel.serve.safety import ApiError, client_of
 from causalreel.serve.scheduler import Handle
-from causalreel.serve.service import Service
+from causalreel.serve.service import Service, Talk
 from causalreel.serve.session import Emitted
 from causalreel.serve.track import Reader, SessionTrack
 from causalreel.serve.wire import ErrorView, dumps
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 CHANNEL = "control"
 """Label of the data channel."""
-MAX_OFFER = 64 * 1024
+MAX_OFFER = 48 * 1024
 """Characters of an offer."""
 MAX_CANDIDATES = 64
 MAX_WAITING = 64
@@ -57,6 +58,8 @@ class Hooks:
     """Called when a chunk begins to be shown."""
     dropped: Callable[[], None] = lambda: None
     """Called when the connection broke off."""
+    is_too_much: Callable[[], bool] = lambda: False
+    """Whether the client goes on sending though it was told to slow down."""
 
 
 class Offer(BaseModel):
@@ -145,6 +148,8 @@ class Control:
             text = await self.waiting.get()
             for message in await asyncio.to_thread(self.hooks.answers, text):
                 self.send(message)
+            if self.hooks.is_too_much():
+                self.give_up()
 
 
 class Peer:
@@ -349,16 +354,19 @@ def _gathers(gather: Callable[..., Any], hosts: list[str]) -> Callable[..., Any]
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses={"4XX": {"model": ErrorView}})
 
 
-@router.post("/{session_id}/webrtc", response_model=Answer)
-async def connect_session(request: Request, session_id: str, offer: Offer) -> Answer:
+@router.post("/{session_id}/webrtc", response_model=Answer, openapi_extra=takes(Offer))
+async def connect_session(request: Request, session_id: str) -> Answer:
     """Show a session over a peer connection: an offer with its candidates -> the answer with the server's."""
+    offer = await read_model(request, Offer)
     service, peers = request.app.state.service, request.app.state.peers
     assert isinstance(service, Service) and isinstance(peers, Peers)
     handle = service.handle(session_id)
+    talk = Talk(service, handle, client_of(request.scope))
     hooks = Hooks(
-        partial(service.answer, handle, client=client_of(request.scope)),
+        talk.answer,
         partial(service.metrics.given, to="webrtc"),
         service.metrics.dropped.inc,
+        lambda: talk.is_too_much,
     )
     try:
         return Answer(sdp=await peers.answer(handle, offer.sdp, hooks, after=offer.after))

@@ -24,6 +24,8 @@ Size = Annotated[int, Field(ge=1, le=1024, description="Latent frames made toget
 Picture = Annotated[str, Field(description="Base64 or data: URL of a PNG, JPEG or WebP file.")]
 HEAD = 4
 """Bytes of the length of a header."""
+VALUES = 8192
+"""Most values of a JSON text, with some room for prompts: commas and colons in them count too."""
 
 
 class _Model(BaseModel):
@@ -98,10 +100,10 @@ class RateCommand(_Model):
 
 
 class ImageCommand(_Model):
-    """Begin again from a picture."""
+    """Begin again from a picture, or from none if that is null."""
 
     name: Literal["image"]
-    image: Picture
+    image: Picture | None
 
 
 CommandRequest = Annotated[
@@ -214,7 +216,28 @@ def command_of(fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     except ValidationError as error:
         raise ValueError(explain(error)) from error
     arguments = {key: getattr(command, key) for key in command.model_fields_set if key != "name"}
-    return command.name, {key: value for key, value in arguments.items() if value is not None}
+    if command.name != "image":  # where no picture is one to choose
+        arguments = {key: value for key, value in arguments.items() if value is not None}
+    return command.name, arguments
+
+
+def bounded(text: str) -> str:
+    """The text if it can be parsed in a few milliseconds, which nothing interrupts; ValueError."""
+    if len(text) > VALUES and sum(text.count(mark) for mark in "[{,:") > VALUES:
+        raise ValueError(f"must hold at most {VALUES} values")
+    return text
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """JSON -> the fields of an object; ValueError."""
+    bounded(text)
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("must be JSON") from error
+    if not isinstance(fields, dict):
+        raise ValueError("must be a JSON object")
+    return fields
 
 
 def parse(text: str | bytes) -> dict[str, Any]:
@@ -222,10 +245,10 @@ def parse(text: str | bytes) -> dict[str, Any]:
     if isinstance(text, bytes):
         raise ValueError("messages must be text with JSON, got bytes")
     try:
-        message = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("messages must be JSON") from error
-    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        message = parse_object(text)
+    except ValueError as error:
+        raise ValueError(f"a message {error}") from error
+    if not isinstance(message.get("type"), str):
         raise ValueError("messages must be objects with a type")
     return message
 
