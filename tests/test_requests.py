@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from causalreel import cli
 from causalreel.infer.inputs import fit, read_picture
@@ -68,23 +68,62 @@ def test_bad_prompt_files(name: str, text: str, message: str) -> None:
         read_prompts(name)
 
 
-def test_binary_prompt_files_are_refused() -> None:
-    Path("p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"p\.txt is not a text file"):
-        read_prompts("p.txt")
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_at_line_feeds_alone(mark: str, end: str) -> None:
+    """Byte-order marks are no text; separators that JSON may hold inside a string end no line."""
+    Path("p.txt").write_bytes((mark + end.join(["one\u2028half", "", "  ", "two"])).encode())
+    assert read_prompts("p.txt") == [Wanted("one\u2028half"), Wanted("two")]
+    rows = [{"prompt": "one\u2028\u0085half"}, {"prompt": "two", "seed": 7}]
+    Path("p.JSONL").write_bytes((mark + end.join(json.dumps(row, ensure_ascii=False) for row in rows)).encode())
+    assert read_prompts("p.JSONL") == [Wanted("one\u2028\u0085half"), Wanted("two", seed=7)]
+    picture("pairs/a.png")
+    Path("pairs/a.txt").write_bytes((mark + end.join(["", "a red", "circle", ""])).encode())
+    assert read_pairs("pairs")[0].prompt == "a red circle"
 
 
-def test_pictures_go_with_their_prompts() -> None:
+@pytest.mark.parametrize(
+    ("data", "looks"),
+    [
+        ("a red circle\nü".encode("utf-16"), "UTF-16"),
+        ("a red circle".encode("utf-16-le"), "UTF-16"),
+        ("a red circle".encode("utf-16-be"), "UTF-16"),
+        ("a red circle".encode("utf-32"), "UTF-32"),
+        ("ein großer Kreis".encode("cp1252"), r"an older encoding, such as Windows-1252 or GBK \(byte 7 is 0xdf\)"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1", "a binary file"),
+        (b"\xff\xfe\x00", "UTF-16"),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "pairs/a.txt"])
+def test_other_files_are_named_for_what_they_look_like(name: str, data: bytes, looks: str) -> None:
+    picture("pairs/a.png")
+    Path(name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{name} is not UTF-8 text but looks like {looks}"):
+        read_pairs("pairs") if "/" in name else read_prompts(name)
+
+
+def test_pictures_go_with_their_prompts(caplog: pytest.LogCaptureFixture) -> None:
     for name, text in (("b.png", "two\n lines "), ("a.JPG", "one")):
         picture(f"pairs/{name}")
         Path(f"pairs/{name[0]}.txt").write_text(text)
-    Path("pairs/notes.md").write_text("")
+    for name in ("notes.md", "c.heic", "c.txt", "._a.png", ".DS_Store"):
+        Path(f"pairs/{name}").write_text("")
     pairs = read_pairs("pairs")
+    assert "pairs: skipped c.heic, c.txt, notes.md" in caplog.text
     assert pairs == [
         Wanted("one", Path("pairs/a.JPG"), name="a"),
         Wanted("two lines", Path("pairs/b.png"), name="b"),
     ]
     assert numbered([*pairs, Wanted("x")]) == ["a", "b", "2"]
+
+
+@pytest.mark.parametrize("name", ["a.tiff", "a.webp", "a.gif", "a.bmp", "a.avif", "a.PPM"])
+def test_all_kinds_of_pictures_are_taken(name: str) -> None:
+    if name == "a.avif" and not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    picture(f"pairs/{name}")
+    Path("pairs/a.txt").write_text("one")
+    assert [str(one.image) for one in read_pairs("pairs")] == [f"pairs/{name}"]
 
 
 def test_bad_folders() -> None:
@@ -98,6 +137,8 @@ def test_bad_folders() -> None:
     with pytest.raises(ValueError, match=r"a\.txt is empty"):
         read_pairs("pairs")
     picture("pairs/a.jpg")
+    picture("pairs/a.b.png")  # between them
+    Path("pairs/a.b.txt").write_text("one")
     with pytest.raises(ValueError, match="two pictures are called a"):
         read_pairs("pairs")
 

@@ -1,4 +1,5 @@
-"""Files and folders that are whole or not there: written beside the target, flushed to the disk, then renamed.
+"""Files and folders that are whole or not there: written beside the target, flushed to the disk, then renamed; and text
+that people have written.
 
 Temporary names are short, so that a target's name may be as long as the file system allows, and say which process
 made them: whoever writes next in the same folder removes those of processes that are gone.
@@ -6,6 +7,7 @@ made them: whoever writes next in the same folder removes those of processes tha
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -17,6 +19,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+TEXT_BYTES = 64 << 20
+"""Longest text file that is read whole."""
 
 _OWN: set[Path] = set()
 """Temporary paths that this process is writing."""
@@ -66,6 +71,36 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a UTF-8 text file, stripped, with empty ones; ValueError says what another file looks like.
+
+    A byte-order mark is no text, and only a line feed ends a line: Unicode has other separators, which JSON may hold.
+    """
+    with open(path, "rb") as file:
+        data = file.read(TEXT_BYTES + 1)
+    if len(data) > TEXT_BYTES:
+        raise ValueError(f"{path} is too long: text files have at most {TEXT_BYTES >> 20} MiB")
+    if looks := _looks_like(data):
+        raise ValueError(f"{path} is not UTF-8 text but looks like {looks}; save it as UTF-8")
+    return [line.strip().strip("\ufeff").strip() for line in data.decode("utf-8-sig").split("\n")]
+
+
+def _looks_like(data: bytes) -> str | None:
+    """What bytes that are no UTF-8 text are taken for; None: they are."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if b"\0" in data:
+        halves = [half.count(0) for half in (data[:1000:2], data[1:1000:2])]
+        return "UTF-16" if max(halves) > 0.4 * len(data[:1000:2]) and min(halves) < 5 else "a binary file"
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return f"an older encoding, such as Windows-1252 or GBK (byte {error.start} is 0x{data[error.start]:02x})"
+    return None
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:

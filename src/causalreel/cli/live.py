@@ -206,7 +206,7 @@ def _serve_settings(args: Serve) -> Settings:
 
     token = None
     if args.token_file is not None:
-        token = args.token_file.read_text(encoding="utf-8").strip()
+        token = args.token_file.read_text(encoding="utf-8-sig").strip()
         if not token:
             raise ValueError(f"{args.token_file} holds no token")
     is_local = args.host in (*LOOPBACK, "::1")

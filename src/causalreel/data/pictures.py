@@ -36,6 +36,13 @@ ORIENTATION = 0x0112
 """EXIF: how the stored picture has to be turned."""
 
 
+def suffixes() -> frozenset[str]:
+    """Of the names of files that hold pictures, lower case, as far as the Pillow that is installed reads them."""
+    from PIL import Image
+
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
 def read_picture(path: str | os.PathLike[str], size: tuple[int, int] | None = None, how: Fit = "crop") -> Tensor:
     """A picture file -> (1,3,H,W) in [-1,1] of `size` (height, width), or as large as it is."""
     if not Path(path).is_file():

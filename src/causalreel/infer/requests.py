@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from causalreel.data.pictures import suffixes
+from causalreel.files import read_lines
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,42 +34,54 @@ def read_prompts(path: str | Path) -> list[Wanted]:
     Empty lines are skipped; image (relative to the file) and seed may be left out.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file: {error.reason} at byte {error.start}") from None
-    found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    found = [(number, line) for number, line in enumerate(read_lines(path), start=1) if line]
     if not found:
         raise ValueError(f"{path} holds no prompt")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return [Wanted(line) for _, line in found]
     return [_from_json(line, f"{path}, line {number}", path.parent) for number, line in found]
 
 
 def read_pairs(folder: str | Path) -> list[Wanted]:
-    """A folder of pictures, each with its prompt in a .txt file of the same name beside it, in order of names."""
+    """A folder of pictures, each with its prompt in a .txt file of the same name beside it, in order of names.
+
+    Hidden files are no part of it; other files that are not used are named in the log.
+    """
     folder = Path(folder)
-    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    pictures = [file for file in files if file.suffix.lower() in suffixes()]
+    used = {*pictures, *(picture.with_suffix(".txt") for picture in pictures)}
+    skipped = [file.name for file in files if file not in used]
     if not pictures:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+        others = f"; it has {_some(skipped)}" if skipped else ""
+        raise ValueError(f"{folder} holds no pictures such as .png or .jpg{others}")
     lonely = [picture.name for picture in pictures if not picture.with_suffix(".txt").is_file()]
     if lonely:
-        raise ValueError(f"{folder}: no prompt for {', '.join(lonely[:3])}: each picture needs a .txt of the same name")
-    twice = [a.stem for a, b in pairwise(pictures) if a.stem == b.stem]
+        raise ValueError(f"{folder}: no prompt for {_some(lonely)}: each picture needs a .txt of the same name")
+    twice = [stem for stem, count in Counter(picture.stem for picture in pictures).items() if count > 1]
     if twice:
         raise ValueError(f"{folder}: two pictures are called {twice[0]}")
-    prompts = [" ".join(picture.with_suffix(".txt").read_text(encoding="utf-8").split()) for picture in pictures]
+    if skipped:
+        log.warning(
+            "%s: skipped %s, which are no pictures that can be read and no prompts of any", folder, _some(skipped)
+        )
+    prompts = [" ".join(" ".join(read_lines(picture.with_suffix(".txt"))).split()) for picture in pictures]
     empty = [picture.stem for picture, prompt in zip(pictures, prompts, strict=True) if not prompt]
     if empty:
         raise ValueError(f"{folder}: {empty[0]}.txt is empty")
     return [Wanted(prompt, picture, name=picture.stem) for picture, prompt in zip(pictures, prompts, strict=True)]
 
 
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _from_json(line: str, where: str, folder: Path) -> Wanted:
     allowed = {"prompt": str, "image": str, "seed": int}
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: no JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError(f'{where}: expected {{"prompt": "..."}}, got {line[:60]}')

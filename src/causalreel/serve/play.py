@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from causalreel.files import read_lines
 from causalreel.infer.live import MODES
 from causalreel.serve.session import Emitted, Session
 
@@ -31,8 +32,7 @@ def read_script(path: Path) -> list[Timed]:
     ..., "mode": "fade"}. ValueError names the line that is neither.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        line = line.strip()
+    for number, line in enumerate(read_lines(path), start=1):
         if not line or line.startswith("#"):
             continue
         try:

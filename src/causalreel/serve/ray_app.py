@@ -61,7 +61,7 @@ def build(arguments: dict[str, Any]) -> Any:
 
 def asgi(wanted: Replica) -> Any:
     """The server of one replica, which finds its paths whatever route it is mounted at."""
-    token = None if wanted.token_file is None else wanted.token_file.read_text(encoding="utf-8").strip()
+    token = None if wanted.token_file is None else wanted.token_file.read_text(encoding="utf-8-sig").strip()
     pipeline = load(wanted.model, steps=wanted.steps, chunk=wanted.chunk, device="cuda" if wanted.gpus else "cpu")
     if pipeline.device.type == "cuda":
         from causalreel.infer.accelerate import accelerate
