@@ -62,7 +62,7 @@ def roll(request: Request, observe: Callable[..., None] | None = None, device: s
         plan = fuse(plan) if request.fused else plan
         for _ in rollout(net, plan, conditioning=told, noise=noise, cache=cache, observe=observe):
             pass
-    return cache, told.prepared
+    return cache, [told.prepared.pairs[layer] for layer in range(request.model.layers)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -134,7 +134,7 @@ def test_activations_are_within_a_tenth_of_the_allocators_record(change: dict[st
     rope_table.cache_clear()
     expected += found.tables
     real = allocated(lambda: roll(request)) - net_bytes
-    assert found.activations > 0.1 * expected  # there is something to compare
+    assert found.activations > 0.05 * expected  # there is something to compare
     assert abs(real - expected) < 0.1 * expected, (real, expected)
 
 

@@ -459,7 +459,7 @@ def test_conditioning_prepared_by_another_denoiser_is_refused() -> None:
 @pytest.mark.parametrize("sampling", [FRAME, FULL, dataclasses.replace(FULL, chunk=2, solver="unipc")])
 def test_a_clip_projects_its_text_once(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
     made = pipeline(sampling)
-    counted, project = [], made.denoiser.model.text_keys
-    monkeypatch.setattr(made.denoiser.model, "text_keys", lambda text: (counted.append(len(text)), project(text))[1])
+    counted, project = [], made.denoiser.model.embed_text
+    monkeypatch.setattr(made.denoiser.model, "embed_text", lambda text: (counted.append(len(text)), project(text))[1])
     made.generate(PROMPTS)
     assert counted == [2 if sampling.guidance == 1 else 4]

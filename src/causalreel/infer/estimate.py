@@ -19,7 +19,7 @@ from torch import Tensor
 from causalreel.codecs.wan_vae import CausalVAE, ChannelNorm, VAEConfig, vae_config
 from causalreel.infer.outline import BACKEND, Held, outlined
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.dit import DiT
+from causalreel.nn.dit import DiT, TextKeys
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import Context, frames_of
 from causalreel.nn.presets import ModelConfig
@@ -255,7 +255,8 @@ def _rollout_peaks(request: Request) -> tuple[int, int]:
     with torch.device("meta"):
         net = DiTDenoiser(model, context=Context(window=request.window), backend=BACKEND).to(dtype)
         keys = torch.empty(request.rows, model.text_length, model.heads, model.dim // model.heads, dtype=dtype)
-        told = Conditioning(torch.empty(request.rows, 1, model.text_dim), [(keys, keys)] * model.layers)
+        text = torch.empty(request.rows, 1, model.text_dim)
+        told = Conditioning(text, TextKeys(text, [(keys, keys)] * model.layers))
     net.requires_grad_(False).model.exchange = PretendExchange(request.gpus) if request.gpus > 1 else None
     done = max(0, request.chunks - 3)  # finished chunks; the last of them is yet to be committed
     plan = chunked([chunk] * request.chunks, (1.0, 0.5))

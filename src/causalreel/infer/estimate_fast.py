@@ -32,6 +32,7 @@ from causalreel.infer.estimate import (
 )
 from causalreel.infer.outline import outlined
 from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.dit import TextKeys
 from causalreel.nn.masks import Context
 from causalreel.nn.static_cache import StaticCache
 from causalreel.parallel.fast import FastDiT
@@ -76,7 +77,8 @@ def _network(request: Request) -> tuple[int, int, int]:
         keys = torch.empty(
             request.rows, model.text_length, model.heads, model.dim // model.heads, dtype=net.model.dtype
         )
-        told = Conditioning(torch.empty(request.rows, 1, model.text_dim), [(keys, keys)] * model.layers)
+        text = torch.empty(request.rows, 1, model.text_dim)
+        told = Conditioning(text, TextKeys(text, [(keys, keys)] * model.layers))
     net.model.exchange = PretendExchange(request.gpus) if request.gpus > 1 else None
     net.run = network = _Recorded(FastDiT(net.model, graphs=False, precision=_precision(request)))
     size = request.latent.height, request.latent.width

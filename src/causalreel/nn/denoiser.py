@@ -44,11 +44,9 @@ class DiTDenoiser(nn.Module):
         """An empty context for one rollout."""
         return KVCache(self.config.layers, self.context)
 
-    @torch.no_grad()
     def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """The same conditioning with its text keys and values computed, for many calls without gradient."""
-        with self._precision(conditioning.text.device):
-            return Conditioning(conditioning.text, self.model.text_keys(conditioning.text))
+        """The same conditioning for many calls without gradient: its text keys are kept from the first one on."""
+        return Conditioning(conditioning.text, TextKeys(conditioning.text))
 
     def forward(
         self,
@@ -143,9 +141,9 @@ class DiTDenoiser(nn.Module):
         if conditioning.prepared is None or torch.is_grad_enabled():
             return conditioning.text
         keys: TextKeys = conditioning.prepared
-        if len(keys[0][0]) != len(conditioning):
+        if len(keys.text) != len(conditioning):
             raise ValueError(
-                f"the conditioning of {len(conditioning)} rows was prepared for {len(keys[0][0])}: "
+                f"the conditioning of {len(conditioning)} rows was prepared for {len(keys.text)}: "
                 f"guided calls need Guided.prepare, plain ones DiTDenoiser.prepare"
             )
         return keys

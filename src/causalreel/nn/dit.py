@@ -2,13 +2,16 @@
 
 One network for bidirectional, diffusion-forcing, teacher-forcing and cached use: they differ in the frame mask, the
 positions and the cache that are passed in. The noise level is per frame. It knows no batch of prompts, no schedule.
+A block is a module with a forward, and the network calls nothing else of it: what shards, recomputes or compiles a
+block goes around it, and what adapts a product goes around its linear layer (`nn.linear`).
 Wan (arXiv 2503.20314), section 4; per-frame modulation as in CausVid (arXiv 2412.07772).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -24,8 +27,36 @@ from causalreel.nn.rope import rope_table, rotate
 TIME_SCALE = 1000.0
 """The network's time input is 1000 sigma; this factor exists nowhere else in the network."""
 
-TextKeys = list[tuple[Tensor, Tensor]]
-"""Per block: text keys and values (B,K,N,D)."""
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values (B,K,N,D)."""
+
+
+class TextKeys:
+    """A text (B,K,text_dim) as the blocks read it: its embedding, and the keys and values that each block makes of it.
+
+    Without gradient both are kept from the first call on, so that a prompt is projected once and not once a call. A
+    call with gradient needs one of its own.
+    """
+
+    def __init__(self, text: Tensor, pairs: Sequence[KeyValue] = ()) -> None:
+        """pairs: of every block, where they are known already."""
+        self.text, self.pairs = text, dict(enumerate(pairs))
+        self._embedded: Tensor | None = None
+
+    def embed(self, embedding: Callable[[Tensor], Tensor], layers: int) -> None:
+        """Embed the text for a network of so many blocks, unless all of them have their keys."""
+        if self._embedded is None and len(self.pairs) < layers:
+            self._embedded = embedding(self.text)
+
+    def of(self, layer: int, project: Callable[[Tensor], KeyValue]) -> KeyValue:
+        """Keys and values of a block, which `project` makes of the embedding (B,K,E)."""
+        if torch.is_grad_enabled():  # nothing is kept: a block that is recomputed makes them again
+            assert self._embedded is not None
+            return project(self._embedded)
+        if layer not in self.pairs:
+            assert self._embedded is not None
+            self.pairs[layer] = project(self._embedded)
+        return self.pairs[layer]
 
 
 class TokenExchange(Protocol):
@@ -52,6 +83,32 @@ class TokenExchange(Protocol):
     def join(self, y: Tensor) -> Tensor:
         """Tokens of this process (B,F,S/n,C) -> of all (B,F,S,C), on every process."""
         ...
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """How the tokens of one call attend to each other and to finished frames; the same in all blocks."""
+
+    cos: Tensor
+    """(L,1,D/2), with `sin` the rotation of this process's tokens."""
+    sin: Tensor
+    mask: FrameMask | None
+    """Over [visible cache, own frames]."""
+    cache: FrameCache | None
+    frames: int
+    """Of the call, `tokens` each."""
+    tokens: int
+    exchange: TokenExchange | None
+    backend: str
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A block's q, k, v (B,L,N,D) of the call's tokens -> what its queries read (B,L,N,D)."""
+        if self.exchange is not None:
+            q, k, v = self.exchange.to_heads(q, k, v, self.frames)
+        if self.cache is not None:
+            k, v = self.cache.extend(layer, k, v)
+        attended = attend(q, k, v, self.mask, self.tokens, backend=self.backend)
+        return attended if self.exchange is None else self.exchange.to_tokens(attended, self.frames)
 
 
 def sinusoid(sigma: Tensor, width: int) -> Tensor:
@@ -97,10 +154,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward, the first and last modulated per frame."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim = config.dim
-        self.eps = config.eps
+        self.layer, self.eps = layer, config.eps
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
         self.self_attn = Attention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
@@ -108,6 +165,11 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
+
+    def forward(self, x: Tensor, time: Tensor, text: TextKeys, attention: SelfAttention) -> Tensor:
+        """x (B,F,S,E), time (B,F,6,E) -> x (B,F,S,E)."""
+        attended = attention(self.layer, *self.before_attention(x, time, attention.cos, attention.sin))
+        return self.after_attention(x, attended, time, *text.of(self.layer, self.cross_attn.key_value))
 
     def before_attention(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B,F,S,E), time (B,F,6,E) -> rotated q and k, and v, all (B,F*S,N,D)."""
@@ -160,7 +222,7 @@ class DiT(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config) for _ in range(config.layers)))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config, layer) for layer in range(config.layers)))
         self.head = Head(config)
         self.initialise()
 
@@ -184,8 +246,8 @@ class DiT(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def text_keys(self, text: Tensor) -> TextKeys:
-        """text (B,K,text_dim), K at most text_length -> keys and values per block.
+    def embed_text(self, text: Tensor) -> Tensor:
+        """text (B,K,text_dim), K at most text_length -> (B,text_length,E).
 
         The text is padded with zero rows to text_length, and these are attended like any other: there is no mask.
         """
@@ -195,8 +257,7 @@ class DiT(nn.Module):
                 f"text must have at most {self.config.text_length} tokens of width {self.config.text_dim}, "
                 f"got {tuple(text.shape[1:])}"
             )
-        read = self.text_embedding(F.pad(text, (0, 0, 0, room)).to(self.dtype))  # (B,K,E)
-        return [block.cross_attn.key_value(read) for block in self.blocks]
+        return self.text_embedding(F.pad(text, (0, 0, 0, room)).to(self.dtype))
 
     def forward(
         self,
@@ -212,7 +273,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """x (B,F,C,H,W), sigma (B,F) or (B,1) -> velocity (B,F,C,H,W), of the last `outputs` frames only if given.
 
-        text: (B,K,text_dim), or its keys and values. positions: absolute position of each frame. mask: over [visible
+        text: (B,K,text_dim), or kept between calls. positions: absolute position of each frame. mask: over [visible
         cache, own frames]. The input must have height and width that the patch divides.
         """
         patch = self.config.patch
@@ -221,22 +282,16 @@ class DiT(nn.Module):
                 f"latents must have {self.config.channels} channels and sides divisible by {patch}, "
                 f"got {tuple(x.shape[2:])}"
             )
-        text = self.text_keys(text) if isinstance(text, Tensor) else text
+        text = text if isinstance(text, TextKeys) else TextKeys(text)
+        text.embed(self.embed_text, len(self.blocks))
         height, width = x.shape[3] // patch, x.shape[4] // patch
         tokens, frames = height * width, x.shape[1]
         time, time6 = self.time_levels(sigma)
-        cos, sin = self.rotation(positions, height, width, x.device)
+        rotation = self.rotation(positions, height, width, x.device)
+        attention = SelfAttention(*rotation, mask, cache, frames, tokens, self.exchange, backend)
         y = self.tokens(x)
-        for layer, block in enumerate(self.blocks):
-            q, k, v = block.before_attention(y, time6, cos, sin)
-            if self.exchange is not None:
-                q, k, v = self.exchange.to_heads(q, k, v, frames)
-            if cache is not None:
-                k, v = cache.extend(layer, k, v)
-            attended = attend(q, k, v, mask, tokens, backend=backend)
-            if self.exchange is not None:
-                attended = self.exchange.to_tokens(attended, frames)
-            y = block.after_attention(y, attended, time6, *text[layer])
+        for block in self.blocks:
+            y = block(y, time6, text, attention)
         if outputs is not None:
             y, time = y[:, -outputs:], time[:, -outputs:] if time.shape[1] > 1 else time
         return self.latents(y, time, height, width)

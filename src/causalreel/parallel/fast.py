@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from causalreel.nn import kernels
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.dit import Block, DiT, TextKeys
+from causalreel.nn.dit import Block, DiT, KeyValue, TextKeys
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.kv_cache import FrameCache, KVCache
+from causalreel.nn.linear import effective
 from causalreel.nn.masks import Context, FrameMask
 from causalreel.nn.split_attention import attend_plain, attend_split, copies_for
 from causalreel.nn.static_cache import CacheMemory, StaticCache
@@ -57,26 +58,32 @@ class Bf16Linear:
 
 
 class FastBlock:
-    """The products of one block; its weights are shared with the block, not copied."""
+    """The products of one block; weights are shared with the block, not copied, but for layers with an adapter."""
 
     def __init__(self, block: Block, linear: type) -> None:
         attn, cross = block.self_attn, block.cross_attn
         self.qkv = linear(*_as_one([attn.q, attn.k, attn.v]))
-        self.o, self.cross_q, self.cross_o = (linear(m.weight, m.bias) for m in (attn.o, cross.q, cross.o))
-        up, down = block.ffn[0], block.ffn[2]
-        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-        self.up, self.down = linear(up.weight, up.bias), linear(down.weight, down.bias)
+        rest = (attn.o, cross.q, cross.o, block.ffn[0], block.ffn[2])
+        self.o, self.cross_q, self.cross_o, self.up, self.down = (linear(*effective(layer)) for layer in rest)
         self.q_norm, self.k_norm, self.cross_norm = attn.norm_q.weight, attn.norm_k.weight, cross.norm_q.weight
         self.norm3 = block.norm3.weight.float(), block.norm3.bias.float()
 
 
-def _as_one(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+def _as_one(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
     """Weights (3E,E) and bias (3E) of neighbouring products; the layers become views of them."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    bias = torch.cat([layer.bias.detach() for layer in layers])
+    weight, bias = (torch.cat([part.detach() for part in parts]) for parts in zip(*map(effective, layers), strict=True))
     for layer, w, b in zip(layers, weight.chunk(len(layers)), bias.chunk(len(layers)), strict=True):
-        layer.weight.data, layer.bias.data = w, b
+        if isinstance(layer, nn.Linear):
+            layer.weight.data, layer.bias.data = w, b
     return weight, bias
+
+
+def _give_back(layer: nn.Module) -> None:
+    """Take the storage of a layer's matrices, those of an adapter included."""
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 2:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,7 @@ class FastDiT:
         for block in self.model.blocks:
             attn, cross = block.self_attn, block.cross_attn
             for layer in (attn.q, attn.k, attn.v, attn.o, cross.q, cross.o, block.ffn[0], block.ffn[2]):
-                assert isinstance(layer, nn.Linear)
-                layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
+                _give_back(layer)
         self._is_released = True
 
     def new_cache(
@@ -171,7 +177,7 @@ class FastDiT:
                 raise ValueError("a network that keeps only its fp8 products cannot do this call: load it in bf16")
             how: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache, "outputs": outputs}
             return self.model(x, sigma, text, backend=backend, **how)
-        keys = self.model.text_keys(text) if isinstance(text, Tensor) else text
+        keys = self.text_keys(text if isinstance(text, TextKeys) else TextKeys(text))
         levels = self.levels(tuple(sigmas[0]))
         size = x.shape[3] // self.model.config.patch, x.shape[4] // self.model.config.patch
         cos, sin = self.model.rotation(positions, *size, x.device)  # (L,1,D/2)
@@ -180,6 +186,11 @@ class FastDiT:
             if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache):
                 return self.graphs(x, levels, rotation, keys, mask, cache)
             return self.evaluate(x, levels, rotation, keys, mask, cache)
+
+    def text_keys(self, text: TextKeys) -> list[KeyValue]:
+        """Keys and values of every block; the same tensors as long as the text keeps them."""
+        text.embed(self.model.embed_text, len(self.blocks))
+        return [text.of(block.layer, block.cross_attn.key_value) for block in self.model.blocks]
 
     def levels(self, sigmas: tuple[float, ...]) -> Levels:
         """Modulation of a call's noise levels, one a frame; kept, because rollouts use few."""
@@ -201,7 +212,7 @@ class FastDiT:
         x: Tensor,
         levels: Levels,
         rotation: tuple[Tensor, Tensor],
-        text: TextKeys,
+        text: list[KeyValue],
         mask: FrameMask | None,
         cache: FrameCache | None,
     ) -> Tensor:
@@ -339,7 +350,7 @@ class Recordings:
     def __init__(self, fast: FastDiT) -> None:
         self.fast = fast
         self.graphs: dict[tuple[Any, ...], _Recording] = {}
-        self.text: dict[torch.Size, tuple[TextKeys, list[Tensor]]] = {}
+        self.text: dict[torch.Size, tuple[list[KeyValue], list[Tensor]]] = {}
         """Per shape of text keys: those in use, and the tensors that graphs read."""
         self.pool: Any = None
         self.side: torch.cuda.Stream | None = None
@@ -360,7 +371,7 @@ class Recordings:
         x: Tensor,
         levels: Levels,
         rotation: tuple[Tensor, Tensor],
-        text: TextKeys,
+        text: list[KeyValue],
         mask: FrameMask | None,
         cache: StaticCache,
     ) -> Tensor:
@@ -384,13 +395,13 @@ class Recordings:
         self.last = here.record_event()
         return velocity
 
-    def _place_text(self, text: TextKeys) -> TextKeys:
+    def _place_text(self, text: list[KeyValue]) -> list[KeyValue]:
         """The text keys, copied into the tensors that graphs read if they are not there yet."""
         shape = text[0][0].shape
         if shape not in self.text:
             self.text[shape] = text, [torch.stack(pair) for pair in text]
         known, held = self.text[shape]
-        if known is not text:
+        if known[0][0] is not text[0][0]:
             for mine, pair in zip(held, text, strict=True):
                 mine[0].copy_(pair[0])
                 mine[1].copy_(pair[1])

@@ -28,6 +28,7 @@ from causalreel.data.sources import ClipSource, LatentSource
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.linear import effective_state
 from causalreel.nn.presets import ModelConfig, preset
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.graphs import graph_calls
@@ -208,7 +209,7 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> tuple[Stage, DataS
     def export(folder: Path) -> None:
         student = roles["student"]
         model = DiTDenoiser(student.config, context=student.context)
-        model.load_state_dict(stage.roles[exported].state_dict())
+        model.load_state_dict(effective_state(stage.roles[exported]))
         card = Export(
             name=f"{recipe.stage}-{Path(recipe.trainer.out).name}",
             model=student.config,

@@ -28,6 +28,7 @@ from causalreel.files import write_text
 from causalreel.flow import warp_steps
 from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.linear import effective_state
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.types import LatentSpec
@@ -268,7 +269,7 @@ def without_initialisation() -> Iterator[None]:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    return {name: value.to(dtype) for name, value in module.state_dict().items()}
+    return {name: value.to(dtype) for name, value in effective_state(module).items()}
 
 
 def _identity(export: Export) -> str:
