@@ -195,7 +195,7 @@ def test_the_config_beside_the_weights_is_heard(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"config.json: {next(iter(change))} is"):
             files.load_umt5(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
         files.load_umt5(folder)
 
 

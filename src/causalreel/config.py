@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,48 +18,116 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+from causalreel.foreign import read_text, shown
+
 T = TypeVar("T")
 
 FREE: Mapping[str, bool] = types.MappingProxyType({"free": True})
 """Metadata of a field that may change between a run and its resumption: `field(default=..., metadata=FREE)`."""
 
 
+NODES, DEPTH, FILES = 20_000, 40, 64
+"""Limits of what is read: values of a file, levels of nesting, files with all those that they extend."""
+
+
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def load(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file (with the files it extends) and `key.key=value` overrides into `cls`."""
+def load(path: str | Path, cls: type[T], overrides: Sequence[str] = (), *, alone: bool = False) -> T:
+    """Read a YAML file (with the files it extends) and `key.key=value` overrides into `cls`.
+
+    alone: the file is a stranger's and may not extend others.
+    """
     try:
-        return build(cls, read(path, overrides))
+        return build(cls, read(path, overrides, alone=alone))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        text = str(error)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 def loads(text: str, cls: type[T], overrides: Sequence[str] = ()) -> T:
     """Read YAML text, which cannot extend a file, and overrides into `cls`."""
-    return build(cls, override(_mapping(yaml.safe_load(text), "the text"), overrides))
+    return build(cls, override(_mapping(parse(text, "the text"), "the text"), overrides))
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read(path: str | Path, overrides: Sequence[str] = (), *, alone: bool = False) -> dict[str, Any]:
     """The merged mapping of a YAML file, the files it extends and the overrides; not yet checked against a class."""
-    return override(_read(Path(path), ()), overrides)
+    return override(_read(Path(path), (), [0], alone), overrides)
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...], count: list[int], alone: bool) -> dict[str, Any]:
+    """above: the files whose `extends` led here; count: of files read so far."""
     if path.resolve() in above:
         raise ValueError(f"extends: {path} extends itself, by way of {' -> '.join(p.name for p in above)}")
     if not path.is_file():
         wanted_by = f", which {above[-1]} extends" if above else ""
         raise ValueError(f"config: no file {path}{wanted_by}")
-    try:
-        content = _mapping(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    count[0] += 1
+    if count[0] > FILES:
+        raise ValueError(f"extends: {path} and what it extends are more than {FILES} files")
+    content = _mapping(parse(read_text(path, what="config"), str(path)), str(path))
     parents = content.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ValueError(f"{path}: extends: got {_describe(parents)}, expected the name of a file, or a list of them")
+    if parents and alone:
+        raise ValueError(f"{path}: extends: this file stands for itself and cannot extend '{shown(parents[0])}'")
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        merged = merge(merged, _read(path.parent / parent, (*above, path.resolve())))
+    for parent in parents:
+        if Path(parent).suffix not in (".yaml", ".yml"):
+            raise ValueError(f"{path}: extends: got '{shown(parent)}', expected the name of a .yaml file")
+        merged = merge(merged, _read(path.parent / parent, (*above, path.resolve()), count, alone))
     return merge(merged, content)
+
+
+def parse(text: str, place: str) -> Any:
+    """YAML text -> plain values, within `NODES` and `DEPTH`; ValueError in one line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError(f"{place} is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{place} is not YAML: {shown(' '.join(str(error).split()), 300)}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # of a tag's own reading
+        raise ValueError(f"{place} is not YAML: {shown(str(error), 200)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, a bounded number of them: what an alias repeats counts each time."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._nodes, self._level = 0, 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        before, mark = self._nodes, self.peek_event().start_mark
+        self._level += 1
+        if self.check_event(yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            self._nodes += self._sizes.get(id(node), NODES + 1)  # a node within itself has no size yet
+        else:
+            self._nodes += 1
+            node = super().compose_node(parent, index) if self._level <= DEPTH else None
+            self._sizes[id(node)] = self._nodes - before
+        self._level -= 1
+        if node is None or self._nodes > NODES:
+            raise yaml.MarkedYAMLError(None, None, f"more than {NODES} values or {DEPTH} levels", mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Each key once, and no merge keys: the library gives a mapping that was merged twice the wrong values."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                told = "merge keys (<<) are not read here; `extends` lays one file upon another"
+                raise yaml.MarkedYAMLError(None, None, told, key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 def _mapping(content: Any, place: str) -> dict[str, Any]:
@@ -85,11 +154,11 @@ def override(content: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, 
         key, equals, value = text.partition("=")
         names = key.strip().split(".")
         if not equals or not all(names):
-            raise ValueError(f"override: got {text!r}, expected key=value or key.key=value")
+            raise ValueError(f"override: got '{shown(text)}', expected key=value or key.key=value")
         try:
-            parsed: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"override {key}: {value!r} is not a YAML value") from None
+            parsed: Any = parse(value, "it")
+        except ValueError:
+            raise ValueError(f"override {key}: '{shown(value)}' is not a YAML value") from None
         for name in reversed(names):
             parsed = {name: parsed}
         merged = merge(merged, parsed)
@@ -129,9 +198,9 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 def _unknown(key: str, allowed: Iterable[str], place: str) -> str:
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key[:60], allowed, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"unknown key {key!r} in {place or 'the top level'}{hint} allowed: {', '.join(allowed) or 'none'}"
+    return f"unknown key '{shown(key)}' in {place or 'the top level'}{hint} allowed: {', '.join(allowed) or 'none'}"
 
 
 def _convert(value: Any, kind: Any, place: str) -> Any:
@@ -186,9 +255,13 @@ def _convert_scalar(value: Any, kind: Any, place: str) -> Any:
         return Path(value)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 2e-6, which has no point, as text
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             raise _mismatch(place, "float", value) from None
+    if kind is float and isinstance(value, float) and math.isnan(value):
+        raise _mismatch(place, "a number", value)
+    if type(value) is int and abs(value) >= 2**1000:  # neither a float nor printed
+        raise ValueError(f"{place}: got a whole number of {value.bit_length()} bits")
     if kind is float and type(value) is int:
         return float(value)
     if kind is type(None) or kind is None:
@@ -244,11 +317,15 @@ def _mismatch(place: str, expected: str, value: Any) -> ValueError:
 
 
 def _describe(value: Any) -> str:
-    return "null" if value is None else f"{value!r} ({type(value).__name__})"
+    return (
+        "null"
+        if value is None
+        else f"{shown(value if not isinstance(value, str) else repr(value), 80)} ({type(value).__name__})"
+    )
 
 
 def _join(place: str, key: Any) -> str:
-    return f"{place}.{key}" if place else str(key)
+    return f"{place}.{shown(key, 60)}" if place else shown(key, 60)
 
 
 def _at(place: str) -> str:

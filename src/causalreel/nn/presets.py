@@ -31,6 +31,9 @@ class ModelConfig:
     """Epsilon of every norm."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"dim / heads must be an even whole number, got dim={self.dim}, heads={self.heads}")
 

@@ -26,6 +26,10 @@ VERSION = 1
 """Of how prompts become numbers; to be raised with every change of that."""
 
 
+HEAD_BYTES = 4096
+"""Of an entry beside its rows, at most."""
+
+
 @dataclass(frozen=True)
 class PromptKey:
     """What one entry stands for, besides the encoder."""
@@ -65,10 +69,15 @@ class PromptCache:
         path = self.path(key)
         if not path.is_file():
             return None
+        most = key.length * key.width * key.dtype.itemsize + HEAD_BYTES
         try:
-            found = load(path.read_bytes())  # read in one piece: another process may replace the file meanwhile
+            with path.open("rb") as file:  # read in one piece: another process may replace the file meanwhile
+                data = file.read(most + 1)
+            if len(data) > most:
+                raise ValueError(f"more than {most:,} bytes")
+            found = load(data)
             rows, tokens, checksum = found["rows"], int(found["tokens"]), found["checksum"]
-        except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, OverflowError) as error:
             log.warning("prompt cache: %s is damaged and will be written again (%s)", path, error)
             return None
         fits = rows.dtype == key.dtype and rows.ndim == 2 and rows.shape[1] == key.width

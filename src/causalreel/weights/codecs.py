@@ -117,6 +117,10 @@ def vae_config_of(tensors: Mapping[str, Tensor], *, source: str) -> VAEConfig:
         widths, temporal, blocks = _levels(tensors)
     except KeyError as error:
         raise ValueError(f"{source} is not a Wan VAE: it has no {error}") from None
+    except (IndexError, ValueError):
+        raise ValueError(f"{source} is not a Wan VAE: its tensors have other shapes or names") from None
+    if dim < 1 or z < 1:
+        raise ValueError(f"{source} is not a Wan VAE: its tensors are empty")
     if any(width % dim for width in widths) or len(widths) != len(temporal) + 1:
         raise ValueError(f"{source} is not a Wan VAE of a known build: widths {widths}, halvings {len(temporal)}")
     is_wan = z == len(WAN21_MEAN)
@@ -135,6 +139,8 @@ def _levels(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[bool], int]:
     """Width of each resolution, whether its halving halves time, and residual blocks per resolution."""
     layers = "encoder.downsamples"
     count = 1 + max((int(name.split(".")[2]) for name in tensors if name.startswith(layers)), default=-1)
+    if count > len(tensors):
+        raise ValueError(f"layers are numbered up to {count - 1}")
     halvings = [i for i in range(count) if f"{layers}.{i}.resample.1.weight" in tensors]
     ends = [*(i - 1 for i in halvings), count - 1]
     widths = [tensors[f"{layers}.{i}.residual.6.weight"].shape[0] for i in ends]
@@ -160,6 +166,8 @@ def taehv_config_of(tensors: Mapping[str, Tensor], *, source: str) -> TAEHVConfi
             pooling=tuple(_ratio(tensors[f"encoder.{i}.conv.weight"]) for i in encoder),
             blocks=decoder[0] - 4,  # before the first growth: squash, convolution, ReLU, the blocks, doubling
         )
+    except (IndexError, ZeroDivisionError, ValueError):
+        raise ValueError(f"{source} is not TAEHV in the taew2_1 layout: its tensors have other shapes") from None
     except KeyError as error:
         raise ValueError(
             f"{source} is not TAEHV in the taew2_1 layout: it has no {error}; "

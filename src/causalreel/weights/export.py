@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +26,16 @@ from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
 from causalreel.files import write_text
 from causalreel.flow import warp_steps
 from causalreel.folders import claim
+from causalreel.foreign import read_json, shown
+from causalreel.headers import read_header
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.types import LatentSpec
-from causalreel.weights.files import read_metadata, read_tensors, write_tensors
+from causalreel.weights.files import read_tensors, write_tensors
 from causalreel.weights.layouts import load_strictly
+from causalreel.weights.sizes import check_codec, check_model, check_numbers
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 """Where the embedded models are: a folder per family, in it `codec.safetensors` and a folder per variant."""
@@ -150,7 +152,12 @@ def read_export(folder: str | Path) -> Export:
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is not an export: it has no {CONFIG}")
-    return config.load(folder / CONFIG, Export)
+    export = config.load(folder / CONFIG, Export, alone=True)
+    try:
+        check_numbers(export)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+    return export
 
 
 def load_export(
@@ -162,13 +169,15 @@ def load_export(
     that were saved for another model.
     """
     export, path = read_export(folder), Path(folder) / MODEL
-    tensors = read_tensors(path)
-    claimed = read_metadata(path)
+    header = read_header(path)
+    claimed = header.metadata
     if claimed.get("config_hash", _identity(export)) != _identity(export):
         raise ValueError(
-            f"{path} holds the weights of {claimed.get('name', 'another model')!r}, "
-            f"not of {export.name!r} as {CONFIG} beside it says"
+            f"{path} holds the weights of '{shown(claimed.get('name', 'another model'))}', "
+            f"not of '{shown(export.name)}' as {CONFIG} beside it says"
         )
+    check_model(export.model, header, path)
+    tensors = read_tensors(path)
     with without_initialisation():
         denoiser = DiTDenoiser(export.model, context=export.context, backend=backend, compute=compute)
     load_strictly(denoiser.model, tensors, source=str(path))
@@ -191,15 +200,23 @@ def re_export(
     denoiser, export = load_export(source)
     provenance = dict(export.provenance)
     if scores is not None:
-        rows = json.loads(Path(scores).read_text(encoding="utf-8"))
-        if label not in rows["models"]:
-            raise ValueError(f"label must be one of {', '.join(rows['models'])}; got {label!r}")
-        row = rows["models"][label]
-        means = {key: round(value["mean"], 4) for key, value in row.items() if isinstance(value, dict)}
-        provenance["metrics"] = {"clips": rows["facts"]["clips"], "seed": rows["facts"]["seed"], **means}
+        provenance["metrics"] = _metrics(scores, label)
     beside = load_codec(codec_file(source, export.codec)) if codec is None else None
     named = dataclasses.replace(export, name=name or export.name, codec=codec or export.codec, provenance=provenance)
     return save_export(folder, denoiser, named, codec=beside)
+
+
+def _metrics(scores: Path, label: str | None) -> dict[str, Any]:
+    """What an evaluation's scores.json says of one of its models."""
+    rows = read_json(scores, what="scores.json of an evaluation")
+    try:
+        models, facts = rows["models"], rows["facts"]
+        if label not in models:
+            raise ValueError(f"label must be one of {', '.join(models)}; got {label!r}")
+        means = {key: round(value["mean"], 4) for key, value in models[label].items() if isinstance(value, dict)}
+        return {"clips": facts["clips"], "seed": facts["seed"], **means}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{scores} is no scores.json of an evaluation") from None
 
 
 def save_codec(
@@ -219,6 +236,7 @@ def save_codec(
 def load_codec(path: str | Path) -> CausalVAE:
     """A saved codec (its folder or its .safetensors file) in float32 on the CPU, in evaluation mode."""
     path, sizes = _codec_path(path), read_codec(path).codec
+    check_codec(sizes, read_header(path), path)
     with without_initialisation():
         codec = CausalVAE(sizes)
     load_strictly(codec, read_tensors(path), source=str(path))
@@ -230,7 +248,12 @@ def read_codec(path: str | Path) -> CodecExport:
     path = _codec_path(path)
     if not path.with_suffix(".yaml").is_file():
         raise ValueError(f"no codec at {path}: {path.with_suffix('.yaml').name} is missing")
-    return config.load(path.with_suffix(".yaml"), CodecExport)
+    export = config.load(path.with_suffix(".yaml"), CodecExport, alone=True)
+    try:
+        check_numbers(export)
+    except ValueError as error:
+        raise ValueError(f"{path.with_suffix('.yaml')}: {error}") from None
+    return export
 
 
 def codec_file(folder: str | Path, name: str) -> Path:

@@ -84,6 +84,9 @@ def describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return f"the file looks like: {size_in_words(config)}"
 
 
+LAYERS = 1000
+"""Blocks of a network at most; a block has about 25 tensors."""
+
 CHANNELS = {36: "Wan image-to-video", 32: "a Wan control or inpainting model", 48: "Wan2.2 TI2V-5B"}
 """Input channels -> the model that has them, where it is not text-to-video's 16."""
 
@@ -97,7 +100,7 @@ def size_in_words(config: ModelConfig) -> str:
 
 def preset_of(config: ModelConfig) -> str | None:
     """The preset whose parameters have these shapes."""
-    return next((name for name, row in PRESETS.items() if _visible(row) == _visible(config)), None)
+    return next((name for name, row in PRESETS.items() if visible(row) == visible(config)), None)
 
 
 def config_of(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | None = None) -> ModelConfig | None:
@@ -107,9 +110,11 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | 
     else from the preset of this size, else they are Wan2.1's (heads of width 128 where that goes, 512 tokens).
     """
     keys = ("patch_embedding.weight", "text_embedding.0.weight", "time_embedding.0.weight", "blocks.0.ffn.0.weight")
-    if any(len(shapes.get(key, ())) < 2 for key in keys):
+    if any(len(shapes.get(key, ())) < 2 or 0 in shapes[key] for key in keys):
         return None
     patch, text, time, ffn = (shapes[key] for key in keys)
+    if len(shapes) > 40 * LAYERS:
+        return None
     blocks = [name for name in shapes if re.fullmatch(r"blocks\.\d+\.ffn\.0\.weight", name)]
     seen = ModelConfig(
         dim=patch[0],
@@ -126,14 +131,14 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | 
     known = PRESETS[preset] if preset else seen
     facts = facts or {}
     return ModelConfig(
-        **_visible(seen),
+        **visible(seen),
         heads=int(facts.get("num_heads") or facts.get("num_attention_heads") or known.heads),
         text_length=int(facts.get("text_len") or known.text_length),
         eps=float(facts.get("eps") or known.eps),
     )
 
 
-def _visible(config: ModelConfig) -> dict[str, int]:
+def visible(config: ModelConfig) -> dict[str, int]:
     """The sizes that show in the shapes of parameters."""
     fields = ("dim", "ffn_dim", "layers", "text_dim", "freq_dim", "channels", "patch")
     return {field: getattr(config, field) for field in fields}

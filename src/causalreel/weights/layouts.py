@@ -14,7 +14,6 @@ silence; here every name and shape must fit.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -25,9 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from causalreel.foreign import TEXT_BYTES, file_in, number_of, read_json, shown, text_of
+from causalreel.headers import NAME, read_header
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.diffusers import from_diffusers, to_diffusers
-from causalreel.weights.files import PICKLE_SUFFIXES, check_header, read_tensors
+from causalreel.weights.files import PICKLE_SUFFIXES, read_tensors
 from causalreel.weights.identify import config_of, describe, guess_layout, size_in_words
 
 log = logging.getLogger(__name__)
@@ -122,13 +123,13 @@ def choose(
     found: Mapping[str, Any], which: str | None = None, *, source: str = "the file"
 ) -> tuple[dict[str, Tensor], str | None]:
     """As `select`, and the top-level key that was taken, if any; `source` is for messages."""
-    nested = [key for key, value in found.items() if isinstance(value, Mapping)]
+    nested = [str(key) for key, value in found.items() if isinstance(value, Mapping)]
     flat = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    bare = [name for name in flat if "." in name]  # a step counter beside the networks is no network
+    bare = [name for name in flat if "." in str(name)]  # a step counter beside the networks is no network
     if which is not None and which not in nested:
         raise ValueError(
             f"{source}: the file has no weights called {which!r}; it has "
-            f"{', '.join(nested) or 'only bare tensors'}{_told_by(nested)}"
+            f"{shown(', '.join(nested), 300) or 'only bare tensors'}{_told_by(nested)}"
         )
     if which is None:
         which = next((key for key in TOP_LEVEL if key in nested), None)
@@ -146,10 +147,14 @@ def bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Drop wrapper segments anywhere in a name, then one prefix of PREFIXES; no parameter is called like either."""
     cleaned: dict[str, Tensor] = {}
     for name, value in tensors.items():
+        if not isinstance(name, str) or len(name) > NAME:
+            raise ValueError(
+                f"a tensor is named {shown(name)} ({type(name).__name__}), names are texts, at most {NAME} long"
+            )
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         bare = next((bare.removeprefix(prefix) for prefix in PREFIXES if bare.startswith(prefix)), bare)
         if bare in cleaned:
-            raise ValueError(f"two names of the file map to one parameter: they come to the same name {bare!r}")
+            raise ValueError(f"two names of the file map to one parameter: they come to the same name '{shown(bare)}'")
         cleaned[bare] = value
     return cleaned
 
@@ -187,7 +192,7 @@ def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str)
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3])
+    return ", ".join(shown(name) for name in names[:3])
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -203,7 +208,7 @@ def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
     ):  # finite values may have a sum that is not
         if not math.isfinite(total) and not (good := value.isfinite()).all():
             count = good.numel() - int(good.sum())
-            raise ValueError(f"{source}: not finite: {name} has {count} values that are NaN or infinite")
+            raise ValueError(f"{source}: not finite: {shown(name)} has {count} values that are NaN or infinite")
 
 
 def load_file_into(model: nn.Module, path: str | Path, *, which: str | None = None) -> None:
@@ -257,26 +262,24 @@ def _settle(path: Path) -> Path:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """All tensors of a sharded set; ValueError if a shard is missing, cut off, or not what the index says."""
-    try:
-        told = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(told.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of shards: it has no weight_map ({error})") from None
-    absent = [name for name in shards if not (index.parent / name).is_file()]
+    told = text_of(read_json(index, what="index of shards"), "weight_map", f"{index} is no index of shards")
+    shards = sorted(set(told.values()))
+    places = {name: file_in(index.parent, name, str(index)) for name in shards}
+    absent = [name for name, place in places.items() if not place.is_file()]
     if absent:
         raise ValueError(
             f"{index.parent} lacks {len(absent)} of the {len(shards)} shards that {index.name} names "
-            f"(missing: {', '.join(absent)}); download again"
+            f"(missing: {shown(', '.join(absent), 300)}); download again"
         )
     tensors: dict[str, Tensor] = {}
-    for name in shards:
-        has = set(check_header(index.parent / name))
+    for name, place in places.items():
+        has = set(read_header(place).entries)
         wanted = {key for key, shard in told.items() if shard == name}
         if has != wanted:
             odd = sorted(has ^ wanted)[0]
             where = "in the shard but not in the index" if odd in has else "in the index but not in the shard"
-            raise ValueError(f"{index.parent / name} is not the shard that {index.name} describes: {odd} is {where}")
-        tensors |= read_tensors(index.parent / name)
+            raise ValueError(f"{place} is not the shard that {index.name} describes: {shown(odd)} is {where}")
+        tensors |= read_tensors(place)
     return tensors
 
 
@@ -285,11 +288,12 @@ def _facts(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    return facts if isinstance(facts, dict) and "Wan" in str(facts.get("_class_name")) else {}
+    facts = read_json(path, most=TEXT_BYTES, what="config.json")
+    if "Wan" not in shown(facts.get("_class_name")):
+        return {}
+    numbers = {"num_heads": int, "num_attention_heads": int, "text_len": int, "eps": float}
+    told = {key: number_of(facts, key, str(path), kind) for key, kind in numbers.items()}
+    return facts | {key: value for key, value in told.items() if value is not None}
 
 
 def _layout(tensors: Mapping[str, Tensor], bare: Mapping[str, Tensor], key: str | None, path: Path) -> str:
@@ -309,21 +313,22 @@ def _refuse_quantised(tensors: Mapping[str, Tensor], path: Path) -> None:
     if scales or low or whole:
         first = (low or scales or whole)[0]
         what = "fp8 (quantised) weights" if scales or low else "integers where weights should be (quantised?)"
+        dtype = str(tensors[first].dtype).removeprefix("torch.")
         raise ValueError(
-            f"{path} holds {what} (first: {first}, {str(tensors[first].dtype).removeprefix('torch.')}), which are not "
-            f"read; use the float32, bfloat16 or float16 file of the same model"
+            f"{path} holds {what} (first: {shown(first)}, {dtype}), which are not read; "
+            f"use the float32, bfloat16 or float16 file of the same model"
         )
 
 
 def _no_generator(nested: list[str]) -> str:
     if "critic" in nested:
         return (
-            f"no generator in the file: it has {', '.join(nested)}; a critic scores videos and makes none "
+            f"no generator in the file: it has {shown(', '.join(nested), 300)}; a critic scores videos and makes none "
             f"(--which critic would load it all the same)"
         )
     return (
-        f"no known network in the file: it has {', '.join(nested)}, none of {', '.join(TOP_LEVEL)}; "
-        f"--which {nested[0]} would load that"
+        f"no known network in the file: it has {shown(', '.join(nested), 300)}, none of {', '.join(TOP_LEVEL)}; "
+        f"--which {shown(nested[0])} would load that"
     )
 
 
@@ -335,4 +340,4 @@ def _told_by(nested: list[str]) -> str:
     if "generator_ema" in nested and "generator" not in nested:
         looks = "the frame-wise, 1- and 2-step, causal CD and long-video models are saved so"
         return f"; {looks}: choose its model's name, or --which generator_ema"
-    return f"; --which {nested[0]} would load that" if nested else "; leave --which out"
+    return f"; --which {shown(nested[0])} would load that" if nested else "; leave --which out"

@@ -7,7 +7,6 @@ in bfloat16 the weights on the CPU are the file itself, and the operating system
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from causalreel.foreign import TEXT_BYTES, file_in, number_of, read_json, shown, text_of
 from causalreel.text.cache import PromptCache
 from causalreel.text.umt5 import (
     LENGTH,
@@ -66,7 +66,7 @@ def transformers_name(name: str) -> str:
         return f"encoder.block.{found[1]}.{BLOCK[found[2]]}"
     if name in OUTSIDE:
         return OUTSIDE[name]
-    raise ValueError(f"{name!r} is no name of Wan2.1's text encoder")
+    raise ValueError(f"'{shown(name)}' is no name of Wan2.1's text encoder")
 
 
 def official_name(name: str) -> str:
@@ -76,7 +76,7 @@ def official_name(name: str) -> str:
         return f"blocks.{found[1]}.{_TO_OFFICIAL_BLOCK[found[2]]}"
     if name in _TO_OFFICIAL_OUTSIDE:
         return _TO_OFFICIAL_OUTSIDE[name]
-    raise ValueError(f"{name!r} is no name of a UMT5 encoder in transformers")
+    raise ValueError(f"'{shown(name)}' is no name of a UMT5 encoder in transformers")
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,13 +98,14 @@ def read_umt5(path: str | Path) -> dict[str, Tensor]:
     Folders: Wan2.1's (with the official file), diffusers' (with `text_encoder`), or transformers' (one or several
     .safetensors files, the latter with their index).
     """
-    files, tensors = weight_files(path), {}
+    files, tensors = weight_files(path), dict[str, Tensor]()
     for file in files:
-        for name, value in bare_names(read_tensors(file, mmap=True)).items():
+        found = {name: value for name, value in read_tensors(file).items() if isinstance(value, Tensor)}
+        for name, value in bare_names(found).items():
             if name in tensors:
-                raise ValueError(f"{path}: {name} is in two of its files")
+                raise ValueError(f"{path}: {shown(name)} is in two of its files")
             tensors[name] = value
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor) and name != "spiece_model"}
+    tensors.pop("spiece_model", None)
     try:
         official = tensors if "token_embedding.weight" in tensors else to_official(tensors)
         sizes = sizes_of(official)
@@ -128,14 +129,13 @@ def weight_files(path: str | Path) -> list[Path]:
     if (path / "text_encoder").is_dir():
         return weight_files(path / "text_encoder")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        try:
-            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index} is damaged: {error}") from error
-        missing = [name for name in listed if not (path / name).is_file()]
+        told = text_of(read_json(index, what="index of shards"), "weight_map", f"{index} is no index of shards")
+        listed = {name: file_in(path, name, str(index)) for name in sorted(set(told.values()))}
+        missing = [name for name, place in listed.items() if not place.is_file()]
         if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}, which {index.name} lists: the download is incomplete")
-        return [path / name for name in listed]
+            names = shown(", ".join(missing), 300)
+            raise ValueError(f"{path} lacks {names}, which {index.name} lists: the download is incomplete")
+        return list(listed.values())
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         raise ValueError(
@@ -147,13 +147,20 @@ def weight_files(path: str | Path) -> list[Path]:
 
 def sizes_of(official: Mapping[str, Tensor], *, max_distance: int = UMT5Sizes.max_distance) -> UMT5Sizes:
     """Sizes from the shapes of Wan2.1-named tensors; max_distance is in no shape."""
-    vocab, dim = official["token_embedding.weight"].shape
-    buckets, heads = official["blocks.0.pos_embedding.embedding.weight"].shape
+
+    def sides(name: str) -> tuple[int, int]:
+        shape = official[name].shape
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{name} has the shape {tuple(shape)}")
+        return shape[0], shape[1]
+
+    vocab, dim = sides("token_embedding.weight")
+    buckets, heads = sides("blocks.0.pos_embedding.embedding.weight")
     return UMT5Sizes(
         vocab=vocab,
         dim=dim,
-        attention_dim=official["blocks.0.attn.q.weight"].shape[0],
-        ffn_dim=official["blocks.0.ffn.fc1.weight"].shape[0],
+        attention_dim=sides("blocks.0.attn.q.weight")[0],
+        ffn_dim=sides("blocks.0.ffn.fc1.weight")[0],
         heads=heads,
         layers=len({name.split(".")[1] for name in official if name.startswith("blocks.")}),
         buckets=buckets,
@@ -202,15 +209,12 @@ def stated_max_distance(path: str | Path) -> int:
     config = file.with_name("config.json")
     if Path(path).is_file() or file.name == OFFICIAL_FILE or not config.is_file():
         return UMT5Sizes.max_distance
-    try:
-        stated = dict(json.loads(config.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{config} is damaged: {error}") from error
+    stated = read_json(config, most=TEXT_BYTES, what="config.json")
     fixed = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6}
     for name, value in fixed.items():
         if stated.get(name, value) != value:
-            raise ValueError(f"{config}: {name} is {stated[name]!r}, a UMT5 encoder has {value!r}")
-    return int(stated.get("relative_attention_max_distance", UMT5Sizes.max_distance))
+            raise ValueError(f"{config}: {name} is {shown(stated[name])}, a UMT5 encoder has {value!r}")
+    return number_of(stated, "relative_attention_max_distance", str(config)) or UMT5Sizes.max_distance
 
 
 def load_text_encoder(
@@ -288,7 +292,7 @@ def _check(official: Mapping[str, Tensor], sizes: UMT5Sizes, *, source: str) -> 
         raise ValueError(
             f"{source} is not a whole UMT5 encoder: "
             f"{len(missing)} names missing (first: {missing[0] if missing else '-'}), "
-            f"{len(unexpected)} unexpected (first: {unexpected[0] if unexpected else '-'})"
+            f"{len(unexpected)} unexpected (first: {shown(unexpected[0]) if unexpected else '-'})"
         )
     for name, shape in wanted.items():
         if tuple(official[name].shape) != shape:
