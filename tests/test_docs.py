@@ -9,6 +9,9 @@ import pkgutil
 import re
 import runpy
 import shlex
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,12 +79,62 @@ def test_examples_are_short_and_run(
     assert capsys.readouterr().out
 
 
+def lines(page: Path) -> list[list[str]]:
+    """Every command in the shell blocks of a page, in words."""
+    text = page.read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```bash(?: run)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    parts = [part for line in blocks.replace("\\\n", " ").splitlines() for part in line.split("&&")]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
+
+
 def commands(page: Path) -> list[list[str]]:
     """Arguments of every `causalreel ...` line in the shell blocks of a page."""
-    blocks = "\n".join(fenced(page, "bash")).replace("\\\n", " ")
-    lines = [part for line in blocks.splitlines() for part in line.split("&&")]
-    split = [shlex.split(line, comments=True) for line in lines]
-    return [words[1:] for words in split if words and Path(words[0]).name == "causalreel"]
+    return [words[1:] for words in lines(page) if Path(words[0]).name == "causalreel"]
+
+
+SHELL = [(page, block) for page in PAGES for block in fenced(page, "bash run")]
+
+
+@pytest.mark.parametrize(("page", "block"), SHELL, ids=[page.name for page, _ in SHELL])
+def test_shell_blocks_run(page: Path, block: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As they stand, one line after the other, in a folder that is empty at first."""
+    for line in block.splitlines():
+        if line.startswith("causalreel "):
+            assert cli.main(shlex.split(line, comments=True)[1:]) == 0, (line, capsys.readouterr().err)
+        else:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            subprocess.run(["bash", "-c", line], env={**os.environ, "PATH": path}, check=True)
+
+
+MAKES = {"-o", "--output", "--sheet", "--out", "--record", "--data", ">"}
+"""What stands before a file or folder that a command makes."""
+
+
+def read_and_made(words: list[str]) -> tuple[set[str], set[str]]:
+    """Files and folders that a command reads, and that it makes."""
+    made = {after for word, after in pairwise(words) if word in MAKES}
+    made |= set(re.findall(r"save\('([^']+)'\)", " ".join(words)))
+    read = {word.partition("=")[2] for word in words if re.match(r"(init\.\w+|codec|data)=", word)}
+    read |= {after for word, after in pairwise(words) if word in ("--codec", "--token-file", "--wan-dir")}
+    if words[1:2] == ["train"]:
+        recipe = resolve(words[2], [word for word in words[3:] if not word.startswith("--")])
+        made |= {str(recipe.trainer.out), f"{recipe.trainer.out}/export"}
+    if words[1:2] == ["convert"]:
+        made.add(words[3])
+    named = {word.rpartition("=")[2] for word in words if "(" not in word and word.endswith(FILES)}
+    return (read | named) - made, made
+
+
+@each_page
+def test_files_that_commands_read_are_there(page: Path) -> None:
+    """In the repository, made by an earlier line of the page, or explained: the page names them or their folder."""
+    here = set(re.findall(r"`([\w./-]+)`", prose(page)))
+    for words in lines(page):
+        read, made = read_and_made(words)
+        for name in read:
+            known = {name, *map(str, Path(name).parents)} - {".", "runs"}
+            assert (ROOT / name).exists() or known & here, (name, words)
+        here |= made
 
 
 @each_page
