@@ -31,22 +31,23 @@ from causalreel.serve.wire import unpack
 PROMPTS = ("a large red circle moves right", "a blue square moves left", "a small green triangle moves up")
 KINDS = ("steady", "slow", "dropping")
 HEALTH = """
-import http.client, json, sys, time
-host, port, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-begin, took, failed = time.monotonic(), [], 0
-while (start := time.monotonic()) < begin + seconds:
+import http.client, json, select, sys, time
+host, port = sys.argv[1], int(sys.argv[2])
+begin, took, failed, ended = time.monotonic(), [], 0, []
+while not ended:
+    start = time.monotonic()
     try:
-        door = http.client.HTTPConnection(host, port, timeout=30)
+        door = http.client.HTTPConnection(host, port, timeout=300)
         door.request("GET", "/healthz")
         failed += door.getresponse().status != 200
         door.close()
     except OSError:
         failed += 1
     took.append((time.monotonic() - start, start - begin))
-    time.sleep(max(0.0, start + 0.1 - time.monotonic()))
+    ended = select.select([sys.stdin], [], [], max(0.0, start + 0.1 - time.monotonic()))[0]
 print(json.dumps([took, failed]))
 """
-"""A process of its own, or the time its many viewers take here would count as the server's."""
+"""A process of its own, or the time its many viewers take here would count as the server's; ends with its input."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Load:
     base: str
     clients: int = 32
     seconds: float = 60.0
+    chunks: int | None = None
+    """In place of seconds: until every viewer has seen so many, and the dropping ones have come back twice."""
     seed: int = 0
     token: str | None = None
 
@@ -75,6 +78,10 @@ class Viewer:
     """Returns that came too late for the server's window."""
     gaps_s: list[float] = field(default_factory=list)
     """Between one chunk and the next, where no drop lay between them."""
+
+    def has_seen(self, chunks: int | None) -> bool:
+        came_back = self.kind != "dropping" or self.resumed > 1
+        return chunks is not None and self.chunks >= chunks and came_back
 
 
 @dataclass(frozen=True)
@@ -107,17 +114,21 @@ async def run(load: Load) -> Report:
     if where.hostname not in ("127.0.0.1", "localhost", "::1"):
         raise ValueError(f"base must be a server on loopback, got {load.base!r}")
     headers = {} if load.token is None else {"authorization": f"Bearer {load.token}"}
-    asking = [sys.executable, "-c", HEALTH, where.hostname, str(where.port or 80), str(load.seconds)]
-    process = await asyncio.create_subprocess_exec(*asking, stdout=asyncio.subprocess.PIPE)
-    async with httpx.AsyncClient(base_url=load.base, headers=headers, timeout=60) as http:
-        end = time.monotonic() + load.seconds
-        memory: list[float] = []
-        watch = asyncio.create_task(_watch(http, memory, end))
+    asking = [sys.executable, "-c", HEALTH, where.hostname, str(where.port or 80)]
+    pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
+    process = await asyncio.create_subprocess_exec(*asking, **pipes)
+    begin = time.monotonic()
+    async with httpx.AsyncClient(base_url=load.base, headers=headers, timeout=300) as http:
+        end = float("inf") if load.chunks else begin + load.seconds
+        memory, is_over = [], asyncio.Event()
+        watch = asyncio.create_task(_watch(http, memory, is_over))
         viewers = [Viewer(KINDS[number % 3]) for number in range(load.clients)]
         works = [_view(http, load, headers, viewer, number, end) for number, viewer in enumerate(viewers)]
         await asyncio.gather(*works)
+        took_s = time.monotonic() - begin
+        is_over.set()
         await watch
-    answers, failed = json.loads((await process.communicate())[0])
+    answers, failed = json.loads((await process.communicate(b""))[0])
     health = sorted(took for took, _ in answers)
     slowest, when = max(answers)
     gaps = sorted(gap for viewer in viewers if viewer.kind == "steady" for gap in viewer.gaps_s) or [0.0]
@@ -126,7 +137,7 @@ async def run(load: Load) -> Report:
     rates = {}
     for kind in KINDS:
         of_kind = [viewer.frames for viewer in viewers if viewer.kind == kind]
-        rates[kind] = sum(of_kind) / max(1, len(of_kind)) / load.seconds
+        rates[kind] = sum(of_kind) / max(1, len(of_kind)) / took_s
     return Report(
         **total,
         failed_health=failed,
@@ -150,7 +161,7 @@ async def _view(
     session, after, frame = answer.json()["id"], -1, 0
     base = load.base.replace("http", "ws", 1)
     try:
-        while time.monotonic() < end:
+        while time.monotonic() < end and not viewer.has_seen(load.chunks):
             stay = min(end, time.monotonic() + chance.uniform(0.5, 3)) if viewer.kind == "dropping" else end
             address = f"{base}/v1/sessions/{session}/stream?after={after}"
             # a slow viewer holds few messages, so that the server feels that he does not read
@@ -158,11 +169,11 @@ async def _view(
             how = {"additional_headers": headers, "max_size": None, "compression": None, "close_timeout": 1}
             socket = await connect(address, max_queue=queue, **how)
             viewer.resumed += after >= 0
-            after, frame, is_lost = await _watch_stream(socket, viewer, chance, after, frame, stay)
+            after, frame, is_lost = await _watch_stream(socket, viewer, chance, after, frame, stay, load.chunks)
             if is_lost:
                 viewer.lost += 1
                 return
-            if time.monotonic() < end:
+            if time.monotonic() < end and not viewer.has_seen(load.chunks):
                 viewer.drops += 1
                 if chance.random() < 0.5:
                     socket.transport.abort()  # as when a cable is pulled
@@ -177,13 +188,13 @@ async def _view(
 
 
 async def _watch_stream(
-    socket: Any, viewer: Viewer, chance: random.Random, after: int, frame: int, stay: float
+    socket: Any, viewer: Viewer, chance: random.Random, after: int, frame: int, stay: float, chunks: int | None
 ) -> tuple[int, int, bool]:
-    """Read until `stay` -> last sequence number, next frame, whether the server had lost the place."""
+    """Read until `stay` or enough is seen -> last sequence number, next frame, whether the server lost the place."""
     last = None
-    while (left := stay - time.monotonic()) > 0:
+    while (left := stay - time.monotonic()) > 0 and not viewer.has_seen(chunks):
         try:
-            got = await asyncio.wait_for(socket.recv(), left)
+            got = await asyncio.wait_for(socket.recv(), None if left == float("inf") else left)
         except (asyncio.TimeoutError, WebSocketException):
             break
         if isinstance(got, str):
@@ -203,13 +214,16 @@ async def _watch_stream(
     return after, frame, False
 
 
-async def _watch(http: httpx.AsyncClient, memory: list[float], end: float) -> None:
+async def _watch(http: httpx.AsyncClient, memory: list[float], is_over: asyncio.Event) -> None:
     """Ask every two seconds how much memory the server holds."""
-    while time.monotonic() < end:
+    while True:
         text = (await http.get("/metrics")).text
         lines = [line for line in text.splitlines() if line.startswith("process_resident_memory_bytes ")]
         memory += [float(line.split()[1]) for line in lines]
-        await asyncio.sleep(2)
+        if is_over.is_set():
+            return
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(is_over.wait(), 2)
 
 
 def main() -> int:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from patience import PATIENCE_S
+
 _FRAME = """
 import resource, sys
 MIB = 1 << 20
@@ -35,7 +37,7 @@ class Cost:
     peak_mib: int
 
 
-def work_within(mib: int, work: str, *arguments: str, setup: str = "", timeout_s: float = 120) -> Cost:
+def work_within(mib: int, work: str, *arguments: str, setup: str = "", timeout_s: float = PATIENCE_S) -> Cost:
     """Run `work` in a process of its own that may take `mib` MiB of address space more than it has after `setup`.
 
     Both are Python source; `arguments` are in `arguments`. Fails with the process's traceback if it needs more.

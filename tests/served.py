@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from causalreel.serve.listen import Server, listen
 from causalreel.serve.safety import Settings
 from causalreel.serve.scheduler import Limits, Scheduler
 from causalreel.serve.wire import unpack
+from patience import PATIENCE_S, wait_until
 
 RED, BLUE = "a large red circle moves right", "a blue square moves left"
 PLENTY: dict[str, Any] = {"requests_per_s": 1e6, "burst": 10**6}
@@ -54,14 +54,13 @@ def listening(pipeline: Pipeline, limits: Limits, **how: Any) -> Iterator[str]:
         server = Server(create_app(scheduler, allowed))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
         thread.start()
-        while not server.started:
-            time.sleep(0.01)
+        wait_until(lambda: server.started, "the server")
         host, port = door.getsockname()
         try:
             yield f"{host}:{port}"
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(PATIENCE_S)
             scheduler.close()
     assert not thread.is_alive()
 
@@ -102,14 +101,12 @@ def coded(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def wait_for(client: TestClient, video: str, *statuses: str, tries: int = 600) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for _ in range(tries):
-        row = client.get(f"/v1/videos/{video}").json()
-        if row["status"] in statuses:
-            return row
-        time.sleep(0.05)
-    raise AssertionError(f"still {row}")
+def wait_for(client: TestClient, video: str, *statuses: str) -> dict[str, Any]:
+    def row() -> dict[str, Any]:
+        return client.get(f"/v1/videos/{video}").json()
+
+    wait_until(lambda: row()["status"] in statuses, lambda: f"{statuses}, still {row()}", every_s=0.05)
+    return row()
 
 
 def folder_files(folder: Path) -> set[str]:

@@ -20,6 +20,7 @@ from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.masks import Context, frame_mask, frames_of
 from causalreel.nn.rope import rope_table, rotate
 from causalreel.nn.split_attention import Rectangle, groups_of
+from patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,7 +93,7 @@ def test_quantised_rows_keep_three_bits_and_their_largest_entry() -> None:
 def test_triton_kernels_are_the_formulas() -> None:
     """In a process of its own: the interpreter must be chosen before Triton is imported."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=2 * PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -86,14 +87,25 @@ def test_groups_hand_over_what_they_print_and_say_what_is_missing(capsys: pytest
     assert capsys.readouterr().out == "chatter\n"
 
 
-def test_a_group_that_hangs_is_killed_with_its_children_and_the_rest_is_not_started() -> None:
-    late = 'import time; time.sleep(4); print(\'RECORD {"setting": "taehv-by3", "status": "ok"}\', flush=True)'
+def test_a_group_that_hangs_is_killed_with_its_children_and_the_rest_is_not_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its time is over when it has printed its first record, whatever the clock says."""
+    now, timers = [0.0], []
+    monkeypatch.setattr(driver, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(driver.threading, "Timer", lambda *timer: timers.append(timer) or Mock())
+    late = 'import time; time.sleep(60); print(\'RECORD {"setting": "taehv-by3", "status": "ok"}\', flush=True)'
 
     def command(members: list[str]) -> list[str]:
         start = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {late!r}]); time.sleep(600)"
         return child('RECORD {"setting": "chunkwise-4step", "status": "ok"}', then=start)
 
-    records = list(driver.run_groups(["chunkwise-4step", "taehv-by3"], command, 1.0))
+    left = driver.run_groups(["chunkwise-4step", "taehv-by3"], command, 1.0)
+    records, now[0] = [next(left)], 2.0
+    ((limit_s, kill, arguments),) = timers
+    kill(*arguments)
+    records += left
+    assert limit_s == 1.0
     assert [(r["setting"], r["status"]) for r in records] == [("chunkwise-4step", "ok"), ("taehv-by3", "failed")]
     assert records[1]["error"].startswith("not started")
 

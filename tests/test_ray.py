@@ -15,6 +15,7 @@ pytest.importorskip("websockets", reason="needs the extra causalreel[serve]")
 import httpx
 
 from causalreel.serve.ray_app import Replica, build
+from patience import PATIENCE_S
 from test_replicas import KNOWN, RED, TOKEN, chunks, free_ports
 
 
@@ -45,7 +46,7 @@ def test_each_replica_serves_its_sessions_at_its_route(url: str) -> None:
         at = f"{url}/{name}"
         assert httpx.get(f"{at}/healthz").json() == {"ok": True}
         assert httpx.get(f"{at}/v1/sessions").status_code == 401
-        opened = httpx.post(f"{at}/v1/sessions", json={"prompt": RED, "fps": 60}, headers=KNOWN, timeout=60)
+        opened = httpx.post(f"{at}/v1/sessions", json={"prompt": RED, "fps": 60}, headers=KNOWN, timeout=PATIENCE_S)
         assert opened.status_code == 201, opened.text
         sessions[name] = opened.json()["id"]
         assert sessions[name].startswith(f"{name}-")

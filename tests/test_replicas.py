@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from websockets.sync.client import connect
 
 from causalreel.serve.safety import Settings
 from causalreel.serve.wire import unpack
+from patience import PATIENCE_S, wait_until
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "nginx.conf"
@@ -84,22 +84,21 @@ def start_proxy(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(600):
-        try:
-            if httpx.get(f"{url}/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+    def is_ready() -> bool:
         if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    pytest.fail(f"{url} is not ready: {log.read_text()[-2000:] if log.exists() else 'no log'}")
+            pytest.fail(f"{url} has ended: {log.read_text()[-2000:] if log.exists() else 'no log'}")
+        try:
+            return httpx.get(f"{url}/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_until(is_ready, url, every_s=0.1)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(20)
+        process.wait(PATIENCE_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -128,38 +127,31 @@ def chunks(url: str, session: str, count: int, after: int = -1) -> Iterator[dict
     address = f"{url.replace('http', 'ws')}/v1/sessions/{session}/stream?after={after}"
     with connect(address, additional_headers=KNOWN, max_size=None) as stream:
         while count:
-            message = stream.recv(timeout=60)
+            message = stream.recv(timeout=PATIENCE_S)
             if isinstance(message, bytes):
                 yield unpack(message)[0]
                 count -= 1
 
 
-def until(reached: Any, what: str) -> Any:
-    for _ in range(600):
-        if found := reached():
-            return found
-        time.sleep(0.1)
-    return pytest.fail(f"no {what}")
-
-
 @needs_nginx
 def test_videos_are_found_through_the_proxy(site: Site) -> None:
-    with httpx.Client(base_url=site.url, headers=KNOWN, timeout=60) as http:
+    with httpx.Client(base_url=site.url, headers=KNOWN, timeout=PATIENCE_S) as http:
         asked = [http.post("/v1/videos", json={"prompt": RED, "seed": seed}) for seed in (1, 2)]
         assert [answer.status_code for answer in asked] == [202, 202], [answer.text for answer in asked]
         videos = [answer.json()["id"] for answer in asked]
         assert {re.fullmatch(r"video_([ab])-[0-9a-f]+", video).group(1) for video in videos} == {"a", "b"}
         for video in videos:
-            until(lambda video=video: http.get(f"/v1/videos/{video}").json()["status"] == "completed", "video")
+            status = lambda video=video: http.get(f"/v1/videos/{video}").json()["status"]  # noqa: E731
+            wait_until(lambda status=status: status() == "completed", video, every_s=0.1)  # requests are limited
             content = http.get(f"/v1/videos/{video}/content")
-            assert content.headers["content-type"] == "video/mp4"
+            assert content.headers["content-type"] == "video/mp4", content.text
             assert content.content[4:8] == b"ftyp"
 
 
 @needs_nginx
 def test_sessions_stay_with_their_replica_and_outlive_the_other_one(site: Site) -> None:
     """The last one to use the site, since it kills a replica."""
-    with httpx.Client(base_url=site.url, headers=KNOWN, timeout=60) as http:
+    with httpx.Client(base_url=site.url, headers=KNOWN, timeout=PATIENCE_S) as http:
         assert httpx.get(f"{site.url}/v1/sessions").status_code == 401
         opened = [site.open(http) for _ in range(4)]
         assert [answer.status_code for answer in opened] == [201] * 4, [answer.text for answer in opened]

@@ -25,6 +25,7 @@ from causalreel.train.contents import Content
 from causalreel.train.optim import OptimiserConfig
 from causalreel.train.stage import Average
 from causalreel.train.trainer import TrainerConfig, train
+from patience import PATIENCE_S
 from test_trainer import OPTIMISERS, Rows, Toy, metrics, toy_config, weights
 
 CLOCK = {"seconds", "steps_per_second"}
@@ -124,7 +125,7 @@ def test_killed_at_random_and_started_again(tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGKILL
         process.stdout.close()
     process = command(tmp_path / "killed")
-    first = process.communicate(timeout=60)[0].split()[0]
+    first = process.communicate(timeout=PATIENCE_S)[0].split()[0]
     assert process.returncode == 0 and int(first) > 0
     train(Toy(), Rows(), toy_config(tmp_path / "whole", 40, save_every=3))
     assert_same_run(tmp_path / "killed", tmp_path / "whole")

@@ -25,6 +25,7 @@ from causalreel.data.shards import load_prepared
 from causalreel.train.checkpoint import latest
 from causalreel.train.run import SETTINGS, Recipe, describe, resolve
 from causalreel.weights.export import read_export, save_codec, save_export
+from patience import PATIENCE_S, wait_until
 from test_folders import holder
 from test_weights import small_denoiser, small_export
 
@@ -154,17 +155,19 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 0, errors
     return errors
 
 
 def kill_at(step: int, delay_s: float, *command: str, out: Path) -> bool:
     """Run and SIGKILL once `step` is in the metrics and `delay_s` is over; whether it was still training then."""
-    process, limit, log = start(*command), time.monotonic() + 60, out / "metrics.jsonl"
-    while process.poll() is None and not (log.is_file() and f'"step": {step},' in log.read_text()):
-        assert time.monotonic() < limit, "the run does not get on"
-        time.sleep(0.001)
+    process, log = start(*command), out / "metrics.jsonl"
+    wait_until(
+        lambda: process.poll() is not None or (log.is_file() and f'"step": {step},' in log.read_text()),
+        "the run to get on",
+        every_s=0.001,
+    )
     time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)
     process.communicate()

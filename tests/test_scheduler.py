@@ -16,12 +16,10 @@ from causalreel.serve import memory
 from causalreel.serve.memory import held_bytes
 from causalreel.serve.scheduler import Busy, Ended, Handle, Limits, Lost, Scheduler
 from causalreel.serve.session import Emitted, Options, Session, Timings
+from patience import PATIENCE_S, wait_until
 from test_infer import PROMPTS, pipeline
 from test_live import TWO_STEP
 from test_session import Clock
-
-PATIENCE = 20.0
-"""Seconds after which a test gives up; a busy machine is no failure."""
 
 
 @pytest.fixture
@@ -44,18 +42,11 @@ def take(handle: Handle, count: int, after: int = -1) -> list[Emitted]:
     """`count` chunks behind `after`, in order."""
     taken = []
     for _ in range(count):
-        chunk = handle.pull(after, PATIENCE)
+        chunk = handle.pull(after, PATIENCE_S)
         assert isinstance(chunk, Emitted), chunk
         after = chunk.sequence
         taken.append(chunk)
     return taken
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 def still(scheduler: Scheduler) -> bool:
@@ -75,8 +66,8 @@ def test_chunks_come_in_order_and_a_replay_has_the_same_bits(started: Callable) 
     assert [len(chunk.commands) for chunk in taken].count(1) == 1
     assert scheduler.get(handle.id) is handle and handle in scheduler.handles() and scheduler.get("x") is None
     handle.close()
-    assert handle.pull(handle.newest, PATIENCE) == Ended("closed by client")
-    until(lambda: handle.session.closed)
+    assert handle.pull(handle.newest, PATIENCE_S) == Ended("closed by client")
+    wait_until(lambda: handle.session.closed)
     again = list(Session.replay(pipeline(TWO_STEP), handle.session.record()))
     assert all(torch.equal(a.frames, b.frames) for a, b in zip(taken, again, strict=False))
 
@@ -84,11 +75,11 @@ def test_chunks_come_in_order_and_a_replay_has_the_same_bits(started: Callable) 
 def test_a_reader_that_waits_is_not_run_for(started: Callable) -> None:
     scheduler = started(Limits(buffer_chunks=3))
     handle = scheduler.open(Options(PROMPTS[0]), pace="max")
-    until(lambda: handle.newest == 2)
+    wait_until(lambda: handle.newest == 2)
     time.sleep(0.3)
     assert handle.newest == 2 and still(scheduler) and len(handle._kept) == 3
-    handle.pull(0, PATIENCE)  # chunk 0 has arrived
-    until(lambda: handle.newest == 3)
+    handle.pull(0, PATIENCE_S)  # chunk 0 has arrived
+    wait_until(lambda: handle.newest == 3)
     time.sleep(0.3)
     assert handle.newest == 3
 
@@ -112,10 +103,10 @@ def test_nothing_in_time_is_none(started: Callable) -> None:
     scheduler = started()
     handle = scheduler.open(Options(PROMPTS[0]), pace="max")
     handle.command("pause")
-    until(lambda: handle.session.paused)
+    wait_until(lambda: handle.session.paused)
     assert handle.pull(handle.newest, 0.01) is None
     handle.command("step")
-    assert isinstance(handle.pull(handle.newest, PATIENCE), Emitted)
+    assert isinstance(handle.pull(handle.newest, PATIENCE_S), Emitted)
 
 
 def test_listeners_hear_of_chunks_and_the_end(started: Callable) -> None:
@@ -123,13 +114,13 @@ def test_listeners_hear_of_chunks_and_the_end(started: Callable) -> None:
     heard = threading.Semaphore(0)
     stop = handle.listen(heard.release)
     take(handle, 2)
-    assert heard.acquire(timeout=PATIENCE)
+    assert heard.acquire(timeout=PATIENCE_S)
     handle.command("pause")
-    until(lambda: handle.session.paused)
+    wait_until(lambda: handle.session.paused)
     while heard.acquire(blocking=False):
         pass
     handle.close()
-    assert heard.acquire(timeout=PATIENCE)
+    assert heard.acquire(timeout=PATIENCE_S)
     stop()
     stop()
 
@@ -243,7 +234,7 @@ def test_admission_by_measured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(pipeline(TWO_STEP), Limits(sessions=100, memory_share=0.5), warm=PROMPTS[0])
     scheduler.start()
     try:
-        until(lambda: scheduler.is_ready)
+        wait_until(lambda: scheduler.is_ready)
         assert scheduler.session_bytes > 10_000
         scheduler._budget = 6 * scheduler.session_bytes
         for _ in range(3):
@@ -329,7 +320,7 @@ def test_a_failure_ends_one_session_with_a_message(
     monkeypatch.setattr(bad.session, "next_chunk", fail)
     after, ended = 0, None
     while not isinstance(ended, Ended):
-        ended = bad.pull(after, PATIENCE)
+        ended = bad.pull(after, PATIENCE_S)
         after = ended.sequence if isinstance(ended, Emitted) else after
     assert ended.is_error and ended.reason.startswith(message) and "secret" not in ended.reason
     assert bad.session.closed and bad.session._live is None
@@ -338,9 +329,9 @@ def test_a_failure_ends_one_session_with_a_message(
 
 def test_commands_reach_a_session_whose_buffer_is_full(started: Callable) -> None:
     handle = started(Limits(buffer_chunks=1)).open(Options(PROMPTS[0]))
-    until(lambda: handle.newest == 0)
+    wait_until(lambda: handle.newest == 0)
     handle.command("close")
-    until(lambda: handle.ended == Ended("closed by client"))
+    wait_until(lambda: handle.ended == Ended("closed by client"))
     assert handle.pull(-1, 0).sequence == 0  # what was made is still there
     assert handle.pull(0, 0) == Ended("closed by client")
 
@@ -359,7 +350,7 @@ def test_closing_the_scheduler_ends_everybody(started: Callable) -> None:
 def test_a_model_that_cannot_be_warmed_up_still_serves(caplog: pytest.LogCaptureFixture) -> None:
     scheduler = Scheduler(pipeline(TWO_STEP), warm="an elephant")
     scheduler.start()
-    until(lambda: scheduler.is_ready)
+    wait_until(lambda: scheduler.is_ready)
     assert take(scheduler.open(Options(PROMPTS[0])), 1) and "could not be warmed up" in caplog.text
     scheduler.close()
 
@@ -378,7 +369,7 @@ def test_many_readers_slow_ones_and_ones_that_come_back(started: Callable) -> No
     def read(index: int) -> None:
         row, falls = seen[index], {4, 7, 8}
         while len(row) < 12:
-            chunk = handles[index].pull(row[-1] if row else -1, PATIENCE)
+            chunk = handles[index].pull(row[-1] if row else -1, PATIENCE_S)
             if not isinstance(chunk, Emitted):
                 return
             if index % 3 == 0:
@@ -392,7 +383,7 @@ def test_many_readers_slow_ones_and_ones_that_come_back(started: Callable) -> No
     threads = [threading.Thread(target=read, args=(i,), daemon=True) for i in range(9)]
     for thread in threads:
         thread.start()
-    until(lambda: all(len(row) >= 12 for row in seen))
+    wait_until(lambda: all(len(row) >= 12 for row in seen))
     assert seen == [list(range(12))] * 9
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+
+from patience import PATIENCE_S, wait_until
 
 SCRIPT = Path(__file__).resolve().parents[1] / "runs" / "speedrun.sh"
 TRAININGS = {
@@ -25,7 +26,7 @@ case $1 in
     trap 'said "TERM $name"; sleep 0.5; said "saved $name"; exit 130' TERM
     said "begin $name $*"
     [ "$name" != "${FAILS:-}" ] || exit 2
-    [[ " ${WAITS:-} " != *" $name "* ]] || for _ in $(seq 200); do sleep 0.05; done
+    [[ " ${WAITS:-} " != *" $name "* ]] || for _ in $(seq 6000); do sleep 0.05; done
     mkdir -p "$out/export"
     touch "$out/export/config.yaml" "$out/export/codec.yaml" "$out/export/codec.safetensors"
     said "end $name" ;;
@@ -46,7 +47,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def run(environment: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
-    how: dict = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 60}
+    how: dict = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": PATIENCE_S}
     return subprocess.run(["bash", str(SCRIPT)], env={**environment, **more}, check=False, **how)
 
 
@@ -104,13 +105,9 @@ def test_a_signal_reaches_every_training_once(environment: dict[str, str]) -> No
         start_new_session=True,
     )
     try:
-        end = time.monotonic() + 30
-        while not waits <= set(names(environment, "begin")):
-            assert time.monotonic() < end, log(environment)
-            time.sleep(0.05)
-        time.sleep(0.2)
+        wait_until(lambda: waits <= set(names(environment, "begin")), lambda: log(environment))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 130
+        assert process.wait(PATIENCE_S) == 130
     finally:
         process.kill()
     assert sorted(names(environment, "TERM")) == sorted(waits)

@@ -31,6 +31,7 @@ from causalreel.serve.scheduler import Ended, Lost
 from causalreel.serve.session import Applied, Emitted, Timings
 from causalreel.serve.track import CLOCK, LOOK_S, Pace, Reader, SessionTrack
 from causalreel.serve.webrtc import Control, Hooks, PeerLimits, Peers, PeersFull, add_webrtc
+from patience import PATIENCE_S
 
 LOOPBACK = ["127.0.0.1"]
 COLOURS = {"a red square": (220, 30, 30), "a blue square": (30, 30, 220)}
@@ -135,7 +136,7 @@ class Client:
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [message for message in self.messages if message["type"] == kind]
 
-    async def until(self, holds: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    async def until(self, holds: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> Any:
         async def wait() -> Any:
             while not (found := holds()):
                 self.news.clear()
@@ -174,7 +175,7 @@ def connected(scenario: Callable[[Client, Peers, Any], Any], handle: Any, **limi
 
 
 async def until_none_is_open(peers: Peers) -> None:
-    for _ in range(400):
+    for _ in range(int(PATIENCE_S / 0.05)):
         if not peers.open and not peers.viewers:
             return
         await asyncio.sleep(0.05)
@@ -496,7 +497,7 @@ async def serving(pipeline: Pipeline, settings: Settings, **limits: Any) -> Asyn
     add_webrtc(app, PeerLimits(**limits), hosts=LOOPBACK)
     async with (
         app.router.lifespan_context(app),
-        AsyncClient(transport=ASGITransport(app), base_url="http://testserver", timeout=60) as http,
+        AsyncClient(transport=ASGITransport(app), base_url="http://testserver", timeout=PATIENCE_S) as http,
     ):
         yield app, http
 

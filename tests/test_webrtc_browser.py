@@ -23,6 +23,7 @@ import httpx
 from playwright.sync_api import sync_playwright
 
 from causalreel.eval.metrics import MetricConfig, measure
+from patience import PATIENCE_S
 from test_replicas import free_ports, stop, wait_until_ready
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -85,7 +86,7 @@ def test_a_browser_shows_a_session_and_its_prompt_change(url: str) -> None:
         page.evaluate(BEGIN, session)
 
         def until(holds: Any, what: str) -> None:
-            for _ in range(300):
+            for _ in range(int(PATIENCE_S / 0.1)):
                 if holds():
                     return
                 page.wait_for_timeout(100)
