@@ -46,7 +46,7 @@ def test_the_table_has_a_row_per_reference_and_model(result: tuple[list[Row], Pa
     header, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert header == ["model", *COLUMNS, "frechet"]
     assert [row[0] for row in body] == [*REFERENCES, "frame-wise", "whole"] == [row.label for row in rows]
-    assert all(len(row) == len(header) for row in body)
+    assert all(len(row) == len(header) and row[-1] == "n/a" for row in body)  # 4 clips say nothing of a distribution
     assert "\n".join(lines) == table(rows)
 
 
@@ -67,7 +67,7 @@ def test_files_hold_every_clip_and_every_metric(result: tuple[list[Row], Path]) 
     assert record["facts"]["clips"] == 4 and record["facts"]["seed"] == 7
     assert list(record["models"]) == [row.label for row in rows]
     for row in record["models"].values():
-        assert {*COLUMNS, "frechet", "seconds"} <= set(row)
+        assert {*COLUMNS, "frechet", "seconds"} <= set(row) and row["frechet"] is None
         assert set(row["follow"]) == {"mean", "stderr", "low", "high", "count"}
     clips = read_tensors(out / "scores.safetensors")
     assert clips["frame-wise/follow"].shape == (4,)
@@ -118,3 +118,10 @@ def test_names_must_differ(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name at least one model"):
         run([], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_enough_clips_have_a_distance(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
+    monkeypatch.setattr(evaluation, "FRECHET_CLIPS", 4)
+    rows, _, _ = evaluation.evaluate({"a": load(models / "frame", device="cpu")}, clips=4, seed=7, batch=4)
+    assert all(row.frechet is not None and row.frechet > 0 for row in rows)
+    assert "n/a" not in table(rows)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, features
 
 from causalreel import cli
+from causalreel.data.video import write_video
 from causalreel.infer.inputs import fit, read_picture
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.requests import Wanted, numbered, read_pairs, read_prompts
@@ -231,6 +232,17 @@ def test_lengths_are_positive(capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt-file", "p.jsonl"], ["no picture at none.png"]),
         (["--prompt-file", "p.jsonl", "--image", "pairs/a.png"], ["names pictures of its own"]),
         ([RED, "--frames", "5", "--blocks", "2"], ["exclude each other"]),
+        ([f"{RED} on a dark background", "--image", "pairs/light.png"], ["asks for a dark background", "a light one"]),
+        (["a red circle and a red square"], ["two things the colour red"]),
+        ([RED, "--image", "pairs/a.png", "--chunk", "2"], ["the prefix must have a multiple of the chunk's 2"]),
+        ([RED, "--video", "none.mp4"], ["no video file at none.mp4"]),
+        ([RED, "--video", "text.png"], ["text.png cannot be read as a video"]),
+        ([RED, "--video", "long.mp4", "--frames", "9"], ["long.mp4 has more than 5 frames at 16 a second", "--frames"]),
+        ([RED, "--video", "long.mp4", "--frames", "1"], ["a video of 1 frames leaves no room behind long.mp4"]),
+        ([RED, "--video", "long.mp4"], ["long.mp4 has more than 45 frames at 16 a second, which leaves no room"]),
+        ([RED, "-o", "x" * 252 + ".mp4"], ["File name too long"]),
+        ([RED, BLUE, "-o", "x" * 250 + ".mp4"], ["names have at most 255 bytes here, got 256"]),
+        ([RED, "--sheet", "x" * 252 + ".png"], ["names have at most 255 bytes here, got 256"]),
         ([RED, "--height", "480"], ["height: only for released models such as causal-forcing/chunkwise, not 'tiny'"]),
         ([RED, "--decoder", "taehv"], ["decoder: only for released models"]),
     ],
@@ -240,7 +252,10 @@ def test_errors_are_one_line_leave_nothing_and_come_before_the_model_is_read(
 ) -> None:
     monkeypatch.setattr("causalreel.infer.models.load_export", unwanted)
     picture("pairs/a.png")
+    picture("pairs/light.png", (240, 240, 240))
+    Path("pairs/light.txt").write_text(RED)
     Path("text.png").write_text("no picture")
+    write_video("long.mp4", torch.zeros(100, 3, 16, 16), 30)
     Path("p.jsonl").write_text('{"prompt": "a red circle", "image": "none.png"}')
     before = sorted(map(str, Path().rglob("*")))
     assert generate(*arguments) == 2

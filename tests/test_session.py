@@ -140,6 +140,24 @@ def test_steps_frame_rate_and_size() -> None:
     assert [len(frames) for frames in pictures(two, 3)] == [5, 8, 8]
 
 
+def test_a_picture_and_its_prompt_agree_on_the_background() -> None:
+    """When a session begins, and when it begins again; what it is told on the way is its own affair."""
+    light, dark = torch.full((3, 32, 32), 0.9), torch.full((3, 32, 32), -0.9)
+    prompt = "a large red circle moves right slowly on a dark background"
+    with pytest.raises(ValueError, match=r"asks for a dark background, but the picture .* has a light one"):
+        Session(pipeline(TWO_STEP), Options(prompt, image=light))
+    one = Session(pipeline(TWO_STEP), Options(prompt, image=dark))
+    with pytest.raises(ValueError, match="has a light one"):
+        one.command("image", image=light)
+    with pytest.raises(ValueError, match="has a dark one"):
+        one.command("restart", prompt=prompt.replace("dark", "light"))
+    one.command("prompt", text=prompt.replace("dark", "light"))
+    with pytest.raises(ValueError, match="has a dark one"):
+        one.command("restart")
+    one.command("image", image=light)
+    one.command("restart")
+
+
 def test_a_picture_comes_first_and_a_restart_keeps_it() -> None:
     picture = torch.rand(3, 32, 32) * 2 - 1
     one = session(image=picture)

@@ -180,7 +180,8 @@ OBJECT = st.builds(
     optional(DIRECTIONS),
     optional(SPEEDS),
 )
-CAPTION = st.builds(Caption, st.lists(OBJECT, min_size=1, max_size=2).map(tuple), optional(BACKGROUNDS))
+OBJECTS = st.lists(OBJECT, min_size=1, max_size=2, unique_by=lambda spec: spec.color).map(tuple)
+CAPTION = st.builds(Caption, OBJECTS, optional(BACKGROUNDS))
 
 
 @given(caption=CAPTION)
@@ -225,6 +226,7 @@ def test_tokens_carry_word_slot_and_object() -> None:
         ("a dark red circle", "describes the background only"),
         ("a red blue circle", "two color words"),
         ("a red circle and a blue circle and a green circle", "more than 2 objects"),
+        ("a large red circle and a small red square", "two things the colour red; they differ in colour"),
         ("a red circle and", "ends with 'and'"),
         ("a large red", "object 1 .* has no shape"),
         ("a red circle and a square", "object 2 .* has no color"),

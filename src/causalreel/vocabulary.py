@@ -109,8 +109,8 @@ def tokenize(text: str) -> list[Token]:
     """Prompt -> its describing words in order, each with its slot and object.
 
     Case, commas, full stops and filler words do not matter; "and" starts the second object. Raises ValueError for an
-    unknown word, a third object, an attribute given twice, a background word that does not stand before "background",
-    and a prompt that describes nothing.
+    unknown word, a third object, two of one colour, an attribute given twice, a background word that does not stand
+    before "background", and a prompt that describes nothing.
     """
     words = [w for w in (raw.strip(string.punctuation) for raw in text.lower().replace(",", " ").split()) if w]
     tokens: list[Token] = []
@@ -136,6 +136,11 @@ def tokenize(text: str) -> list[Token]:
             raise ValueError(f"prompt gives two {slot} words for one thing, {earlier!r} and {word!r}: {text!r}")
         if Token(word, slot, owner) not in tokens:
             tokens.append(Token(word, slot, owner))
+    colors = [token.word for token in tokens if token.slot == "color"]
+    if len(set(colors)) < len(colors):
+        raise ValueError(
+            f"prompt gives two things the colour {colors[0]}; they differ in colour in this world: {text!r}"
+        )
     if words and words[-1] == "and":
         raise ValueError(f"prompt ends with 'and': {text!r}")
     if not tokens:
@@ -161,16 +166,23 @@ def compose(caption: Caption) -> str:
     return text if caption.background is None else f"{text} on a {caption.background} background"
 
 
-def complete(text: str, seed: int) -> str:
+def background_of(text: str) -> str | None:
+    """The background that a prompt names, if it does."""
+    return _gather(text)[1]
+
+
+def complete(text: str, seed: int, *, background: str | None = None) -> str:
     """Prompt -> a full sentence in the wording of training; what it leaves open is drawn by (prompt, seed).
+
+    background: the one that holds unless the prompt names another.
 
     The world's captions name every attribute, and a model trained on them reads a shorter prompt poorly: this is to the
     tiny world what rewriting prompts is to large models. A full sentence comes back as it was; `tokenize` refuses the
     rest.
     """
     chance = random.Random(f"{seed}/{' '.join(text.split()).lower()}")
-    objects, background = _gather(text)
-    background = background or chance.choice(BACKGROUNDS)
+    objects, named_background = _gather(text)
+    background = named_background or background or chance.choice(BACKGROUNDS)
     objects = objects or [{}]
     named = {attributes["color"] for attributes in objects if "color" in attributes}
     for attributes in objects:

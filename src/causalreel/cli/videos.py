@@ -69,7 +69,6 @@ def generate(args: Generate) -> int:
 
 def _generate(args: Generate, mesh: Mesh | None) -> int:
     wanted = _wanted(args)
-    from causalreel.data.pictures import read_picture
     from causalreel.data.video import OUTPUT_SUFFIXES, SHEET_SUFFIXES, Spread, check_target, contact_sheet, write_video
     from causalreel.infer.distributed import ahead, spread
 
@@ -81,9 +80,8 @@ def _generate(args: Generate, mesh: Mesh | None) -> int:
     profile = args.profile()
     frames = _frames(args, profile)
     beginning = None if args.video is None else _beginning(args, profile, frames)
-    for one in wanted:
-        given = 1 if one.image or args.image else 0 if beginning is None else len(beginning)
-        profile.schedule(frames, -(-given // profile.factor))  # says what cannot be, before anything is loaded
+    for index, one in enumerate(wanted):
+        _check(args, profile, frames, one, _seed(args, index, one), beginning)  # before anything is loaded
     device, gpus = (None, 1) if mesh is None else (mesh.device, mesh.size)
     pipeline = args.load(device=device, gpus=gpus, graphs=len(wanted) > 1)
     pipeline = spread(pipeline, mesh, decode_device=args.decode_device)
@@ -92,9 +90,7 @@ def _generate(args: Generate, mesh: Mesh | None) -> int:
     scale = pixel_scale(pipeline) if args.scale is None else args.scale
     shown: list[Tensor] = []
     for index, (one, path) in enumerate(zip(wanted, paths, strict=True)):
-        seed = args.seed + index if one.seed is None else one.seed
-        picture = one.image or args.image
-        prefix = beginning if picture is None else read_picture(picture, pipeline.size, args.fit)
+        seed, prefix = _seed(args, index, one), _prefix(args, profile, one, beginning)
         parts = pipeline.stream(one.prompt, frames=frames, seed=seed, prefix=prefix)
         if mesh is not None and mesh.rank > 0:
             collections.deque(parts, maxlen=0)  # its share of the work; there are no frames in them
@@ -158,8 +154,7 @@ class _Clock:
 
 
 def _wanted(args: Generate) -> list[Wanted]:
-    """Every video that is asked for; the pictures are known to be pictures."""
-    from causalreel.data.pictures import read_picture
+    """Every video that is asked for."""
     from causalreel.infer.requests import Wanted, read_pairs, read_prompts
 
     if args.image is not None and args.video is not None:
@@ -176,9 +171,6 @@ def _wanted(args: Generate) -> list[Wanted]:
         raise ValueError("no prompt: give one on the command line or with --prompt-file")
     if (args.image or args.video) is not None and args.prompt_file and any(one.image for one in wanted):
         raise ValueError(f"{args.prompt_file} names pictures of its own; leave out --image and --video")
-    for picture in dict.fromkeys(one.image or args.image for one in wanted):
-        if picture is not None:
-            read_picture(picture)
     return wanted
 
 
@@ -194,6 +186,32 @@ def _frames(args: Generate, profile: Profile) -> int | None:
         return args.frames
     at_least(1, latent_frames=latent)
     return 1 + profile.factor * (latent - 1)
+
+
+def _seed(args: Generate, index: int, one: Wanted) -> int:
+    return args.seed + index if one.seed is None else one.seed
+
+
+def _prefix(args: Generate, profile: Profile, one: Wanted, beginning: Tensor | None) -> Tensor | None:
+    """The frames (T,3,H,W) that a video starts with, if any."""
+    from causalreel.data.pictures import read_picture
+
+    picture = one.image or args.image
+    return beginning if picture is None else read_picture(picture, profile.size, args.fit)
+
+
+def _check(
+    args: Generate, profile: Profile, frames: int | None, one: Wanted, seed: int, beginning: Tensor | None
+) -> None:
+    """ValueError if a video cannot be made, as far as that can be known without the model's weights."""
+    from causalreel.infer.models import TEXT_ENCODERS
+    from causalreel.infer.wording import full_prompt
+
+    prefix = _prefix(args, profile, one, beginning)
+    given = 0 if prefix is None else len(prefix)
+    profile.schedule(frames, -(-given // profile.factor))
+    if profile.export.text in TEXT_ENCODERS:
+        full_prompt(TEXT_ENCODERS[profile.export.text](), one.prompt, seed, None if prefix is None else prefix[-1])
 
 
 def _outputs(output: Path, wanted: Sequence[Wanted]) -> list[Path]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from causalreel.data.prepare import held_out
 from causalreel.data.video import contact_sheet
 from causalreel.eval.metrics import Scores, measure
-from causalreel.eval.statistics import features, frechet, summarise
+from causalreel.eval.statistics import FRECHET_CLIPS, features, frechet, summarise
 from causalreel.files import write_text
 from causalreel.folders import claim
 from causalreel.infer.models import load
@@ -45,7 +45,8 @@ class Row:
 
     label: str
     scores: Scores
-    frechet: float
+    frechet: float | None
+    """None: there are too few clips for it."""
     seconds: float
     """Wall time of generating (denoiser and codec), 0 for references."""
 
@@ -97,11 +98,14 @@ def evaluate(
     first = next(iter(pipelines.values()))
     real, prompts = held_out(clips, seed=seed, device=first.device)
     reference = features(held_out(clips, seed=seed + 1, device=first.device)[0])  # other clips than the real row's
+    if is_few := clips < FRECHET_CLIPS:
+        log.warning("frechet: n/a, its covariances need at least %d clips; there are %d", FRECHET_CLIPS, clips)
     rows, shown = [], {}
 
     def add(label: str, video: Tensor, seconds: float) -> None:
         scores = measure(video, prompts)
-        rows.append(Row(label, scores, frechet(reference, features(video)), seconds))
+        distance = None if is_few else frechet(reference, features(video))
+        rows.append(Row(label, scores, distance, seconds))
         shown[label] = video[:8].cpu()
         log.info("%s: %s", label, ", ".join(f"{k} {v}" for k, v in cells(rows[-1]).items()))
 
@@ -119,7 +123,9 @@ def evaluate(
 def cells(row: Row) -> dict[str, str]:
     """Column -> what the table prints."""
     found = summarise(row.scores)
-    return {name: f"{found[name].mean:.3f}" for name in COLUMNS} | {"frechet": f"{row.frechet:.2f}"}
+    return {name: f"{found[name].mean:.3f}" for name in COLUMNS} | {
+        "frechet": "n/a" if row.frechet is None else f"{row.frechet:.2f}"
+    }
 
 
 def table(rows: Sequence[Row]) -> str:

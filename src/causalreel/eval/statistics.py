@@ -21,6 +21,11 @@ _LAYERS = (((24, 3, 3, 4, 4), 2), ((48, 24, 3, 3, 3), 2), ((32, 48, 3, 3, 3), 2)
 """Weight shape and stride of each layer of the fixed random network."""
 
 
+FRECHET_CLIPS = 128
+"""Fewest clips of which a Frechet distance means something: twice as many as there are features, whose covariance has
+no full rank below half of that. With 2 clips it is over a million where 512 give 0.5."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over clips, its standard error, and a bootstrap confidence interval; NaN clips are left out."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
+from causalreel.infer.wording import full_prompt
 from causalreel.nn.masks import Context
 from causalreel.rollout import KeyedNoise
 from causalreel.types import Chunk, Conditioning, NoiseSource
@@ -211,10 +212,12 @@ class _Shifted:
         return self.noise.renoise(self.base + start, frames, draw)
 
 
-def encode_prompt(pipeline: Pipeline, prompt: str, seed: int = 0) -> Tensor:
+def encode_prompt(pipeline: Pipeline, prompt: str, seed: int = 0, picture: Tensor | None = None) -> Tensor:
     """-> text (1,K,E) where the encoder makes it; what the prompt leaves open is drawn by the seed, as in a clip.
+
+    picture (3,H,W): what the stream begins with, if the prompt is the first; see `infer.wording.full_prompt`.
 
     `Live` moves it to the pipeline's device, so that a thread that only encodes leaves that device alone.
     """
     with torch.no_grad():
-        return pipeline.text.encode([pipeline.text.complete(prompt, seed)])
+        return pipeline.text.encode([full_prompt(pipeline.text, prompt, seed, picture)])

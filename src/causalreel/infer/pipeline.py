@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from causalreel.infer.schedule import Schedule, adapt, schedule
+from causalreel.infer.wording import full_prompt
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.kv_cache import KVCache
 from causalreel.parallel.fast import FastDiT
@@ -133,7 +134,9 @@ class Pipeline:
             raise ValueError(f"the prefix must be {_by(self.size)} pixels, got {_by(given.shape[-2:])}")
         length = 0 if given is None else self._latent_frames(given.shape[1])
         plan = self.schedule(frames=frames, steps=steps, chunk=chunk, prefix=length)
-        full = [self.text.complete(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        pictures = [None] * len(prompts) if given is None else given[:, -1]
+        words = zip(prompts, seeds, pictures, strict=True)
+        full = [full_prompt(self.text, prompt, seed, picture) for prompt, seed, picture in words]
         text = self.text.encode(full).to(self.device)
         return _Request(text, KeyedNoise(seeds, self.export.latent, self.device), plan, given)
 

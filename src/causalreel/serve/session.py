@@ -132,15 +132,15 @@ class Session:
         self.sequence = self.frames = 0
         """Chunks and pixel frames made so far."""
         self._to_step = 0
-        self._intended = (self.prompt, self.seed)
-        """Prompt and seed when all pending commands have been taken."""
+        self._intended = (self.prompt, self.seed, self._picture)
+        """Prompt, seed and picture when all pending commands have been taken."""
         self._order, self._lock = threading.Lock(), threading.Lock()
         self._pending: list[_Pending] = []
         self._taken: list[_Pending] = []
         """In force, but not yet reported with a chunk."""
         self._log: list[dict[str, Any]] = []
         self._count = self._pictures = 0
-        self._text = encode_prompt(pipeline, self.prompt, self.seed)
+        self._text = encode_prompt(pipeline, self.prompt, self.seed, _first(self._picture))
         self._live: Live | None = None
         self._decode: DecodeStream | None = None
 
@@ -167,12 +167,14 @@ class Session:
                 raise ValueError(f"session {self.id} is closed")
             if self._count >= MAX_COMMANDS or (is_picture and self._pictures >= MAX_PICTURES):
                 raise ValueError(f"a session takes at most {MAX_COMMANDS} commands, {MAX_PICTURES} with a picture")
-            prompt, seed = self._intended
+            prompt, seed, picture = self._intended
             prompt = checked.get("text") or checked.get("prompt") or prompt
             seed = seed if checked.get("seed") is None else checked["seed"]
+            picture = checked["image"] if name == "image" else picture
             needs_text = name in ("prompt", "restart", "image")
-            encoded = encode_prompt(self.pipeline, prompt, seed) if needs_text else None
-            self._intended = (prompt, seed)
+            begins_with = None if name == "prompt" else _first(picture)
+            encoded = encode_prompt(self.pipeline, prompt, seed, begins_with) if needs_text else None
+            self._intended = (prompt, seed, picture)
             self._count, self._pictures = self._count + 1, self._pictures + is_picture
             with self._lock:
                 self._pending.append(_Pending(self._count, name, checked, told_s, encoded))
@@ -371,6 +373,11 @@ class Session:
 def _pixels(picture: Tensor) -> Tensor:
     """(H,W,3) uint8 -> (1,1,3,H,W) float32 in [-1,1]."""
     return picture.permute(2, 0, 1)[None, None].float() / 127.5 - 1
+
+
+def _first(picture: Tensor | None) -> Tensor | None:
+    """(H,W,3) uint8 -> (3,H,W), as `encode_prompt` wants the picture that a stream begins with."""
+    return None if picture is None else _pixels(picture)[0, 0]
 
 
 def _pack(picture: Tensor) -> dict[str, Any]:

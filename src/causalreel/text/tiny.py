@@ -41,9 +41,9 @@ class TinyTextEncoder:
         self._place_row = {place: next(rows) for place in PLACES}
         self._codes = code_table().to(device, torch.float32) * 0.5**0.5
 
-    def complete(self, prompt: str, seed: int) -> str:
-        """The prompt as a full sentence of the tiny world: what it leaves open is drawn by the seed."""
-        return complete(prompt, seed)
+    def complete(self, prompt: str, seed: int, *, background: str | None = None) -> str:
+        """The prompt as a full sentence of the tiny world; see `vocabulary.complete`."""
+        return complete(prompt, seed, background=background)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> text (B,length,width) float32, one row a describing word, zero rows after the last."""
