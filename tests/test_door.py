@@ -6,8 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +24,7 @@ from websockets.exceptions import WebSocketException
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import connections, guard, service
 from causalreel.serve.scheduler import Limits
+from causalreel.serve.store import Store
 from ceilings import examples, work_within
 from served import RED, coded, listening, opened, picture, serving, small_pipeline, until
 
@@ -447,3 +452,45 @@ def test_frames_below_the_messages_have_a_rate_too(pipeline: Pipeline, what: str
     with listening(pipeline, Limits(), requests_per_s=1, burst=50) as place:
         assert asyncio.run(run(place)) == (1007 if what == "not UTF-8" else 1008)
         assert httpx.get(f"http://{place}/healthz").json() == {"ok": True}
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_told_to_end_tells_everybody(tmp_path: Path) -> None:
+    """With a stream, a video and half an upload under way: no traceback, and status 0."""
+    command = [sys.executable, "-m", "causalreel", "serve", "--model", "tiny/frame-1step", "--device", "cpu"]
+    with subprocess.Popen(
+        [*command, "--port", "0", "--data", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        place = process.stdout.readline().rpartition("//")[2].strip()
+
+        async def run() -> str:
+            asked = httpx.post(f"http://{place}/v1/sessions", json={"prompt": RED}, timeout=60)
+            async with connect(f"ws://{place}{asked.json()['stream']}", max_size=None) as stream:
+                while isinstance(await stream.recv(), str):
+                    pass
+                process.send_signal(signal.SIGTERM)
+                last = ""
+                with contextlib.suppress(WebSocketException):
+                    while True:
+                        got = await stream.recv()
+                        last = got if isinstance(got, str) else last
+                return last
+
+        with dial(place) as upload:
+            head = b"POST /v1/sessions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+            upload.sendall(head + b"content-length: 90000\r\n\r\n{")
+            video = httpx.post(f"http://{place}/v1/videos", json={"prompt": RED, "frames": 997}, timeout=60).json()[
+                "id"
+            ]
+            ended = json.loads(asyncio.run(run()))
+            assert (ended["type"], ended["reason"]) == ("ended", "the server is shutting down")
+            assert status_of(received(upload)) == 503
+        assert process.wait(60) == 0
+        said = process.stderr.read()
+        assert "Traceback" not in said and "rror" not in said, said
+    store = Store(tmp_path)
+    assert store.get(video)["status"] in ("interrupted", "queued") and not list(tmp_path.glob(".*"))
+    store.close()

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from causalreel.cli import main
 from causalreel.data.video_in import read_video
 from causalreel.files import replacing
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import jobs
 from causalreel.serve.jobs import Store
+from causalreel.serve.listen import listen
 from causalreel.serve.scheduler import Ended, Handle, Limits
 from causalreel.serve.session import Options, Session
 from patience import PATIENCE_S, wait_until
@@ -254,6 +257,35 @@ def test_a_disk_that_takes_no_record_is_an_answer_and_the_queue_goes_on(
     wait_for(client, video, "completed")  # tried again when the disk works
 
 
+def test_a_disk_that_is_full_to_the_end_leaves_no_video_in_progress(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the file nor the record of its failure fits: the reader learns of it all the same, the log is short."""
+    whole, is_full = Store.update, threading.Event()
+
+    def update(self: Store, video: str, **fields: Any) -> bool:
+        if is_full.is_set():
+            raise sqlite3.OperationalError("database or disk is full")
+        return whole(self, video, **fields)
+
+    def write(path: Path, frames: Iterator[Any], fps: float, **how: Any) -> int:
+        is_full.set()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Store, "update", update)
+    monkeypatch.setattr(jobs, "write_video", write)
+    monkeypatch.setattr(jobs, "LEAST_WAIT_S", 0.01)
+    video = asked(client, frames=5)
+    row = wait_for(client, video, "failed", "completed")
+    assert row["error"]["code"] == "storage" and row["completed_at"]
+    assert client.app.state.service.jobs.store.get(video)["status"] == "in_progress"  # as far as the disk knows
+    is_full.clear()
+    monkeypatch.undo()
+    wait_for(client, asked(client, frames=5), "completed")
+    assert client.app.state.service.jobs.store.get(video)["status"] == "failed"
+    assert caplog.text.count("disk is full") == 1 and "Traceback" not in caplog.text
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -299,6 +331,101 @@ def test_a_restart_keeps_marks_and_continues(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rows[renamed]["bytes"] == 20 and rows[gone]["error_code"] == "missing" and not partial.exists()
     again.close()
+
+
+def test_files_without_a_record_go_unless_the_records_are_lost(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    kept = store.add(FIELDS)["id"]
+    store.file(kept).write_bytes(b"x")
+    store.update(kept, status="in_progress")
+    store.complete(kept)
+    failed = store.add(FIELDS)["id"]
+    store.update(failed, status="failed")
+    mine = tmp_path / "video_of_my_cat.mp4"
+    for file in (store.file("video_" + "0" * 24), store.file("video_a-" + "0" * 24), store.file(failed), mine):
+        file.write_bytes(b"x")
+    (tmp_path / ".causalreel-1-2-3.partial.mp4").write_bytes(b"x")
+    store.close()
+    Store(tmp_path).close()
+    assert {file.name for file in tmp_path.glob("*.mp4")} == {f"{kept}.mp4", mine.name}
+    assert not list(tmp_path.glob(".*"))
+    for file in tmp_path.glob("videos.sqlite*"):
+        file.unlink()
+    Store(tmp_path).close()
+    assert {file.name for file in tmp_path.glob("*.mp4")} == {f"{kept}.mp4", mine.name}
+
+
+def damaged(folder: Path, how: str) -> Path:
+    """A place that cannot be a folder of videos."""
+    if how == "a file":
+        folder.write_bytes(b"")
+    elif how == "below a file":
+        folder.write_bytes(b"")
+        return folder / "x"
+    elif how == "no database":
+        folder.mkdir()
+        (folder / "videos.sqlite").write_bytes(b"no database" * 1000)
+    elif how == "of another version":
+        folder.mkdir()
+        with sqlite3.connect(folder / "videos.sqlite") as database:
+            database.execute("CREATE TABLE videos (id TEXT PRIMARY KEY, prompt TEXT)")
+    elif how == "corrupt":
+        store = Store(folder)
+        for _ in range(200):
+            store.add(FIELDS)
+        store.close()
+        data = bytearray((folder / "videos.sqlite").read_bytes())
+        data[4096 * 3 : 4096 * 6] = bytes(4096 * 3)
+        (folder / "videos.sqlite").write_bytes(data)
+    elif how == "a folder for a database":
+        (folder / "videos.sqlite").mkdir(parents=True)
+    elif how == "/proc":
+        return Path("/proc/self/x")
+    return folder
+
+
+WRONG = [
+    "a file",
+    "below a file",
+    "no database",
+    "of another version",
+    "corrupt",
+    "a folder for a database",
+    "/proc",
+]
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_folder_that_cannot_be_used_is_one_line_before_the_model_is_loaded(
+    tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = damaged(tmp_path / "13:30", how)
+    assert main(["serve", "--model", "no such model", "--port", "0", "--data", str(place)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(place) in said and "no such model" not in said, said
+
+
+def test_addresses_that_cannot_be_are_one_line_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with listen("127.0.0.1", 0) as door:
+        for wrong in (
+            ["--port", "99999"],
+            ["--port", "-1"],
+            ["--port", str(door.getsockname()[1])],
+            ["--host", "x.invalid"],
+        ):
+            assert main(["serve", "--model", "no such model", *wrong]) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and wrong[1] in said and "no such model" not in said, said
+
+
+def test_a_folder_may_be_called_like_a_protocol(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with serving(pipeline, data=Path("13:30")) as client:
+        video = asked(client, frames=5)
+        assert wait_for(client, video, "completed", "failed")["status"] == "completed"
+    assert folder_files(tmp_path / "13:30") == {f"{video}.mp4"}
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -171,6 +172,7 @@ def serve(args: Serve) -> int:
     from causalreel.serve.listen import listen, run
     from causalreel.serve.memory import steady_heap
     from causalreel.serve.scheduler import Limits, Scheduler
+    from causalreel.serve.store import Store
 
     steady_heap()
     settings = _serve_settings(args)
@@ -180,10 +182,10 @@ def serve(args: Serve) -> int:
         resume_chunks=args.resume_chunks,
         idle_s=args.idle_s,
     )
-    with listen(args.host, args.port) as door:  # a port that is taken is found before a model is loaded
-        pipeline = args.load()
+    with listen(args.host, args.port) as door, closing(Store(settings.data, replica=args.replica)) as store:
+        pipeline = args.load()  # after all that may be refused at once: a port that is taken, a folder that is not one
         scheduler = Scheduler(pipeline, limits)
-        app = create_app(scheduler, settings)
+        app = create_app(scheduler, settings, store=store)
         host, port = door.getsockname()[:2]
         if args.webrtc:
             from causalreel.serve.webrtc import add_webrtc
@@ -206,7 +208,10 @@ def _serve_settings(args: Serve) -> Settings:
 
     token = None
     if args.token_file is not None:
-        token = args.token_file.read_text(encoding="utf-8-sig").strip()
+        try:
+            token = args.token_file.read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{args.token_file} holds no token: it is not text in UTF-8") from None
         if not token:
             raise ValueError(f"{args.token_file} holds no token")
     is_local = args.host in (*LOOPBACK, "::1")

@@ -28,11 +28,12 @@ from causalreel import __version__
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.bodies import describe, read_model, takes
 from causalreel.serve.guard import Guard, refuse
-from causalreel.serve.jobs import Jobs, Limits, Store
+from causalreel.serve.jobs import Jobs, Limits
 from causalreel.serve.metrics import CONTENT_TYPE
 from causalreel.serve.safety import ApiError, Settings
 from causalreel.serve.scheduler import Handle, Scheduler
 from causalreel.serve.service import Service
+from causalreel.serve.store import Store
 from causalreel.serve.streaming import Stream, Wish
 from causalreel.serve.videos import videos
 from causalreel.serve.wire import (
@@ -56,17 +57,18 @@ health = APIRouter(tags=["health"])
 sessions = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=ERRORS)
 
 
-def create_app(model: Scheduler | Pipeline, settings: Settings = Settings()) -> FastAPI:
+def create_app(model: Scheduler | Pipeline, settings: Settings = Settings(), *, store: Store | None = None) -> FastAPI:
     """The application for a scheduler, which the caller starts and closes, or for a pipeline, with a scheduler of its
-    own. `app.state.service` is what its routes call."""
+    own. `app.state.service` is what its routes call. store: of videos, closed at the end; None: opened at the start.
+    """
     owns = isinstance(model, Pipeline)
     service = Service(Scheduler(model) if isinstance(model, Pipeline) else model, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         limits = Limits(queued=settings.queued_videos, kept=settings.kept_videos)
-        store = Store(settings.data, replica=settings.replica)
-        service.jobs = Jobs(service.scheduler, store, limits, service.metrics)
+        records = Store(settings.data, replica=settings.replica) if store is None else store
+        service.jobs = Jobs(service.scheduler, records, limits, service.metrics)
         if owns:
             service.scheduler.start()
         service.jobs.start()

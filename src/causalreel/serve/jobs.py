@@ -7,26 +7,21 @@ are marked interrupted, waiting ones are made.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import secrets
 import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from causalreel.data.video import write_video
-from causalreel.files import remove_leftovers
 from causalreel.serve.safety import ApiError
 from causalreel.serve.scheduler import Busy, Ended, Handle, Scheduler
 from causalreel.serve.session import Emitted, Options
+from causalreel.serve.store import Store, disk
 
 if TYPE_CHECKING:
     from causalreel.serve.metrics import Metrics
@@ -36,25 +31,8 @@ log = logging.getLogger(__name__)
 UNFINISHED = ("queued", "in_progress")
 RETRY_S = 0.2
 """How often a job asks again for room."""
-COLUMNS = {
-    "id": "TEXT PRIMARY KEY",
-    "model": "TEXT NOT NULL",
-    "status": "TEXT NOT NULL",
-    "prompt": "TEXT NOT NULL",
-    "seed": "INTEGER NOT NULL",
-    "frames": "INTEGER NOT NULL",
-    "fps": "REAL NOT NULL",
-    "size": "TEXT NOT NULL",
-    "steps": "INTEGER",
-    "chunk": "INTEGER",
-    "image": "BLOB",
-    "created_at": "INTEGER NOT NULL",
-    "started_at": "INTEGER",
-    "completed_at": "INTEGER",
-    "bytes": "INTEGER",
-    "error_code": "TEXT",
-    "error_message": "TEXT",
-}
+LEAST_WAIT_S, MOST_WAIT_S = 1.0, 16.0
+"""Between two tries of a disk that takes nothing."""
 
 
 class Cancelled(Exception):
@@ -63,103 +41,6 @@ class Cancelled(Exception):
 
 class Failed(Exception):
     """The video cannot be made; the message is for whoever asked for it."""
-
-
-class Store:
-    """The records and files of videos in one folder, which one server owns."""
-
-    def __init__(self, folder: Path | None, *, replica: str | None = None) -> None:
-        """folder: None is one that lasts as long as the store; replica: a name that ids of new videos bear."""
-        self.prefix = "video_" if replica is None else f"video_{replica}-"
-        self.temporary = tempfile.TemporaryDirectory(prefix="causalreel-") if folder is None else None
-        self.folder = Path(self.temporary.name) if self.temporary is not None else Path(folder or ".")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.claim = open(self.folder / "lock", "w")  # noqa: SIM115 - held for as long as the server runs
-        try:
-            fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.claim.close()
-            raise ValueError(f"{self.folder} is used by another server; give each a data folder of its own") from error
-        self.lock = threading.RLock()
-        self.database = sqlite3.connect(self.folder / "videos.sqlite", check_same_thread=False, isolation_level=None)
-        self.database.row_factory = sqlite3.Row
-        self.database.execute("PRAGMA journal_mode=WAL")
-        self.database.execute("PRAGMA synchronous=FULL")
-        columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-        self.database.execute(f"CREATE TABLE IF NOT EXISTS videos ({columns})")
-        self.recover()
-
-    def recover(self) -> None:
-        """Bring records and files together after a stop of any kind."""
-        for row in self.rows("status = 'in_progress'"):
-            if self.file(row["id"]).is_file():  # complete, or it would not have this name
-                self.complete(row["id"])
-            else:
-                self.update(row["id"], status="interrupted", completed_at=int(time.time()))
-        for row in self.rows("status = 'completed'"):
-            if not self.file(row["id"]).is_file():
-                self.fail(row["id"], "missing", "the file of this video is gone")
-        remove_leftovers(self.folder)
-
-    def file(self, video: str) -> Path:
-        """Where a video is when it is finished; `video` is an id of a record, never a client's text."""
-        return self.folder / f"{video}.mp4"
-
-    def rows(self, where: str = "1", *values: Any, order: str = "created_at, rowid", limit: int = -1) -> list[dict]:
-        query = f"SELECT * FROM videos WHERE {where} ORDER BY {order} LIMIT {int(limit)}"
-        with self.lock:
-            return [dict(row) for row in self.database.execute(query, values)]
-
-    def get(self, video: str) -> dict[str, Any] | None:
-        return next(iter(self.rows("id = ?", video)), None)
-
-    def count(self, where: str) -> int:
-        with self.lock:
-            return self.database.execute(f"SELECT count(*) FROM videos WHERE {where}").fetchone()[0]
-
-    def counts(self) -> dict[str, int]:
-        with self.lock:
-            return dict(tuple(row) for row in self.database.execute("SELECT status, count(*) FROM videos GROUP BY 1"))
-
-    def add(self, fields: dict[str, Any]) -> dict[str, Any]:
-        row = {name: fields.get(name) for name in COLUMNS} | {"id": self.prefix + secrets.token_hex(12)}
-        row |= {"status": "queued", "created_at": int(time.time())}
-        with self.lock:
-            marks = ", ".join("?" * len(row))
-            self.database.execute(f"INSERT INTO videos ({', '.join(row)}) VALUES ({marks})", list(row.values()))
-        return row
-
-    def update(self, video: str, *, only: str | None = None, **fields: Any) -> bool:
-        """Set columns, only if the status is `only` where that is given -> whether there was such a record."""
-        names = ", ".join(f"{name} = ?" for name in fields)
-        guard, values = ("", []) if only is None else (" AND status = ?", [only])
-        with self.lock:
-            done = self.database.execute(
-                f"UPDATE videos SET {names} WHERE id = ?{guard}", [*fields.values(), video, *values]
-            )
-            return done.rowcount > 0
-
-    def complete(self, video: str) -> None:
-        """The file is whole; if the video was cancelled meanwhile, it goes."""
-        now, size = int(time.time()), self.file(video).stat().st_size
-        if not self.update(video, only="in_progress", status="completed", completed_at=now, bytes=size):
-            self.file(video).unlink()
-
-    def fail(self, video: str, code: str, message: str, *, only: str | None = None) -> None:
-        now = int(time.time())
-        self.update(video, only=only, status="failed", completed_at=now, error_code=code, error_message=message)
-
-    def remove(self, video: str) -> None:
-        with self.lock:
-            self.database.execute("DELETE FROM videos WHERE id = ?", [video])
-        self.file(video).unlink(missing_ok=True)
-
-    def close(self) -> None:
-        with self.lock:
-            self.database.close()
-        self.claim.close()
-        if self.temporary is not None:
-            self.temporary.cleanup()
 
 
 @dataclass(frozen=True)
@@ -177,6 +58,8 @@ class Jobs:
         self.scheduler, self.store, self.limits, self.metrics = scheduler, store, limits, metrics
         self.progress: dict[str, int] = {}
         """Percent of the video being made; not worth a write to disk each."""
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        """How videos went, where the record does not say so yet."""
         self.unwanted: set[str] = set()
         self.wake, self.stopping = threading.Event(), threading.Event()
         self.adding = threading.Lock()
@@ -237,21 +120,29 @@ class Jobs:
             return None
 
     def _seen(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["status"] == "in_progress":
+            row = row | self.outcomes.get(row["id"], {})
         percent = 100 if row["status"] == "completed" else self.progress.get(row["id"], 0)
         return {name: value for name, value in row.items() if name != "image"} | {"progress": percent}
 
     def _work(self) -> None:
+        wait = LEAST_WAIT_S
         while not self.stopping.is_set():
             try:
+                self._record()
                 row = next(iter(self.store.rows("status = 'queued'", limit=1)), None)
                 if row is None:
                     self.wake.wait(5)
                     self.wake.clear()
                 else:
                     self._run(row)
-            except Exception:  # such as a disk that is full: said in the log, tried again; the thread stays
-                log.exception("the queue of videos")
-                self.stopping.wait(1)
+                wait = LEAST_WAIT_S
+            except Exception as error:  # the thread stays, and tries again more and more rarely
+                is_disk = isinstance(error, (sqlite3.Error, OSError))
+                if wait == LEAST_WAIT_S:
+                    log.error("the queue of videos: %s", error, exc_info=None if is_disk else error)
+                self.stopping.wait(wait)
+                wait = min(2 * wait, MOST_WAIT_S)
 
     def _run(self, row: dict[str, Any]) -> None:
         """Make one video and record how it went."""
@@ -262,17 +153,28 @@ class Jobs:
         try:
             if not self.store.update(video, only="queued", status="in_progress", started_at=int(time.time())):
                 return
-            self._write(row, handle)
-            self.store.complete(video)
-        except Cancelled:
-            self.store.file(video).unlink(missing_ok=True)
-            self.store.update(video, only="in_progress", status="interrupted", completed_at=int(time.time()))
-        except Exception as error:
-            self.store.fail(video, *_told(error, video), only="in_progress")
+            try:
+                self._write(row, handle)
+                self.outcomes[video] = {"status": "completed", "bytes": self.store.file(video).stat().st_size}
+            except Cancelled:
+                self.outcomes[video] = {"status": "interrupted"}
+            except Exception as error:
+                code, message = _told(error, video)
+                self.outcomes[video] = {"status": "failed", "error_code": code, "error_message": message}
+            self.outcomes[video]["completed_at"] = int(time.time())
+            self._record()
         finally:
             handle.close("video is done")
             self.progress.pop(video, None)
             self.unwanted.discard(video)
+
+    def _record(self) -> None:
+        """Write down how videos went; what the disk does not take is kept, shown, and tried again."""
+        for video, outcome in list(self.outcomes.items()):
+            is_kept = self.store.update(video, only="in_progress", **outcome)  # or it was cancelled meanwhile
+            del self.outcomes[video]
+            if not is_kept or outcome["status"] != "completed":
+                self.store.file(video).unlink(missing_ok=True)
             self._count(video)
 
     def _count(self, video: str) -> None:
@@ -342,16 +244,6 @@ def unpack_image(data: bytes, size: str) -> Tensor:
 
     width, height = (int(part) for part in size.split("x"))
     return torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(3, height, width)
-
-
-@contextlib.contextmanager
-def disk() -> Iterator[None]:
-    """Turn what the disk cannot do into an answer."""
-    try:
-        yield
-    except (sqlite3.OperationalError, OSError) as error:
-        log.error("data folder: %s", error)
-        raise ApiError(507, "storage", "the server cannot write to its disk; it may be full") from error
 
 
 def _told(error: Exception, video: str) -> tuple[str, str]:
