@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
 
 import causalreel
+from causalreel.data.colour import BT601, BT709
 from causalreel.eval.metrics import MetricConfig, measure
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import webrtc
@@ -198,6 +199,7 @@ def test_frames_arrive_and_a_prompt_change_is_acked_and_shown() -> None:
         state = await client.until(lambda: client.of("state"), "state")
         assert state[-1]["state"]["prompt"] == "a blue square"
         assert (client.frames[-1].width, client.frames[-1].height) == (256, 256)
+        assert [peer.track.matrix for peer in peers.open] == [BT709]  # as browsers take H.264 without tags
 
     connected(scenario, Double())
 
@@ -211,6 +213,7 @@ def test_a_client_without_h264_gets_vp8() -> None:
         handle = Double()
         answer = await peers.answer(handle, await client.offer(), handle.hooks)
         assert "VP8/90000" in answer and "H264" not in answer
+        assert [peer.track.matrix for peer in peers.open] == [BT601]  # which VP8 is by its format
         await client.accept(answer)
         await client.until(lambda: client.frames and is_near(client.frames[-1], COLOURS["a red square"]), "red frames")
         await client.peer.close()

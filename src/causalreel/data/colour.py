@@ -19,19 +19,19 @@ HD = (1280, 577)
 """A video without tags that is at least as wide, or as high, is BT.709, a smaller one BT.601: as players do it."""
 
 
-def to_yuv(picture: np.ndarray, format: str = "yuv420p") -> Any:
-    """(H,W,3) uint8 RGB -> a PyAV frame of BT.709 in limited range, tagged."""
+def to_yuv(picture: np.ndarray, format: str = "yuv420p", *, matrix: int = BT709) -> Any:
+    """(H,W,3) uint8 RGB -> a PyAV frame of BT.709, or of another matrix, in limited range, tagged."""
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     frame = frame.reformat(
         format=format,
-        dst_colorspace=Colorspace.ITU709,
+        dst_colorspace=Colorspace(matrix),
         src_color_range=ColorRange.JPEG,
         dst_color_range=ColorRange.MPEG,
     )
-    frame.colorspace, frame.color_range = BT709, LIMITED
+    frame.colorspace, frame.color_range = matrix, LIMITED
     return frame
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from causalreel.data.colour import BT601, BT709, to_yuv
 from causalreel.serve.scheduler import Ended, Handle, Lost
 from causalreel.serve.session import Emitted
 from causalreel.serve.wire import applied
 
 try:
-    import av
     from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 except ImportError as error:
     raise ImportError("WebRTC needs aiortc; install it with: pip install 'causalreel[webrtc]'") from error
@@ -104,6 +104,8 @@ class SessionTrack(MediaStreamTrack):
         self.frames: list[Any] = []  # arrays (H,W,3) of the chunk being shown, the next one last
         self.chunk: Emitted | None = None  # until its first frame is given out
         self.fps = 1.0
+        self.matrix = BT709
+        """Of the frames; see `matrix_of`."""
         self.is_over = asyncio.Event()
 
     async def recv(self) -> Any:
@@ -120,7 +122,7 @@ class SessionTrack(MediaStreamTrack):
             self.tell(header(self.chunk, self.fps))
             self.began(self.chunk)
             self.chunk = None
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+        frame = to_yuv(picture, matrix=self.matrix)
         frame.pts, frame.time_base = stamp, Fraction(1, CLOCK)
         return frame
 
@@ -146,6 +148,15 @@ class SessionTrack(MediaStreamTrack):
         self.reader.close()
         self.is_over.set()
         super().stop()
+
+
+def matrix_of(sdp: str) -> int:
+    """An answer -> the matrix that its client takes untagged video for, and aiortc's encoders write no tags.
+
+    By the codec, which is H.264 wherever it is offered: browsers show that as BT.709 at every size, and VP8 as BT.601,
+    which its format lays down (RFC 6386).
+    """
+    return BT709 if " H264/" in sdp else BT601
 
 
 def enlarged(frames: Tensor, shorter_side: int) -> Tensor:

@@ -32,7 +32,7 @@ from causalreel.serve.safety import ApiError, client_of
 from causalreel.serve.scheduler import Handle
 from causalreel.serve.service import Service, Talk
 from causalreel.serve.session import Emitted
-from causalreel.serve.track import Reader, SessionTrack
+from causalreel.serve.track import Reader, SessionTrack, matrix_of
 from causalreel.serve.wire import ErrorView, dumps
 
 log = logging.getLogger(__name__)
@@ -184,6 +184,7 @@ class Peer:
             raise ValueError("the offer cannot be read or answered") from error
         if not takes_video:
             raise ValueError("the offer must ask for one video track, got none")
+        self.track.matrix = matrix_of(connection.localDescription.sdp)
         return connection.localDescription.sdp
 
     async def serve(self) -> None:
