@@ -450,3 +450,47 @@ def test_full_sizes_have_the_released_parameters(name: str, tensors: int, number
     with torch.device("meta"):
         state = DiT(PRESETS[name]).state_dict()
     assert (len(state), sum(t.numel() for t in state.values())) == (tensors, numbers)
+
+
+ADAPTERS = {
+    "LoKr": "blocks.0.self_attn.q.lokr_w1",
+    "LoHa": "lycoris_blocks_0_self_attn_q.hada_w1_a",
+    "LoRA": "transformer.blocks.0.attn1.to_q.lora_A.weight",
+    "DoRA": "diffusion_model.blocks.0.ffn.0.dora_scale",
+    "OFT": "blocks.0.ffn.0.oft_blocks",
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_are_named_and_not_taken_for_networks(tmp_path: Path, kind: str) -> None:
+    write_tensors(tmp_path / "a.safetensors", {ADAPTERS[kind]: torch.zeros(2, 2), "blocks.0.alpha": torch.zeros(1)})
+    refused(tmp_path / "a.safetensors", kind, "merge it into its base model first")
+    write_tensors(tmp_path / "b.safetensors", {"blocks.0.x": torch.zeros(1)})
+    refused(tmp_path / "b.safetensors", "looks like: unknown")
+
+
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        ((".metadata", "__0_0.distcp"), ("DCP", "dcp_to_torch")),
+        (("model.pt",), ("model.pt; name that file", "model.pt")),
+        (("a.pt", "b.pt"), ("2 PyTorch files", "a.pt")),
+        (("zero_to_fp32.py", "latest"), ("DeepSpeed", "zero_to_fp32.py")),
+        (("manifest.json", "trainer.pt", "config.yaml"), ("checkpoint of a training run", "export")),
+        (("adapter_config.json", "adapter_model.bin"), ("PEFT", "merge")),
+        (("pytorch_model.bin.index.json",), (".bin files in shards",)),
+        (("notes.txt",), ("name the file",)),
+    ],
+)
+def test_folders_are_named_for_what_they_are(tmp_path: Path, files: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    folder = tmp_path / "w"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("")
+    refused(folder, *parts)
+
+
+def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
+    for name, what in (("m.gguf", "GGUF"), ("__0_0.distcp", "DCP"), ("m.onnx", "ONNX")):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        refused(tmp_path / name, what)

@@ -7,7 +7,6 @@ line, and `info.yaml` (what made it). Preparing again continues where it stopped
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from causalreel import config as configs
 from causalreel.data.shards import layout, read_captions
 from causalreel.data.world import WorldConfig, captions, render, simulate
+from causalreel.files import replacing
 from causalreel.fingerprint import fingerprint
 from causalreel.folders import claim, sweep
 from causalreel.types import VideoCodec
@@ -121,14 +121,11 @@ def _write_latents(path: Path, latents: Tensor) -> None:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(f"{path} could not be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        try:
+            write(partial)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(f"{path} could not be written: {error}") from None
 
 
 def held_out(

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from causalreel.fingerprint import fingerprint
+from causalreel.foreign import shown
+from causalreel.headers import read_header
 
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -56,14 +58,13 @@ def shards(folder: Path) -> list[Path]:
 def layout(shard: Path) -> tuple[tuple[int, ...], str]:
     """Shape and type of a shard's latents, from its header; ValueError if training could not use them."""
     try:
-        with safe_open(shard, framework="pt") as file:
-            if "latents" not in file.keys():  # noqa: SIM118 - not a mapping
-                held = ", ".join(sorted(file.keys())[:4]) or "nothing"
-                raise ValueError(f"{shard} holds {held}, expected {EXPECTED}")
-            part = file.get_slice("latents")
-            shape, kind = tuple(part.get_shape()), part.get_dtype()
-    except SafetensorError as error:
-        raise _damaged(shard, error) from None
+        entries = read_header(shard).entries
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it and run `causalreel encode` again") from None
+    if "latents" not in entries:
+        held = ", ".join(shown(name) for name in sorted(entries)[:4]) or "nothing"
+        raise ValueError(f"{shard} holds {held}, expected {EXPECTED}")
+    shape, kind = entries["latents"].shape, entries["latents"].dtype
     if len(shape) != 5 or kind not in TYPES or 0 in shape:
         raise ValueError(f"{shard} holds 'latents' {shape} in {kind}, expected {EXPECTED}")
     return shape, str(TYPES[kind]).removeprefix("torch.")

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from causalreel.foreign import read_json
 from causalreel.train.contents import Content, compare
 from causalreel.train.hashed import sha256_of, write_pickle, write_tensors, write_text
+from causalreel.weights.files import read_tensors
+from causalreel.weights.pickles import read_pickle
 
 _NAME = re.compile(r"step-\d{8,}")
 _TEMPORARY = ".incomplete-"
@@ -95,9 +95,9 @@ def load(path: Path, *, device: str = "cpu", is_checked: bool = True) -> State:
         _verify(path, manifest.get("sha256", {}))
     files = {role: path / f"{role}.safetensors" for role in manifest["roles"]}
     try:
-        trainer = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise _spoiled(path, f"{path / 'trainer.pt'} is corrupt: {error}") from error
+        trainer = read_pickle(path / "trainer.pt", mmap=False)
+    except ValueError as error:
+        raise _spoiled(path, str(error)) from error
     return State(
         roles={role: _load_tensors(file, device) for role, file in files.items()},
         trainer=trainer,
@@ -182,9 +182,9 @@ def _hashes(path: Path) -> dict[str, str]:
 
 def _load_tensors(file: Path, device: str) -> dict[str, Tensor]:
     try:
-        return load_file(file, device=device)
-    except SafetensorError as error:
-        raise _spoiled(file.parent, f"{file} is corrupt: {error}") from error
+        return {name: tensor.to(device) for name, tensor in read_tensors(file).items()}
+    except ValueError as error:
+        raise _spoiled(file.parent, str(error)) from error
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -199,7 +199,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     """The manifest, after checking that it is whole and that each file is there and as long as it was."""
     file = path / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file, what="manifest of a checkpoint")
         sizes, step = manifest["bytes"], manifest["step"]
         if manifest.keys() & {"sha256", "seal"} and manifest.get("seal") != _seal(manifest):
             raise ValueError("it was changed after it was written")

@@ -34,6 +34,7 @@ from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.types import LatentSpec
 from causalreel.weights.files import read_tensors, write_tensors
+from causalreel.weights.identify import folder_in_words
 from causalreel.weights.layouts import load_strictly
 from causalreel.weights.sizes import check_codec, check_model, check_numbers
 
@@ -151,7 +152,8 @@ def read_export(folder: str | Path) -> Export:
     """The config of an export, without its weights."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is not an export: it has no {CONFIG}")
+        told = folder_in_words(folder) if folder.is_dir() else None
+        raise ValueError(f"{folder} is not an export: it has no {CONFIG}" + (f"; {told}" if told else ""))
     export = config.load(folder / CONFIG, Export, alone=True)
     try:
         check_numbers(export)

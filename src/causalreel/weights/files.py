@@ -19,6 +19,7 @@ from torch import Tensor
 from causalreel.files import replacing
 from causalreel.foreign import ordinary_file, shown
 from causalreel.headers import read_header
+from causalreel.weights.identify import SUFFIXES
 from causalreel.weights.pickles import read_pickle
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -44,7 +45,10 @@ def read_tensors(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors")
         return found
-    raise ValueError(f"{path}: weights are read from .safetensors, .pt, .pth, .ckpt or .bin files, not {path.suffix!r}")
+    what = f", which is {SUFFIXES[path.suffix]}" if path.suffix in SUFFIXES else ""
+    raise ValueError(
+        f"{path}: weights are read from .safetensors, .pt, .pth, .ckpt or .bin files, not '{shown(path.suffix)}'{what}"
+    )
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from causalreel.foreign import shown
 from causalreel.nn.presets import PRESETS, ModelConfig
 
 
@@ -20,8 +23,15 @@ class Kind:
     """What would load it, or that nothing here does."""
 
 
+MERGE = "it changes a base model and is none: merge it into its base model first, with the tool that made it"
+
 KINDS = (
-    Kind("LoRA", ("lora_A", "lora_B", "lora_down", "lora_up", ".diff_b"), "merge it into its base model first"),
+    Kind("LoKr (LyCORIS)", ("lokr_w1", "lokr_w2", "lokr_t2"), MERGE),
+    Kind("LoHa (LyCORIS)", ("hada_w1", "hada_w2", "hada_t1"), MERGE),
+    Kind("OFT (LyCORIS)", ("oft_blocks", "oft_diag", "oft_R"), MERGE),
+    Kind("DoRA", ("dora_scale", "lora_magnitude_vector"), MERGE),
+    Kind("LoRA", ("lora_A", "lora_B", "lora_down", "lora_up", ".lora.", ".diff_b"), MERGE),
+    Kind("an optimiser's state", ("exp_avg", "param_groups"), "give the file of the network itself"),
     Kind("VACE (control) model", ("vace_blocks.", "vace_patch_embedding."), "VACE models are not supported"),
     Kind(
         "Wan image-to-video",
@@ -61,13 +71,57 @@ def guess_layout(names: Iterable[str]) -> str:
     kind = guess_kind(names)
     if kind is not None:
         return kind.what
-    return "Wan2.1 / Causal Forcing" if any(name.startswith("blocks.") for name in names) else "unknown"
+    is_wan = any(
+        re.fullmatch(r"blocks\.\d+\.((self_attn\.[qkvo]|ffn\.[02])\.weight|modulation)", name) for name in names
+    )
+    return "Wan2.1 / Causal Forcing" if is_wan else "unknown"
 
 
 def guess_kind(names: Iterable[str]) -> Kind | None:
     """The kind of file that these names suggest, if it is none of Wan2.1's own."""
     names = list(names)
     return next((kind for kind in KINDS if any(mark in name for name in names for mark in kind.marks)), None)
+
+
+SUFFIXES = {
+    ".gguf": "a GGUF file, whose quantised weights are not read",
+    ".distcp": "a part of a distributed checkpoint (DCP); name its folder to hear what converts it",
+    ".onnx": "an ONNX program",
+    ".engine": "a TensorRT program",
+    ".msgpack": "weights of Flax",
+    ".h5": "weights of Keras",
+    ".npz": "arrays of NumPy",
+    ".zip": "an archive: unpack it first",
+    ".tar": "an archive: unpack it first",
+    ".gz": "an archive: unpack it first",
+}
+"""Suffix of a file that holds no weights that are read -> what it is."""
+
+
+def folder_in_words(folder: Path) -> str | None:
+    """What a folder without weights that are read here holds instead, and what would load or convert it."""
+    names = sorted(path.name for path in itertools.islice(folder.iterdir(), 10_000))
+    pickles = [name for name in names if Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin")]
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        return (
+            "it is a distributed checkpoint of PyTorch (DCP); python -m torch.distributed.checkpoint.format_utils "
+            f"dcp_to_torch {folder} model.pt converts it"
+        )
+    if "zero_to_fp32.py" in names or any("model_states" in name for name in pickles):
+        return f"it is a checkpoint of DeepSpeed; python zero_to_fp32.py {folder} OUT, which lies in it, converts it"
+    if "manifest.json" in names and "trainer.pt" in names:
+        return "it is a checkpoint of a training run, from which only training goes on; name the run's export folder"
+    if any(name.endswith(".bin.index.json") for name in names):
+        return "its weights are .bin files in shards; save them again as .safetensors"
+    if "adapter_config.json" in names:
+        return f"it is an adapter (PEFT, such as LoRA); {MERGE}"
+    if "export" in names and (folder / "export").is_dir():
+        return f"it is the folder of a training run; name its export {folder / 'export'}"
+    if len(pickles) == 1:
+        return f"its weights are {shown(pickles[0])}; name that file, {shown(str(folder / pickles[0]), 300)}"
+    if pickles:
+        return f"it has {len(pickles)} PyTorch files, such as {shown(pickles[0])}; name one of them"
+    return None
 
 
 def describe(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from causalreel.foreign import TEXT_BYTES, file_in, number_of, read_json, shown, text_of
+from causalreel.foreign import TEXT_BYTES, file_in, number_of, ordinary_file, read_json, shown, text_of
 from causalreel.headers import NAME, read_header
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.diffusers import from_diffusers, to_diffusers
 from causalreel.weights.files import PICKLE_SUFFIXES, read_tensors
-from causalreel.weights.identify import config_of, describe, guess_layout, size_in_words
+from causalreel.weights.identify import config_of, describe, folder_in_words, guess_layout, size_in_words
 
 log = logging.getLogger(__name__)
 
@@ -251,10 +251,10 @@ def _settle(path: Path) -> Path:
             return indices[0]
         if indices or len(files) != 1:
             there = f"{len(indices)} indices, {len(files)} .safetensors files"
-            raise ValueError(f"{path} holds no single set of weights ({there}); name the file")
+            told = None if indices or files else folder_in_words(path)
+            raise ValueError(f"{path} holds no single set of weights ({there}); {told or 'name the file'}")
         return files[0]
-    if not path.is_file():
-        raise ValueError(f"weights file not found: {path}")
+    path = ordinary_file(path, "weights file")
     if "-of-0" in path.name and path.suffix == ".safetensors":
         raise ValueError(f"{path} is one shard of several; name the folder {path.parent} or its index")
     return path
