@@ -16,7 +16,7 @@ import pytest
 
 import causalreel
 from causalreel import folders
-from causalreel.folders import claim, sweep
+from causalreel.folders import claim
 
 HOLDER = """
 import os, sys
@@ -138,10 +138,3 @@ def test_many_at_once_never_overlap(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert most == [1] and done[0] > 0 and not list(tmp_path.glob("*/*"))
-
-
-def test_sweep_takes_what_matches(tmp_path: Path) -> None:
-    for name in (".model.7.tmp", "model", ".other"):
-        (tmp_path / name).touch()
-    sweep(tmp_path, ".model.*.tmp")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other", "model"]

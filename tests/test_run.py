@@ -77,8 +77,10 @@ def test_shipped_recipes_resolve_and_dry_run(
     assert isinstance(recipe.settings, SETTINGS[recipe.stage])
     trained = {"codec": {"codec"}, "dmd": {"student", "critic"}}.get(recipe.stage, {"student"})
     assert set(recipe.trainer.optimisers) == trained
-    reel("train", name, "trainer.seed=3", "--dry-run")
-    shown = capsys.readouterr().out
+    is_ready = cli.main(["train", name, "trainer.seed=3", "--dry-run"]) == 0
+    shown, errors = capsys.readouterr()
+    assert is_ready == (recipe.stage == "codec")
+    assert is_ready or f"`causalreel encode --codec tiny --out {recipe.data} --clips 2048`" in errors
     assert describe(resolve(name, ["trainer.seed=3"])) in shown
     assert config.loads(shown, Recipe) == resolve(name, ["trainer.seed=3"])  # what is printed is a recipe
     assert list(tmp_path.iterdir()) == []
@@ -248,13 +250,21 @@ CD = ["train", "tiny/causal_cd", *SMALL, *DATA, *FROM_BASE, "trainer.out=new"]
         ([*CD, "stage=cd"], ["stage: got 'cd'", "'causal_cd'"]),
         ([*CD, "settings.batch=two"], ["settings.batch: got 'two'", "expected int"]),
         ([*CD, "settings.chunk=5"], ["multiple of the chunk size 5, got 12", "nearest: 10 or 15"]),
-        ([*CD, "data=nowhere"], ["no prepared data in nowhere"]),
+        (
+            [*CD, "data=nowhere"],
+            ["no prepared data in nowhere", "`causalreel encode --codec codec/export --out nowhere --clips 2048`"],
+        ),
         ([*CD, "data=null"], ["needs `data`"]),
         ([*CD, "rows=100"], ["data has 6 clips, 100 were asked for"]),
         ([*CD, "codec=nowhere"], ["no codec at nowhere"]),
         ([*CD, "init.student=nowhere"], ["nowhere is not an export"]),
         ([*CD, "init.critic=base/export"], ["role 'critic'", "causal_cd takes student, teacher"]),
-        (["train", "tiny/causal_cd", *SMALL, *DATA], ["runs/tiny/ar-frame/export is not an export"]),
+        (
+            ["train", "tiny/dmd", *SMALL, *DATA],
+            ["runs/tiny/ode-frame/export is not an export", "make it with `causalreel train tiny/causal_ode`"],
+        ),
+        ([*CD, "init.student=tiny/bsae"], ["tiny/bsae is not an export", "embedded models are", "tiny/base"]),
+        ([*CD, "rows=0"], ["rows: got 0"]),
         ([*CD, "trainer.optimisers.critic.lr=1"], ["no role 'critic'"]),
         ([*CD, "trainer.out=base/export/config.yaml/x"], ["cannot write to base", "config.yaml is a file"]),
         (["train", "tiny/base", *SMALL, *DATA, "model=tinny"], ["unknown model preset 'tinny'"]),
@@ -302,6 +312,7 @@ def test_a_second_process_in_a_folder_is_refused_and_touches_nothing(
             process.kill()
             process.communicate()
     assert cli.main(commands["new"]) == 2 and "settings.guidance" in capsys.readouterr().err
+    reel(*CD)
     assert not half.exists() and not Path("new/.lock").exists()
 
 

@@ -62,7 +62,7 @@ def test_latents_that_training_cannot_use(tmp_path: Path, latents: torch.Tensor,
         (b"a\rb\r", ["2 latents but 1 captions"]),
         ("a\u2028b".encode(), ["2 latents but 1 captions"]),
         ("a\nb\n".encode("utf-16"), ["is not UTF-8 text"]),
-        (b"a\nb\xff\n", ["is not UTF-8 text", "byte 3"]),
+        (b"a\nb\xff\n", ["is not UTF-8 text", "byte 3 is 0xff"]),
     ],
 )
 def test_captions_that_training_cannot_use(tmp_path: Path, text: bytes, parts: list[str]) -> None:

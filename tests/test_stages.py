@@ -18,7 +18,7 @@ from causalreel.train.optim import OptimiserConfig
 from causalreel.train.stage import DataCursor, Stage, StepContext
 from causalreel.train.stages.ar_diffusion import ARDiffusion, ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCD, CausalCDConfig
-from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_trajectories
+from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_part, parts_of
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.trainer import TrainerConfig, train
@@ -58,8 +58,9 @@ def source(rows: int = 24) -> LatentSource:
 
 
 def trajectories(config: CausalODEConfig) -> LatentSource:
-    made = make_trajectories(net(3, trained=False), source(), config, null=NULL, seed=0, device=torch.device("cpu"))
-    return LatentSource(*made)
+    teacher, how = net(3, trained=False), {"null": NULL, "seed": 0, "device": torch.device("cpu")}
+    parts = [make_part(first, teacher, source(), config, **how) for first in parts_of(config)]
+    return LatentSource(*(torch.cat([part[name] for part in parts]) for name in ("states", "text")))
 
 
 ODE = CausalODEConfig(batch=8, chunk=2, pairs=12, grid=8, keep=(0, 2, 4, 6), maker_batch=5, guidance=2.0)
@@ -219,4 +220,4 @@ def test_prompt_only_data_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_trajectories_need_latents() -> None:
     with pytest.raises(ValueError, match="this stage needs latents"):
-        make_trajectories(net(), Prompts(), ODE, null=NULL, seed=0, device=torch.device("cpu"))
+        make_part(0, net(), Prompts(), ODE, null=NULL, seed=0, device=torch.device("cpu"))

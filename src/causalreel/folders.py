@@ -1,4 +1,4 @@
-"""Folders that one process works in at a time, and what killed ones left in them.
+"""Folders that one process works in at a time.
 
 A claim is the operating system's lock on `<folder>/.lock`. The lock dies with its process, however that ends, so a file
 that was left behind means nothing; it does not pass to forked children either.
@@ -67,14 +67,6 @@ def claim(folder: str | Path, purpose: str) -> Iterator[bool]:
             with contextlib.suppress(OSError):  # the first that is not empty ends it
                 for path in made:
                     path.rmdir()
-
-
-def sweep(folder: Path, *patterns: str) -> None:
-    """Delete the files in a claimed folder that match a pattern: what a killed process has left half written."""
-    for pattern in patterns:
-        for leftover in folder.glob(pattern):
-            leftover.unlink(missing_ok=True)
-            log.info("removed %s, which a stopped process had left unfinished", leftover)
 
 
 def _make(folder: Path) -> list[Path]:

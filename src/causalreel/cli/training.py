@@ -22,19 +22,24 @@ class Train(ThreadFlag):
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")] = ()
     """key.key=value, laid upon the recipe."""
     dry_run: bool = False
-    """Print the resolved recipe and check it without training."""
+    """Print the resolved recipe, check all that the run needs, say what makes what is missing; touches nothing."""
     check: bool = True
     """Do not hash and compare data, weights and checkpoints, a second per GB; as trainer.check=false."""
 
 
 def train(args: Train) -> int:
     from causalreel import config
-    from causalreel.train.run import describe, networks, resolve, run
+    from causalreel.train.ingredients import networks
+    from causalreel.train.readiness import problems
+    from causalreel.train.run import describe, resolve, run
 
     recipe = resolve(args.recipe, [*args.overrides, *([] if args.check else ["trainer.check=false"])])
     if args.dry_run:
         print(config.dump(recipe))
         print(describe(recipe))
+        if found := problems(recipe):
+            raise ValueError("; ".join(["not ready", *found]))
+        print("# ready: data, codec, weights, device and room on the disk are there")
         return 0
     device = recipe.trainer.device
     args.set_threads(networks(recipe), None if device == "auto" else device)
@@ -49,7 +54,7 @@ class Encode(ThreadFlag):
     """Prepare training data: render clips of the tiny world, encode them into latent shards. Continues if stopped."""
 
     codec: Path
-    """Folder of a trained codec."""
+    """Folder of a trained codec, or tiny for the one of the package."""
     out: Path
     """Folder for the shards."""
     clips: int = 32768

@@ -7,22 +7,21 @@ line, and `info.yaml` (what made it). Preparing again continues where it stopped
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from causalreel import config as configs
 from causalreel.data.shards import layout, read_captions
 from causalreel.data.world import WorldConfig, captions, render, simulate
-from causalreel.files import replacing
+from causalreel.files import replacing, write_text
 from causalreel.fingerprint import fingerprint
-from causalreel.folders import claim, sweep
+from causalreel.folders import claim
+from causalreel.hashed import write_tensors
 from causalreel.types import VideoCodec
 
 log = logging.getLogger(__name__)
@@ -58,10 +57,8 @@ def prepare(
     """
     folder = Path(out)
     info = {"world_seed": seed, "shard": shard, "frames": config.frames, "size": config.size, "codec": codec_id}
-    with claim(folder, "encoding") as is_alone:
+    with claim(folder, "encoding"):
         _agree(folder, info)
-        if is_alone:
-            sweep(folder, ".latents-*.tmp", ".info.yaml.tmp")
         for number, first in enumerate(range(0, clips, shard)):
             path = folder / f"latents-{number:05d}.safetensors"
             size = min(shard, clips - first)
@@ -72,7 +69,7 @@ def prepare(
                 state = simulate(min(batch, first + size - start), seed=seed, first=start, config=config, device=device)
                 parts.append(codec.encode(render(state)).half().cpu())
                 told += captions(state)
-            _write_text(path.with_suffix(".txt"), "\n".join(told) + "\n")
+            write_text(path.with_suffix(".txt"), "\n".join(told) + "\n")
             _write_latents(path, torch.cat(parts))
             log.info("prepared %d of %d clips", first + size, clips)
     return folder
@@ -102,7 +99,7 @@ def _agree(folder: Path, info: Mapping[str, int | str]) -> None:
                 f"{folder} holds data with {key}={held.get(key)}, asked for {key}={info[key]}: use another folder"
             )
         return
-    _write_text(path, yaml.safe_dump(dict(info)))
+    write_text(path, yaml.safe_dump(dict(info)))
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:
@@ -111,21 +108,10 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     return configs.read(path) if path.is_file() else {}
 
 
-def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
 def _write_latents(path: Path, latents: Tensor) -> None:
     tensors = {"latents": latents}
-    _write(path, lambda partial: save_file(tensors, partial, {"sha256": fingerprint(tensors)}))
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
     with replacing(path) as partial:
-        try:
-            write(partial)
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(f"{path} could not be written: {error}") from None
+        write_tensors(partial, tensors, {"sha256": fingerprint(tensors)})
 
 
 def held_out(

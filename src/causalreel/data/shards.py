@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from causalreel.fingerprint import fingerprint
-from causalreel.foreign import shown
+from causalreel.foreign import read_text, shown
 from causalreel.headers import read_header
 
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+CAPTIONS_BYTES = 1 << 28
 
 EXPECTED = "'latents' (clips,frames,channels,height,width), 1 or more of each, in float16, bfloat16 or float32"
 
@@ -73,12 +75,9 @@ def layout(shard: Path) -> tuple[tuple[int, ...], str]:
 def read_captions(shard: Path, clips: int) -> list[str]:
     """The captions beside a shard of `clips` clips, one a clip and none of them blank."""
     path = shard.with_suffix(".txt")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: a caption a line for each of the {clips} clips of {shard.name}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not path.exists():
+        raise ValueError(f"{path} is missing: a caption a line for each of the {clips} clips of {shard.name}")
+    text = read_text(path, most=CAPTIONS_BYTES, what="file of captions")
     lines = text.split("\n")
     told = [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
     blank = next((number for number, line in enumerate(told, 1) if not line.strip()), None)

@@ -24,6 +24,8 @@ from causalreel.text.tiny import TinyTextEncoder
 from causalreel.types import LatentSpec
 from causalreel.weights import export as exports
 from causalreel.weights.export import (
+    ALIASES,
+    DEFAULT_VARIANTS,
     Export,
     Sampling,
     codec_file,
@@ -36,16 +38,12 @@ from causalreel.weights.registry import MODELS
 
 log = logging.getLogger(__name__)
 
-DEFAULT_VARIANTS = {"tiny": "frame-2step"}
-"""Family -> the variant that its bare name means."""
-
 TEXT_ENCODERS = {"tiny": TinyTextEncoder}
 
 
 def variants() -> dict[str, Path]:
     """Names of the embedded models, such as `tiny/frame-2step` -> their folders."""
-    folders = sorted(path.parent for path in exports.ASSETS.glob("*/*/config.yaml"))
-    return {f"{folder.parent.name}/{folder.name}": folder for folder in folders}
+    return exports.embedded()
 
 
 def load(
@@ -222,7 +220,7 @@ def network_of(model: str | Path) -> ModelConfig:
 def find(model: str | Path, *, steps: int | Sequence[float] | None = None, chunk: int | None = None) -> Path:
     """The folder of a model; an unknown name is a ValueError that says which are near."""
     known = variants()
-    name = str(model)
+    name = ALIASES.get(str(model), str(model))
     if name in known:
         return known[name]
     family = {key: folder for key, folder in known.items() if key.startswith(f"{name}/")}

@@ -22,8 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from causalreel.foreign import read_json
+from causalreel.hashed import sha256_of, write_pickle, write_tensors, write_text
 from causalreel.train.contents import Content, compare
-from causalreel.train.hashed import sha256_of, write_pickle, write_tensors, write_text
 from causalreel.weights.files import read_tensors
 from causalreel.weights.pickles import read_pickle
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections import defaultdict
@@ -18,6 +17,8 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+
+from causalreel.files import write_text
 
 Record = Mapping[str, float | int]
 Writer = Callable[[Record], None]
@@ -87,10 +88,7 @@ def open_jsonl(path: Path, *, step: int) -> Writer:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):  # torn by a kill in mid-write
                 continue
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))
 
     def write(record: Record) -> None:
         with path.open("a", encoding="utf-8") as file:

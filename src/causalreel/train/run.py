@@ -12,42 +12,40 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from causalreel import config as configs
 from causalreel.codecs.tiny import tiny_codec
-from causalreel.codecs.wan_vae import CausalVAE, latent_statistics
+from causalreel.codecs.wan_vae import latent_statistics
 from causalreel.config import FREE
 from causalreel.data.prepare import render_clips
-from causalreel.data.shards import caption_place, load_prepared
 from causalreel.data.sources import ClipSource, LatentSource
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
-from causalreel.nn.presets import ModelConfig, preset
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.graphs import graph_calls
-from causalreel.rollout import chunk_sizes
 from causalreel.solvers import unipc_sigmas
-from causalreel.text.tiny import TinyTextEncoder
 from causalreel.train import trainer
+from causalreel.train.checkpoint import latest
+from causalreel.train.contents import Content, fingerprints
+from causalreel.train.ingredients import Ingredients, gather
 from causalreel.train.kit import Viewer
 from causalreel.train.stage import DataSource, Stage
 from causalreel.train.stages.ar_diffusion import ARDiffusion, ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCD, CausalCDConfig
-from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_trajectories
+from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_part, parts_of
 from causalreel.train.stages.codec import CodecConfig, CodecStage
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
+from causalreel.train.stored import Store
 from causalreel.train.trainer import Result, TrainerConfig
-from causalreel.types import LatentSpec
-from causalreel.weights.export import Export, Sampling, load_codec, load_export, read_export, save_codec, save_export
-from causalreel.weights.files import read_tensors, write_tensors
+from causalreel.weights.export import Export, Sampling, codec_name, save_codec, save_export
 
 log = logging.getLogger("causalreel.train")
 
@@ -74,17 +72,17 @@ class Recipe:
     """The stage's own settings: losses, chunk size, step lists."""
     model: str = "tiny"
     """Size of a network that no `init` gives: a preset of nn.presets, or of the codec."""
-    init: dict[str, Path] = field(default_factory=dict)
-    """Role -> export folder its weights start from."""
-    data: Path | None = None
+    init: dict[str, Path] = field(default_factory=dict, metadata=FREE)
+    """Role -> export folder its weights start from, or an embedded model such as tiny/base."""
+    data: Path | None = field(default=None, metadata=FREE)
     """Prepared data (see `causalreel encode`); the codec stage renders its own clips."""
     rows: int | None = None
     """Clips used of the data; null for all."""
     data_seed: int = 0
     """World of the clips that the codec stage renders."""
     codec: Path | None = field(default=None, metadata=FREE)
-    """Codec that made the data; used for previews and named in the export."""
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Codec that made the data, a folder or tiny; used for previews and named in the export."""
+    compute: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata=FREE)
     """Arithmetic of the networks; weights stay float32. auto: bfloat16 on the GPU."""
     speed: Literal["plain", "compiled", "graphed"] = field(default="plain", metadata=FREE)
     """On the GPU: compile blocks with torch.compile, and also replay calls as CUDA graphs. The CPU is always plain."""
@@ -99,16 +97,26 @@ class Recipe:
             )
         if self.stage == "codec" and self.model != "tiny":
             raise ValueError(f"model: got {self.model!r}, the codec stage trains only 'tiny'")
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows: got {self.rows}, allowed 1 or more, or null for all")
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
     """A YAML file, or the name of a recipe that ships with the package, such as `tiny/causal_cd`."""
-    path, shipped = Path(name), Path(__file__).parents[1] / "recipes"
+    path, shipped = Path(name), RECIPES
     if path.suffix in (".yaml", ".yml"):
         return path
     found = shipped / f"{name}.yaml"
     if not found.is_file():
-        names = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
+        names = shipped_recipes()
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         raise ValueError(f"no recipe {name!r}{hint} there are {', '.join(names)}, or give a .yaml file")
@@ -142,11 +150,21 @@ def run(recipe: Recipe) -> Result:
     build = _build_codec if recipe.stage == "codec" else _build_denoising
     out = Path(recipe.trainer.out)
     with claim(out, "training"):
-        stage, source, export = build(recipe, device)
-        result = trainer.train(stage, source, recipe.trainer, recipe=recipe)
+        run = build(recipe, device)
+        result = trainer.train(run.stage, run.source, recipe.trainer, recipe=recipe, contents=run.contents)
         if not result.is_interrupted:
-            export(out / "export")
+            run.export(out / "export")
         return result
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step."""
+
+    stage: Stage
+    source: DataSource
+    export: Callable[[Path], None]
+    contents: tuple[Content, ...] = ()
 
 
 def _check_folder(out: Path) -> None:
@@ -161,7 +179,8 @@ def _check_folder(out: Path) -> None:
 # ---- codec
 
 
-def _build_codec(recipe: Recipe, device: torch.device) -> tuple[Stage, DataSource, Callable[[Path], None]]:
+def _build_codec(recipe: Recipe, device: torch.device) -> Prepared:
+    trainer.resumable(recipe.trainer, recipe)
     codec = tiny_codec(recipe.trainer.seed).to(device)
     if device.type == "cuda":
         codec.forward = torch.autocast("cuda", torch.bfloat16)(torch.compile(codec.forward))  # float32 weights stay
@@ -174,40 +193,21 @@ def _build_codec(recipe: Recipe, device: torch.device) -> tuple[Stage, DataSourc
         save_codec(folder, codec, provenance(recipe))
         log.info("codec written to %s", folder)
 
-    return stage, ClipSource(clips), export
+    return Prepared(stage, ClipSource(clips), export)
 
 
 # ---- denoisers
 
 
-def _build_denoising(recipe: Recipe, device: torch.device) -> tuple[Stage, DataSource, Callable[[Path], None]]:
-    if recipe.data is None or recipe.codec is None:
-        raise ValueError(f"stage {recipe.stage} needs `data` (a prepared folder) and `codec` (a codec's export folder)")
-    codec_folder = recipe.codec.resolve()
-    codec = load_codec(recipe.codec).to(device)
-    latents, told = load_prepared(recipe.data, rows=recipe.rows)
-    spec = LatentSpec(*latents.shape[2:])
-    if spec.channels != codec.channels:
-        raise ValueError(
-            f"{recipe.data} has {spec.channels} latent channels, the codec {recipe.codec} {codec.channels}"
-        )
-    if not isinstance(recipe.settings, PretrainConfig):
-        chunk_sizes(latents.shape[1], recipe.settings.chunk)
-    encoder = TinyTextEncoder()
-    text = _encode(encoder, told, recipe.data)
-    source = LatentSource(latents.to(device), text.to(device))
-    roles = _roles(recipe, device)
-    for role, net in roles.items():
-        if (net.config.channels, net.config.text_dim) != (spec.channels, encoder.width):
-            raise ValueError(
-                f"{role} takes {net.config.channels} latent channels and text of width {net.config.text_dim}, "
-                f"the data have {spec.channels} and {encoder.width}"
-            )
-    null = encoder.null(1).to(device)
-    stage, source, exported, sampling = STAGES[recipe.stage](recipe, roles, source, null, codec, device)
+def _build_denoising(recipe: Recipe, device: torch.device) -> Prepared:
+    made = gather(recipe, device)
+    trainer.resumable(recipe.trainer, recipe, made.contents)  # before anything is made
+    stage, source, exported, sampling = STAGES[recipe.stage](recipe, made, device)
+    assert recipe.codec is not None
+    codec_folder = recipe.codec
 
     def export(folder: Path) -> None:
-        student = roles["student"]
+        student = made.roles["student"]
         model = DiTDenoiser(student.config, context=student.context)
         model.load_state_dict(effective_state(stage.roles[exported]))
         card = Export(
@@ -215,71 +215,17 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> tuple[Stage, DataS
             model=student.config,
             sampling=sampling,
             context=student.context,
-            frames=latents.shape[1],
+            frames=made.frames,
             fps=16,
-            latent=spec,
-            codec=os.path.relpath(codec_folder, folder.resolve()),
+            latent=made.spec,
+            codec=codec_name(codec_folder, folder),
             text="tiny",
-            provenance=provenance(recipe),
+            provenance=provenance(recipe, made.contents),
         )
         save_export(folder, model, card)
         log.info("weights written to %s", folder)
 
-    return stage, source, export
-
-
-def _encode(encoder: TinyTextEncoder, told: Sequence[str], data: Path) -> Tensor:
-    """The captions (R,K,E); ValueError naming file and line of the first that cannot be read."""
-    try:
-        return torch.cat([encoder.encode(told[i : i + 4096]) for i in range(0, len(told), 4096)])
-    except ValueError:
-        for row, caption in enumerate(told):
-            try:
-                encoder.encode([caption])
-            except ValueError as error:
-                raise ValueError(f"captions of {data}: {caption_place(data, row)}: {error}") from None
-        raise
-
-
-ROLES = {
-    "dmd": ("student", "critic", "teacher"),
-    "causal_cd": ("student", "teacher"),
-    "causal_ode": ("student", "teacher"),
-}
-"""Networks a stage needs from outside; the others need a student only."""
-
-
-def networks(recipe: Recipe) -> list[ModelConfig]:
-    """Sizes of the networks that a recipe trains or learns from, as far as their files are there; none for a codec."""
-    if recipe.stage == "pretrain":
-        return [preset(recipe.model)]
-    folders = [Path(folder) for folder in recipe.init.values()]
-    return [read_export(folder).model for folder in folders if (folder / "config.yaml").is_file()]
-
-
-def _roles(recipe: Recipe, device: torch.device) -> dict[str, DiTDenoiser]:
-    wanted = ROLES.get(recipe.stage, ("student",))
-    for role in recipe.init:
-        if role not in wanted:
-            raise ValueError(f"init names the role {role!r}; stage {recipe.stage} takes {', '.join(wanted)}")
-    compute = (
-        torch.bfloat16 if recipe.compute == "bfloat16" or (recipe.compute == "auto" and device.type == "cuda") else None
-    )
-    roles = {}
-    for role in wanted:
-        if role in recipe.init:
-            net = load_export(recipe.init[role])[0]
-        elif role == "student" and recipe.stage == "pretrain":
-            with torch.random.fork_rng():
-                torch.manual_seed(recipe.trainer.seed)
-                net = DiTDenoiser(preset(recipe.model))
-        else:
-            raise ValueError(f"stage {recipe.stage} needs init.{role}: the export folder it starts from")
-        net.compute = compute
-        is_trained = role in recipe.trainer.optimisers
-        net = net.to(device) if is_trained or compute is None else net.to(device, compute)
-        roles[role] = net.requires_grad_(is_trained)
-    return roles
+    return Prepared(stage, source, export, made.contents)
 
 
 Built = tuple[Stage, DataSource, str, Sampling]
@@ -298,69 +244,63 @@ def _compiled(recipe: Recipe, stage: Stage) -> Stage:
     return stage
 
 
-def _pretrain(
-    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
-) -> Built:
+def _pretrain(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: PretrainConfig = recipe.settings
     sampling = Sampling(chunk=None, solver="euler", guidance=3.0, multistep=48, shift=c.shift)
-    viewer = Viewer(codec, tuple(sigma_grid(24, c.shift).tolist()[:-1]), chunk=1, solver="euler")
-    stage = Pretrain(c, student=roles["student"], viewer=viewer)
-    return _compiled(recipe, stage), source, "average", sampling
+    viewer = Viewer(made.codec, tuple(sigma_grid(24, c.shift).tolist()[:-1]), chunk=1, solver="euler")
+    stage = Pretrain(c, student=made.roles["student"], viewer=viewer)
+    return _compiled(recipe, stage), made.source, "average", sampling
 
 
-def _ar_diffusion(
-    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
-) -> Built:
+def _ar_diffusion(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: ARDiffusionConfig = recipe.settings
     sampling = Sampling(chunk=c.chunk, solver="unipc", guidance=2.0, multistep=48, shift=c.shift)
-    viewer = Viewer(codec, unipc_sigmas(16, c.shift)[:-1], chunk=c.chunk, solver="unipc")
-    return _compiled(recipe, ARDiffusion(c, student=roles["student"], viewer=viewer)), source, "average", sampling
+    viewer = Viewer(made.codec, unipc_sigmas(16, c.shift)[:-1], chunk=c.chunk, solver="unipc")
+    stage = ARDiffusion(c, student=made.roles["student"], viewer=viewer)
+    return _compiled(recipe, stage), made.source, "average", sampling
 
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 
 
-def _causal_ode(
-    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
-) -> Built:
+def _causal_ode(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: CausalODEConfig = recipe.settings
-    file = Path(recipe.trainer.out) / "trajectories.safetensors"
-    if not file.is_file():
-        states, text = make_trajectories(
-            roles["teacher"], source, c, null=null, seed=recipe.trainer.seed, device=device
-        )
-        write_tensors(file, {"states": states, "text": text})
-    held = read_tensors(file)
-    if len(held["states"]) != c.pairs:
-        raise ValueError(
-            f"{file} holds {len(held['states'])} trajectories, settings.pairs is {c.pairs}: use another out"
-        )
+    out, kept = Path(recipe.trainer.out), fingerprints(made.contents)
+    decides = {what: kept[what] for what in ("data", "init.teacher", "compute") if what in kept}
+    decides |= {"trainer.seed": str(recipe.trainer.seed), **c.of_trajectories}
+    store = Store(out, decides, latest(out / "checkpoints") is not None, recipe.trainer.check)
+    make = partial(
+        make_part,
+        teacher=made.roles["teacher"],
+        source=made.source,
+        config=c,
+        null=made.null,
+        seed=recipe.trainer.seed,
+        device=device,
+    )
+    held = store.get(c.pairs, parts_of(c), make)
     rows = LatentSource(held["states"].to(device), held["text"].to(device))
     sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift)
-    viewer = Viewer(codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
-    return _compiled(recipe, CausalODE(c, student=roles["student"], viewer=viewer)), rows, "average", sampling
+    viewer = Viewer(made.codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
+    return _compiled(recipe, CausalODE(c, student=made.roles["student"], viewer=viewer)), rows, "average", sampling
 
 
-def _causal_cd(
-    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
-) -> Built:
+def _causal_cd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: CausalCDConfig = recipe.settings
     sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift)
-    viewer = Viewer(codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
-    stage = CausalCD(c, student=roles["student"], teacher=roles["teacher"], null=null, viewer=viewer)
-    return _compiled(recipe, stage), source, "target", sampling
+    viewer = Viewer(made.codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
+    stage = CausalCD(c, student=made.roles["student"], teacher=made.roles["teacher"], null=made.null, viewer=viewer)
+    return _compiled(recipe, stage), made.source, "target", sampling
 
 
-def _dmd(
-    recipe: Recipe, roles: dict, source: LatentSource, null: Tensor, codec: CausalVAE, device: torch.device
-) -> Built:
+def _dmd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: DMDConfig = recipe.settings
     sampling = Sampling(chunk=c.chunk, steps=c.steps, first_steps=c.first_steps, shift=c.shift)
-    viewer = Viewer(codec, c.sigmas, chunk=c.chunk, first=c.first_sigmas)
-    stage = DMD(c, **roles, null=null, viewer=viewer)
+    viewer = Viewer(made.codec, c.sigmas, chunk=c.chunk, first=c.first_sigmas)
+    stage = DMD(c, **made.roles, null=made.null, viewer=viewer)
     if device.type == "cuda" and recipe.speed != "plain" and stage.sampler is not stage.student:
         compile_blocks(stage.sampler)
-    return _compiled(recipe, stage), source, "average", sampling
+    return _compiled(recipe, stage), made.source, "average", sampling
 
 
 STAGES: dict[str, Callable[..., Built]] = {
@@ -372,8 +312,8 @@ STAGES: dict[str, Callable[..., Built]] = {
 }
 
 
-def provenance(recipe: Recipe) -> dict[str, Any]:
-    """Where weights come from: the resolved recipe, the seed and the commit, if there is one."""
+def provenance(recipe: Recipe, contents: Sequence[Content] = ()) -> dict[str, Any]:
+    """Where weights come from: the resolved recipe, the seed, what they were made from, the commit if there is one."""
     try:
         found = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"],
@@ -390,4 +330,5 @@ def provenance(recipe: Recipe) -> dict[str, Any]:
         "seed": recipe.trainer.seed,
         "torch": str(torch.__version__),
         "recipe": configs.to_dict(recipe),
+        "contents": fingerprints(contents),
     }

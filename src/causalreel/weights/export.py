@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +37,23 @@ from causalreel.nn.presets import ModelConfig
 from causalreel.types import LatentSpec
 from causalreel.weights.files import read_tensors, write_tensors
 from causalreel.weights.identify import folder_in_words
-from causalreel.weights.layouts import load_strictly
+from causalreel.weights.layouts import check_finite, load_strictly
 from causalreel.weights.sizes import check_codec, check_model, check_numbers
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 """Where the embedded models are: a folder per family, in it `codec.safetensors` and a folder per variant."""
 
+DEFAULT_VARIANTS = {"tiny": "frame-2step"}
+"""Family -> the variant that its bare name means."""
+
+ALIASES = {"tiny/ar": "tiny/ar-frame"}
+
 CONFIG, MODEL = "config.yaml", "model.safetensors"
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Types that exported weights may have."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,11 +160,30 @@ def save_export(
     return folder
 
 
+def embedded() -> dict[str, Path]:
+    """Names of the embedded models, such as `tiny/frame-2step` -> their folders."""
+    folders = sorted(path.parent for path in ASSETS.glob(f"*/*/{CONFIG}"))
+    return {f"{folder.parent.name}/{folder.name}": folder for folder in folders}
+
+
+def export_folder(model: str | Path) -> Path:
+    """The folder of an embedded model's name (`tiny`, `tiny/base`, `tiny/ar` ...); other paths as they are."""
+    name = Path(model).as_posix()
+    name = f"{name}/{DEFAULT_VARIANTS[name]}" if name in DEFAULT_VARIANTS else ALIASES.get(name, name)
+    known = embedded()
+    if name in known and (Path(model) / CONFIG).is_file():
+        log.warning("%s is taken as the embedded model, not as the folder here; that needs an absolute path", model)
+    return known.get(name, Path(model))
+
+
 def read_export(folder: str | Path) -> Export:
-    """The config of an export, without its weights."""
-    folder = Path(folder)
+    """The config of an export (a folder, or an embedded model's name), without its weights."""
+    folder = export_folder(folder)
     if not (folder / CONFIG).is_file():
-        told = folder_in_words(folder) if folder.is_dir() else None
+        known = embedded() if folder.parts[:1] and folder.parts[0] in DEFAULT_VARIANTS else {}
+        told = (
+            folder_in_words(folder) if folder.is_dir() else f"embedded models are {', '.join(known)}" if known else ""
+        )
         raise ValueError(f"{folder} is not an export: it has no {CONFIG}" + (f"; {told}" if told else ""))
     export = config.load(folder / CONFIG, Export, alone=True)
     try:
@@ -170,7 +201,8 @@ def load_export(
     compute, backend: see DiTDenoiser. Raises ValueError, in one line, for a missing or cut off file and for weights
     that were saved for another model.
     """
-    export, path = read_export(folder), Path(folder) / MODEL
+    folder = export_folder(folder)
+    export, path = read_export(folder), folder / MODEL
     header = read_header(path)
     claimed = header.metadata
     if claimed.get("config_hash", _identity(export)) != _identity(export):
@@ -182,7 +214,7 @@ def load_export(
     tensors = read_tensors(path)
     with without_initialisation():
         denoiser = DiTDenoiser(export.model, context=export.context, backend=backend, compute=compute)
-    load_strictly(denoiser.model, tensors, source=str(path))
+    _fill(denoiser.model, tensors, source=str(path))
     return denoiser.requires_grad_(False).eval(), export
 
 
@@ -199,6 +231,7 @@ def re_export(
 
     scores: scores.json of an evaluation, of which the row `label` goes into the provenance.
     """
+    source = export_folder(source)
     denoiser, export = load_export(source)
     provenance = dict(export.provenance)
     if scores is not None:
@@ -237,17 +270,17 @@ def save_codec(
 
 def load_codec(path: str | Path) -> CausalVAE:
     """A saved codec (its folder or its .safetensors file) in float32 on the CPU, in evaluation mode."""
-    path, sizes = _codec_path(path), read_codec(path).codec
+    path, sizes = find_codec(path), read_codec(path).codec
     check_codec(sizes, read_header(path), path)
     with without_initialisation():
         codec = CausalVAE(sizes)
-    load_strictly(codec, read_tensors(path), source=str(path))
+    _fill(codec, read_tensors(path), source=str(path))
     return codec.requires_grad_(False).eval()
 
 
 def read_codec(path: str | Path) -> CodecExport:
     """The config of a saved codec, without its weights."""
-    path = _codec_path(path)
+    path = find_codec(path)
     if not path.with_suffix(".yaml").is_file():
         raise ValueError(f"no codec at {path}: {path.with_suffix('.yaml').name} is missing")
     export = config.load(path.with_suffix(".yaml"), CodecExport, alone=True)
@@ -266,7 +299,26 @@ def codec_file(folder: str | Path, name: str) -> Path:
 
 def codec_identity(path: str | Path) -> str:
     """What tells one trained codec from another: a hash of its weights file."""
-    return hashlib.sha256(_codec_path(path).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(find_codec(path).read_bytes()).hexdigest()[:16]
+
+
+def find_codec(path: str | Path) -> Path:
+    """The .safetensors file of a codec: of an embedded family's name such as `tiny`, else of a folder or a file."""
+    name = str(path)
+    inside = ASSETS / name / "codec.safetensors"
+    if name in DEFAULT_VARIANTS and inside.is_file():
+        if _codec_path(path).is_file():
+            log.warning("%s is taken as the embedded codec, not as the folder here; that needs an absolute path", name)
+        return inside
+    return _codec_path(path)
+
+
+def codec_name(codec: str | Path, folder: Path) -> str:
+    """How an export in `folder` names its codec: an embedded family, or a path relative to the folder."""
+    place = find_codec(codec).parent.resolve()
+    if place.parent == ASSETS.resolve():
+        return place.name
+    return os.path.relpath(place, folder.resolve())
 
 
 def _codec_path(path: str | Path) -> Path:
@@ -294,7 +346,24 @@ def without_initialisation() -> Iterator[None]:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    return {name: value.to(dtype) for name, value in effective_state(module).items()}
+
+    cast = {name: value.to(dtype) for name, value in effective_state(module).items()}
+    check_finite(cast, source="weights to be exported")
+    return cast
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Load weights strictly; ValueError for names, shapes, types and values that no export has."""
+    for name, value in tensors.items():
+        if value.dtype not in FLOATS:
+            allowed = ", ".join(map(_type_name, FLOATS))
+            raise ValueError(f"{source}: {shown(name)} is {_type_name(value.dtype)}, weights are {allowed}")
+    load_strictly(module, tensors, source=source)
+    check_finite(tensors, source=source)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _identity(export: Export) -> str:

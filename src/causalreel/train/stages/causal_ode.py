@@ -55,6 +55,12 @@ class CausalODEConfig:
     """The average that is exported."""
 
     @property
+    def of_trajectories(self) -> dict[str, str]:
+        """The settings that decide the trajectories, for comparing."""
+        names = ("trajectories", "chunk", "pairs", "grid", "keep", "shift", "guidance", "maker_batch")
+        return {f"settings.{name}": str(getattr(self, name)) for name in names}
+
+    @property
     def grid_sigmas(self) -> tuple[float, ...]:
         return tuple(sigma_grid(self.grid, self.shift).tolist())
 
@@ -64,33 +70,40 @@ class CausalODEConfig:
         return tuple(self.grid_sigmas[i] for i in self.keep)
 
 
-def make_trajectories(
-    teacher: DiTDenoiser, source: DataSource, config: CausalODEConfig, *, null: Tensor, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The first `pairs` rows' trajectories -> states (P,S+2,F,C,H,W) float16 and text (P,K,E), on the CPU.
+def parts_of(config: CausalODEConfig) -> range:
+    """The first row of each part that is integrated at once."""
+    return range(0, config.pairs, config.maker_batch)
 
-    States at `keep`, then the end point, then the true clip. null (1,K,E): the unconditional text.
+
+def make_part(
+    first: int,
+    teacher: DiTDenoiser,
+    source: DataSource,
+    config: CausalODEConfig,
+    *,
+    null: Tensor,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Trajectories of the rows from `first` on -> states (P,S+2,F,C,H,W) float16 and text (P,K,E), on the CPU.
+
+    States at `keep`, then the end point, then the true clip. null (1,K,E): the unconditional text. A part depends on
+    its first row alone and on no other part.
     """
     guided = Guided(teacher, Conditioning(null.to(device)), config.guidance)
     keep = (*config.keep, config.grid)
-    states, texts = [], []
-    for first in range(0, config.pairs, config.maker_batch):
-        rows = torch.arange(first, min(first + config.maker_batch, config.pairs)) % len(source)
-        batch = source.batch(rows)
-        clean, told = latents_of(batch).to(device).float(), guided.prepare(batch.conditioning.to(device))
-        generator = torch.Generator(device).manual_seed(stable_seed(seed, first, "trajectory noise"))
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        if config.trajectories == "causal":
-            sizes = chunk_sizes(clean.shape[1], config.chunk)
-            found = causal_trajectories(
-                guided, clean, told, noise=noise, sizes=sizes, sigmas=config.grid_sigmas, keep=keep
-            )
-        else:
-            found = integrate(lambda x, s, told=told: guided(x, s, told), noise, config.grid_sigmas, keep)
-        states.append(torch.cat([found, clean[:, None]], dim=1).half().cpu())
-        texts.append(told.text.cpu())
-        log.info("trajectories: %d of %d", first + len(rows), config.pairs)
-    return torch.cat(states), torch.cat(texts)
+    rows = torch.arange(first, min(first + config.maker_batch, config.pairs)) % len(source)
+    batch = source.batch(rows)
+    clean, told = latents_of(batch).to(device).float(), guided.prepare(batch.conditioning.to(device))
+    generator = torch.Generator(device).manual_seed(stable_seed(seed, first, "trajectory noise"))
+    noise = torch.randn(clean.shape, generator=generator, device=device)
+    if config.trajectories == "causal":
+        sizes = chunk_sizes(clean.shape[1], config.chunk)
+        found = causal_trajectories(guided, clean, told, noise=noise, sizes=sizes, sigmas=config.grid_sigmas, keep=keep)
+    else:
+        found = integrate(lambda x, s: guided(x, s, told), noise, config.grid_sigmas, keep)
+    log.info("trajectories: %d of %d", first + len(rows), config.pairs)
+    return {"states": torch.cat([found, clean[:, None]], dim=1).half().cpu(), "text": told.text.cpu()}
 
 
 class CausalODE:

@@ -62,10 +62,11 @@ def write_text(path: Path, text: str) -> str:
     return file.sha256
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """A .safetensors file; tensors that share memory, such as tied weights, are written each. -> its hash."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # aligned
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}

@@ -1,0 +1,70 @@
+"""Whether a run could start: what it needs is there and fits, the device too, the disk has room. Touches nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from causalreel.codecs.tiny import tiny_codec
+from causalreel.data.shards import layout, shards
+from causalreel.train import trainer
+from causalreel.train.ingredients import gather, missing, networks
+from causalreel.train.stages.causal_ode import CausalODEConfig
+from causalreel.weights.build import empty_denoiser
+
+if TYPE_CHECKING:
+    from causalreel.train.run import Recipe
+
+MIB = 1 << 20
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """What would keep the run from its end, one line each; reads all that the run would read."""
+    found = missing(recipe)
+    try:
+        device = trainer.choose_device(recipe.trainer.device)
+    except ValueError as error:
+        return [*found, f"trainer.{error}"]
+    if not found:
+        try:
+            made = None if recipe.stage == "codec" else gather(recipe, device, is_loaded=False)
+            trainer.resumable(recipe.trainer, recipe, made.contents if made else ())
+        except ValueError as error:
+            found.append(str(error))
+    if not found:
+        needed, free, place = disk_bytes(recipe), *_free(Path(recipe.trainer.out))
+        if needed > free:
+            found.append(
+                f"trainer.out: the run writes about {needed // MIB} MiB, {place} has {free // MIB} MiB free; "
+                f"trainer.keep={recipe.trainer.keep} checkpoints are kept"
+            )
+    return found
+
+
+def disk_bytes(recipe: Recipe) -> int:
+    """About what a run writes: checkpoints (one more than are kept), trajectories, export; not previews and metrics."""
+    if recipe.stage == "codec":
+        sizes = [sum(value.numel() for value in tiny_codec(0).state_dict().values())]
+    else:
+        sizes = [
+            sum(value.numel() for value in empty_denoiser(network).state_dict().values())
+            for network in networks(recipe)
+        ]
+    student, trained = max(sizes, default=0), len(recipe.trainer.optimisers)
+    # float32: a role, its average or target; two moments for what is trained; frozen roles once
+    checkpoint = 4 * student * (trained * 3 + 1)
+    total = checkpoint * (recipe.trainer.keep + 1) + 4 * student + 2 * student
+    if isinstance(recipe.settings, CausalODEConfig) and recipe.data is not None:
+        (_, *shape), _ = layout(shards(recipe.data)[0])
+        states = len(recipe.settings.keep) + 2
+        total += 2 * 2 * recipe.settings.pairs * states * torch.Size(shape).numel()  # float16, parts and whole
+    return total
+
+
+def _free(out: Path) -> tuple[int, Path]:
+    """Free bytes where the run would write, and that place."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free, there

@@ -1,0 +1,107 @@
+"""Teacher trajectories on disk: made part by part, known by what they were made from, never mixed.
+
+    <out>/trajectories.safetensors           all of them
+    <out>/trajectories/part-00000.safetensors  while they are made: what a stopped run has, and goes on from
+
+Each file says what it was made from (fingerprints of data and teacher, settings, seed) and the hash of its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from causalreel.fingerprint import fingerprint
+from causalreel.headers import read_header
+from causalreel.weights.files import read_tensors, write_tensors
+
+log = logging.getLogger("causalreel.train")
+
+Rows = dict[str, Tensor]
+"""`states` (P,S,F,C,H,W) and `text` (P,K,E)."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """The trajectories of a run's folder, which the caller has claimed."""
+
+    out: Path
+    made_from: Mapping[str, str]
+    """What decides them: part -> fingerprint or setting."""
+    has_begun: bool
+    """Whether the run has trained on what is there, so that it may not be made again."""
+    is_checked: bool = True
+    """Whether contents are compared with their hash."""
+
+    def get(self, count: int, firsts: Sequence[int], make: Callable[[int], Rows]) -> Rows:
+        """The trajectories that are kept if they are of this run, else those that `make` makes of each part.
+
+        firsts: the first row of each part. ValueError where a run has begun with others, or its file is damaged.
+        """
+        file = self.out / "trajectories.safetensors"
+        reason = self._difference(file) if file.is_file() else "there are none"
+        if reason is None:
+            rows = self._read(file)
+            if len(rows["states"]) != count:
+                raise ValueError(
+                    f"{file} holds {len(rows['states'])} trajectories, settings.pairs is {count}: use another out"
+                )
+            return rows
+        if file.is_file():
+            log.info("%s is made again: %s", file, reason)
+        rows = self._make(firsts, make)
+        self._write(file, rows)
+        shutil.rmtree(self.out / "trajectories", ignore_errors=True)
+        return rows
+
+    def _make(self, firsts: Sequence[int], make: Callable[[int], Rows]) -> Rows:
+        parts = []
+        for number, first in enumerate(firsts):
+            path = self.out / "trajectories" / f"part-{number:05d}.safetensors"
+            if path.is_file() and self._kept(path) == dict(self.made_from):
+                parts.append(self._read(path))
+            else:
+                parts.append(make(first))
+                self._write(path, parts[-1])
+        return {name: torch.cat([part[name] for part in parts]) for name in ("states", "text")}
+
+    def _difference(self, file: Path) -> str | None:
+        """Why these are not the trajectories of this run; None if they are, or if it has begun and nobody can tell."""
+        kept = self._kept(file)
+        if kept is None and self.has_begun:
+            log.info("%s is older than fingerprints are: what it was made from cannot be compared", file)
+            return None
+        if kept is None:
+            return "it does not say what it was made from"
+        for what, here in self.made_from.items():
+            there = kept.get(what, here)
+            if there != here:
+                reason = f"it was made from another {what} ({there[:24]} there, {here[:24]} here)"
+                if self.has_begun:
+                    raise ValueError(f"{file}: {reason}; give it the same or use another out")
+                return reason
+        return None
+
+    def _kept(self, file: Path) -> dict[str, str] | None:
+        """What a file was made from, as it says itself."""
+        try:
+            return json.loads(read_header(file).metadata["made_from"])
+        except KeyError:
+            return None
+
+    def _read(self, file: Path) -> Rows:
+        rows, claimed = read_tensors(file), read_header(file).metadata.get("sha256")
+        if self.is_checked and claimed is not None and claimed != fingerprint(rows):
+            raise ValueError(f"{file} is damaged: its contents are not those that were written; delete it")
+        return rows
+
+    def _write(self, file: Path, rows: Rows) -> None:
+        facts = {"made_from": json.dumps(dict(self.made_from)), "sha256": fingerprint(rows)}
+        write_tensors(file, rows, facts)
