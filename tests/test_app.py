@@ -268,6 +268,42 @@ def test_bad_commands_are_refused_over_both_ways(client: TestClient) -> None:
     client.delete(f"/v1/sessions/{session}")
 
 
+def test_what_a_session_cannot_do_is_not_promised(client: TestClient) -> None:
+    """One description of the limits: what the document allows, a session takes, as far as the model is not asked."""
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    steps, rate = schemas["StepsCommand"]["properties"]["steps"], schemas["RateCommand"]["properties"]["fps"]
+    assert (steps["minimum"], steps["maximum"]) == (1, 100) and (rate["minimum"], rate["maximum"]) == (0.1, 240)
+    most = {name: schemas[name]["properties"]["chunks"]["maximum"] for name in ("PromptCommand", "StepCommand")}
+    session = opened(client)
+    path = f"/v1/sessions/{session}/commands"
+    for command in (
+        {"name": "steps", "steps": 100},
+        {"name": "fps", "fps": 0.1},
+        {"name": "restart", "seed": (1 << 53) - 1},
+        {"name": "prompt", "text": RED, "mode": "fade", "chunks": most["PromptCommand"]},
+        {"name": "step", "chunks": most["StepCommand"]},
+        {"name": "image", "image": None},
+        {"name": "image", "image": coded(picture(8, 8))},
+    ):
+        assert client.post(path, json=command).status_code == 200, command
+    for command in ({"name": "steps", "steps": 101}, {"name": "fps", "fps": 1e-300}, {"name": "fps", "fps": 1e308}):
+        assert error_of(client.post(path, json=command)) == (400, "invalid_request"), command
+    for body in ({"steps": 500}, {"fps": 1e-300}, {"fps": -1}, {"chunk": 10**6}):
+        assert error_of(client.post("/v1/sessions", json={"prompt": RED} | body))[1] == "invalid_request", body
+    client.delete(f"/v1/sessions/{session}")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/healthz", "/metrics", "/openapi.json", "/v1/sessions", "/v1/videos", "/static/app.js"]
+)
+def test_heads_are_those_of_the_answers(client: TestClient, path: str) -> None:
+    head, whole = client.head(path), client.get(path)
+    assert head.status_code == whole.status_code == 200 and head.content == b""
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    is_still = path not in ("/metrics", "/v1/sessions")
+    assert not is_still or head.headers["content-length"] == str(len(whole.content))
+
+
 def test_what_is_not_there_is_not_found(client: TestClient) -> None:
     for method, path in [
         ("GET", "/v1/sessions/x"),

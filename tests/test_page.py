@@ -470,6 +470,31 @@ def test_less_motion(browser: Any, server: str) -> None:
     context.close()
 
 
+def test_the_api_is_shown_and_can_be_tried(browser: Any, server: str) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844})
+    tab, wrongs = context.new_page(), []
+    tab.on("pageerror", lambda error: wrongs.append(str(error)))
+    tab.on("console", lambda line: wrongs.append(line.text) if "Content Security Policy" in line.text else None)
+    tab.on(
+        "request", lambda request: wrongs.append(request.url) if not request.url.startswith((server, "data:")) else None
+    )
+    tab.goto(f"{server}docs")
+    room = tab.locator("details", has_text="Open Session")
+    room.locator("summary").click()
+    room.locator("button").click()
+    room.locator("pre", has_text="201").wait_for()
+    session = re.search('"id": "([0-9a-f]{32})"', room.locator("pre").inner_text())
+    assert session is not None
+    room = tab.locator("details", has_text="Close Session")
+    room.locator("summary").click()
+    room.locator("input").fill(session[1])
+    room.locator("button").click()
+    room.locator("pre", has_text='"deleted": true').wait_for()
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert not wrongs
+    context.close()
+
+
 def test_nothing_from_elsewhere(page: Any, server: str) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

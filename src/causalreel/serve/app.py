@@ -17,6 +17,7 @@ try:
     from fastapi.exceptions import RequestValidationError
     from fastapi.middleware.cors import CORSMiddleware
     from fastapi.responses import FileResponse
+    from fastapi.routing import APIRoute
     from fastapi.staticfiles import StaticFiles
     from pydantic import ValidationError
     from starlette.concurrency import run_in_threadpool
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorView}, "5XX": {"model": ErrorView}}
 
-health = APIRouter(tags=["health"])
+health = APIRouter(tags=["health"], responses=ERRORS)
 sessions = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=ERRORS)
 
 
@@ -87,6 +88,9 @@ def create_app(model: Scheduler | Pipeline, settings: Settings = Settings(), *, 
     app.state.service = service
     for router in (health, sessions, videos):
         app.include_router(router)
+        for route in [route for route in router.routes if isinstance(route, APIRoute) and route.methods == {"GET"}]:
+            head: dict[str, Any] = {"methods": ["HEAD"], "include_in_schema": False}
+            app.add_api_route(route.path, route.endpoint, response_model=route.response_model, **head)
     if STATIC.is_dir():
         app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _answer_errors(app)
@@ -148,7 +152,7 @@ async def healthz() -> dict[str, bool]:
     return {"ok": True}
 
 
-@health.get("/readyz")
+@health.get("/readyz", responses={503: {"description": "Not warm yet, or ending."}})
 async def readyz(request: Request, response: Response) -> dict[str, Any]:
     """The model is loaded and warm: 200; not yet or no longer: 503. A full server is ready, its sessions need it."""
     facts = service_of(request).scheduler.facts()
@@ -167,9 +171,18 @@ async def metrics(request: Request) -> Response:
 
 @health.get("/", include_in_schema=False)
 async def page() -> Response:
-    if not (STATIC / "index.html").is_file():
+    return _page("index.html")
+
+
+@health.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    return _page("docs.html")
+
+
+def _page(name: str) -> Response:
+    if not (STATIC / name).is_file():
         raise ApiError(404, "not_found", "this installation has no page")
-    return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
+    return FileResponse(STATIC / name, headers={"cache-control": "no-cache"})
 
 
 # ---- sessions --------------------------------------------------------------------------------------------------------

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from causalreel.infer.live import MODES
 
-MOST_SEED = (1 << 63) - 1
+MOST_SEED = (1 << 53) - 1
+"""Exact in JSON and JavaScript too."""
 MOST_STEPS = 100
-MOST_FPS = 240.0
+LEAST_FPS, MOST_FPS = 0.1, 240.0
 MOST_CHUNKS = 1000
 """Of a step or a fade."""
 
@@ -67,7 +67,7 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "step": lambda arguments: {"chunks": integer("chunks", arguments.get("chunks", 1), 1, MOST_CHUNKS)},
     "restart": _restart,
     "steps": lambda arguments: {"steps": integer("steps", arguments.get("steps"), 1, MOST_STEPS)},
-    "fps": lambda arguments: {"fps": number("fps", arguments.get("fps"), MOST_FPS)},
+    "fps": lambda arguments: {"fps": number("fps", arguments.get("fps"), LEAST_FPS, MOST_FPS)},
     "image": _image,
 }
 
@@ -84,10 +84,9 @@ def integer(name: str, value: Any, least: int, most: int) -> int:
     return value
 
 
-def number(name: str, value: Any, most: float) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= most or not math.isfinite(value):
-        raise ValueError(f"{name} must be a number above 0, at most {most:g}; got {_shown(value)}")
+def number(name: str, value: Any, least: float, most: float) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {_shown(value)}")
     return float(value)
 
 

@@ -23,8 +23,8 @@ from causalreel.data import pictures
 KIB, MIB = 1 << 10, 1 << 20
 HEALTH = ("/healthz", "/readyz")
 """Probes ask by address and without a token."""
-OPEN_PATHS = (*HEALTH, "/")
-"""Paths that need no token: health, and the page, which asks for the token itself and holds no secret."""
+OPEN_PATHS = (*HEALTH, "/", "/docs")
+"""Paths that need no token: health, and the pages, which ask for the token themselves and hold no secret."""
 OPEN_PREFIX = "/static/"
 SUBPROTOCOL = "causalreel.v1"
 """WebSocket subprotocol that the server answers with."""

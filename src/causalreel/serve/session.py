@@ -22,7 +22,7 @@ from causalreel.data.video import to_bytes
 from causalreel.infer.live import Live, Policy, PolicyKind, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt
-from causalreel.serve.commands import MOST_FPS, MOST_SEED, MOST_STEPS, check, integer, number, text
+from causalreel.serve.commands import LEAST_FPS, MOST_FPS, MOST_SEED, MOST_STEPS, check, integer, number, text
 from causalreel.types import DecodeStream
 
 FORMAT = "causalreel-session/1"
@@ -120,7 +120,7 @@ class Session:
         seed = integer("seed", options.seed, 0, MOST_SEED)
         steps = None if options.steps is None else integer("steps", options.steps, 1, MOST_STEPS)
         chunk = None if options.chunk is None else integer("chunk", options.chunk, 1, pipeline.export.frames)
-        fps = pipeline.export.fps if options.fps is None else number("fps", options.fps, MOST_FPS)
+        fps = pipeline.export.fps if options.fps is None else number("fps", options.fps, LEAST_FPS, MOST_FPS)
         self._picture = None if options.image is None else self._check_picture(options.image)
         self.options = options
         self.sampling = adapt(pipeline.sampling, steps=steps, chunk=chunk)

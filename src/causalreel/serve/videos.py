@@ -37,17 +37,19 @@ def planned(service: Service, wanted: VideoRequest) -> dict[str, Any]:
     """A request as the fields of a record, checked as far as can be without making anything."""
     scheduler, limit = service.scheduler, service.settings.video_frames
     pipeline = scheduler.pipeline
-    trained = 1 + pipeline.codec.temporal_factor * (pipeline.export.frames - 1)
     height, width = pipeline.size
     try:
-        if (wanted.frames or trained) > limit:
-            raise ValueError(f"frames must be at most {limit}, got {wanted.frames or trained}")
         service.prompt(wanted.prompt)
         image = None if wanted.image is None else service.picture(decode_base64(wanted.image))
+        how: dict[str, Any] = {"frames": wanted.frames, "steps": wanted.steps, "chunk": wanted.chunk}
+        plan = pipeline.schedule(**how, prefix=0 if image is None else 1)
+        frames = 1 + pipeline.codec.temporal_factor * (plan.frames - 1)
+        if frames > limit:
+            raise ValueError(f"frames must be at most {limit}, got {frames}")
         row = {
             **wanted.model_dump(),
             "model": pipeline.export.name,
-            "frames": wanted.frames or trained,
+            "frames": frames,
             "fps": pipeline.export.fps,
             "size": f"{width}x{height}",
             "image": None if image is None else pack_image(image),
@@ -87,6 +89,19 @@ async def show_video(request: Request, video_id: str) -> dict[str, Any]:
     return shown(await run_in_threadpool(jobs_of(request).get, video_id))
 
 
+class _File(FileResponse):
+    """A file whose refusals have the form of all others."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def told(message: Any) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                ranges = {k.decode(): v.decode() for k, v in message["headers"] if k == b"content-range"}
+                raise ApiError(message["status"], "invalid_request", "the range must be one of this file", ranges)
+            await send(message)
+
+        await super().__call__(scope, receive, told)
+
+
 @videos.get("/{video_id}/content", response_class=FileResponse, responses={200: {"content": {"video/mp4": {}}}})
 async def download_video(request: Request, video_id: str) -> Response:
     """The finished file; ranges of it too."""
@@ -95,7 +110,7 @@ async def download_video(request: Request, video_id: str) -> Response:
     path = jobs.store.file(row["id"])
     if row["status"] != "completed" or not path.is_file():
         raise ApiError(409, "not_completed", f"this video is {row['status'].replace('_', ' ')}")
-    return FileResponse(path, media_type="video/mp4", filename=path.name)
+    return _File(path, media_type="video/mp4", filename=path.name)
 
 
 @videos.delete("/{video_id}", response_model=Deleted | VideoView)

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from causalreel.serve.commands import LEAST_FPS, MOST_CHUNKS, MOST_FPS, MOST_SEED, MOST_STEPS
+
 if TYPE_CHECKING:
     from causalreel.serve.session import Applied, Emitted
 
 Format = Literal["jpeg", "webp", "h264"]
-Seed = Annotated[int, Field(ge=0, lt=1 << 53, description="Exact in JavaScript too.")]
-Steps = Annotated[int, Field(ge=1, le=1000, description="Denoising steps per chunk.")]
-Rate = Annotated[float, Field(gt=0, le=240, allow_inf_nan=False, description="Pixel frames per second.")]
-Size = Annotated[int, Field(ge=1, le=1024, description="Latent frames made together.")]
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED, description="Exact in JavaScript too.")]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS, description="Denoising steps per chunk.")]
+Rate = Annotated[float, Field(ge=LEAST_FPS, le=MOST_FPS, allow_inf_nan=False, description="Pixel frames per second.")]
+Size = Annotated[int, Field(ge=1, description="Latent frames made together; the model says how many there can be.")]
+Chunks = Annotated[int, Field(ge=1, le=MOST_CHUNKS)]
 Picture = Annotated[str, Field(description="Base64 or data: URL of a PNG, JPEG or WebP file.")]
 HEAD = 4
 """Bytes of the length of a header."""
@@ -45,7 +48,8 @@ class SessionRequest(_Model):
 
 
 class VideoRequest(_Model):
-    """A video to make. `frames` are pixel frames; left out: as many as a training clip."""
+    """A video to make. `frames` are pixel frames, of which the model can make 1 + n times its step in time, as many as
+    `causalreel generate` would; left out: as many as a training clip."""
 
     prompt: str
     seed: Seed = 0
@@ -61,7 +65,7 @@ class PromptCommand(_Model):
     name: Literal["prompt"]
     text: str
     mode: Literal["switch", "recompute", "fade"] = "recompute"
-    chunks: Annotated[int, Field(ge=1, le=256)] = 4
+    chunks: Chunks = 4
 
 
 class PlainCommand(_Model):
@@ -74,7 +78,7 @@ class StepCommand(_Model):
     """Make so many chunks, then pause."""
 
     name: Literal["step"]
-    chunks: Annotated[int, Field(ge=1, le=256)] = 1
+    chunks: Chunks = 1
 
 
 class RestartCommand(_Model):
