@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,19 @@ def test_json_lines_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generate("--prompt-file", "p.jsonl", "-o", "a.mp4") == 0
     assert sorted(os.listdir()) == ["a-0.mp4", "a-1.mp4", "a.png", "p.jsonl"]
     assert [(prompt, seed, prefix is None) for prompt, seed, prefix in seen] == [(RED, 9, False), (BLUE, 1, True)]
+
+
+def test_sigterm_leaves_nothing_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(self, prompt, **request):
+        for _ in range(9):
+            yield torch.zeros(1, 5, 3, 32, 32)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Pipeline, "stream", stream)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        generate(RED, "-o", "a.mp4")
+    assert os.listdir() == [] and signal.getsignal(signal.SIGTERM) == before
 
 
 def unwanted(*args: object, **how: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from causalreel.data.video import write_video
 from causalreel.data.video_in import read_video
-from ceilings import work_within
+from ceilings import examples, work_within
 
 TICKS = 6000
 """Of the clock of the test's files in a second."""
@@ -235,3 +236,22 @@ def test_names_that_look_like_something_else(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     with pytest.raises(ValueError, match="names have at most 255 bytes here, got 256"):
         write_video("x" * 252 + ".mp4", torch.zeros(2, 3, 16, 16))
+
+
+def test_damaged_videos_raise_nothing_but_value_errors(tmp_path: Path) -> None:
+    """Bytes of each kind changed and cut at random: what comes out is frames, or one line."""
+    kinds = [("a.mp4", "libx264", "yuv420p"), ("a.mkv", "libx264", "yuv420p"), ("a.webm", "libvpx-vp9", "yuv420p")]
+    kinds += [("a.avi", "mjpeg", "yuvj422p"), ("a.gif", "gif", "rgb8"), ("a.ts", "libx264", "yuv420p")]
+    times = [i / 30 for i in range(12)]
+    files = [written(tmp_path / n, times, codec=codec, format=form).read_bytes() for n, codec, form in kinds]
+    chance = random.Random(7)
+    for number in range(examples(150)):
+        data = bytearray(files[number % len(files)])
+        for _ in range(chance.choice((1, 3, 30, 200))):
+            data[chance.randrange(min(len(data), chance.choice((128, 1024, len(data)))))] = chance.randrange(256)
+        data = data[: chance.randrange(len(data))] if chance.random() < 0.2 else data
+        (tmp_path / "x.mp4").write_bytes(data)
+        try:
+            assert len(read_video(tmp_path / "x.mp4", fps=16, size=(16, 16), frames=9)[0]) <= 9
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500

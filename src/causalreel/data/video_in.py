@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from causalreel.data.colour import to_rgb
-from causalreel.data.pictures import Fit, fit_image
+from causalreel.data.pictures import ASPECT, Fit, fit_image
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +100,13 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
             if stream is None:
                 kinds = sorted({each.type for each in container.streams})
                 raise ValueError(f"{path} holds no video stream, {'only ' + ', '.join(kinds) if kinds else 'nothing'}")
+            if stream.codec_context is None:
+                raise ValueError(f"{path}: its kind of video cannot be decoded here")
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > PIXELS:
                 raise ValueError(f"{path}: frames must have at most {PIXELS} pixels, got {width}x{height}")
+            if max(width, height) > ASPECT * max(1, min(width, height)):
+                raise ValueError(f"{path}: frames must be at most {ASPECT} times as long as wide, got {width}x{height}")
             stream.codec_context.thread_count = 4  # not one for each core: threads hold frames
             stream.codec_context.options = {"max_pixels": str(PIXELS)}
             yield container, stream
@@ -119,7 +123,7 @@ def _frames(path: str | os.PathLike[str], container: Any, stream: Any) -> Iterat
     while True:
         try:
             packet = next(packets, None)
-        except (FFmpegError, OSError, MemoryError):
+        except (FFmpegError, OSError, IndexError, MemoryError):  # an index of a stream that is not there
             damaged, packet = damaged + 1, None
         if packet is None:
             break
