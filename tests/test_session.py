@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from causalreel.data.video import to_bytes
@@ -14,6 +17,7 @@ from causalreel.infer.live import Live, encode_prompt
 from causalreel.serve import session as module
 from causalreel.serve.session import Options, Session
 from causalreel.weights.export import Sampling
+from ceilings import examples
 from test_infer import PROMPTS, pipeline
 from test_live import TWO_STEP
 
@@ -239,16 +243,85 @@ def test_bad_options() -> None:
         Session(made, Options(PROMPTS[0])).command("image", image=torch.zeros(3, 32, 32))
 
 
-def test_commands_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_COMMANDS", 2)
+def test_a_record_has_room_for_so_many_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond them a session still pauses, goes on and closes, and what it has made can be made again."""
+    monkeypatch.setattr(module, "MAX_COMMANDS", 6)
     monkeypatch.setattr(module, "MAX_PICTURES", 1)
-    one = session()
+    one, shown = session(), []
     one.command("image", image=torch.zeros(3, 32, 32))
-    with pytest.raises(ValueError, match="at most 2 commands, 1 with a picture"):
+    with pytest.raises(ValueError, match="at most 6 commands, 1 with a picture"):
         one.command("image", image=torch.zeros(3, 32, 32))
+    for seed in range(5):
+        for name, arguments in (("pause", {}), ("resume", {}), ("restart", {"seed": seed})):
+            one.command(name, **arguments)
+        shown.append(one.next_chunk().frames)
+    with pytest.raises(ValueError, match="pause, resume, step, close go on"):
+        one.command("fps", fps=20)
     one.command("pause")
-    with pytest.raises(ValueError, match="at most 2 commands"):
-        one.command("resume")
+    assert one.next_chunk() is None
+    one.command("step")
+    shown.append(one.next_chunk().frames)
+    one.command("resume")
+    shown.append(one.next_chunk().frames)
+    assert [entry["name"] for entry in one.record()["commands"]] == ["image"] + ["restart"] * 5
+    again = [made.frames for made in Session.replay(pipeline(TWO_STEP), json.loads(json.dumps(one.record())))]
+    assert all(torch.equal(a, b) for a, b in zip(shown, again, strict=True))
+    one.command("close")
+    assert one.next_chunk() is None and one.closed
+
+
+def test_ten_thousand_commands_fold() -> None:
+    """They stand for what a slider and an impatient hand send while one chunk is made, or none."""
+    one = session()
+    for number in range(2500):
+        one.command("fps", fps=1 + number % 100)
+        one.command("steps", steps=1 + number % 3)
+        one.command("pause" if number % 2 else "resume")
+        one.command("prompt", text=PROMPTS[number % 2], mode=("switch", "fade", "recompute")[number % 3])
+        if number % 10 == 0:
+            one.take_commands()
+    one.command("pause")
+    one.command("resume")
+    made = one.next_chunk()
+    assert made is not None and made.commands[-1].number == 10_002 and len(made.commands) == module.MAX_TOLD
+    assert len(one.record()["commands"]) <= 6
+    one.command("close")
+    assert one.next_chunk() is None
+
+
+PICTURES = [torch.full((3, 32, 32), shade) for shade in (-0.5, 0.5)]
+TOLD = st.one_of(
+    st.builds(
+        lambda text, mode, chunks: ("prompt", {"text": text, "mode": mode, "chunks": chunks}),
+        st.sampled_from(PROMPTS), st.sampled_from(["switch", "recompute", "fade"]), st.integers(1, 3),
+    ),
+    st.sampled_from([("pause", {}), ("resume", {}), ("step", {"chunks": 1}), ("restart", {})]),
+    st.sampled_from([("steps", {"steps": 1}), ("steps", {"steps": 2}), ("fps", {"fps": 9})]),
+    st.sampled_from([("restart", {"seed": 3}), ("image", {"image": None})]),
+    st.sampled_from([("restart", {"prompt": PROMPTS[1]})] + [("image", {"image": picture}) for picture in PICTURES]),
+)  # fmt: skip
+
+
+@settings(max_examples=examples(25))
+@given(st.lists(st.lists(st.tuples(TOLD, st.booleans()), max_size=7), min_size=2, max_size=5))
+def test_what_is_folded_makes_the_same_frames(borders: list[list[tuple[tuple[str, dict], bool]]]) -> None:
+    """Whatever is told between two chunks, taken at once or together: the record is short and replays bit for bit."""
+    one, shown = session(seed=2), []
+    for told in borders:
+        for (name, arguments), is_taken in told:
+            one.command(name, **arguments)
+            if is_taken:
+                one.take_commands()
+        made = one.next_chunk()
+        if made is None:
+            one.command("resume")
+            made = one.next_chunk()
+        shown.append(made.frames)
+    record = json.loads(json.dumps(one.record()))
+    again = [made.frames for made in Session.replay(pipeline(TWO_STEP), record)]
+    assert all(torch.equal(a, b) for a, b in zip(shown, again, strict=True))
+    names = [(entry["at"], entry["name"]) for entry in record["commands"]]
+    assert all(a != b for a, b in pairwise(names) if a[1] != "prompt")
 
 
 # ---- records

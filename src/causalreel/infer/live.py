@@ -118,6 +118,7 @@ class Live:
         self._is_first = True
         self._base = 0
         self._segment: Iterator[Chunk] | None = None
+        self._begun_with: Sampling | None = None
 
     def tell(self, text: Tensor, *, mode: Mode = "recompute", chunks: int = 4) -> None:
         """Another prompt from the next chunk on.
@@ -140,11 +141,11 @@ class Live:
             self._segment = None
 
     def resample(self, sampling: Sampling) -> None:
-        """Other steps from the next chunk on, in a new segment; the chunk must stay what it is."""
+        """Other steps from the next chunk on, in a new segment if they are others; the chunk must stay what it is."""
         if sampling.chunk != self.sampling.chunk:
             raise ValueError(f"chunk cannot change in a stream: it is {self.sampling.chunk}, got {sampling.chunk}")
         if sampling != self.sampling:
-            self.sampling, self._segment = sampling, None
+            self.sampling = sampling
             self._told = self._prepare(self._text)
 
     def next_chunk(self) -> Chunk:
@@ -152,6 +153,8 @@ class Live:
         if self._fade is not None:
             self._say(self._fade.move())
             self._fade = None if self._fade.is_over else self._fade
+        if self._begun_with != self.sampling:
+            self._segment = None
         made = None if self._segment is None else next(self._segment, None)
         if made is None:
             self._begin()
@@ -175,6 +178,7 @@ class Live:
         self._segment = self.pipeline.rollout(
             plan, lambda call: self._told, _Shifted(self._noise, self._base), prefix=self._kept
         )
+        self._begun_with = self.sampling
         self.segments += 1
 
     def _say(self, text: Tensor) -> None:

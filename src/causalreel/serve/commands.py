@@ -40,6 +40,54 @@ def check(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return _CHECKS[name](arguments) if name in _CHECKS else {}
 
 
+ALWAYS = ("pause", "resume", "step", "close")
+"""Commands that are taken however many there were: they change when chunks are made, and none of them."""
+_SIDES = (("pause", "resume", "step"), ("fps",), ("steps",), ("prompt", "restart", "image"), ("close",))
+"""Commands of different sides do not know of each other: in what order they are told makes no difference."""
+
+
+def fold(log: list[dict[str, Any]], entry: dict[str, Any]) -> None:
+    """Append a command that took effect to a log of them; what it supersedes goes.
+
+    Superseded is what was told at the same chunk border and shows in no chunk, since the later command alone leads to
+    the same: a replay of the log makes the same frames.
+    """
+    side = next(side for side in _SIDES if entry["name"] in side)
+    arguments = dict(entry["arguments"])
+    while (last := _last(log, entry["at"], side)) is not None and _supersedes(entry["name"], arguments, log[last]):
+        del log[last]
+    log.append({**entry, "arguments": arguments})
+
+
+def _last(log: list[dict[str, Any]], at: int, side: tuple[str, ...]) -> int | None:
+    """Where the last command of a side is that was told at this border."""
+    for place in range(len(log) - 1, -1, -1):
+        if log[place]["at"] != at:
+            return None
+        if log[place]["name"] in side:
+            return place
+    return None
+
+
+def _supersedes(name: str, arguments: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether the old command may go; what is left of it comes into the new one's arguments."""
+    before = old["arguments"]
+    match name, old["name"]:
+        case ("pause" | "resume", _):
+            return True
+        case ("step", "step"):
+            arguments["chunks"] = min(MOST_CHUNKS, arguments["chunks"] + before["chunks"])
+            return True
+        case ("restart", "restart"):
+            arguments |= {key: before[key] for key in before if arguments.get(key) is None}
+            return True
+        case ("prompt", "prompt"):
+            if arguments["mode"] != "fade" and before["mode"] == "recompute":
+                arguments["mode"] = "recompute"  # the past is read again in any case
+            return arguments["mode"] != "fade" or before["mode"] == "fade"
+    return name == old["name"] and name in ("fps", "steps", "image")
+
+
 def _prompt(arguments: dict[str, Any]) -> dict[str, Any]:
     mode = arguments.get("mode", "recompute")
     if mode not in MODES:

@@ -22,14 +22,28 @@ from causalreel.data.video import to_bytes
 from causalreel.infer.live import Live, Policy, PolicyKind, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt
-from causalreel.serve.commands import LEAST_FPS, MOST_FPS, MOST_SEED, MOST_STEPS, check, integer, number, text
+from causalreel.serve.commands import (
+    ALWAYS,
+    LEAST_FPS,
+    MOST_CHUNKS,
+    MOST_FPS,
+    MOST_SEED,
+    MOST_STEPS,
+    check,
+    fold,
+    integer,
+    number,
+    text,
+)
 from causalreel.types import DecodeStream
 
 FORMAT = "causalreel-session/1"
 MAX_COMMANDS = 10_000
-"""Commands that a session keeps, for its record."""
+"""Commands that a session keeps, for its record; superseded ones do not count, and `ALWAYS` are taken beyond them."""
 MAX_PICTURES = 64
 """Pictures among them."""
+MAX_TOLD = 1000
+"""Commands, the last of them, of which the next chunk tells that they took effect."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +150,11 @@ class Session:
         """Prompt, seed and picture when all pending commands have been taken."""
         self._order, self._lock = threading.Lock(), threading.Lock()
         self._pending: list[_Pending] = []
-        self._taken: list[_Pending] = []
-        """In force, but not yet reported with a chunk."""
+        self._taken: list[Applied] = []
+        """In force, but not yet reported with a chunk; when they were told, where their latency will be."""
         self._log: list[dict[str, Any]] = []
-        self._count = self._pictures = 0
+        self._is_full = False
+        self._count = 0
         self._text = encode_prompt(pipeline, self.prompt, self.seed, _first(self._picture))
         self._live: Live | None = None
         self._decode: DecodeStream | None = None
@@ -165,8 +180,7 @@ class Session:
             is_picture = checked.get("image") is not None
             if self.closed:
                 raise ValueError(f"session {self.id} is closed")
-            if self._count >= MAX_COMMANDS or (is_picture and self._pictures >= MAX_PICTURES):
-                raise ValueError(f"a session takes at most {MAX_COMMANDS} commands, {MAX_PICTURES} with a picture")
+            self._refuse_more(name, is_picture)
             prompt, seed, picture = self._intended
             prompt = checked.get("text") or checked.get("prompt") or prompt
             seed = seed if checked.get("seed") is None else checked["seed"]
@@ -175,10 +189,25 @@ class Session:
             begins_with = None if name == "prompt" else _first(picture)
             encoded = encode_prompt(self.pipeline, prompt, seed, begins_with) if needs_text else None
             self._intended = (prompt, seed, picture)
-            self._count, self._pictures = self._count + 1, self._pictures + is_picture
+            self._count += 1
             with self._lock:
                 self._pending.append(_Pending(self._count, name, checked, told_s, encoded))
             return self._count
+
+    def _refuse_more(self, name: str, is_picture: bool) -> None:
+        """ValueError if the record has no room for another command."""
+        if name in ALWAYS:
+            return
+        with self._lock:
+            told = [(entry["name"], entry["arguments"]) for entry in self._log]
+            told += [(command.name, command.arguments) for command in self._pending]
+        kept = sum(one not in ALWAYS for one, _ in told)
+        pictures = sum(arguments.get("image") is not None for _, arguments in told) if is_picture else 0
+        if kept >= MAX_COMMANDS or pictures + is_picture > MAX_PICTURES:
+            raise ValueError(
+                f"a session's record holds at most {MAX_COMMANDS} commands, {MAX_PICTURES} with a picture; "
+                f"{', '.join(ALWAYS)} go on, for others open a new session"
+            )
 
     def state(self) -> dict[str, Any]:
         """What it is doing, as JSON takes it."""
@@ -230,7 +259,7 @@ class Session:
         done = self.clock()
         self._to_step = max(self._to_step - 1, 0)
         taken, self._taken = self._taken, []
-        commands = tuple(Applied(c.number, c.name, _describe(c.arguments), done - c.told_s) for c in taken)
+        commands = tuple(replace(applied, latency_s=done - applied.latency_s) for applied in taken)
         timings = Timings(denoised - start, done - denoised)
         emitted = Emitted(self.sequence, self.frames, frames, self.prompt, timings, commands)
         with self._lock:
@@ -263,12 +292,22 @@ class Session:
             for command in taken:
                 if self.closed:
                     break
-                at = {"number": command.number, "at": self.sequence}
-                self._log.append({**at, "name": command.name, "arguments": command.arguments})
                 self._apply(command)
-                self._taken.append(command)
+                self._keep(command)
+                told = _describe(command.arguments)
+                self._taken.append(Applied(command.number, command.name, told, command.told_s))
+            del self._taken[:-MAX_TOLD]
         if self.closed:
             self._let_go()
+
+    def _keep(self, command: _Pending) -> None:
+        """Log a command that took effect. A full log has none of `ALWAYS`, without which the frames are the same."""
+        if len(self._log) >= MAX_COMMANDS:
+            self._log = [entry for entry in self._log if entry["name"] not in ALWAYS]
+            self._is_full = True
+        if not (self._is_full and command.name in ALWAYS):
+            entry = {"number": command.number, "at": self.sequence, "name": command.name}
+            fold(self._log, {**entry, "arguments": command.arguments})
 
     def _apply(self, command: _Pending) -> None:
         arguments = command.arguments
@@ -283,7 +322,7 @@ class Session:
             case "resume":
                 self.paused = False
             case "step":
-                self._to_step = self._to_step + arguments["chunks"] if self.paused else 0
+                self._to_step = min(MOST_CHUNKS, self._to_step + arguments["chunks"]) if self.paused else 0
             case "restart" | "image":
                 assert command.text is not None
                 if command.name == "image":
