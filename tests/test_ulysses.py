@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from causalreel.infer.distributed import CodecElsewhere, ahead
-from causalreel.infer.estimate import PretendExchange
-from causalreel.infer.outline import Held
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import PRESETS, ModelConfig
@@ -141,9 +139,6 @@ def process(folder: str) -> None:
         result["identity"] = [
             torch.equal(part, Ulysses().to_tokens(moved, 3)) for part, moved in zip((q, k, v), there, strict=True)
         ]
-        result["held"] = [peak(shard_sequence(net))]
-        net.model.exchange = PretendExchange(mesh.size)
-        result["held"].append(peak(net))
     result["released"] = holder.released_in_group
     torch.save(result, Path(folder) / f"{where.rank}.pt")
 
@@ -155,14 +150,6 @@ class GroupHolder:
 
     def release(self) -> None:
         self.released_in_group = torch.distributed.is_initialized()
-
-
-def peak(net: DiTDenoiser) -> int:
-    """Most bytes that a call holds."""
-    x, sigma, told = inputs(3)
-    with Held("cpu") as held, torch.no_grad():
-        net(x, sigma, net.prepare(told))
-    return held.peak
 
 
 def refusal(call) -> str:
@@ -272,12 +259,6 @@ def test_all_processes_get_the_same_bits(results: list[dict]) -> None:
 def test_there_and_back_is_the_identity(results: list[dict]) -> None:
     assert all(all(found["identity"]) for found in results)
     assert all(found["released"] for found in results)  # before the group was gone
-
-
-def test_the_estimate_takes_the_exchange_for_what_it_is(results: list[dict]) -> None:
-    for found in results:
-        real, pretended = found["held"]
-        assert 0.98 * pretended < real < 1.25 * pretended  # the exchange may let go of a buffer a moment later
 
 
 def test_what_cannot_be_shared_is_refused(results: list[dict]) -> None:

@@ -55,53 +55,46 @@ class EstimateMemory:
     """Say how much memory of a GPU a video takes, before anything is loaded."""
 
     model: str = "wan-1.3b"
-    """Size (wan-1.3b, wan-14b), released or embedded model, or an export's folder."""
+    """Released or embedded model, an export's folder, or a size (wan-1.3b, wan-14b)."""
     height: int | None = None
-    """Pixels; default: 480, or the model's."""
+    """Released models: height in pixels, a multiple of 16; default: the model's 480."""
     width: int | None = None
-    """Pixels; default: 832, or the model's."""
+    """Released models: width in pixels, a multiple of 16; default: the model's 832."""
     frames: int | None = None
-    """Pixel frames, 1 + 4 (n - 1); default: 81, or as many as a training clip. 0 is endless and needs a window."""
-    window: int | None = None
-    """Latent frames that a chunk sees; default: all, or the model's."""
+    """Pixel frames, 1 + 4 (n - 1); default: as many as a training clip. 0 is endless."""
+    steps: int | None = None
+    """Denoising steps per chunk; default: the model's."""
     chunk: int | None = None
-    """Latent frames made together; default: 3, or the model's."""
+    """Latent frames made together; default: the model's."""
+    window: int | None = None
+    """Latent frames that a chunk sees; default: the model's."""
     batch: int = 1
     """Clips made together."""
     guided: bool | None = None
     """Classifier-free guidance; default: as the model."""
-    dtype: Literal["bfloat16", "float16", "float32", "fp8"] | None = None
-    """Type of the network's weights; default: bfloat16, or as the model is loaded."""
+    precision: Precision | None = None
+    """As of `generate`: bf16, fp8 or fp8-attention with recorded calls and a fast decoder, or eager; default: bf16, or
+    eager where `dtype` is given."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Type of weights and arithmetic where the precision is eager; default: bfloat16, or float32 for models of one's
+    own."""
     decoder: Literal["wan", "taehv", "none"] = "wan"
-    """What makes pixels; none: another GPU does. A model with a codec of its own uses that."""
-    decoder_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Type of its weights; default: bfloat16, or as the model's own is loaded."""
-    overlap: bool = False
-    """Decode beside the network and not after it."""
-    text_encoder: Literal["cpu", "gpu"] = "cpu"
-    """Where UMT5-XXL stays."""
+    """As of `generate`; none: another GPU makes the pixels."""
+    text_encoder: Literal["cpu", "gpu"] | None = None
+    """Where UMT5-XXL stays; default: cpu. Released models only."""
     gpus: int = 1
     """GPUs that share the stream; the numbers are of the first, which decodes."""
-    precision: Precision | None = None
-    """As of `generate`: the plain network, or recorded calls and a fast decoder; default: bf16 for Wan's sizes and
-    released models, eager for models of one's own."""
 
 
 def estimate_memory(args: EstimateMemory) -> int:
-    from causalreel.infer.estimate import estimate, table
-    from causalreel.infer.estimate_fast import estimate_fast
+    from causalreel.infer.estimate import estimate
     from causalreel.infer.models import request_for
-    from causalreel.weights.registry import MODELS
 
     options = dataclasses.asdict(args)
-    is_wan = args.model.startswith("wan-") or args.model in MODELS
-    precision = options.pop("precision") or ("bf16" if is_wan else "eager")
-    request = request_for(options.pop("model"), **options)
-    if precision != "eager":
-        dtype = precision if precision.startswith("fp8") else "bfloat16"
-        print(table(estimate_fast(dataclasses.replace(request, dtype=dtype, decoder_dtype="bfloat16"))))
-    else:
-        print(table(estimate(request)))
+    form = options.pop("precision") or ("bf16" if args.dtype is None else "eager")
+    if form != "eager" and args.dtype not in (None, "bfloat16"):
+        raise ValueError(f"dtype {args.dtype} is for --precision eager; {form} computes in bfloat16")
+    print(estimate(request_for(options.pop("model"), form=form, **options)).table())
     return 0
 
 

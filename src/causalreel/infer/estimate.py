@@ -1,97 +1,112 @@
-"""How much device memory a request takes, before anything is loaded.
+"""How much memory of a GPU a request takes: arithmetic over sizes, before anything is loaded.
 
-Weights, caches and text keys are arithmetic; activations and the decoder's state and workspace come from running the
-plain code on the meta device (`infer.outline`). Masks of fused calls, where attention needs them as tensors, and
-workspaces of libraries beyond cuBLAS's are not counted.
+What stays is counted: weights, caches, text keys, tables. What passes is the widest moment of the code, counted in
+tensors of one shape: for the network `unit`, a token's width for every token of a call; for a decoder one activation at
+full resolution. Every such count stands beside the names of the tensors that are alive at that moment, and the tests
+compare it with what torch's allocator records. What torch keeps in reserve beyond all this is a margin, measured.
+
+R rows, S tokens of a latent frame, E width of the network, H width of its feed-forward; bytes throughout.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import dropwhile
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
-from causalreel.codecs.wan_vae import CausalVAE, ChannelNorm, VAEConfig, vae_config
-from causalreel.infer.outline import BACKEND, Held, outlined
-from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.dit import DiT, TextKeys
-from causalreel.nn.kv_cache import KVCache
-from causalreel.nn.masks import Context, frames_of
+from causalreel.codecs.taehv import TAEHV, Enlarge, MemoryBlock
+from causalreel.codecs.wan_vae import CausalConv, CausalVAE, FrameConv, Upsample, VAEConfig, vae_config
+from causalreel.nn.attention import FLEX_MIN_TOKENS
+from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rope_table
-from causalreel.rollout import Call, chunked, fuse, rollout
-from causalreel.types import Conditioning, LatentSpec
+from causalreel.nn.split_attention import parts_of
+from causalreel.nn.static_cache import StaticCache
+from causalreel.text.umt5 import UMT5Sizes
+from causalreel.types import LatentSpec
 
 GIB = 2**30
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp8": torch.bfloat16,
-    "fp8-attention": torch.bfloat16,
-}
-"""Name of the weights' type -> type of the arithmetic."""
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number."""
 CUBLAS_WORKSPACE = 32 * 2**20
-"""What torch gives cuBLAS on a GPU of compute capability 9 (its default of CUBLAS_WORKSPACE_CONFIG)."""
-FEW = 4
-"""Blocks of the larger of the two networks that are run for shapes; from two on, every further one adds the same."""
-UMT5_XXL = {"vocabulary": 256384, "width": 4096, "hidden": 10240, "layers": 24, "heads": 64, "buckets": 32}
-"""Sizes of Wan2.1's text encoder; its heads are as wide together as the encoder."""
+"""What torch gives cuBLAS for each stream on a GPU of compute capability 9 (default of CUBLAS_WORKSPACE_CONFIG)."""
+PROCESSORS = 132
+"""Of the GPU that attention is cut for (H100, H200)."""
+MARGINS = {"bf16": (0.02, 0.19), "fp8-attention": (0.07, 0.32)}
+"""Form -> two shares, measured on an H200 (docs/memory.md): tensors that nothing here counts (kernels' scratch,
+workspaces of libraries), of those that are; and what torch holds beyond all parts (fragments, recordings' pools), of
+them. eager takes those of bf16, fp8 those of fp8-attention."""
+LARGEST = 10**6
+"""Of every size that can be asked for: far beyond any GPU."""
+
+Form = Literal["eager", "bf16", "fp8", "fp8-attention"]
+Part = tuple[str, int, str]
+"""Name, bytes, what it is."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What memory depends on."""
+    """What memory depends on. ValueError for what cannot be."""
 
     model: ModelConfig
     """The network."""
     latent: LatentSpec
     """Shape of one latent frame."""
-    chunk: int = 3
-    """Latent frames made together."""
-    window: int | None = None
-    """Latent frames that a chunk sees, itself included; None: all."""
+    chunk: int | None = 3
+    """Latent frames made together; None: the whole clip at once, without a cache."""
+    context: Context = Context()
+    """What a chunk sees."""
     frames: int | None = 21
     """Latent frames of a clip; None: endless, which needs a window."""
+    steps: int = 4
+    """Denoising steps of a chunk."""
     batch: int = 1
     """Clips made together."""
     guided: bool = False
     """Classifier-free guidance: two rows for each clip."""
-    fused: bool = True
-    """Commits join the next chunk's first step."""
-    dtype: Literal["float32", "bfloat16", "float16", "fp8", "fp8-attention"] = "bfloat16"
-    """Type of the network's weights; fp8 means the blocks' linear layers, computing in bfloat16; fp8-attention the
-    same, with a cache in fp8 where the pipeline is accelerated."""
+    form: Form = "bf16"
+    """eager: the plain network and decoder; bf16: fused kernels, recorded calls, a fast decoder; fp8: and products in
+    e4m3; fp8-attention: and attention and its cache in e4m3."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of weights, cache and arithmetic, where it is not e4m3."""
     gpus: int = 1
     """GPUs that share the stream; the estimate is for the first, which decodes."""
     decoder: Literal["wan", "taehv", "none"] | VAEConfig = "wan"
     """What makes pixels; none: another device does."""
-    decoder_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of its weights and arithmetic."""
-    overlap: bool = False
-    """Decoding runs beside the network and not after it, so both workspaces are held at once."""
     text_encoder: Literal["cpu", "gpu", "none"] = "cpu"
     """Where UMT5-XXL (bfloat16) stays; none: the model has another, small one."""
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "batch", "gpus"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.window is not None and self.window < self.chunk:
-            raise ValueError(f"window must hold the chunk's {self.chunk} frames, got {self.window}")
-        if self.frames is None and self.window is None:
+        latent, window = self.latent, self.context.window
+        sizes = {"chunk": self.chunk, "window": window, "latent frames": self.frames, "steps": self.steps}
+        sizes |= {"batch": self.batch, "gpus": self.gpus, "latent height": latent.height, "latent width": latent.width}
+        for name, size in sizes.items():
+            if size is not None and not 1 <= size <= LARGEST:
+                raise ValueError(f"{name} must be from 1 to {LARGEST}, got {size}")
+        if self.form not in get_args(Form):
+            raise ValueError(f"form must be one of {', '.join(get_args(Form))}, got {self.form!r}")
+        if self.dtype not in WIDTHS:
+            raise ValueError(f"dtype must be one of {', '.join(WIDTHS)}, got {self.dtype!r}")
+        if not isinstance(self.decoder, VAEConfig) and self.decoder not in ("wan", "taehv", "none"):
+            raise ValueError(f"decoder must be wan, taehv or none, got {self.decoder!r}")
+        if self.chunk is None and (window is not None or self.frames is None):
+            raise ValueError("a model that makes whole clips has no window and no endless clips")
+        if self.frames is None and window is None:
             raise ValueError("an endless clip needs a window, got neither frames nor window")
-        if self.frames is not None and (self.frames < self.chunk or self.frames % self.chunk):
-            raise ValueError(f"frames must be a multiple of the chunk's {self.chunk}, got {self.frames} latent frames")
-        if self.latent.height % self.model.patch or self.latent.width % self.model.patch:
+        if self.chunk is not None:
+            if window is not None and window < self.context.sink + self.chunk:
+                raise ValueError(f"window must hold the sink and the chunk's {self.chunk} frames, got {window}")
+            if self.frames is not None and self.frames % self.chunk:
+                raise ValueError(
+                    f"frames must be a multiple of the chunk's {self.chunk}, got {self.frames} latent frames"
+                )
+        if latent.height % self.model.patch or latent.width % self.model.patch:
             raise ValueError(
                 f"latents must have sides that the patch of {self.model.patch} divides, "
-                f"got {self.latent.height}x{self.latent.width}"
+                f"got {latent.height}x{latent.width}"
             )
         if self.model.heads % self.gpus or self.tokens % self.gpus:
             raise ValueError(
@@ -101,325 +116,317 @@ class Request:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one latent frame."""
+        """Tokens of one latent frame (S)."""
         return self.latent.height * self.latent.width // self.model.patch**2
 
     @property
     def rows(self) -> int:
-        """Rows of a call."""
+        """Rows of a call (R)."""
         return self.batch * (2 if self.guided else 1)
 
     @property
-    def chunks(self) -> int:
-        """Chunks of the clip; where it does not end, as many as it takes until nothing changes any more."""
-        enough = (self.window or 0) // self.chunk + 4
-        count = enough if self.frames is None else self.frames // self.chunk
-        return count if self.window is None else min(count, enough)
+    def window(self) -> int:
+        """Latent frames that the last chunk sees, its own included."""
+        return min(size for size in (self.context.window, self.frames) if size is not None)
 
     @property
     def fresh(self) -> int:
-        """Latent frames of the largest call."""
-        return self.chunk * (2 if self.fused and self.chunks > 1 else 1)
+        """Latent frames of the largest call: two chunks, because a commit travels with the next chunk's first step."""
+        is_fused = self.chunk is not None and self.frames != self.chunk
+        return 2 * self.chunk if is_fused and self.chunk else self.chunk or self.window
 
     @property
     def kept(self) -> int:
-        """Latent frames in the cache during the last call."""
-        committed = self.chunks * self.chunk - self.fresh
-        return committed if self.window is None else min(committed, self.window)
+        """Latent frames in a growing cache during that call."""
+        return self.window if self.frames is None else min(self.frames - self.fresh, self.window)
+
+    @property
+    def read(self) -> int:
+        """Latent frames that it sees, its own included."""
+        return min(self.kept + self.fresh, self.window + (self.chunk or 0))
+
+    @property
+    def mask_rows(self) -> int:
+        """Queries of its mask where attention gets one as a tensor: in short calls of two chunks, eagerly."""
+        queries = self.fresh * self.tokens
+        is_dense = self.form == "eager" and self.chunk not in (None, self.fresh) and queries < FLEX_MIN_TOKENS
+        return queries if is_dense else 0
+
+    @property
+    def places(self) -> int | None:
+        """Latent frames in a cache of fixed size; None where the cache grows, and calls are not recorded."""
+        if self.form == "eager" or self.chunk is None:
+            return None
+        frames = None if self.frames is not None and self.frames > self.window else self.frames
+        if not StaticCache.fits(self.context, self.chunk, frames):
+            return None
+        return StaticCache.places(self.context, self.chunk, frames)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return WIDTHS[self.dtype]
+
+    @property
+    def narrow(self) -> int:
+        """Bytes of a number that goes into a product."""
+        return 1 if self.form.startswith("fp8") else self.width
+
+    @property
+    def unit(self) -> int:
+        """One activation of a call: E numbers for each of this GPU's tokens."""
+        return self.rows * self.fresh * self.tokens * self.model.dim * self.width // self.gpus
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes on one device."""
 
-    weights: int
-    """The network."""
-    cache: int
-    """Keys and values of committed frames, when they are most."""
-    fresh: int
-    """Keys and values of the call under way, which the cache holds until it commits them."""
-    text_keys: int
-    """Keys and values of the prompt, for every block."""
-    activations: int
-    """The rest of what a call holds at its widest point."""
-    tables: int
-    """Rotary tables that stay for calls at the same positions."""
-    decoder_weights: int
-    """The codec, its encoder included."""
-    decoder_state: int
-    """What a decode stream remembers between calls."""
-    decoder_workspace: int
-    """The rest of what decoding one chunk holds at its widest point, its pixels included."""
-    text_encoder: int
-    """UMT5-XXL, if it stays on the GPU."""
-    libraries: int
-    """cuBLAS's workspace."""
-    overlap: bool
-    """See Request."""
-    recorded: bool = False
-    """Calls are recorded: what they work in stays with the recordings, where torch does not count it as tensors."""
+    parts: tuple[Part, ...]
+    """All that is held while a stream runs; the network and the decoder work beside each other."""
+    loading: int
+    """What is held while the model is loaded, before the stream runs."""
+    margins: Literal["bf16", "fp8-attention"]
+    """The form whose measured margins hold, a key of MARGINS."""
+    is_recorded: bool
+    """Calls are recorded: what they work in stays with the recordings."""
+
+    def __getitem__(self, name: str) -> int:
+        return next(size for part, size, _ in self.parts if part == name)
 
     @property
-    def peak(self) -> int:
-        """Most bytes held at once while a stream runs: what must be free."""
-        passing = (self.activations, self.decoder_workspace)
-        return self._standing + (sum(passing) if self.overlap else max(passing))
+    def least(self) -> int:
+        """What must be free at the very least: no part can be given back while the stream runs."""
+        return max(self._total, self.loading)
+
+    @property
+    def needed(self) -> int:
+        """What torch will hold, its reserve included."""
+        return max(round(self._total * (1 + MARGINS[self.margins][1])), self.loading)
 
     @property
     def tensors(self) -> int:
-        """`peak` as `torch.cuda.max_memory_allocated` counts: recorded calls only while they are being recorded, the
-        decoder's first, before there is a cache."""
-        if not self.recorded:
-            return self.peak
-        decoder = self.decoder_weights + self.decoder_state + self.decoder_workspace
-        return max(self._standing + self.activations, self.weights + self.text_encoder + self.libraries + decoder)
+        """What `torch.cuda.max_memory_allocated` will say. Network and decoder take turns at allocating; when calls are
+        recorded each does so once, the decoder before there is a cache."""
+        network, decoder = self["activations"], self["decoder workspace"]
+        if self.is_recorded:
+            later = network + self["cache"] + self["text keys"] + self["tables"] + self["recordings"]
+            held = self._total - min(decoder, later)
+        else:
+            held = self._total - min(network, decoder)
+        return round(held * (1 + MARGINS[self.margins][0]))
 
     @property
-    def _standing(self) -> int:
-        return sum(size for _, size in self.parts()) - self.activations - self.decoder_workspace
+    def _total(self) -> int:
+        return sum(size for _, size, _ in self.parts)
 
-    def parts(self) -> list[tuple[str, int]]:
-        """Name and bytes of every part."""
-        return [(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("overlap", "recorded")]
+    def table(self) -> str:
+        """Lines for a terminal: every part in GiB and what it is, then what they come to."""
+        rows = [part for part in self.parts if part[1]]
+        if self.loading > self._total:
+            rows.append(("loading", self.loading - self._total, "more than that, while weights are converted"))
+        share = MARGINS[self.margins][1]
+        rows.append(("margin", self.needed - self.least, f"torch's reserve, {share:.0%} as measured in {self.margins}"))
+        rows.append(("needed", self.needed, "all of the above: what should be free"))
+        rows.append(("in tensors", self.tensors, "of it, as torch.cuda.max_memory_allocated counts"))
+        return "\n".join(f"{name:18}{size / GIB:9.3f} GiB  {what}" for name, size, what in rows)
 
 
 def estimate(request: Request) -> Estimate:
     """Every part of the memory of `request`, on the first GPU."""
-    decoder_weights, decoder_state, decoder_workspace = decoder_bytes(request)
+    weights = weight_bytes(request.model, request.dtype, request.form)
+    original = weight_bytes(request.model, request.dtype) if request.narrow < request.width else 0
     return Estimate(
-        weights=weight_bytes(request.model, request.dtype),
-        cache=cache_bytes(request, request.kept),
-        fresh=cache_bytes(request, request.fresh),
-        text_keys=text_bytes(request),
-        activations=activation_bytes(request),
-        tables=table_bytes(request),
-        decoder_weights=decoder_weights,
-        decoder_state=decoder_state,
-        decoder_workspace=decoder_workspace,
-        text_encoder=umt5_bytes() if request.text_encoder == "gpu" else 0,
-        libraries=CUBLAS_WORKSPACE,
-        overlap=request.overlap,
+        (*_network_parts(request, weights), *_decoder_parts(request)),
+        loading=original + weights,
+        margins="fp8-attention" if request.narrow < request.width else "bf16",
+        is_recorded=request.places is not None,
     )
 
 
-@lru_cache(maxsize=64)
-def weight_bytes(model: ModelConfig, dtype: str = "bfloat16") -> int:
-    """The network's parameters; every GPU holds all of them."""
-    with torch.device("meta"):
-        net = DiT(model)
-    wide = DTYPES[dtype].itemsize
-
-    def width(name: str, parameter: Tensor) -> int:
-        return 1 if dtype.startswith("fp8") and name.startswith("blocks.") and parameter.ndim == 2 else wide
-
-    return sum(parameter.numel() * width(name, parameter) for name, parameter in net.named_parameters())
+# ----------------------------------------------------------------------------------------------------------- network
 
 
-def cache_bytes(request: Request, frames: int) -> int:
-    """Keys and values of so many latent frames, in all blocks, of this GPU's heads."""
-    model = request.model
-    each = request.rows * frames * request.tokens * model.dim // request.gpus
-    return 2 * model.layers * each * DTYPES[request.dtype].itemsize
+def _network_parts(request: Request, weights: int) -> Iterator[Part]:
+    model, places = request.model, request.places
+    kind = f"{request.dtype}, and e4m3 in the blocks" if request.narrow < request.width else request.dtype
+    yield "weights", weights, f"the network's parameters, {kind}"
+    if places is not None:
+        held = cache_bytes(request, places, packed=request.form == "fp8-attention")
+        yield "cache", held, f"keys and values of {places} latent frames, {model.layers} blocks"
+    elif request.chunk is not None:
+        held = cache_bytes(request, request.kept) + cache_bytes(request, request.fresh)
+        yield "cache", held, f"keys and values of {request.kept} finished latent frames and {request.fresh} in work"
+    else:
+        yield "cache", 0, "none: the clip is made at once"
+    copies = 1 if places is None else 2
+    twice = "" if places is None else ", twice: as given, and for recordings"
+    yield "text keys", copies * text_bytes(request), f"keys and values of the prompt in every block{twice}"
+    yield "activations", activation_bytes(request), f"the rest of a call of {request.fresh} latent frames at its widest"
+    yield "tables", table_bytes(request), "rotary positions and attention masks that are kept"
+    yield "recordings", recording_bytes(request), "inputs and results of recorded calls"
+    if request.text_encoder == "gpu":
+        yield "text encoder", umt5_bytes(), "UMT5-XXL in bfloat16"
+    streams = 1 if request.form == "eager" else 3  # chunks are made in one, recorded in another, pixels in a third
+    yield "libraries", streams * CUBLAS_WORKSPACE, "cuBLAS's workspaces"
 
 
-def replace_layers(request: Request, layers: int) -> Request:
-    """The same request of a network with so many blocks."""
-    return replace(request, model=replace(request.model, layers=layers))
+def weight_bytes(model: ModelConfig, dtype: str = "bfloat16", form: Form = "eager") -> int:
+    """The network's parameters; every GPU holds all of them. fp8: a byte for each of a block's weights."""
+    dim, hidden, patch = model.dim, model.ffn_dim, model.patch**2 * model.channels
+    products = 8 * dim**2 + 2 * dim * hidden  # two attentions of q, k, v, o; feed-forward up and down
+    rest = 9 * dim + hidden + 4 * dim + 2 * dim + 6 * dim  # biases, RMS norms, LayerNorm, modulation
+    embeddings = patch * dim + (model.text_dim + dim) * dim + (model.freq_dim + dim) * dim + 6 * dim**2
+    ends = embeddings + 5 * dim + 6 * dim + dim * patch + patch + 2 * dim  # their biases; head and its modulation
+    width = WIDTHS[dtype]
+    return model.layers * (products * (1 if form.startswith("fp8") else width) + rest * width) + ends * width
+
+
+def cache_bytes(request: Request, frames: int, *, packed: bool = False) -> int:
+    """Keys and values of so many latent frames in all blocks, of this GPU's heads; packed: in e4m3, values as columns
+    in blocks of 128."""
+    rows = frames * request.tokens
+    both, width = (rows + -(-rows // 128) * 128, 1) if packed else (2 * rows, request.width)
+    return request.model.layers * request.rows * both * request.model.dim // request.gpus * width
 
 
 def text_bytes(request: Request) -> int:
     """Text keys and values of all heads, in all blocks."""
     model = request.model
-    return 2 * model.layers * request.rows * model.text_length * model.dim * DTYPES[request.dtype].itemsize
+    return 2 * model.layers * request.rows * model.text_length * model.dim * request.width
 
 
 def activation_bytes(request: Request) -> int:
-    """What a rollout holds at its widest point, beside weights, text keys, cache and fresh keys.
+    """What a call holds at its widest moment, beside weights, text keys, and keys and values that the cache holds."""
+    if request.chunk is None:
+        lent = 2 * request.unit  # the call's own keys and values
+    elif request.places is None and request.kept:
+        lent = cache_bytes(request, request.read) // request.model.layers  # one block's, gathered for its attention
+    else:
+        lent = 0  # they are in the cache
+    return _eager_call(request, lent) if request.form == "eager" else lent + _fast_call(request)
 
-    From rollouts of networks with few blocks: what is held in the calls grows by the same with every further block, and
-    so does what is held while a chunk is committed, which is more keys and no activations.
-    """
-    few, fewer = (_rollout_peaks(replace_layers(request, n)) for n in (FEW, FEW - 1))
-    further = request.model.layers - FEW
-    peak = max(at + further * (at - before) for at, before in zip(few, fewer, strict=True))
-    return peak - cache_bytes(request, request.kept) - cache_bytes(request, request.fresh)
+
+def _eager_call(request: Request, lent: int) -> int:
+    """`nn.dit.Block`, or the commit behind it."""
+    unit = request.unit
+    hidden = unit * request.model.ffn_dim // request.model.dim
+    ffn = 6 * unit + 2 * hidden  # y, attended, x, text query, what it read, modulated x; product, its GELU
+    mask = request.mask_rows * request.read * request.tokens * (request.width + 1)  # as what is added, and its negation
+    attention = lent + 3 * unit + mask + (9 * unit if request.gpus > 1 else 0)  # y, q, result; q, k, v exchanged
+    commit = 0
+    if request.chunk is not None:  # what is made permanent is copied, and the call's own is held till the end
+        stays = request.context.window is None or request.kept + request.chunk <= request.window
+        commit = cache_bytes(request, request.chunk) if stays else lent
+    return max(ffn, attention, commit)
 
 
-@lru_cache(maxsize=64)
-def _rollout_peaks(request: Request) -> tuple[int, int]:
-    """Most bytes that the last chunks of a clip hold in their calls, and while they are committed.
-
-    Weights and text keys are not in it.
-    """
-    dtype, model, chunk = DTYPES[request.dtype], request.model, request.chunk
-    with torch.device("meta"):
-        net = DiTDenoiser(model, context=Context(window=request.window), backend=BACKEND).to(dtype)
-        keys = torch.empty(request.rows, model.text_length, model.heads, model.dim // model.heads, dtype=dtype)
-        text = torch.empty(request.rows, 1, model.text_dim)
-        told = Conditioning(text, TextKeys(text, [(keys, keys)] * model.layers))
-    net.requires_grad_(False).model.exchange = PretendExchange(request.gpus) if request.gpus > 1 else None
-    done = max(0, request.chunks - 3)  # finished chunks; the last of them is yet to be committed
-    plan = chunked([chunk] * request.chunks, (1.0, 0.5))
-    plan = fuse(plan) if request.fused else plan
-    late = list(dropwhile(lambda call: done and (call.start < (done - 1) * chunk or not call.commit), plan))
-    sides = request.latent.height // model.patch, request.latent.width // model.patch
-    for call in late:  # tables stay in a cache of their own and are counted apart
-        rope_table(_positions(call), *sides, model.dim // model.heads, torch.device("meta"))
-    with outlined() as held:
-        noise, cache = Nothing(request.rows, request.latent), _WatchedCache(model.layers, net.context, held)
-        if done > 1:
-            _fill(cache, request, done - 1)
-        given = noise.initial(0, done * chunk) if done else None
-        for _ in rollout(net, late, conditioning=told, noise=noise, cache=cache, prefix=given):
-            pass
-    return max(cache.in_calls, held.peak), cache.in_commits
+def _fast_call(request: Request) -> int:
+    """`parallel.fast.FastDiT.evaluate`: its names stay bound from one block to the next."""
+    model, wide, narrow = request.model, request.width, request.narrow
+    tokens, dim = request.rows * request.fresh * request.tokens // request.gpus, model.dim
+    between = dim * (3 * wide + 3 * narrow)  # y, branch, q; z, attended, read, which go into products
+    new = wide + (narrow if narrow < wide else 0)  # a product, and its e4m3 form
+    ffn = model.ffn_dim * (new + narrow)  # and the one of the block before
+    keys, heads = request.window * request.tokens, model.heads // request.gpus
+    queries = {n * request.tokens for n in (request.chunk or request.fresh, request.fresh)}
+    parts = max(parts_of(n, heads, keys, PROCESSORS) for n in queries)  # of the keys, each with queries of its own
+    copies = 1 if request.form == "fp8-attention" and request.places is not None else parts * wide
+    attention = dim * (3 * wide + copies + parts * wide + narrow)  # qkv, queries, parts' results, what they come to
+    return tokens * (between + max(ffn, model.ffn_dim * narrow + attention))
 
 
 def table_bytes(request: Request) -> int:
-    """Rotary tables, float32, for every set of positions that calls have, as many as their cache keeps."""
-    model = request.model
-    plan = chunked([request.chunk] * request.chunks, (1.0, 0.5))
-    each = [len(found) for found in {_positions(call) for call in (fuse(plan) if request.fused else plan)}]
-    room = rope_table.cache_parameters()["maxsize"]
-    if request.frames is None:
-        each = [max(each), request.chunk] * room
-    return sum(each[:room]) * request.tokens * (model.dim // model.heads) * 4
+    """Rotary tables, float32, one for every set of positions; and masks, a byte for each pair of tokens."""
+    model, chunk, room = request.model, request.chunk or request.fresh, rope_table.cache_parameters()["maxsize"]
+    chunks = room if request.frames is None else request.frames // chunk
+    each = chunk + (request.fresh if request.fresh > chunk else 0)  # of a plain call and a fused one
+    rotary = min(chunks, room // 2) * each * request.tokens * (model.dim // model.heads) * 4
+    last = request.read // chunk  # fused calls read 2, 3 ... chunks, until the window is full
+    return rotary + request.mask_rows * (last * (last + 1) // 2 - 1) * chunk * request.tokens
 
 
-def _positions(call: Call) -> tuple[int, ...]:
-    return tuple(range(call.start, call.start + call.frames))
+def recording_bytes(request: Request) -> int:
+    """What recordings of calls hold between them: latents in and out, modulation, rotation; and modulations kept."""
+    if request.places is None or request.chunk is None:
+        return 0
+    model, latent, kinds = request.model, request.latent, -(-request.window // request.chunk)  # until it is full
+    levels = (model.layers * 6 + 2) * model.dim * 4  # of one frame
+    rotation = request.tokens // request.gpus * (model.dim // model.heads) * 4
+    ends = 2 * request.rows * latent.channels * latent.height * latent.width * 4
+    frames = request.fresh + (request.chunk if request.steps > 1 else 0)  # of the kinds of call that a chunk has
+    return kinds * frames * (levels + rotation + ends) + (request.steps + 1) * request.fresh * levels
 
 
-class _WatchedCache(KVCache):
-    """A cache that notes the most bytes held between commits and in them."""
-
-    def __init__(self, layers: int, context: Context, held: Held) -> None:
-        super().__init__(layers, context)
-        self.held, self.in_calls, self.in_commits = held, 0, 0
-
-    def commit(self, frames: int) -> None:
-        self.in_calls = max(self.in_calls, self.held.peak)
-        self.held.peak = self.held.now
-        super().commit(frames)
-        self.in_commits = max(self.in_commits, self.held.peak)
-        self.held.peak = self.held.now
+# ----------------------------------------------------------------------------------------------------------- decoder
 
 
-def _fill(cache: KVCache, request: Request, chunks: int) -> None:
-    """Put the committed frames of so many chunks into an empty cache, as far as its window keeps them."""
-    model, end = request.model, chunks * request.chunk
-    kept = frames_of([request.chunk] * chunks)[max(0, end - (request.window or end)) :]
-    shape = (request.rows, len(kept) * request.tokens, model.heads // request.gpus, model.dim // model.heads)
-    cache.frames = kept
-    for held in (cache.keys, cache.values):
-        held[:] = [torch.empty(shape, dtype=DTYPES[request.dtype], device="meta") for _ in held]
+@dataclass(frozen=True)
+class _Codec:
+    """Facts of a codec, counted on the meta device; numbers and not bytes."""
+
+    parameters: int
+    """Encoder included."""
+    decoder: int
+    """Of them the decoder's."""
+    state: int
+    """What a stream remembers, for each latent pixel, without the last convolution's."""
+    last: int
+    """Channels that the last convolution reads, at full resolution: the largest activation there is."""
+    spatial: int
+    temporal: int
+    """Pixels a side, and frames, of a latent one."""
 
 
-class Nothing:
-    """Noise without numbers."""
-
-    def __init__(self, rows: int, latent: LatentSpec) -> None:
-        self.shape, self.rows = latent.shape, rows
-
-    def initial(self, start: int, frames: int) -> Tensor:
-        return torch.empty(self.rows, frames, *self.shape, device="meta")
-
-    def renoise(self, start: int, frames: int, draw: int) -> Tensor:
-        return self.initial(start, frames)
-
-
-class PretendExchange:
-    """Implements `nn.dit.TokenExchange` with the tensors of `parallel.ulysses.Ulysses` and no other processes."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def split(self, y: Tensor) -> Tensor:
-        return y.unflatten(2, (self.size, -1))[:, :, 0]
-
-    def to_heads(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-        sent = q.new_empty(3, q.numel())
-        got = torch.empty_like(sent)
-        batch, length, heads, width = q.shape
-        shape = (batch, length * self.size, heads // self.size, width)
-        q, k, v = (part.clone().view(shape) for part in got)
-        del sent, got
-        return q, k, v
-
-    def to_tokens(self, x: Tensor, frames: int) -> Tensor:
-        batch, length, heads, width = x.shape
-        sent = x.clone()
-        got = torch.empty_like(sent)
-        return got.clone().view(batch, length // self.size, heads * self.size, width)
-
-    def join(self, y: Tensor) -> Tensor:
-        parts = y.new_empty(self.size, *y.shape)
-        return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-# ---- what is not the network -----------------------------------------------------------------------------------------
-
-
-def decoder_bytes(request: Request) -> tuple[int, int, int]:
-    """Weights, state between calls, and the rest at the widest point of decoding a chunk with its pixels."""
-    if request.decoder == "none":
-        return 0, 0, 0
-    shape = (request.batch, request.chunk, *request.latent.shape)
-    return _decoder_bytes(request.decoder, DTYPES[request.decoder_dtype], shape)
-
-
-@lru_cache(maxsize=64)
-def _decoder_bytes(decoder: str | VAEConfig, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    codec = codec_of(decoder).to(dtype).requires_grad_(False)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*codec.parameters(), *codec.buffers()))
-    for module in codec.modules():
-        if isinstance(module, ChannelNorm):
-            module.forward = lambda x: torch.empty_like(
-                x
-            )  # as the fused kernel holds it; the meta device takes it apart
-    with outlined() as held:
-        stream, state, peak = codec.stream(), 0, 0
-        for _ in range(3):  # the first call is another one than the later ones
-            held.peak = held.now
-            pixels = stream(torch.empty(shape, device="meta"))
-            peak = max(peak, held.peak)
-            del pixels
-            state = max(state, held.now)
-    return weights, state, peak - state
-
-
-def codec_of(decoder: str | VAEConfig) -> CausalVAE:
-    """The codec on the meta device, where it is called under it."""
+@lru_cache(maxsize=16)
+def _codec(decoder: str | VAEConfig) -> _Codec:
     with torch.device("meta"):
-        if isinstance(decoder, VAEConfig):
-            return CausalVAE(decoder)
-        if decoder == "wan":
-            return CausalVAE(vae_config("wan2.1"))
-        if decoder == "taehv":
-            return _taehv()
-    raise ValueError(f"decoder must be wan, taehv or none, got {decoder!r}")
+        config = vae_config("wan2.1") if isinstance(decoder, str) else decoder
+        codec = TAEHV() if decoder == "taehv" else CausalVAE(config)
+    if isinstance(codec, TAEHV):
+        layers, last = list(codec.decoder), codec.config.decoder_widths[-1]
+    else:
+        layers = [codec.decoder.conv1, *codec.decoder.middle, *codec.decoder.upsamples]
+        last = codec.config.dim * codec.config.multipliers[0]
+    side, state = 1, 0
+    for layer in layers:
+        convolutions = [part for part in layer.modules() if isinstance(part, CausalConv)]
+        state += side**2 * sum(2 * part.in_channels for part in convolutions)  # two frames of what each reads
+        if isinstance(layer, MemoryBlock):
+            first = next(part for part in layer.modules() if isinstance(part, FrameConv))  # reads a frame and the last
+            state += side**2 * first.in_channels // 2
+        side *= 2 if isinstance(layer, Upsample) or (isinstance(layer, Enlarge) and layer.is_used) else 1
+    own, decoding = (sum(part.numel() for part in module.parameters()) for module in (codec, codec.decoder))
+    return _Codec(own, decoding, state, last, side, codec.temporal_factor)
 
 
-def _taehv() -> Any:
-    """The tiny decoder, which has the methods of the causal VAE that are needed here."""
-    try:
-        module = importlib.import_module("causalreel.codecs.taehv")
-    except ImportError:
-        raise ValueError("decoder 'taehv' is not part of this installation; use wan or none") from None
-    return module.TAEHV()
+def _decoder_parts(request: Request) -> Iterator[Part]:
+    weights = state = workspace = 0
+    if request.decoder != "none":
+        codec, is_tiny, is_fast = _codec(request.decoder), request.decoder == "taehv", request.form != "eager"
+        frames = request.chunk or request.window
+        frames = 1 if is_fast and not is_tiny else frames  # latent ones in a call
+        latents = request.batch * request.latent.height * request.latent.width
+        pixels = latents * codec.spatial**2
+        if is_tiny:  # growth: its result in either order, and enlarged frames, half as many; fast: phases, result
+            copies, tensors, remembered = 1, 2 if is_fast else 2.5, 0
+        elif is_fast:  # a kernel of 27 taps is 36 for Winograd and 9 for a first frame. A residual block's first
+            # convolution: the products before it (2 in size), residual, x, what goes in (2), products (2)
+            copies, tensors, remembered = 1.5, 8, 2 * 3 * 4 // request.width
+        else:  # its second convolution: x, first result, normed, that behind two frames, three taps side by side
+            copies, tensors, remembered = 0, 7 + 2 / (codec.temporal * frames), 2 * codec.last
+        weights = round((codec.parameters + (copies * codec.decoder if is_fast else 0)) * request.width)
+        state = (latents * codec.state + pixels * remembered) * request.width
+        workspace = round(tensors * frames * codec.temporal * pixels * codec.last * request.width)
+        if is_fast:  # each recording keeps its result: a first latent's, one's, a chunk's; float32, three colours
+            workspace += 12 * pixels * (1 + codec.temporal * (1 + (frames if frames > 1 else 0)))
+    yield "decoder weights", weights, "the codec, its encoder included, and its kernels rearranged where it is fast"
+    yield "decoder state", state, "what a decode stream remembers between calls"
+    yield "decoder workspace", workspace, "the rest of a call of the decoder at its widest"
 
 
-def umt5_bytes() -> int:
-    """UMT5-XXL's encoder in bfloat16."""
-    n = UMT5_XXL
-    block = 4 * n["width"] ** 2 + 3 * n["width"] * n["hidden"] + n["buckets"] * n["heads"] + 2 * n["width"]
-    return 2 * (n["vocabulary"] * n["width"] + n["layers"] * block + n["width"])
-
-
-def table(found: Estimate) -> str:
-    """The parts, one a line in GiB, the peak, and how much of it torch counts where that is less."""
-    rows = [(name.replace("_", " "), size) for name, size in found.parts() if size] + [("peak", found.peak)]
-    if found.tensors != found.peak:
-        rows.append(("of it in tensors", found.tensors))
-    note = "" if found.overlap or not found.decoder_workspace else "\n(activations and decoder workspace share memory)"
-    return "\n".join(f"{name:18}{size / GIB:9.3f} GiB" for name, size in rows) + note
+def umt5_bytes(sizes: UMT5Sizes = UMT5Sizes()) -> int:
+    """The text encoder in bfloat16."""
+    block = 4 * sizes.dim * sizes.attention_dim + 3 * sizes.dim * sizes.ffn_dim
+    block += sizes.buckets * sizes.heads + 2 * sizes.dim  # positions, norms
+    return 2 * (sizes.vocab * sizes.dim + sizes.layers * block + sizes.dim)

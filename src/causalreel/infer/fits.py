@@ -10,47 +10,47 @@ from itertools import islice
 import torch
 
 from causalreel.infer.estimate import GIB, Estimate, Request, estimate
-from causalreel.infer.estimate_fast import estimate_fast
 
 
 def check(request: Request, free: int, *, where: str = "the GPU") -> Estimate:
-    """The estimate, or ValueError that says how much memory is missing and what would help, with what it would take."""
-    found = estimate(request)
-    if found.peak <= free:
-        return found
-    with contextlib.suppress(ValueError):  # the accelerated form may take less, and is what most people run
-        found = min(found, estimate_fast(request), key=lambda one: one.peak)
-    if found.peak <= free:
+    """The estimate in the form that takes less, eager or bf16: which one will run is not known yet.
+
+    ValueError if even that, without any reserve, is more than is free; it names changes that would help, and what each
+    would take.
+    """
+    found = _smallest(request)
+    if found.least <= free:
         return found
     helping = [f"{name} ({size / GIB:.1f} GiB)" for name, size in _savings(request, found)]
     options = f"; less is taken by {', '.join(helping)}" if helping else ""
     raise ValueError(
-        f"not enough memory: {found.peak / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB free on {where}, "
-        f"{(found.peak - free) / GIB:.1f} GiB too few{options}"
+        f"not enough memory: {found.least / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB free on {where}, "
+        f"{(found.least - free) / GIB:.1f} GiB too few{options}"
     )
 
 
+def _smallest(request: Request) -> Estimate:
+    return min((estimate(replace(request, form=form)) for form in ("eager", "bf16")), key=lambda found: found.least)
+
+
 def _savings(request: Request, found: Estimate) -> Iterator[tuple[str, int]]:
-    """Single changes of a request that take less, and the peak with them; the largest saving first."""
-    half = (request.window or request.frames or 0) // 2
-    changes: dict[str, Callable[[], Request]] = {
-        "--decoder taehv": lambda: replace(request, decoder="taehv"),
-        "another GPU for decoding (--decode-device)": lambda: replace(request, decoder="none"),
-        "the text encoder on the CPU": lambda: replace(request, text_encoder="cpu"),
-        f"a window of {half} latent frames": lambda: replace(request, window=half),
-        "a batch of 1": lambda: replace(request, batch=1),
-        "fp8 weights": lambda: replace(request, dtype="fp8"),
-        "2 GPUs": lambda: replace(request, gpus=2 * request.gpus),
+    """Single changes of a request that take less, and what is needed with them; the largest saving first."""
+    window = request.context.window or request.frames or 0
+    half = replace(request.context, window=max(window // 2, request.context.sink + (request.chunk or 0), 1))
+    changes: dict[str, Callable[[], Estimate]] = {
+        "--decoder taehv": lambda: _smallest(replace(request, decoder="taehv")),
+        "another GPU for decoding (--decode-device)": lambda: _smallest(replace(request, decoder="none")),
+        "the text encoder on the CPU": lambda: _smallest(replace(request, text_encoder="cpu")),
+        f"a window of {half.window} latent frames": lambda: _smallest(replace(request, context=half)),
+        "a batch of 1": lambda: _smallest(replace(request, batch=1)),
+        "--precision fp8-attention": lambda: estimate(replace(request, form="fp8-attention")),
+        f"{2 * request.gpus} GPUs": lambda: _smallest(replace(request, gpus=2 * request.gpus)),
     }
-    peaks = []
+    needed = []
     for name, change in changes.items():
-        try:
-            peak = estimate(change()).peak
-        except ValueError:
-            continue  # not possible with this model, chunk or installation
-        if peak < found.peak:
-            peaks.append((name, peak))
-    yield from islice(sorted(peaks, key=lambda item: item[1]), 4)
+        with contextlib.suppress(ValueError):  # not possible with this model, chunk or size
+            needed.append((name, change().least))
+    yield from islice(sorted((one for one in needed if one[1] < found.least), key=lambda one: one[1]), 4)
 
 
 def require_bfloat16(device: torch.device) -> None:

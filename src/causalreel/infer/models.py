@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import Choices, load_released
 from causalreel.infer.schedule import Schedule, adapt, schedule
-from causalreel.nn.presets import PRESETS, ModelConfig, preset
+from causalreel.nn.masks import Context
+from causalreel.nn.presets import PRESETS, ModelConfig
 from causalreel.text.tiny import TinyTextEncoder
-from causalreel.types import LatentSpec
 from causalreel.weights import export as exports
 from causalreel.weights.export import (
     ALIASES,
@@ -82,7 +82,7 @@ def load(
     _refuse(model, choices)
     device = choose_device(device)
     require_bfloat16(device)
-    _check_memory(folder, device, chunk=chunk, gpus=gpus)
+    _check_memory(lambda: request_for(folder, steps=steps, chunk=chunk, gpus=gpus), device)
     denoiser, export = load_export(folder, compute=torch.bfloat16 if device.type == "cuda" else None)
     if export.text not in TEXT_ENCODERS:
         raise ValueError(f"{folder}: unknown text encoder {export.text!r}; there are {', '.join(TEXT_ENCODERS)}")
@@ -140,76 +140,73 @@ def profile(
     return Profile(export, adapt(export.sampling, steps=steps, chunk=chunk), temporal, size)
 
 
-def _check_memory(folder: Path, device: torch.device, *, chunk: int | None = None, gpus: int = 1) -> None:
-    """ValueError if a clip of the model plainly does not fit on the GPU; models small beside it are not looked at."""
+def _check_memory(ask: Callable[[], Request], device: torch.device) -> None:
+    """ValueError if what is asked for plainly does not fit on the GPU; models small beside it are not looked at."""
     if device.type != "cuda":
         return
-    free, _ = torch.cuda.mem_get_info(device)
-    if weight_bytes(read_export(folder).model, "float32") > free / 10:
-        request = request_for(folder, height=None, width=None, frames=None, chunk=chunk, gpus=gpus)
+    request, (free, _) = ask(), torch.cuda.mem_get_info(device)
+    if weight_bytes(request.model) > free / 10:
         check(request, free, where=torch.cuda.get_device_name(device))
 
 
 def _check_released(export: Export, device: torch.device, *, decoder: Literal["wan", "taehv"], gpus: int) -> None:
-    """As `_check_memory`, for a released model."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if weight_bytes(export.model) > free / 10:
-        request = Request(export.model, export.latent, **_asked_by(export), decoder=decoder, gpus=gpus)
-        check(request, free, where=torch.cuda.get_device_name(device))
+    """As `_check_memory`, for a clip as long as those of training."""
+    asked = _asked_by(export, export.sampling) | {"context": export.context, "frames": export.frames}
+    _check_memory(lambda: Request(**asked, decoder=decoder, gpus=gpus), device)
 
 
-def _asked_by(export: Export) -> dict[str, Any]:
+def _asked_by(export: Export, sampling: Sampling) -> dict[str, Any]:
     """The fields of a `Request` that a model decides."""
-    sampling = export.sampling
     return {
-        "chunk": sampling.chunk or export.frames,
-        "window": export.context.window,
-        "frames": export.frames,
+        "model": export.model,
+        "latent": export.latent,
+        "chunk": sampling.chunk,
+        "steps": _count(sampling),
         "guided": sampling.guidance != 1,
     }
 
 
 def request_for(
-    model: str | Path, *, height: int | None, width: int | None, frames: int | None, **options: Any
+    model: str | Path,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    steps: int | Sequence[float] | None = None,
+    chunk: int | None = None,
+    window: int | None = None,
+    decoder: Literal["wan", "taehv", "none"] = "wan",
+    **options: Any,
 ) -> Request:
-    """What a video of `model` (as for `load`, or a preset's name) asks of memory; None: its own choice.
+    """What a video of `model` (as for `load`, or wan-1.3b and wan-14b) asks of memory; None: its own choice.
 
-    height, width and frames are pixels and pixel frames, the latter 0 where the clip does not end; options: fields of
-    `infer.estimate.Request`.
+    height, width and frames are pixels and pixel frames, the latter 0 where the clip does not end; window is latent
+    frames; options: fields of `infer.estimate.Request`. ValueError as for `load` and for what they would refuse.
     """
-    if str(model) in PRESETS and str(model) not in DEFAULT_VARIANTS:
-        network, own = preset(str(model)), {"chunk": 3, "frames": 21}
-        codec, latent = vae_config("wan2.1"), LatentSpec(network.channels, 60, 104)
-    elif str(model) in MODELS:
-        export = MODELS[str(model)].export()
-        network, latent, own, codec = export.model, export.latent, _asked_by(export), vae_config("wan2.1")
+    size = PRESETS.get(str(model)) if str(model).startswith("wan-") else None
+    name = "causal-forcing/chunkwise" if size is not None else model
+    known = profile(name, steps=steps, chunk=chunk, height=height, width=width)
+    export, context = known.export, known.export.context
+    asked = _asked_by(export, known.sampling) | {"decoder": decoder}
+    if size is not None:
+        asked["model"] = size
+    elif str(model) not in MODELS:
+        _refuse(model, Choices(decoder="taehv" if decoder == "taehv" else "wan", height=height, width=width))
+        if options.get("text_encoder") is not None:
+            raise ValueError(f"text_encoder: only for released models, not {str(model)!r}, whose own is small")
+        own = read_codec(codec_file(find(model, steps=steps, chunk=chunk), export.codec)).codec
+        asked |= {"decoder": decoder if decoder == "none" else own, "text_encoder": "none"}
+        asked["dtype"] = "float32" if options.get("form") == "eager" else "bfloat16"  # as weights are left, or made
+    context = context if window is None else Context(window=window, sink=context.sink)
+    if frames == 0:
+        context = context if context.window is not None else Context(window=export.frames, sink=context.sink)
+        asked["frames"] = None
     else:
-        folder = find(model)
-        export = read_export(folder)
-        network, latent = export.model, export.latent
-        own = _asked_by(export) | {"dtype": "float32", "decoder_dtype": "float32"}  # as `load` leaves them
-        codec = read_codec(codec_file(folder, export.codec)).codec
-        options |= {"decoder": codec} if options.get("decoder") != "none" else {}
-        options |= {"text_encoder": "none"}
-    spatial, temporal = 2 ** len(codec.temporal_down), 2 ** sum(codec.temporal_down)
-    sides = [
-        old if new is None else _latent_side(name, new, spatial * network.patch) * network.patch
-        for name, new, old in (("height", height, latent.height), ("width", width, latent.width))
-    ]
-    given = {name: value for name, value in options.items() if value is not None}
-    if frames is not None:
-        if frames and (frames - 1) % temporal:
-            raise ValueError(f"frames must be 1 + {temporal} (n - 1), or 0 for an endless clip; got {frames}")
-        given["frames"] = 1 + (frames - 1) // temporal if frames else None
-    return Request(network, LatentSpec(latent.channels, *sides), **{**own, **given})
-
-
-def _latent_side(name: str, pixels: int, unit: int) -> int:
-    if pixels < unit or pixels % unit:
-        raise ValueError(f"{name} must be a multiple of {unit}, got {pixels}")
-    return pixels // unit
+        plan = replace(known, export=replace(export, context=context)).schedule(frames)
+        asked["frames"], context = plan.frames, plan.context
+    return Request(
+        **{**asked, **{name: value for name, value in options.items() if value is not None}}, context=context
+    )
 
 
 def network_of(model: str | Path) -> ModelConfig:

@@ -55,6 +55,8 @@ def adapt(sampling: Sampling, *, steps: int | Sequence[float] | None = None, chu
         sampling = replace(sampling, chunk=chunk)
     if steps is None:
         return sampling
+    if isinstance(steps, int) and steps > 1000:
+        raise ValueError(f"steps must be at most 1000, the length of the released scale; got {steps}")
     if sampling.multistep is not None:
         if not isinstance(steps, int):
             raise ValueError(f"steps of a many-step model must be a number, got {list(steps)}")
