@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from causalreel import cli
+from causalreel import cli, hashed
+from causalreel.data import prepare
 from causalreel.fingerprint import fingerprint
+from causalreel.train import checkpoint, stored
 from causalreel.train import run as runs
+from causalreel.weights import export
 from causalreel.weights.export import load_export, read_export, save_export
 from test_run import CD, DATA, FROM_BASE, SMALL, made, place, reel, refused  # noqa: F401 - fixtures
+from test_weights import small_denoiser, small_export
 
 ODE = ["train", "tiny/causal_ode", *SMALL, *DATA, *FROM_BASE, "settings.pairs=5", "settings.maker_batch=2"]
 ODE += ["settings.grid=4", "settings.keep=[0,1,2,3]", "trainer.out=new"]
+CODEC = ["train", "tiny/codec", *SMALL, "rows=4", "trainer.out=codec2"]
+ENCODE = ["encode", "--codec", "codec/export", "--clips", "3", "--device", "cpu", "--out", "new"]
 
 
 def other_latents() -> None:
@@ -37,9 +45,9 @@ def other_captions() -> None:
 
 
 def other_weights() -> None:
-    denoiser, export = load_export("base/export")
+    denoiser, card = load_export("base/export")
     next(denoiser.parameters()).data[0] += 1
-    save_export("base/export", denoiser, export)
+    save_export("base/export", denoiser, card)
 
 
 def other_codec() -> None:
@@ -171,3 +179,98 @@ def test_stopped_trajectories_go_on_and_are_not_mixed(place: Path, monkeypatch: 
     reel(*ODE, "settings.guidance=1.5", "trainer.out=whole")
     one, two = (load_file(f"{out}/trajectories.safetensors") for out in ("new", "whole"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+# ---- exports
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda value: value * float("nan"), ["not finite", "NaN or infinite"]),
+        (lambda value: value + float("inf"), ["not finite"]),
+        (lambda value: value.to(torch.int8), ["is int8, weights are float32, bfloat16, float16"]),
+        (lambda value: value > 0, ["is bool"]),
+        (lambda value: value.double(), ["is float64"]),
+        (lambda value: value[None], ["wrong shape"]),
+    ],
+    ids=["NaN", "infinite", "int8", "bool", "float64", "shape"],
+)
+def test_exports_that_are_no_weights(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[torch.Tensor], torch.Tensor],
+    parts: list[str],
+) -> None:
+    for file in (Path("base/export/model.safetensors"), Path("codec/export/codec.safetensors")):
+        tensors = load_file(file)
+        name = sorted(tensors)[1]
+        whole = file.read_bytes()
+        save_file({**tensors, name: change(tensors[name])}, file)
+        refused(capsys, CD, str(file), name, *parts)
+        file.write_bytes(whole)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    denoiser, card = small_denoiser(), small_export()
+    next(denoiser.parameters()).data[0] = float("inf")
+    with pytest.raises(ValueError, match="not finite"):
+        save_export(tmp_path / "new", denoiser, card)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_command_again_writes_no_export(place: Path) -> None:
+    for command, file in ((CD, "new/export/model.safetensors"), (CODEC, "codec2/export/codec.safetensors")):
+        reel(*command)
+        written = Path(file).stat().st_mtime_ns
+        reel(*command)
+        assert Path(file).stat().st_mtime_ns == written
+        Path(file).unlink()
+        reel(*command)
+        assert Path(file).is_file()
+
+
+# ---- stopped while something is written
+
+
+def leftovers() -> list[str]:
+    return [str(path) for path in Path().rglob(".*") if path.name != ".lock"]
+
+
+STOPS: dict[str, tuple[object, str, list[str], str]] = {
+    "encode": (hashed, "write_tensors", ENCODE, "new/latents-00000.safetensors"),
+    "trajectories": (stored, "write_tensors", ODE, "new/trajectories.safetensors"),
+    "checkpoint": (checkpoint, "write_pickle", ODE, "new/export/model.safetensors"),
+    "export": (export, "write_text", ODE, "new/export/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "no space"])
+@pytest.mark.parametrize("what", STOPS)
+def test_stopped_while_writing_and_started_again_is_uninterrupted(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, how: str
+) -> None:
+    module, name, command, made = STOPS[what]
+    real = getattr(module, name)
+
+    def stop(path: Path, *arguments: object, **named: object) -> object:
+        result = real(path, *arguments, **named)
+        if how == "no space":
+            raise OSError(28, "No space left on device", str(path))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(prepare if what == "encode" else module, name, stop)
+    try:
+        status = cli.main(command)
+    except SystemExit as end:
+        status = end.code
+    assert status in ((2,) if how == "no space" else (0, 130, 143))  # 0: the last step was done
+    if how == "no space":
+        assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert leftovers() == []
+    monkeypatch.setattr(prepare if what == "encode" else module, name, real)
+    reel(*command)
+    reel(*(part.replace("new", "whole") if part in ("new", "trainer.out=new") else part for part in command))
+    one, two = load_file(made), load_file(made.replace("new", "whole"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from causalreel.cli.flags import ending
+
 # --------------------------------------------------------------------------------------------------------------- export
 
 
@@ -16,7 +18,7 @@ class ExportModel:
     """Write a trained model again as a folder of its own: bfloat16 weights with its codec, name and scores."""
 
     model: Annotated[Positional[Path], arg(metavar="FOLDER")]
-    """Export folder of a training run."""
+    """Export folder of a training run, or an embedded model."""
     out: Annotated[Positional[Path], arg(metavar="OUT")]
     """Folder to write."""
     name: str | None = None
@@ -32,7 +34,8 @@ class ExportModel:
 def export_model(args: ExportModel) -> int:
     from causalreel.weights.export import re_export
 
-    print(re_export(args.model, args.out, name=args.name, codec=args.codec, scores=args.scores, label=args.label))
+    with ending():
+        print(re_export(args.model, args.out, name=args.name, codec=args.codec, scores=args.scores, label=args.label))
     return 0
 
 

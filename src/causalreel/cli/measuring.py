@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, Precision, ThreadFlag, at_least
+from causalreel.cli.flags import ModelFlags, Precision, ThreadFlag, at_least, ending
 
 # ---------------------------------------------------------------------------------------------------------------- bench
 
@@ -126,7 +126,8 @@ def evaluate(args: Evaluate) -> int:
     from causalreel.infer.models import network_of
 
     args.set_threads([network_of(parse_model(spec)[1]) for spec in args.models], args.device)
-    rows = run(args.models, out=args.out, clips=args.clips, seed=args.seed, batch=args.batch, device=args.device)
+    with ending():
+        rows = run(args.models, out=args.out, clips=args.clips, seed=args.seed, batch=args.batch, device=args.device)
     print(table(rows))
     return 0
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ThreadFlag, at_least
+from causalreel.cli.flags import ThreadFlag, at_least, ending
 
 # ---------------------------------------------------------------------------------------------------------------- train
 
@@ -43,7 +43,8 @@ def train(args: Train) -> int:
         return 0
     device = recipe.trainer.device
     args.set_threads(networks(recipe), None if device == "auto" else device)
-    return run(recipe).exit_code
+    with ending():
+        return run(recipe).exit_code
 
 
 # --------------------------------------------------------------------------------------------------------------- encode
@@ -61,14 +62,14 @@ class Encode(ThreadFlag):
     """Clips to render."""
     seed: int = 0
     """Which training world."""
-    batch: int = 256
-    """Clips encoded at once."""
+    batch: int | None = None
+    """Clips encoded at once; default: 256 on a GPU, 4 on a CPU, where each takes 100 MB."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
 
 
 def encode(args: Encode) -> int:
-    at_least(1, clips=args.clips, batch=args.batch)
+    at_least(1, clips=args.clips, batch=1 if args.batch is None else args.batch)
     from causalreel.data.prepare import prepare
     from causalreel.infer.models import choose_device
     from causalreel.weights.export import codec_identity, load_codec
@@ -76,14 +77,15 @@ def encode(args: Encode) -> int:
     args.set_threads([], args.device)
     device = choose_device(args.device)
     codec = load_codec(args.codec).to(device)
-    folder = prepare(
-        args.out,
-        codec,
-        codec_id=codec_identity(args.codec),
-        clips=args.clips,
-        seed=args.seed,
-        batch=args.batch,
-        device=device,
-    )
+    with ending():
+        folder = prepare(
+            args.out,
+            codec,
+            codec_id=codec_identity(args.codec),
+            clips=args.clips,
+            seed=args.seed,
+            batch=args.batch or (256 if device.type == "cuda" else 4),
+            device=device,
+        )
     print(folder)
     return 0

@@ -45,7 +45,17 @@ from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.stored import Store
 from causalreel.train.trainer import Result, TrainerConfig
-from causalreel.weights.export import Export, Sampling, codec_name, save_codec, save_export
+from causalreel.weights.export import (
+    MODEL,
+    Export,
+    Sampling,
+    codec_name,
+    find_codec,
+    read_codec,
+    read_export,
+    save_codec,
+    save_export,
+)
 
 log = logging.getLogger("causalreel.train")
 
@@ -152,9 +162,23 @@ def run(recipe: Recipe) -> Result:
     with claim(out, "training"):
         run = build(recipe, device)
         result = trainer.train(run.stage, run.source, recipe.trainer, recipe=recipe, contents=run.contents)
-        if not result.is_interrupted:
+        if result.is_idle and _is_exported(out / "export", recipe, run.contents):
+            log.info("%s is up to date", out / "export")
+        elif not result.is_interrupted:
             run.export(out / "export")
         return result
+
+
+def _is_exported(folder: Path, recipe: Recipe, contents: Sequence[Content]) -> bool:
+    """Whether the export is of this recipe and these contents: then it is not written again, not even rounded anew."""
+    try:
+        if recipe.stage == "codec":
+            told, weights = read_codec(folder).provenance, find_codec(folder)
+        else:
+            told, weights = read_export(folder).provenance, folder / MODEL
+    except ValueError:
+        return False
+    return weights.is_file() and told == provenance(recipe, contents)
 
 
 @dataclass(frozen=True)

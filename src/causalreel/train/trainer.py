@@ -79,6 +79,8 @@ class Result:
     step: int
     """Completed steps."""
     is_interrupted: bool = False
+    is_idle: bool = False
+    """All steps had been done before."""
 
     @property
     def exit_code(self) -> int:
@@ -116,7 +118,7 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
         logger.info("resolved config:\n%s", dump(recipe))
     if run.step >= config.steps:
         logger.info("nothing to do: %d of %d steps are done", run.step, config.steps)
-        return Result(run.step)
+        return Result(run.step, is_idle=True)
 
     writers, progress = _open_writers(config, run)
     if config.preview_every and run.step == 0:
