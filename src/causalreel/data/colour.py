@@ -47,6 +47,7 @@ def to_rgb(frame: Any) -> np.ndarray:
 
     is_transparent = any(component.is_alpha for component in frame.format.components)
     matrix = MATRICES.get(int(frame.colorspace)) or _usual(frame)
+    matrix = matrix if matrix in list(Colorspace) else BT709  # older versions of PyAV do not know BT.2020
     is_full = frame.format.is_rgb or int(frame.color_range) == FULL or frame.format.name.startswith("yuvj")
     frame = frame.reformat(
         format="rgba" if is_transparent else "rgb24",
