@@ -14,7 +14,7 @@ from causalreel.codecs.tiny import tiny_codec
 from causalreel.codecs.wan_vae import PRESETS, CausalVAE, VAEConfig, latent_statistics, vae_config
 from causalreel.train.stage import DataCursor, StepContext
 from causalreel.train.stages.codec import CodecConfig, CodecStage, near_edges
-from causalreel.types import Batch, Conditioning, VideoCodec
+from causalreel.types import Conditioning, VideoBatch, VideoCodec
 
 GOLDEN = Path(os.environ.get("CAUSALREEL_GOLDEN", Path(__file__).parents[1] / "../shared/golden")).resolve()
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden reference data is not at {GOLDEN}")
@@ -223,8 +223,8 @@ class Squares:
     def __len__(self) -> int:
         return len(self.video)
 
-    def batch(self, indices: Tensor) -> Batch:
-        return Batch(Conditioning(torch.zeros(len(indices), 1, 1)), self.video[indices])
+    def batch(self, indices: Tensor) -> VideoBatch:
+        return VideoBatch(Conditioning(torch.zeros(len(indices), 1, 1)), self.video[indices])
 
 
 def context(source: Squares, cursor: DataCursor, step: int) -> StepContext:

@@ -120,7 +120,7 @@ def roll(request: Request, network: DiTDenoiser, observe: Callable[..., None] | 
         plan = fuse(chunked([request.chunk or request.frames] * (request.frames // (request.chunk or 12)), (1.0, 0.5)))
         for _ in rollout(network, plan, conditioning=told, noise=noise, cache=cache, observe=observe):
             pass
-    return cache, told.prepared.pairs.values()
+    return cache, told.prepared[0].pairs.values()
 
 
 def network(request: Request) -> DiTDenoiser:

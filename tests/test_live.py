@@ -188,18 +188,18 @@ def test_fade_moves_the_text_evenly_and_arrives(monkeypatch: pytest.MonkeyPatch)
     live, *_, text = changed(made, "fade", chunks=4)
     old = encode_prompt(made, PROMPTS[0], 3)
     for done in (1, 2, 3):
-        close(live._told.text, old + (text - old) * done / 4, 1e-6)
+        close(live._conditioning.text, old + (text - old) * done / 4, 1e-6)
         live.next_chunk()
-    assert torch.equal(live._told.text, text) and live._fade is None
+    assert torch.equal(live._conditioning.text, text) and live._fade is None
     live.tell(old, mode="fade", chunks=2)
     live.next_chunk()
-    half = live._told.text
+    half = live._conditioning.text
     live.tell(text, mode="fade", chunks=2)  # from where the other one has got to
     live.next_chunk()
-    close(live._told.text, (half + text) / 2, 1e-6)
+    close(live._conditioning.text, (half + text) / 2, 1e-6)
     live.tell(old, mode="switch")
     live.next_chunk()
-    assert torch.equal(live._told.text, old)
+    assert torch.equal(live._conditioning.text, old)
 
 
 def test_other_steps() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from causalreel.data.sources import LatentSource
+from causalreel.data.sources import LatentSource, TrajectorySource
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.presets import ModelConfig
 from causalreel.train.checkpoint import latest
@@ -54,13 +54,14 @@ def source(rows: int = 24) -> LatentSource:
     text = torch.randn(rows, 4, 8, generator=generator)
     shape = text[:, 0, :2, None, None].expand(-1, -1, 4, 4)
     drift = torch.linspace(0.5, 1.5, FRAMES)[None, :, None, None, None]
-    return LatentSource(shape[:, None] * drift, text)
+    return LatentSource(shape[:, None] * drift, Conditioning(text))
 
 
-def trajectories(config: CausalODEConfig) -> LatentSource:
+def trajectories(config: CausalODEConfig) -> TrajectorySource:
     teacher, how = net(3, trained=False), {"null": NULL, "seed": 0, "device": torch.device("cpu")}
     parts = [make_part(first, teacher, source(), config, **how) for first in parts_of(config)]
-    return LatentSource(*(torch.cat([part[name] for part in parts]) for name in ("states", "text")))
+    held = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return TrajectorySource(held["states"], Conditioning.from_named(held))
 
 
 ODE = CausalODEConfig(batch=8, chunk=2, pairs=12, grid=8, keep=(0, 2, 4, 6), maker_batch=5, guidance=2.0)
@@ -212,7 +213,7 @@ class Prompts:
 def test_prompt_only_data_is_refused(name: str, tmp_path: Path) -> None:
     stage, _ = STAGES[name]()
     before = weights(stage)
-    with pytest.raises(ValueError, match="this stage needs latents, the data source has only prompts"):
+    with pytest.raises(ValueError, match=r"this stage needs (latents|trajectories), the data source has only prompts"):
         train(stage, Prompts(), trainer_config(stage, tmp_path, 2))
     assert all(torch.equal(value, before[key]) for key, value in weights(stage).items())
     assert latest(tmp_path / "checkpoints") is None

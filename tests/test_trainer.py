@@ -21,7 +21,7 @@ from causalreel.train.log import NonFiniteError, open_jsonl
 from causalreel.train.optim import OptimiserConfig, clip_gradients, learning_rate
 from causalreel.train.stage import Average, DataCursor, Loss, StepContext, Update, stable_seed
 from causalreel.train.trainer import TrainerConfig, train
-from causalreel.types import Batch, Conditioning
+from causalreel.types import Conditioning, LatentBatch
 
 OPTIMISERS = {"student": OptimiserConfig(3e-2, warmup_steps=4, schedule="cosine"), "critic": OptimiserConfig(1e-2)}
 
@@ -35,8 +35,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def batch(self, indices: Tensor) -> Batch:
-        return Batch(Conditioning(indices[:, None, None].float()), self.latents[indices])
+    def batch(self, indices: Tensor) -> LatentBatch:
+        return LatentBatch(Conditioning(indices[:, None, None].float()), self.latents[indices])
 
 
 def mlp(seed: int) -> nn.Module:
@@ -67,7 +67,7 @@ class Toy:
 
     def loss(self, step: StepContext, role: str, goal: str, purpose: str) -> Callable[[], Loss]:
         def compute() -> Loss:
-            x = step.batch(6).latents
+            x = step.batch(6, LatentBatch).latents
             x = x + 0.1 * torch.randn(x.shape, generator=step.generator(purpose))
             with torch.no_grad():
                 wanted = self.roles[goal](x)
@@ -79,7 +79,7 @@ class Toy:
 
     def preview(self, step: StepContext) -> Tensor | None:
         torch.rand(3)
-        return step.batch(2).latents[:, None, :, None, None].expand(2, 5, 2, 4, 4)
+        return step.batch(2, LatentBatch).latents[:, None, :, None, None].expand(2, 5, 2, 4, 4)
 
 
 def toy_config(out: Path, steps: int = 12, **changes: object) -> TrainerConfig:
@@ -143,7 +143,7 @@ class Halves:
             self.roles["student"].apply(lambda m: m.reset_parameters() if isinstance(m, nn.Linear) else None)
 
     def updates(self, step: StepContext) -> Iterator[Update]:
-        batch = step.batch(8)
+        batch = step.batch(8, LatentBatch)
         size = 8 // self.parts
         rows = [batch[start : start + size].latents for start in range(0, 8, size)]
         yield Update("student", [lambda x=x: (10 * (self.roles["student"](x) - 1).square().mean(), {}) for x in rows])

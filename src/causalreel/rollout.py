@@ -17,7 +17,7 @@ from torch import Tensor
 
 from causalreel.flow import add_noise
 from causalreel.solvers import renoise
-from causalreel.types import Cache, Chunk, Conditioning, Denoiser, LatentSpec, Move, NoiseSource, Solver
+from causalreel.types import Cache, Chunk, Conditioning, Denoise, LatentSpec, Move, NoiseSource, Solver
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class StreamNoise:
 
 
 def rollout(
-    denoise: Denoiser,
+    denoise: Denoise,
     plan: Plan,
     *,
     conditioning: Conditioning | Callable[[Call], Conditioning],
@@ -221,7 +221,8 @@ def rollout(
 ) -> Iterator[Chunk]:
     """Run a plan; yield each chunk (B,F,C,H,W), float32, when it is finished.
 
-    conditioning: read before every call if it is a function, so that a live session can change it between chunks.
+    conditioning: of the clip, of which every call gets the frames that go in; or a function that is asked for those of
+    a call before each one, so that a live session can change it between chunks.
     prefix: clean latents (B,P,C,H,W) of the frames that the plan commits before it generates; they are not yielded.
     observe: called with (call, input x (B,F,C,H,W), velocity) after each denoiser call: logs, trajectories, replay.
     """
@@ -240,11 +241,14 @@ def rollout(
             continue  # nothing to write to
         x = torch.cat([_input(part, frames, noise, fresh) for part in call.parts], dim=1)
         sigma = torch.tensor([part.sigma for part in call.parts for _ in range(part.frames)])  # (F,), on the CPU
-        told = conditioning(call) if callable(conditioning) else conditioning
+        if callable(conditioning):
+            given = conditioning(call)
+        else:
+            given = conditioning.frames(call.start, call.start + call.frames)
         finished = []
         with torch.set_grad_enabled(call.grad and torch.is_grad_enabled()):
             velocity = denoise(
-                x, sigma.expand(x.shape[0], -1), told, sizes=call.sizes, start=call.start, cache=cache
+                x, sigma.expand(x.shape[0], -1), given, sizes=call.sizes, start=call.start, cache=cache
             )  # (B,F,C,H,W)
             if observe is not None:
                 observe(call, x, velocity)

@@ -6,35 +6,101 @@ tensor is (latents or pixels), K text tokens, E text width. Nothing here compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What a denoiser is told besides the latents: text (B,K,E), zero rows after the prompt's last token.
+    """What conditions a denoiser beside the latents: text, and fields with an entry for every latent frame.
 
-    `prepared` is private to the denoiser that made it (its text keys and values); it travels with the text so that a
-    prompt is projected once and not once a call.
+    Rows of all tensors are the batch. Whoever passes it on passes it whole: what changes it are its methods.
     """
 
     text: Tensor
+    """One text for all frames (B,K,E), or P texts (B,P,K,E); zero rows after a text's last token."""
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name -> (B,F,...), such as cameras or actions. The network decides which names it takes."""
+    prompts: tuple[int, ...] | None = None
+    """With P texts: which of them each of the F frames reads."""
     prepared: Any = None
+    """Private to the denoiser that made it: what it keeps of the text between calls."""
+
+    def __post_init__(self) -> None:
+        if (self.prompts is None) != (self.text.ndim == 3):
+            raise ValueError(
+                f"text must be (B,K,E), or (B,P,K,E) with the number of each frame's text in `prompts`; "
+                f"got {tuple(self.text.shape)} and prompts={self.prompts}"
+            )
 
     def __len__(self) -> int:
         return self.text.shape[0]
 
-    def __getitem__(self, rows: slice) -> Conditioning:
-        """Rows of the batch, without what a denoiser prepared for the whole of it."""
-        return Conditioning(self.text[rows])
+    def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Every tensor changed; what a denoiser prepared is left out."""
+        fields = {name: change(value) for name, value in self.fields.items()}
+        return Conditioning(change(self.text), fields, self.prompts)
+
+    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
+        """Some rows of the batch."""
+        return self.map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same conditioning on another device."""
-        return Conditioning(self.text.to(device))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def frames(self, start: int, stop: int) -> Conditioning:
+        """That of the frames start .. stop. Frames beyond the last one read the last text; fields must reach there."""
+        if not self.fields and self.prompts is None:
+            return self
+        for name, value in self.fields.items():
+            if value.shape[1] < stop:
+                raise ValueError(f"field {name!r} has {value.shape[1]} frames, the call needs {start} to {stop}")
+        fields = {name: value[:, start:stop] for name, value in self.fields.items()}
+        prompts = self.prompts and tuple(self.prompts[min(f, len(self.prompts) - 1)] for f in range(start, stop))
+        return replace(self, fields=fields, prompts=prompts)
+
+    def twice(self) -> Conditioning:
+        """All frames two times, one after the other: for a pass over clean frames and noisy ones."""
+        fields = {name: torch.cat([value, value], dim=1) for name, value in self.fields.items()}
+        return replace(self, fields=fields, prompts=self.prompts and 2 * self.prompts)
+
+    def paired(self, negative: Conditioning) -> Conditioning:
+        """[these rows; as many that read the negative's text]: for guidance. Fields stay, unless the negative has them.
+
+        negative: one row or as many, one text.
+        """
+
+        def rows(tensor: Tensor, like: Tensor) -> Tensor:
+            return torch.cat([like, tensor.to(like).expand(len(self), *like.shape[1:])])
+
+        text = negative.text if self.prompts is None else negative.text.unsqueeze(1)
+        fields = {name: rows(negative.fields.get(name, value), value) for name, value in self.fields.items()}
+        return replace(self, text=rows(text, self.text), fields=fields)
+
+    def without_text(self, rows: Tensor) -> Conditioning:
+        """The text of these rows (B) bool blanked: for training that also sees no prompt."""
+        keep = ~rows.view(-1, *[1] * (self.text.ndim - 1))
+        return replace(self, text=self.text * keep, prepared=None)
+
+    def named(self) -> dict[str, Tensor]:
+        """All of it as tensors by name, a row for each row: for files."""
+        found = {"text": self.text, **{f"field.{name}": value for name, value in self.fields.items()}}
+        if self.prompts is not None:
+            found["prompts"] = torch.tensor(self.prompts).expand(len(self), -1)
+        return found
+
+    @staticmethod
+    def from_named(tensors: Mapping[str, Tensor]) -> Conditioning:
+        """What `named` took apart; other names are left alone."""
+        fields = {name.removeprefix("field."): value for name, value in tensors.items() if name.startswith("field.")}
+        prompts = tuple(tensors["prompts"][0].tolist()) if "prompts" in tensors else None
+        return Conditioning(tensors["text"], fields, prompts)
 
 
 @dataclass(frozen=True)
@@ -58,23 +124,69 @@ class Chunk:
     latents: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Training rows: latents (B,F,C,H,W), or None where a stage needs only prompts; and their conditioning."""
+    """Training rows that hold their conditioning alone: prompts."""
 
     conditioning: Conditioning
-    latents: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.conditioning)
 
-    def __getitem__(self, rows: slice) -> Batch:
-        return Batch(self.conditioning[rows], None if self.latents is None else self.latents[rows])
+    def map(self: AnyBatch, change: Callable[[Tensor], Tensor]) -> AnyBatch:
+        """Every tensor changed."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {n: v.map(change) if isinstance(v, Conditioning) else change(v) for n, v in values.items()}
+        return replace(self, **changed)
+
+    def __getitem__(self: AnyBatch, rows: slice) -> AnyBatch:
+        """Some of the rows."""
+        return self.map(lambda tensor: tensor[rows])
+
+    def to(self: AnyBatch, device: torch.device | str) -> AnyBatch:
+        return self.map(lambda tensor: tensor.to(device))
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipBatch(Batch):
+    """Latents (B,...,F,C,H,W), in the type they are kept in: clips, or trajectories to them."""
+
+    latents: Tensor
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a clip."""
+        return self.latents.shape[-4]
+
+    @property
+    def spec(self) -> LatentSpec:
+        """The shape of a latent frame."""
+        return LatentSpec(*self.latents.shape[-3:])
+
+
+@dataclass(frozen=True, eq=False)
+class LatentBatch(ClipBatch):
+    """Clips: latents (B,F,C,H,W)."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrajectoryBatch(ClipBatch):
+    """A teacher's trajectories: latents (B,S,F,C,H,W), of which the last two are the end point and the true clip."""
+
+
+@dataclass(frozen=True, eq=False)
+class VideoBatch(Batch):
+    """Pixels: video (B,T,3,H,W) in [-1, 1]."""
+
+    video: Tensor
 
 
 @runtime_checkable
-class Denoiser(Protocol):
-    """x (B,F,C,H,W), sigma (B,F) or (B,1), conditioning -> velocity (B,F,C,H,W).
+class Denoise(Protocol):
+    """x (B,F,C,H,W), sigma (B,F) or (B,1), conditioning of these frames -> velocity (B,F,C,H,W): what a rollout calls.
 
     `sizes` cuts the F frames into chunks: each sees itself and the chunks before it. Without a cache and without sizes
     all frames see each other. With a cache the frames start at absolute frame `start` and see the cached frames too.
@@ -93,11 +205,48 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
+class Denoiser(Denoise, Protocol):
+    """A network as stages and pipelines use it; see `nn.denoiser.DiTDenoiser` for what each method does."""
+
+    def new_cache(self) -> ReplayCache: ...
+
+    def prepare(self, conditioning: Conditioning) -> Conditioning: ...
+
+    def teacher_forced(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        clean: Tensor,
+        sizes: Sequence[int],
+        clean_sigma: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def context_of(
+        self, clean: Tensor, conditioning: Conditioning, *, sizes: Sequence[int], clean_sigma: Tensor | None = None
+    ) -> ReplayCache: ...
+
+    def behind(
+        self, context: Cache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
+    ) -> Tensor: ...
+
+
+@runtime_checkable
 class Cache(Protocol):
     """Finished context. Calls read it; only `commit` writes it."""
 
     def commit(self, frames: int) -> None:
         """Make the first `frames` frames of the latest call permanent, then evict by policy."""
+        ...
+
+
+@runtime_checkable
+class ReplayCache(Cache, Protocol):
+    """A cache that can be read again after the rollout has gone on."""
+
+    def copy(self) -> ReplayCache:
+        """The same context, which later commits leave as it is."""
         ...
 
 

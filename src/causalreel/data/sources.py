@@ -7,37 +7,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from causalreel.types import Batch, Conditioning
+from causalreel.types import Conditioning, LatentBatch, TrajectoryBatch, VideoBatch
 
 
 @dataclass(frozen=True)
-class LatentSource:
-    """Latents (R,F,C,H,W), or trajectories (R,S,F,C,H,W), in any float type, and text (R,K,E) beside them."""
+class _Clips:
+    """Latents (R,...) in any float type, and their conditioning."""
 
     latents: Tensor
-    text: Tensor
+    conditioning: Conditioning
 
     def __post_init__(self) -> None:
-        if len(self.latents) != len(self.text):
-            raise ValueError(f"latents and text must have as many rows, got {len(self.latents)} and {len(self.text)}")
+        if len(self.latents) != len(self.conditioning):
+            raise ValueError(
+                f"latents and conditioning must have as many rows, got {len(self.latents)} and {len(self.conditioning)}"
+            )
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def batch(self, indices: Tensor) -> Batch:
+    def _rows(self, indices: Tensor) -> tuple[Conditioning, Tensor]:
         rows = indices.to(self.latents.device)
-        return Batch(Conditioning(self.text[rows]), self.latents[rows])
+        return self.conditioning[rows], self.latents[rows]
+
+
+class LatentSource(_Clips):
+    """Latents (R,F,C,H,W) in any float type, and their conditioning."""
+
+    def batch(self, indices: Tensor) -> LatentBatch:
+        return LatentBatch(*self._rows(indices))
+
+
+class TrajectorySource(_Clips):
+    """A teacher's trajectories (R,S,F,C,H,W) in any float type, and their conditioning."""
+
+    def batch(self, indices: Tensor) -> TrajectoryBatch:
+        return TrajectoryBatch(*self._rows(indices))
 
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Pixel clips (R,T,3,H,W) uint8; rows come as video in [-1, 1] in `Batch.latents`: for training codecs."""
+    """Pixel clips (R,T,3,H,W) uint8; rows come as video in [-1, 1]: for training codecs."""
 
     clips: Tensor
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def batch(self, indices: Tensor) -> Batch:
+    def batch(self, indices: Tensor) -> VideoBatch:
         rows = self.clips[indices.to(self.clips.device)]
-        return Batch(Conditioning(torch.zeros(len(rows), 0, 0, device=rows.device)), rows.float() / 127.5 - 1)
+        return VideoBatch(Conditioning(torch.zeros(len(rows), 0, 0, device=rows.device)), rows.float() / 127.5 - 1)

@@ -10,7 +10,7 @@ Pixels, threads and sessions are not its business: see `serve.session`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -21,7 +21,7 @@ from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
 from causalreel.infer.wording import full_prompt
 from causalreel.nn.masks import Context
-from causalreel.rollout import KeyedNoise
+from causalreel.rollout import Call, KeyedNoise
 from causalreel.types import Chunk, Conditioning, NoiseSource
 from causalreel.weights.export import Export, Sampling
 
@@ -83,7 +83,8 @@ class Live:
     """One endless stream of latents. `next_chunk` makes the next chunk; everything else takes effect with it.
 
     text (1,K,E): as `encode_prompt` returns it. first: clean latents (1,P,C,H,W) that the stream begins behind, such as
-    an encoded picture; P is a multiple of the chunk. They count as frames and are not returned.
+    an encoded picture; P is a multiple of the chunk. They count as frames and are not returned. fields: theirs, name ->
+    (1,P,...), for a network that takes some; `next_chunk` then takes those of the frames it makes.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Live:
         sampling: Sampling | None = None,
         policy: Policy | None = None,
         first: Tensor | None = None,
+        fields: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.sampling = pipeline.sampling if sampling is None else sampling
@@ -106,13 +108,14 @@ class Live:
                 f"the first frames must be a multiple of the chunk's {chunk} latent frames, got {first.shape[1]}; "
                 f"a frame-wise model (chunk 1) takes any picture"
             )
+        self._chunk = chunk
         self.frame = 0 if first is None else first.shape[1]
         """Latent frames of the stream so far."""
         self.segments = 0
         """Segments begun so far."""
         self._noise = KeyedNoise([seed], pipeline.export.latent, pipeline.device)
-        self._text = text.to(pipeline.device)
-        self._told = self._prepare(self._text)
+        self._conditioning = self._prepare(Conditioning(text.to(pipeline.device), fields or {}))
+        """The text in force, and the fields of the last frames."""
         self._fade: _Fade | None = None
         self._kept = None if first is None else first[:, -self.policy.keep :]  # (1,<=keep,C,H,W)
         self._is_first = True
@@ -133,7 +136,7 @@ class Live:
             raise ValueError(f"chunks must be at least 1, got {chunks}")
         text = text.to(self.pipeline.device)
         if mode == "fade":
-            self._fade = _Fade(self._text, text, chunks)
+            self._fade = _Fade(self._conditioning.text, text, chunks)
             return
         self._fade = None
         self._say(text)
@@ -146,10 +149,11 @@ class Live:
             raise ValueError(f"chunk cannot change in a stream: it is {self.sampling.chunk}, got {sampling.chunk}")
         if sampling != self.sampling:
             self.sampling = sampling
-            self._told = self._prepare(self._text)
+            self._conditioning = self._prepare(self._conditioning)
 
-    def next_chunk(self) -> Chunk:
-        """The next latents (1,F,C,H,W) float32, at their frame of the stream."""
+    def next_chunk(self, fields: Mapping[str, Tensor] | None = None) -> Chunk:
+        """The next latents (1,F,C,H,W) float32, at their frame of the stream; fields: theirs, name -> (1,F,...)."""
+        self._extend(fields or {})
         if self._fade is not None:
             self._say(self._fade.move())
             self._fade = None if self._fade.is_over else self._fade
@@ -176,16 +180,36 @@ class Live:
         plan = Schedule(self.policy.length, prefix, sampling, self.policy.context)
         self._base = self.frame - prefix
         self._segment = self.pipeline.rollout(
-            plan, lambda call: self._told, _Shifted(self._noise, self._base), prefix=self._kept
+            plan, self._conditioning_of, _Shifted(self._noise, self._base), prefix=self._kept
         )
         self._begun_with = self.sampling
         self.segments += 1
 
     def _say(self, text: Tensor) -> None:
-        self._text, self._told = text, self._prepare(text)
+        self._conditioning = self._prepare(replace(self._conditioning, text=text))
 
-    def _prepare(self, text: Tensor) -> Conditioning:
-        return self.pipeline.denoiser_for(self.sampling).prepare(Conditioning(text))
+    def _prepare(self, conditioning: Conditioning) -> Conditioning:
+        return self.pipeline.denoiser_for(self.sampling).prepare(conditioning)
+
+    def _extend(self, fields: Mapping[str, Tensor]) -> None:
+        """Add the fields of the frames to be made; those that no call can read any more are let go of."""
+        chunk, old = self._chunk, self._conditioning.fields
+        if (self.frame and fields.keys() != old.keys()) or any(new.shape[:2] != (1, chunk) for new in fields.values()):
+            shapes = {name: tuple(new.shape) for name, new in fields.items()}
+            raise ValueError(
+                f"fields must be {', '.join(old) or 'as for the first chunk'}, (1,{chunk},...) each; got {shapes}"
+            )
+        new = {name: value.to(self.pipeline.device) for name, value in fields.items()}
+        whole = {name: torch.cat([old[name], new[name]], dim=1) if name in old else new[name] for name in new}
+        room = self.policy.keep + chunk  # what a new segment reads again, and what it makes
+        fields = {name: value[:, -room:] for name, value in whole.items()}
+        self._conditioning = replace(self._conditioning, fields=fields)
+
+    def _conditioning_of(self, call: Call) -> Conditioning:
+        """The conditioning of a call's frames: the fields that are kept end with the chunk that is being made."""
+        count = next((value.shape[1] for value in self._conditioning.fields.values()), 0)
+        first = self._base + call.start - (self.frame + self._chunk - count)
+        return self._conditioning.frames(first, first + call.frames)
 
 
 class _Fade:

@@ -137,11 +137,11 @@ class Pipeline:
         pictures = [None] * len(prompts) if given is None else given[:, -1]
         words = zip(prompts, seeds, pictures, strict=True)
         full = [full_prompt(self.text, prompt, seed, picture) for prompt, seed, picture in words]
-        text = self.text.encode(full).to(self.device)
-        return _Request(text, KeyedNoise(seeds, self.export.latent, self.device), plan, given)
+        conditioning = Conditioning(self.text.encode(full)).to(self.device)
+        return _Request(conditioning, KeyedNoise(seeds, self.export.latent, self.device), plan, given)
 
     def _stream(self, request: _Request, fused: bool, ahead: bool) -> Iterator[Tensor]:
-        decode = self.codec.stream() if self.decoder is None else self.decoder(len(request.text))
+        decode = self.codec.stream() if self.decoder is None else self.decoder(len(request.conditioning))
         prefix = None
         if request.given is not None:
             with torch.no_grad():
@@ -160,9 +160,9 @@ class Pipeline:
 
     def _chunks(self, request: _Request, prefix: Tensor | None, fused: bool) -> Iterator[Chunk]:
         denoise = self.denoiser_for(request.plan.sampling)
-        told = denoise.prepare(Conditioning(request.text))
-        batch = len(request.text)
-        return self.rollout(request.plan, told, request.noise, batch=batch, prefix=prefix, fused=fused)
+        conditioning = denoise.prepare(request.conditioning)
+        batch = len(request.conditioning)
+        return self.rollout(request.plan, conditioning, request.noise, batch=batch, prefix=prefix, fused=fused)
 
     def denoiser_for(self, sampling: Sampling) -> DiTDenoiser | Guided:
         """The denoiser, guided if `sampling` says so; its `prepare` makes the conditioning for `rollout`."""
@@ -220,7 +220,7 @@ class Pipeline:
 class _Request:
     """What a checked request comes to."""
 
-    text: Tensor
+    conditioning: Conditioning
     noise: KeyedNoise
     plan: Schedule
     given: Tensor | None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from causalreel.flow import guide
-from causalreel.nn.dit import DiT, TextKeys
+from causalreel.nn.dit import CallText, DiT, TextKeys
 from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, Frame, frame_mask, frames_of
 from causalreel.nn.presets import ModelConfig
-from causalreel.types import Cache, Conditioning
+from causalreel.types import Cache, Conditioning, Denoiser, ReplayCache
 
 
 class DiTDenoiser(nn.Module):
@@ -46,7 +48,7 @@ class DiTDenoiser(nn.Module):
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """The same conditioning for many calls without gradient: its text keys are kept from the first one on."""
-        return Conditioning(conditioning.text, TextKeys(conditioning.text))
+        return replace(conditioning, prepared=CallText.texts_of(conditioning))
 
     def forward(
         self,
@@ -89,7 +91,7 @@ class DiTDenoiser(nn.Module):
             return (self.run or self.model)(
                 torch.cat([clean.to(x.dtype), x], dim=1),
                 torch.cat([clean_sigma, sigma], dim=1),
-                self._text(conditioning),
+                self._checked(conditioning).twice(),
                 positions=tuple(range(frames)) * 2,
                 mask=frame_mask(both, both, self.context),
                 outputs=frames,
@@ -108,7 +110,7 @@ class DiTDenoiser(nn.Module):
         return cache
 
     def behind(
-        self, context: KVCache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
+        self, context: Cache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
     ) -> Tensor:
         """All noisy chunks of x (B,F,C,H,W) at once, each behind the earlier chunks of `context` -> velocity.
 
@@ -130,23 +132,22 @@ class DiTDenoiser(nn.Module):
             return (self.run or self.model)(
                 x,
                 sigma,
-                self._text(conditioning),
+                self._checked(conditioning),
                 positions=tuple(frame.index for frame in queries),
                 mask=mask,
                 cache=cache,
                 backend=self.backend,
             ).float()
 
-    def _text(self, conditioning: Conditioning) -> Tensor | TextKeys:
-        if conditioning.prepared is None or torch.is_grad_enabled():
-            return conditioning.text
-        keys: TextKeys = conditioning.prepared
-        if len(keys.text) != len(conditioning):
+    def _checked(self, conditioning: Conditioning) -> Conditioning:
+        """ValueError if it was prepared for other rows than it has."""
+        kept: list[TextKeys] = conditioning.prepared or []
+        if any(len(text.text) != len(conditioning) for text in kept):
             raise ValueError(
-                f"the conditioning of {len(conditioning)} rows was prepared for {len(keys.text)}: "
+                f"the conditioning of {len(conditioning)} rows was prepared for {len(kept[0].text)}: "
                 f"guided calls need Guided.prepare, plain ones DiTDenoiser.prepare"
             )
-        return keys
+        return conditioning
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         if self.compute is None or self.compute == self.model.dtype:
@@ -160,45 +161,64 @@ class Guided:
     negative: the unconditional input, one row or as many as the batch. The released code runs two calls and two caches.
     """
 
-    def __init__(self, denoise: DiTDenoiser, negative: Conditioning, scale: float) -> None:
+    def __init__(self, denoise: Denoiser, negative: Conditioning, scale: float) -> None:
         self.denoise, self.negative, self.scale = denoise, negative, scale
 
-    def new_cache(self) -> KVCache:
+    def new_cache(self) -> ReplayCache:
         return self.denoise.new_cache()
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """As DiTDenoiser.prepare, for guided calls only: it holds the text keys of both rows."""
-        return Conditioning(conditioning.text, self.denoise.prepare(self._pair(conditioning)).prepared)
+        """As DiTDenoiser.prepare, for guided calls only: what is kept is of both rows."""
+        return replace(conditioning, prepared=self.denoise.prepare(self._pair(conditioning)).prepared)
 
-    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, **call: object) -> Tensor:
-        """As types.Denoiser."""
-        return self._both(self.denoise, x, sigma, conditioning, **call)
-
-    def teacher_forced(
-        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, clean: Tensor, sizes: Sequence[int]
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        sizes: Sequence[int] | None = None,
+        start: int = 0,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """As DiTDenoiser.teacher_forced, guided."""
-        call = self.denoise.teacher_forced
-        return self._both(call, x, sigma, conditioning, clean=torch.cat([clean, clean]), sizes=sizes)
-
-    def context_of(self, clean: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]) -> KVCache:
-        """As DiTDenoiser.context_of, of both rows."""
-        return self.denoise.context_of(torch.cat([clean, clean]), self._pair(conditioning), sizes=sizes)
-
-    def behind(
-        self, context: KVCache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
-    ) -> Tensor:
-        """As DiTDenoiser.behind, guided."""
-
-        def call(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-            return self.denoise.behind(context, x, sigma, conditioning, sizes=sizes)
-
+        """As types.Denoise."""
+        call = partial(self.denoise, sizes=sizes, start=start, cache=cache)
         return self._both(call, x, sigma, conditioning)
 
-    def _both(self, call, x: Tensor, sigma: Tensor, conditioning: Conditioning, **how: object) -> Tensor:  # noqa: ANN001
-        cond, uncond = call(torch.cat([x, x]), torch.cat([sigma, sigma]), self._pair(conditioning), **how).chunk(2)
+    def teacher_forced(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        clean: Tensor,
+        sizes: Sequence[int],
+        clean_sigma: Tensor | None = None,
+    ) -> Tensor:
+        """As DiTDenoiser.teacher_forced, guided."""
+        how = {"clean": _twice(clean), "clean_sigma": clean_sigma if clean_sigma is None else _twice(clean_sigma)}
+        return self._both(partial(self.denoise.teacher_forced, sizes=sizes, **how), x, sigma, conditioning)
+
+    def context_of(
+        self, clean: Tensor, conditioning: Conditioning, *, sizes: Sequence[int], clean_sigma: Tensor | None = None
+    ) -> ReplayCache:
+        """As DiTDenoiser.context_of, of both rows."""
+        clean_sigma = clean_sigma if clean_sigma is None else _twice(clean_sigma)
+        return self.denoise.context_of(_twice(clean), self._pair(conditioning), sizes=sizes, clean_sigma=clean_sigma)
+
+    def behind(
+        self, context: Cache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
+    ) -> Tensor:
+        """As DiTDenoiser.behind, guided."""
+        return self._both(partial(self.denoise.behind, context, sizes=sizes), x, sigma, conditioning)
+
+    def _both(self, call: Callable[..., Tensor], x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        cond, uncond = call(_twice(x), _twice(sigma), self._pair(conditioning)).chunk(2)
         return guide(cond, uncond, self.scale)
 
     def _pair(self, conditioning: Conditioning) -> Conditioning:
-        negative = self.negative.text.to(conditioning.text).expand(len(conditioning), -1, -1)
-        return Conditioning(torch.cat([conditioning.text, negative]), conditioning.prepared)
+        return conditioning.paired(self.negative)
+
+
+def _twice(x: Tensor) -> Tensor:
+    return torch.cat([x, x])

@@ -10,8 +10,9 @@ Wan (arXiv 2503.20314), section 4; per-frame modulation as in CausVid (arXiv 241
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol, cast
 
 import torch
@@ -23,6 +24,7 @@ from causalreel.nn.kv_cache import FrameCache
 from causalreel.nn.masks import FrameMask
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rope_table, rotate
+from causalreel.types import Conditioning
 
 TIME_SCALE = 1000.0
 """The network's time input is 1000 sigma; this factor exists nowhere else in the network."""
@@ -30,9 +32,12 @@ TIME_SCALE = 1000.0
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values (B,K,N,D)."""
 
+TextRun = tuple[int, Tensor, Tensor]
+"""So many neighbouring frames, and the keys and values (B,K,N,D) of the text that they read."""
+
 
 class TextKeys:
-    """A text (B,K,text_dim) as the blocks read it: its embedding, and the keys and values that each block makes of it.
+    """One text (B,K,text_dim) as blocks read it: its embedding, and the keys and values that each block makes of it.
 
     Without gradient both are kept from the first call on, so that a prompt is projected once and not once a call. A
     call with gradient needs one of its own.
@@ -83,6 +88,49 @@ class TokenExchange(Protocol):
     def join(self, y: Tensor) -> Tensor:
         """Tokens of this process (B,F,S/n,C) -> of all (B,F,S,C), on every process."""
         ...
+
+
+class CallText:
+    """The texts of a call, and which of its frames read which."""
+
+    def __init__(self, texts: Sequence[TextKeys], prompts: Sequence[int]) -> None:
+        """prompts: each frame's text."""
+        self.runs = [(len(list(same)), texts[prompt]) for prompt, same in groupby(prompts)]
+
+    @staticmethod
+    def texts_of(conditioning: Conditioning) -> list[TextKeys]:
+        """Every text that the conditioning has."""
+        text = conditioning.text
+        return [TextKeys(one) for one in ([text] if conditioning.prompts is None else text.unbind(1))]
+
+    @staticmethod
+    def of(conditioning: Conditioning, frames: int) -> CallText:
+        """What the frames of a call read, kept from earlier calls where the conditioning was prepared."""
+        kept = None if torch.is_grad_enabled() else conditioning.prepared
+        prompts = (0,) * frames if conditioning.prompts is None else conditioning.prompts
+        return CallText(CallText.texts_of(conditioning) if kept is None else kept, prompts)
+
+    def embed(self, embedding: Callable[[Tensor], Tensor], layers: int) -> None:
+        """As TextKeys.embed, for every text that is read."""
+        for _, text in self.runs:
+            text.embed(embedding, layers)
+
+    def of_block(self, layer: int, project: Callable[[Tensor], KeyValue]) -> list[TextRun]:
+        """As TextKeys.of, for every run of frames."""
+        return [(frames, *text.of(layer, project)) for frames, text in self.runs]
+
+
+def read_text(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, text: Sequence[TextRun]) -> Tensor:
+    """q (B,F*S,N,D) -> what each run of frames reads of its own text (B,F*S,N,D)."""
+    if len(text) == 1:
+        return attend(q, *text[0][1:])
+    tokens = q.shape[1] // sum(frames for frames, _, _ in text)
+    parts = q.split([frames * tokens for frames, _, _ in text], dim=1)
+    return torch.cat([attend(part, k, v) for part, (_, k, v) in zip(parts, text, strict=True)], dim=1)
+
+
+def _attend_text(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v, None, 1, backend="sdpa")
 
 
 @dataclass(frozen=True)
@@ -166,10 +214,10 @@ class Block(nn.Module):
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
 
-    def forward(self, x: Tensor, time: Tensor, text: TextKeys, attention: SelfAttention) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: CallText, attention: SelfAttention) -> Tensor:
         """x (B,F,S,E), time (B,F,6,E) -> x (B,F,S,E)."""
         attended = attention(self.layer, *self.before_attention(x, time, attention.cos, attention.sin))
-        return self.after_attention(x, attended, time, *text.of(self.layer, self.cross_attn.key_value))
+        return self.after_attention(x, attended, time, text.of_block(self.layer, self.cross_attn.key_value))
 
     def before_attention(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B,F,S,E), time (B,F,6,E) -> rotated q and k, and v, all (B,F*S,N,D)."""
@@ -178,12 +226,12 @@ class Block(nn.Module):
         k, v = self.self_attn.key_value(y)
         return rotate(self.self_attn.query(y), cos, sin), rotate(k, cos, sin), v
 
-    def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
-        """x (B,F,S,E), attended (B,F*S,N,D), text keys and values (B,K,N,D) -> x (B,F,S,E)."""
+    def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: Sequence[TextRun]) -> Tensor:
+        """x (B,F,S,E), attended (B,F*S,N,D) -> x (B,F,S,E)."""
         _, _, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)  # (B,F,E) each
         x = x + gate1.unsqueeze(2) * self.self_attn.o(attended.flatten(2)).view_as(x)
         q = self.cross_attn.query(self.norm3(x).flatten(1, 2))
-        read = attend(q, text_k, text_v, None, 1, backend="sdpa")
+        read = read_text(_attend_text, q, text)
         x = x + self.cross_attn.o(read.flatten(2)).view_as(x)
         return x + gate2.unsqueeze(2) * self.ffn(modulate(x, shift2, scale2, self.eps))
 
@@ -209,7 +257,13 @@ class Head(nn.Module):
 
 
 class DiT(nn.Module):
-    """x (B,F,C,H,W) at per-frame noise levels -> velocity."""
+    """x (B,F,C,H,W) at per-frame noise levels -> velocity.
+
+    A network that takes fields of the conditioning names them and uses them in `time_levels` or `tokens`.
+    """
+
+    fields: frozenset[str] = frozenset()
+    """Names of the fields it takes; others are refused."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -263,7 +317,7 @@ class DiT(nn.Module):
         self,
         x: Tensor,
         sigma: Tensor,
-        text: Tensor | TextKeys,
+        conditioning: Conditioning,
         *,
         positions: tuple[int, ...],
         mask: FrameMask | None = None,
@@ -273,8 +327,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         """x (B,F,C,H,W), sigma (B,F) or (B,1) -> velocity (B,F,C,H,W), of the last `outputs` frames only if given.
 
-        text: (B,K,text_dim), or kept between calls. positions: absolute position of each frame. mask: over [visible
-        cache, own frames]. The input must have height and width that the patch divides.
+        positions: absolute position of each frame. mask: over [visible cache, own frames]. The input must have height
+        and width that the patch divides.
         """
         patch = self.config.patch
         if x.shape[2] != self.config.channels or x.shape[3] % patch or x.shape[4] % patch:
@@ -282,21 +336,34 @@ class DiT(nn.Module):
                 f"latents must have {self.config.channels} channels and sides divisible by {patch}, "
                 f"got {tuple(x.shape[2:])}"
             )
-        text = text if isinstance(text, TextKeys) else TextKeys(text)
-        text.embed(self.embed_text, len(self.blocks))
         height, width = x.shape[3] // patch, x.shape[4] // patch
         tokens, frames = height * width, x.shape[1]
-        time, time6 = self.time_levels(sigma)
+        self.check_fields(conditioning, frames)
+        text = CallText.of(conditioning, frames)
+        text.embed(self.embed_text, len(self.blocks))
+        time, time6 = self.time_levels(sigma, conditioning.fields)
         rotation = self.rotation(positions, height, width, x.device)
         attention = SelfAttention(*rotation, mask, cache, frames, tokens, self.exchange, backend)
-        y = self.tokens(x)
+        y = self.tokens(x, conditioning.fields)
         for block in self.blocks:
             y = block(y, time6, text, attention)
         if outputs is not None:
             y, time = y[:, -outputs:], time[:, -outputs:] if time.shape[1] > 1 else time
         return self.latents(y, time, height, width)
 
-    def time_levels(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def check_fields(self, conditioning: Conditioning, frames: int) -> None:
+        """ValueError for fields that the network does not take, and for those of other frames than the call's."""
+        if unknown := conditioning.fields.keys() - self.fields:
+            allowed = f"it takes {', '.join(sorted(self.fields))}" if self.fields else "it takes none"
+            raise ValueError(f"the network has no use for the field {min(unknown)!r} of the conditioning; {allowed}")
+        counts = {name: value.shape[1] for name, value in conditioning.fields.items()}
+        if conditioning.prompts is not None:
+            counts["prompts"] = len(conditioning.prompts)
+        for name, count in counts.items():
+            if count != frames:
+                raise ValueError(f"{name!r} of the conditioning is for {count} frames, the call has {frames}")
+
+    def time_levels(self, sigma: Tensor, fields: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """sigma (B,F) -> its embedding (B,F,E) for the head, and the blocks' modulation (B,F,6,E)."""
         time = self.time_embedding(sinusoid(sigma, self.config.freq_dim).to(self.device, self.dtype))  # (B,F,E)
         return time, self.time_projection(time).unflatten(-1, (6, -1))
@@ -312,7 +379,7 @@ class DiT(nn.Module):
         cos, sin = (self.exchange.split(part.view(shape)).flatten(0, 2).unsqueeze(1) for part in (cos, sin))
         return cos, sin
 
-    def tokens(self, x: Tensor) -> Tensor:
+    def tokens(self, x: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """Latents (B,F,C,H,W) -> tokens (B,F,S,E), those of this process."""
         y = self.patch_embedding(x.to(self.dtype).transpose(1, 2))  # (B,E,F,h,w)
         y = y.flatten(3).permute(0, 2, 3, 1)  # (B,F,S,E)

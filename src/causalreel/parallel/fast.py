@@ -9,7 +9,7 @@ each kind of call is recorded once and replayed. Everything else works as well, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from causalreel.nn import kernels
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.dit import Block, DiT, KeyValue, TextKeys
+from causalreel.nn.dit import Block, CallText, DiT, KeyValue, TextRun, read_text
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.linear import effective
@@ -28,6 +28,7 @@ from causalreel.nn.split_attention import attend_plain, attend_split, copies_for
 from causalreel.nn.static_cache import CacheMemory, StaticCache
 from causalreel.parallel.mesh import release_first
 from causalreel.parallel.quantise import Fp8Linear
+from causalreel.types import Conditioning
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +92,15 @@ class Levels:
     """Modulation of one tuple of noise levels, float32: scales already hold the 1 that is added to them."""
 
     blocks: Tensor
-    """(layers,6,F,E): shift, scale, gate of attention; shift, scale, gate of the feed-forward."""
+    """(layers,6,F,E): shift, scale, gate of attention; the same of the feed-forward. With fields B*F instead of F."""
     head: Tensor
     """(2,F,E): shift and scale."""
+
+
+TextOfBlocks = list[list[TextRun]]
+"""For every block what the frames of a call read: the same runs of frames everywhere."""
+
+NO_FIELDS: Mapping[str, Tensor] = {}
 
 
 class FastDiT:
@@ -162,7 +169,7 @@ class FastDiT:
         self,
         x: Tensor,
         sigma: Tensor,
-        text: Tensor | TextKeys,
+        conditioning: Conditioning,
         *,
         positions: tuple[int, ...],
         mask: FrameMask | None = None,
@@ -176,49 +183,57 @@ class FastDiT:
             if self._is_released:
                 raise ValueError("a network that keeps only its fp8 products cannot do this call: load it in bf16")
             how: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache, "outputs": outputs}
-            return self.model(x, sigma, text, backend=backend, **how)
-        keys = self.text_keys(text if isinstance(text, TextKeys) else TextKeys(text))
-        levels = self.levels(tuple(sigmas[0]))
+            return self.model(x, sigma, conditioning, backend=backend, **how)
+        self.model.check_fields(conditioning, x.shape[1])
+        fields, text = conditioning.fields, self.text_keys(conditioning, x.shape[1])
+        levels = self.levels(tuple(sigmas[0]), fields)
         size = x.shape[3] // self.model.config.patch, x.shape[4] // self.model.config.patch
         cos, sin = self.model.rotation(positions, *size, x.device)  # (L,1,D/2)
         rotation = cos.squeeze(1), sin.squeeze(1)
         with torch.cuda.device_of(x):  # Triton starts kernels on the current device
             if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache):
-                return self.graphs(x, levels, rotation, keys, mask, cache)
-            return self.evaluate(x, levels, rotation, keys, mask, cache)
+                return self.graphs(x, levels, rotation, text, fields, mask, cache)
+            return self.evaluate(x, levels, rotation, text, fields, mask, cache)
 
-    def text_keys(self, text: TextKeys) -> list[KeyValue]:
-        """Keys and values of every block; the same tensors as long as the text keeps them."""
+    def text_keys(self, conditioning: Conditioning, frames: int) -> TextOfBlocks:
+        """What every block reads; the same keys as long as the conditioning keeps them."""
+        text = CallText.of(conditioning, frames)
         text.embed(self.model.embed_text, len(self.blocks))
-        return [text.of(block.layer, block.cross_attn.key_value) for block in self.model.blocks]
+        return [text.of_block(block.layer, block.cross_attn.key_value) for block in self.model.blocks]
 
-    def levels(self, sigmas: tuple[float, ...]) -> Levels:
-        """Modulation of a call's noise levels, one a frame; kept, because rollouts use few."""
+    def levels(self, sigmas: tuple[float, ...], fields: Mapping[str, Tensor] = NO_FIELDS) -> Levels:
+        """Modulation of a call's noise levels, one a frame; kept without fields, because rollouts use few."""
+        if fields:
+            return self._modulation(sigmas, fields)
         if sigmas not in self._levels:
             if len(self._levels) >= 256:
                 self._levels.clear()
-            model = self.model
-            sigma = torch.tensor([sigmas], device=model.device)
-            time, time6 = (part.float() for part in model.time_levels(sigma))
-            blocks = torch.stack([block.modulation.float() + time6[0] for block in model.blocks])  # (layers,F,6,E)
-            blocks[:, :, [1, 4]] += 1
-            head = model.head.modulation.float() + time[0].unsqueeze(1)  # (F,2,E)
-            head[:, 1] += 1
-            self._levels[sigmas] = Levels(blocks.transpose(1, 2).contiguous(), head.transpose(0, 1).contiguous())
+            self._levels[sigmas] = self._modulation(sigmas, fields)
         return self._levels[sigmas]
+
+    def _modulation(self, sigmas: tuple[float, ...], fields: Mapping[str, Tensor]) -> Levels:
+        model = self.model
+        sigma = torch.tensor([sigmas], device=model.device)
+        time, time6 = (part.float().flatten(0, 1) for part in model.time_levels(sigma, fields))  # with fields (B*F,..)
+        blocks = torch.stack([block.modulation.float() + time6 for block in model.blocks])  # (layers,F,6,E)
+        blocks[:, :, [1, 4]] += 1
+        head = model.head.modulation.float() + time.unsqueeze(1)  # (F,2,E)
+        head[:, 1] += 1
+        return Levels(blocks.transpose(1, 2).contiguous(), head.transpose(0, 1).contiguous())
 
     def evaluate(
         self,
         x: Tensor,
         levels: Levels,
         rotation: tuple[Tensor, Tensor],
-        text: list[KeyValue],
+        text: TextOfBlocks,
+        fields: Mapping[str, Tensor],
         mask: FrameMask | None,
         cache: FrameCache | None,
     ) -> Tensor:
         """One evaluation, kernel by kernel: x (B,F,C,H,W) -> velocity (B,F,C,H,W)."""
         model, eps = self.model, self.model.config.eps
-        y = model.tokens(x).contiguous()  # (B,F,S,E)
+        y = model.tokens(x, fields).contiguous()  # (B,F,S,E)
         shape, tokens = y.shape, y.shape[2]
         quantised = self.quantised
         whole = x.shape[3] * x.shape[4] // model.config.patch**2
@@ -232,7 +247,7 @@ class FastDiT:
             y, z, scale = kernels.residual_norm(y, *norm3, branch=block.o(attended, scale), gate=here[2], **how)
             q = kernels.norm_rows(block.cross_q(z, scale), block.cross_norm, eps)
             heads = q.view(shape[0], -1, model.config.heads, q.shape[-1] // model.config.heads)
-            read = attend_plain(heads, *text[layer]).flatten(2).flatten(0, 1)
+            read = read_text(attend_plain, heads, text[layer]).flatten(2).flatten(0, 1)
             read, scale = kernels.quantise_rows(read) if quantised else (read, None)
             y, z, scale = kernels.residual_norm(y, here[4], here[3], branch=block.cross_o(read, scale), **how)
             hidden, scale = block.up.with_gelu(z, scale)
@@ -350,8 +365,8 @@ class Recordings:
     def __init__(self, fast: FastDiT) -> None:
         self.fast = fast
         self.graphs: dict[tuple[Any, ...], _Recording] = {}
-        self.text: dict[torch.Size, tuple[list[KeyValue], list[Tensor]]] = {}
-        """Per shape of text keys: those in use, and the tensors that graphs read."""
+        self.text: dict[tuple[torch.Size, int], tuple[list[KeyValue], list[Tensor]]] = {}
+        """Per shape of text keys and run of frames: those in use, and the tensors that graphs read."""
         self.pool: Any = None
         self.side: torch.cuda.Stream | None = None
         """Where all recordings are made: every stream has workspaces of its own, tens of MB each."""
@@ -371,22 +386,26 @@ class Recordings:
         x: Tensor,
         levels: Levels,
         rotation: tuple[Tensor, Tensor],
-        text: list[KeyValue],
+        text: TextOfBlocks,
+        fields: Mapping[str, Tensor],
         mask: FrameMask | None,
         cache: StaticCache,
     ) -> Tensor:
         here = torch.cuda.current_stream(x.device)
         if self.last is not None:  # recordings share memory: one call after the other, whatever streams they come from
             here.wait_event(self.last)
-        keys = self._place_text(text)
-        inputs = [x, levels.blocks, levels.head, *rotation]
-        kind = (x.shape, x.dtype, mask, cache.call, cache.chunk, id(cache.memory), keys[0][0].shape)
+        text, names = self._place_text(text), sorted(fields)
+        inputs = [x, levels.blocks, levels.head, *rotation, *(fields[name] for name in names)]
+        shapes = tuple((part.shape, part.dtype) for part in (x, levels.blocks, *inputs[5:]))
+        reads = tuple((frames, k.shape) for frames, k, _ in text[0])
+        kind = (shapes, tuple(names), reads, mask, cache.call, cache.chunk, id(cache.memory))
         if kind not in self.graphs:
             held = [part.clone() for part in inputs]
 
             def run() -> Tensor:
                 own = Levels(held[1], held[2])
-                return self.fast.evaluate(held[0], own, (held[3], held[4]), keys, mask, cache)
+                given = dict(zip(names, held[5:], strict=True))
+                return self.fast.evaluate(held[0], own, (held[3], held[4]), text, given, mask, cache)
 
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.side = self.side or torch.cuda.Stream(x.device)
@@ -395,18 +414,22 @@ class Recordings:
         self.last = here.record_event()
         return velocity
 
-    def _place_text(self, text: list[KeyValue]) -> list[KeyValue]:
+    def _place_text(self, text: TextOfBlocks) -> TextOfBlocks:
         """The text keys, copied into the tensors that graphs read if they are not there yet."""
-        shape = text[0][0].shape
-        if shape not in self.text:
-            self.text[shape] = text, [torch.stack(pair) for pair in text]
-        known, held = self.text[shape]
-        if known[0][0] is not text[0][0]:
-            for mine, pair in zip(held, text, strict=True):
-                mine[0].copy_(pair[0])
-                mine[1].copy_(pair[1])
-            self.text[shape] = text, held
-        return [(pair[0], pair[1]) for pair in held]
+        placed = []
+        for run, (frames, first, _) in enumerate(text[0]):
+            pairs = [block[run][1:] for block in text]
+            where = first.shape, run
+            if where not in self.text:
+                self.text[where] = pairs, [torch.stack(pair) for pair in pairs]
+            known, held = self.text[where]
+            if known[0][0] is not first:
+                for mine, pair in zip(held, pairs, strict=True):
+                    mine[0].copy_(pair[0])
+                    mine[1].copy_(pair[1])
+                self.text[where] = pairs, held
+            placed.append([(frames, pair[0], pair[1]) for pair in held])
+        return [list(block) for block in zip(*placed, strict=True)]
 
 
 def accelerate(denoiser: DiTDenoiser, *, precision: str = "bf16", graphs: bool = True) -> DiTDenoiser:

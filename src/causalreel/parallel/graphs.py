@@ -7,7 +7,7 @@ an update must not accumulate several graphed micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import DiT
 from causalreel.nn.rope import rope_table
+from causalreel.types import Conditioning
 
 WARMUP = 3
 
@@ -23,12 +24,13 @@ WARMUP = 3
 class _Fixed(nn.Module):
     """The network with everything but its tensors decided."""
 
-    def __init__(self, model: DiT, how: dict[str, Any]) -> None:
+    def __init__(self, model: DiT, names: Sequence[str], prompts: tuple[int, ...] | None, how: dict[str, Any]) -> None:
         super().__init__()
-        self.model, self.how = model, how
+        self.model, self.names, self.prompts, self.how = model, names, prompts, how
 
-    def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
-        return self.model(x, sigma, text, **self.how)
+    def forward(self, x: Tensor, sigma: Tensor, text: Tensor, *fields: Tensor) -> Tensor:
+        conditioning = Conditioning(text, dict(zip(self.names, fields, strict=True)), self.prompts)
+        return self.model(x, sigma, conditioning, **self.how)
 
 
 class GraphedCalls:
@@ -40,17 +42,24 @@ class GraphedCalls:
         self.kept: list[Any] = []
         """Tables that graphs read: alive as long as the graphs, whatever the caches that made them drop."""
 
-    def __call__(self, x: Tensor, sigma: Tensor, text: Any, *, cache: Any = None, **how: Any) -> Tensor:
-        if cache is not None or not isinstance(text, Tensor) or not x.is_cuda:
-            return self.model(x, sigma, text, cache=cache, **how)
-        x, sigma = x.float().contiguous(), sigma.float().contiguous()
+    def __call__(
+        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, cache: Any = None, **how: Any
+    ) -> Tensor:
+        is_kept = conditioning.prepared is not None and not torch.is_grad_enabled()
+        if cache is not None or is_kept or not x.is_cuda:
+            return self.model(x, sigma, conditioning, cache=cache, **how)
+        names, prompts = sorted(conditioning.fields), conditioning.prompts
+        fields = [conditioning.fields[name] for name in names]
+        inputs = (x.float().contiguous(), sigma.float().contiguous(), conditioning.text, *fields)
         is_training = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
-        key = (x.shape, sigma.shape, text.shape, tuple(sorted(how.items(), key=lambda item: item[0])), is_training)
+        shapes = tuple(part.shape for part in inputs)
+        key = (shapes, tuple(names), prompts, tuple(sorted(how.items(), key=lambda item: item[0])), is_training)
         if key not in self.graphs:
             make = _capture_training if is_training else _capture
             self.kept.append(self._tables(x, how))
-            self.graphs[key] = make(_Fixed(self.model, how), tuple(t.detach().clone() for t in (x, sigma, text)))
-        return self.graphs[key](x, sigma, text).clone()
+            fixed = _Fixed(self.model, names, prompts, how)
+            self.graphs[key] = make(fixed, tuple(t.detach().clone() for t in inputs))
+        return self.graphs[key](*inputs).clone()
 
     def _tables(self, x: Tensor, how: dict[str, Any]) -> tuple[Any, ...]:
         config = self.model.config

@@ -25,7 +25,7 @@ from causalreel.nn.presets import ModelConfig, preset
 from causalreel.rollout import chunk_sizes
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.train.contents import Content
-from causalreel.types import LatentSpec
+from causalreel.types import Conditioning, LatentSpec
 from causalreel.weights.export import codec_identity, load_codec, load_export, read_codec, read_export
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
     device = device if is_loaded else torch.device("cpu")
     for role, net in roles.items():
         _place(net, compute, device, is_trained=role in recipe.trainer.optimisers)
-    source = LatentSource(latents.to(device), text.to(device))
+    source = LatentSource(latents.to(device), Conditioning(text.to(device)))
     null = encoder.null(1).to(device)
     return Ingredients(source, spec, latents.shape[1], codec.to(device), null, roles, contents)
 

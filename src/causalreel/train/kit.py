@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from causalreel.flow import shift_sigma
 from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, rollout
 from causalreel.solvers import SOLVERS
 from causalreel.train.stage import Average, StepContext
-from causalreel.types import Batch, Conditioning, Denoiser, LatentSpec, VideoCodec
+from causalreel.types import ClipBatch, Conditioning, Denoiser, VideoCodec
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ class EMAConfig:
     from_step: int = 0
     """Trainer step until which the average is a plain copy."""
 
-    def follow(self, roles: dict[str, nn.Module]) -> list[Average]:
-        """Add the role `average`, which follows `student`."""
-        roles["average"] = copy.deepcopy(roles["student"]).requires_grad_(False)
-        return [Average("average", "student", self.decay, self.from_step)]
+    def follow(self, student: Network) -> tuple[Network, list[Average]]:
+        """-> a copy of the student for the role `average`, and that it follows the role `student`."""
+        average = copy.deepcopy(student).requires_grad_(False)
+        return average, [Average("average", "student", self.decay, self.from_step)]
 
 
 @dataclass(frozen=True)
@@ -46,32 +49,18 @@ class Viewer:
     @torch.no_grad()
     def show(self, denoise: Denoiser, step: StepContext, *, cached: bool = True) -> Tensor:
         """-> video (B,T,3,H,W) of the first prompts of the data, the same noise every time."""
-        rows = step.source.batch(torch.arange(min(self.clips, len(step.source))))
-        told, frames, spec = rows.conditioning.to(step.device), *latent_shape(rows)
-        noise = KeyedNoise(range(len(told)), spec, step.device)
-        sizes = chunk_sizes(frames, self.chunk if cached else frames)
+        rows = step.rows(range(min(self.clips, len(step.source))), ClipBatch)
+        noise = KeyedNoise(range(len(rows)), rows.spec, step.device)
+        sizes = chunk_sizes(rows.frames, self.chunk if cached else rows.frames)
         chunks = rollout(
             denoise,
             chunked(sizes, self.sigmas, first=self.first),
-            conditioning=told,
+            conditioning=rows.conditioning,
             noise=noise,
             solver=SOLVERS[self.solver],
-            cache=denoise.new_cache() if cached else None,  # type: ignore[attr-defined]
+            cache=denoise.new_cache() if cached else None,
         )
         return self.codec.decode(collect(chunks))
-
-
-def latents_of(batch: Batch) -> Tensor:
-    """A batch's latents (B,...,F,C,H,W), in the type they are kept in; ValueError if the source has prompts only."""
-    if batch.latents is None:
-        raise ValueError("this stage needs latents, the data source has only prompts")
-    return batch.latents
-
-
-def latent_shape(batch: Batch) -> tuple[int, LatentSpec]:
-    """Frames and frame shape of a batch's latents; ValueError if the source has prompts only."""
-    frames, *shape = latents_of(batch).shape[-4:]
-    return frames, LatentSpec(*shape)
 
 
 def randn(step: StepContext, purpose: str, like: Tensor) -> Tensor:
@@ -106,9 +95,8 @@ def per_frame(values: Tensor, sizes: Sequence[int]) -> Tensor:
     return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=1, output_size=sum(sizes))
 
 
-def drop_text(step: StepContext, told: Conditioning, probability: float) -> Conditioning:
+def drop_text(step: StepContext, conditioning: Conditioning, probability: float) -> Conditioning:
     """Blank the text of some rows, so that the network also learns the unconditional velocity."""
     if probability == 0:
-        return told
-    keep = uniform(step, "text dropout", len(told)) > probability
-    return Conditioning(told.text * keep[:, None, None])
+        return conditioning
+    return conditioning.without_text(uniform(step, "text dropout", len(conditioning)) <= probability)

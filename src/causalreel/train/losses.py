@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from causalreel.flow import add_noise, expand, velocity_to_x0
-from causalreel.nn.denoiser import DiTDenoiser, Guided
-from causalreel.types import Conditioning, Denoiser
+from causalreel.types import Conditioning, Denoise, Denoiser
 
 Weight = Callable[[Tensor, float], Tensor]
 """sigma, shift -> weight of the same shape; see `flow.bell_weight` and `flow.uniform_weight`."""
@@ -26,17 +25,17 @@ def velocity_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor) -
 
 
 def bidirectional_loss(
-    student: Denoiser, x0: Tensor, told: Conditioning, *, sigma: Tensor, noise: Tensor, weight: Tensor
+    student: Denoise, x0: Tensor, conditioning: Conditioning, *, sigma: Tensor, noise: Tensor, weight: Tensor
 ) -> Tensor:
     """Flow matching of whole clips: x0 (B,F,C,H,W), one noise level a clip, sigma (B,1)."""
-    velocity = student(add_noise(x0, noise, sigma), sigma, told)
+    velocity = student(add_noise(x0, noise, sigma), sigma, conditioning)
     return velocity_loss(velocity, x0, noise, weight.expand(x0.shape[:2]))
 
 
 def teacher_forcing_loss(
-    student: DiTDenoiser,
+    student: Denoiser,
     x0: Tensor,
-    told: Conditioning,
+    conditioning: Conditioning,
     *,
     sigma: Tensor,
     noise: Tensor,
@@ -51,15 +50,15 @@ def teacher_forcing_loss(
     """
     clean = x0 if clean_sigma is None else add_noise(x0, noise, clean_sigma)
     velocity = student.teacher_forced(
-        add_noise(x0, noise, sigma), sigma, told, clean=clean, sizes=sizes, clean_sigma=clean_sigma
+        add_noise(x0, noise, sigma), sigma, conditioning, clean=clean, sizes=sizes, clean_sigma=clean_sigma
     )
     return velocity_loss(velocity, x0, noise, weight)
 
 
 def diffusion_forcing_loss(
-    student: Denoiser,
+    student: Denoise,
     x0: Tensor,
-    told: Conditioning,
+    conditioning: Conditioning,
     *,
     sigma: Tensor,
     noise: Tensor,
@@ -67,7 +66,7 @@ def diffusion_forcing_loss(
     sizes: Sequence[int],
 ) -> Tensor:
     """AR diffusion, noisy chunks behind noisy ones (CausVid, arXiv 2412.07772): the baseline of stage 1."""
-    return velocity_loss(student(add_noise(x0, noise, sigma), sigma, told, sizes=sizes), x0, noise, weight)
+    return velocity_loss(student(add_noise(x0, noise, sigma), sigma, conditioning, sizes=sizes), x0, noise, weight)
 
 
 def ode_regression_loss(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor, end: Tensor) -> Tensor:
@@ -79,11 +78,11 @@ def ode_regression_loss(predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, 
 
 
 def consistency_loss(
-    student: DiTDenoiser,
-    target: DiTDenoiser,
-    teacher: DiTDenoiser | Guided,
+    student: Denoiser,
+    target: Denoiser,
+    teacher: Denoiser,
     x0: Tensor,
-    told: Conditioning,
+    conditioning: Conditioning,
     *,
     sigma: Tensor,
     sigma_next: Tensor,
@@ -98,17 +97,17 @@ def consistency_loss(
     """
     x = add_noise(x0, noise, sigma)
     with torch.no_grad():
-        velocity = teacher.teacher_forced(x, sigma, told, clean=x0, sizes=sizes)
+        velocity = teacher.teacher_forced(x, sigma, conditioning, clean=x0, sizes=sizes)
         x_next = x + expand(sigma_next - sigma, x) * velocity
         goal = velocity_to_x0(
-            x_next, target.teacher_forced(x_next, sigma_next, told, clean=x0, sizes=sizes), sigma_next
+            x_next, target.teacher_forced(x_next, sigma_next, conditioning, clean=x0, sizes=sizes), sigma_next
         )
-    guess = velocity_to_x0(x, student.teacher_forced(x, sigma, told, clean=x0, sizes=sizes), sigma)
+    guess = velocity_to_x0(x, student.teacher_forced(x, sigma, conditioning, clean=x0, sizes=sizes), sigma)
     return (guess - goal).square().mean()
 
 
 def distribution_matching_gradient(
-    generated: Tensor, real: Denoiser, fake: Denoiser, told: Conditioning, *, sigma: Tensor, noise: Tensor
+    generated: Tensor, real: Denoise, fake: Denoise, conditioning: Conditioning, *, sigma: Tensor, noise: Tensor
 ) -> Tensor:
     """generated (B,F,C,H,W), sigma (B,1) -> what the generated latents should lose, (B,F,C,H,W) float32.
 
@@ -117,8 +116,8 @@ def distribution_matching_gradient(
     """
     with torch.no_grad():
         x = add_noise(generated, noise, sigma)
-        fake_x0 = velocity_to_x0(x, fake(x, sigma, told), sigma)
-        real_x0 = velocity_to_x0(x, real(x, sigma, told), sigma)
+        fake_x0 = velocity_to_x0(x, fake(x, sigma, conditioning), sigma)
+        real_x0 = velocity_to_x0(x, real(x, sigma, conditioning), sigma)
         scale = (generated - real_x0).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
         return (fake_x0 - real_x0) / scale
 
@@ -128,10 +127,12 @@ def surrogate_loss(generated: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (generated.float() - (generated.detach().float() - gradient)).square().mean()
 
 
-def critic_loss(critic: Denoiser, generated: Tensor, told: Conditioning, *, sigma: Tensor, noise: Tensor) -> Tensor:
+def critic_loss(
+    critic: Denoise, generated: Tensor, conditioning: Conditioning, *, sigma: Tensor, noise: Tensor
+) -> Tensor:
     """Flow matching of the critic on generated latents (B,F,C,H,W), sigma (B,1), unweighted.
 
     The velocity is regressed directly; the released code goes through a clean estimate and two different tables.
     """
-    velocity = critic(add_noise(generated, noise, sigma), sigma, told)
+    velocity = critic(add_noise(generated, noise, sigma), sigma, conditioning)
     return (velocity - (noise - generated).float()).square().mean()

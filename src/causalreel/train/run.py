@@ -23,7 +23,7 @@ from causalreel.codecs.tiny import tiny_codec
 from causalreel.codecs.wan_vae import latent_statistics
 from causalreel.config import FREE
 from causalreel.data.prepare import render_clips
-from causalreel.data.sources import ClipSource, LatentSource
+from causalreel.data.sources import ClipSource, TrajectorySource
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
@@ -45,6 +45,7 @@ from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.stored import Store
 from causalreel.train.trainer import Result, TrainerConfig
+from causalreel.types import Conditioning
 from causalreel.weights.export import (
     MODEL,
     Export,
@@ -303,7 +304,7 @@ def _causal_ode(recipe: Recipe, made: Ingredients, device: torch.device) -> Buil
         device=device,
     )
     held = store.get(c.pairs, parts_of(c), make)
-    rows = LatentSource(held["states"].to(device), held["text"].to(device))
+    rows = TrajectorySource(held["states"].to(device), Conditioning.from_named(held).to(device))
     sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift)
     viewer = Viewer(made.codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
     return _compiled(recipe, CausalODE(c, student=made.roles["student"], viewer=viewer)), rows, "average", sampling

@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 
 from causalreel.flow import velocity_to_x0
-from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.kv_cache import KVCache
 from causalreel.rollout import Call, Plan, chunked, collect, rollout, truncate
-from causalreel.types import Conditioning, Denoiser, NoiseSource
+from causalreel.types import Conditioning, Denoise, Denoiser, NoiseSource, ReplayCache
 
 
 @dataclass
@@ -39,7 +37,7 @@ class Record:
     committed: list[Tensor] = field(default_factory=list)
     """Latents as they were written to the cache; equal to what was generated if the context sigma is 0."""
     context_sigma: float = 0.0
-    caches: list[KVCache] = field(default_factory=list)
+    caches: list[ReplayCache] = field(default_factory=list)
     """The context that each exit call read; kept only where asked for."""
     sizes: list[int] = field(default_factory=list)
 
@@ -59,15 +57,15 @@ def training_plan(
 
 
 def record_rollout(
-    student: Denoiser,
+    student: Denoise,
     plan: Plan,
     *,
     told: Conditioning,
     noise: NoiseSource,
-    cache: KVCache,
+    cache: ReplayCache,
     keep_caches: bool = False,
 ) -> Record:
-    """Run a training plan without gradient and remember its exit calls."""
+    """Run a training plan without gradient and remember its exit calls; `told` is the clip's conditioning."""
     record = Record()
 
     def observe(call: Call, x: Tensor, velocity: Tensor) -> None:
@@ -87,7 +85,7 @@ def record_rollout(
     return record
 
 
-def parallel_pass(student: DiTDenoiser, record: Record, told: Conditioning) -> Tensor:
+def parallel_pass(student: Denoiser, record: Record, conditioning: Conditioning) -> Tensor:
     """-> the generated latents (B,F,C,H,W) again, with gradient to the student, from one pass."""
     x = torch.cat(record.exit_inputs, dim=1)
     sigma = _per_frame(record, x)
@@ -95,12 +93,12 @@ def parallel_pass(student: DiTDenoiser, record: Record, told: Conditioning) -> T
     past = torch.cat(record.committed, dim=1)
     clean = torch.cat([past, record.latents[:, past.shape[1] :]], dim=1)
     clean_sigma = torch.full_like(sigma, record.context_sigma)
-    context = student.context_of(clean, told, sizes=record.sizes, clean_sigma=clean_sigma)
-    velocity = student.behind(context, x, sigma, told, sizes=record.sizes)
+    context = student.context_of(clean, conditioning, sizes=record.sizes, clean_sigma=clean_sigma)
+    velocity = student.behind(context, x, sigma, conditioning, sizes=record.sizes)
     return velocity_to_x0(x, velocity, sigma)
 
 
-def replay_passes(student: DiTDenoiser, record: Record, told: Conditioning) -> list[Callable[[], Tensor]]:
+def replay_passes(student: Denoiser, record: Record, conditioning: Conditioning) -> list[Callable[[], Tensor]]:
     """-> one function per chunk, each giving that chunk's latents (B,k,C,H,W) again with gradient to the student."""
     if not record.caches:
         raise ValueError("replay needs a rollout recorded with keep_caches=True")
@@ -108,7 +106,8 @@ def replay_passes(student: DiTDenoiser, record: Record, told: Conditioning) -> l
     def one(chunk: int, start: int) -> Tensor:
         x = record.exit_inputs[chunk]
         sigma = torch.full(x.shape[:2], record.exit_sigmas[chunk], device=x.device)
-        velocity = student(x, sigma, told, sizes=(x.shape[1],), start=start, cache=record.caches[chunk].copy())
+        here, cache = conditioning.frames(start, start + x.shape[1]), record.caches[chunk].copy()
+        velocity = student(x, sigma, here, sizes=(x.shape[1],), start=start, cache=cache)
         return velocity_to_x0(x, velocity, sigma)
 
     starts = [sum(record.sizes[:i]) for i in range(len(record.sizes))]

@@ -6,16 +6,15 @@ A stage computes losses; it never steps an optimiser, clips, averages, saves or 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from causalreel.types import Batch
+from causalreel.types import AnyBatch, Batch, ClipBatch, LatentBatch, TrajectoryBatch, VideoBatch
 
 Loss: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 """A scalar float32 loss and detached scalar metrics, all of them tensors: no `.item()` in a loss.
@@ -131,22 +130,33 @@ class StepContext:
         seed = stable_seed(self.seed, self.step if step is None else step, purpose)
         return torch.Generator(self.device if device is None else device).manual_seed(seed)
 
-    def batch(self, size: int) -> Batch:
-        """The next `size` rows at the data position, on the trainer's device."""
-        return _move(self.source.batch(self.cursor.take(size)), self.device)
+    def batch(self, size: int, kind: type[AnyBatch]) -> AnyBatch:
+        """The next `size` rows at the data position, on the trainer's device; ValueError if of another kind."""
+        return of_kind(self.source.batch(self.cursor.take(size)), kind).to(self.device)
+
+    def rows(self, rows: range, kind: type[AnyBatch]) -> AnyBatch:
+        """These rows of the data, as `batch`; the data position stays."""
+        return of_kind(self.source.batch(torch.tensor(rows)), kind).to(self.device)
+
+
+HOLDS = {
+    ClipBatch: "latents",
+    LatentBatch: "latents",
+    TrajectoryBatch: "trajectories",
+    VideoBatch: "video",
+    Batch: "only prompts",
+}
+"""Kind of batch -> what it holds, for messages."""
+
+
+def of_kind(batch: Batch, kind: type[AnyBatch]) -> AnyBatch:
+    """The batch, if it is of that kind; else a ValueError that says what is needed and what is there."""
+    if not isinstance(batch, kind):
+        raise ValueError(f"this stage needs {HOLDS[kind]}, the data source has {HOLDS[type(batch)]}")
+    return batch
 
 
 def stable_seed(seed: int, step: int, purpose: str) -> int:
     """A 63-bit seed from (seed, step, purpose) that is the same on every machine and Python."""
     digest = hashlib.blake2b(f"{seed}/{step}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _move(batch: Any, device: torch.device) -> Any:
-    """The same dataclass with every field that can move on `device`."""
-    moved = {
-        field.name: value.to(device)
-        for field in dataclasses.fields(batch)
-        if hasattr(value := getattr(batch, field.name), "to")
-    }
-    return dataclasses.replace(batch, **moved)

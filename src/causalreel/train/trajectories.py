@@ -8,14 +8,14 @@ Causal Forcing (arXiv 2602.02214), stage 2 and proposition 3.3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.solvers import euler
-from causalreel.types import Conditioning
+from causalreel.types import Conditioning, Denoiser
 
 
 @torch.no_grad()
@@ -40,9 +40,9 @@ def integrate(
 
 
 def causal_trajectories(
-    teacher: DiTDenoiser | Guided,
+    teacher: Denoiser,
     clean: Tensor,
-    told: Conditioning,
+    conditioning: Conditioning,
     *,
     noise: Tensor,
     sizes: Sequence[int],
@@ -50,19 +50,19 @@ def causal_trajectories(
     keep: Sequence[int],
 ) -> Tensor:
     """All chunks at once, each behind its true past, whose keys are computed once -> (B,S,F,C,H,W)."""
-    context = teacher.context_of(clean, told, sizes=sizes)
+    context = teacher.context_of(clean, conditioning, sizes=sizes)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        return teacher.behind(context, x, sigma, told, sizes=sizes)
+        return teacher.behind(context, x, sigma, conditioning, sizes=sizes)
 
     return integrate(velocity, noise, sigmas, keep)
 
 
 @torch.no_grad()
 def cached_causal_trajectories(
-    teacher: DiTDenoiser | Guided,
+    teacher: Denoiser,
     clean: Tensor,
-    told: Conditioning,
+    conditioning: Conditioning,
     *,
     noise: Tensor,
     sizes: Sequence[int],
@@ -73,14 +73,11 @@ def cached_causal_trajectories(
     cache, start, found = teacher.new_cache(), 0, []
     for size in sizes:
         here = slice(start, start + size)
+        own = conditioning.frames(start, start + size)
 
-        def velocity(x: Tensor, sigma: Tensor, start: int = start, size: int = size) -> Tensor:
-            return teacher(x, sigma, told, sizes=(size,), start=start, cache=cache)
-
+        velocity = partial(teacher, conditioning=own, sizes=(size,), start=start, cache=cache)
         found.append(integrate(velocity, noise[:, here], sigmas, keep))
-        teacher(
-            clean[:, here], torch.zeros_like(clean[:, here, 0, 0, 0]), told, sizes=(size,), start=start, cache=cache
-        )
+        velocity(clean[:, here], torch.zeros_like(clean[:, here, 0, 0, 0]))
         cache.commit(size)
         start += size
     return torch.cat(found, dim=2)

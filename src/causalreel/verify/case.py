@@ -81,7 +81,7 @@ class Case:
         window = int(self.get("local_attn_size", default=-1))
         return Context(window if window > 0 else None, int(self.get("sink_size", default=0)) if sink else 0)
 
-    def told(self, name: str = "in.prompt_embeds") -> Conditioning:
+    def conditioning(self, name: str = "in.prompt_embeds") -> Conditioning:
         return Conditioning(self.tensors[name].float())
 
     def size(self) -> ModelConfig:

@@ -85,13 +85,13 @@ def _loads(case: Case, found: Findings, path: Path, expected: Mapping[str, Any],
 
 
 def _outputs(case: Case, found: Findings, net: DiTDenoiser, name: str, via: str) -> None:
-    x, told = case.tensors["in.noisy"].float(), case.told()
+    x, conditioning = case.tensors["in.noisy"].float(), case.conditioning()
     with torch.no_grad():
         whole = case.tensors["in.timestep"].double().reshape(-1, 1) / 1000  # float32 would move the timestep by 2e-5
-        found.add(f"out.flow_bidirectional.{name}", net(x, whole.expand(x.shape[:2]), told), via=via)
+        found.add(f"out.flow_bidirectional.{name}", net(x, whole.expand(x.shape[:2]), conditioning), via=via)
         if found.wants(f"out.flow_causal_chunk1.{name}"):
             each = case.tensors["in.timestep_per_frame"].double() / 1000
-            found.add(f"out.flow_causal_chunk1.{name}", net(x, each, told, sizes=[1] * x.shape[1]), via=via)
+            found.add(f"out.flow_causal_chunk1.{name}", net(x, each, conditioning, sizes=[1] * x.shape[1]), via=via)
 
 
 def _refusal(case: Case, path: Path, expected: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ class Draws:
 
 
 class SelfRollout:
-    """The released training rollout: context is noised with the table's last entry, and the network told 0."""
+    """The released training rollout: context is noised with the table's last entry, and the network conditioning 0."""
 
     def __init__(self, case: Case, draws: Draws) -> None:
         self.case, self.draws, self.table = case, draws, Table(case.shift)
@@ -69,16 +69,16 @@ class SelfRollout:
             sizes, self.levels, exits, first=self.first, context_sigma=self.context_level, commit_last=True
         )
 
-    def record(self, student: Released, told: Conditioning, *, keep_caches: bool = False) -> Record:
+    def record(self, student: Released, conditioning: Conditioning, *, keep_caches: bool = False) -> Record:
         noise = self.noise()
         record = record_rollout(
-            student, self.plan(), told=told, noise=noise, cache=student.new_cache(), keep_caches=keep_caches
+            student, self.plan(), told=conditioning, noise=noise, cache=student.new_cache(), keep_caches=keep_caches
         )
         noise.finish()
         return record
 
     def scores_at(self) -> tuple[Tensor, Tensor]:
-        """-> time (B,1) told to the scores, and the noise level (B,1) of their input."""
+        """-> time (B,1) conditioning to the scores, and the noise level (B,1) of their input."""
         time = score_time(self.draws.score, self.case.shift).reshape(-1, 1)
         return time, self.table.sigma_at(time)
 
@@ -92,10 +92,10 @@ def distribution_matching(case: Case, found: Findings) -> None:
 
 
 def _generator(case: Case, found: Findings) -> None:
-    run, told = SelfRollout(case, Draws.read(case, "gen_draw")), case.told()
+    run, conditioning = SelfRollout(case, Draws.read(case, "gen_draw")), case.conditioning()
     net = case.network(context=case.context(sink=True))
     student = run.student(net)
-    record = run.record(student, told, keep_caches=True)
+    record = run.record(student, conditioning, keep_caches=True)
     calls = list(run.plan())
     found.add("out.calls.timestep", torch.stack([log.time[0, 0] for log in student.log]))
     found.add("out.calls.start_frame", torch.tensor([call.start for call in calls]))
@@ -109,12 +109,12 @@ def _generator(case: Case, found: Findings) -> None:
     found.add("out.generated_grad", lambda: generated.grad)
 
     def full_graph() -> Tensor:
-        chunks = rollout(student, run.plan(), conditioning=told, noise=run.noise(), cache=student.new_cache())
+        chunks = rollout(student, run.plan(), conditioning=conditioning, noise=run.noise(), cache=student.new_cache())
         return collect(chunks)
 
     ways: dict[str, Callable[[], Tensor]] = {
         "full graph": full_graph,
-        "parallel pass": lambda: parallel_pass(student.network, record, told),
+        "parallel pass": lambda: parallel_pass(student, record, conditioning),
     }
     for way, again in ways.items():
         latents = again()
@@ -123,7 +123,7 @@ def _generator(case: Case, found: Findings) -> None:
         _add_gradients(found, net, way)
     parts = []
     for part, goal in zip(
-        replay_passes(student.network, record, told), gradient.split(record.sizes, dim=1), strict=True
+        replay_passes(student, record, conditioning), gradient.split(record.sizes, dim=1), strict=True
     ):
         latents = part()
         (surrogate_loss(latents, goal) * (goal.numel() / gradient.numel())).backward()
@@ -144,7 +144,7 @@ def _score_gradient(case: Case, found: Findings, run: SelfRollout, generated: Te
     fake = _guided(case, "critic", float(case.get("fake_guidance_scale", default=0.0)))
     real, fake = Released(real, tell=tell, table=table), Released(fake, tell=tell, table=table)
     gradient = distribution_matching_gradient(
-        generated, real, fake, case.told(), sigma=sigma, noise=run.draws.score_noise
+        generated, real, fake, case.conditioning(), sigma=sigma, noise=run.draws.score_noise
     )
     found.add("out.score_timestep", time.expand(generated.shape[:2]))
     found.add("out.score_noisy", fake.log[0].x)
@@ -156,20 +156,24 @@ def _score_gradient(case: Case, found: Findings, run: SelfRollout, generated: Te
 def _guided(case: Case, role: str, scale: float) -> Denoiser:
     """The released scale of a score is cond + scale (cond - uncond): one less than ours."""
     net = case.network(role)
-    return net if scale == 0 else Guided(net, case.told("in.negative_prompt_embeds"), 1 + scale)
+    return net if scale == 0 else Guided(net, case.conditioning("in.negative_prompt_embeds"), 1 + scale)
 
 
 def _critic(case: Case, found: Findings) -> None:
     if not case.draws("critic_draw"):
         return
-    run, told = SelfRollout(case, Draws.read(case, "critic_draw")), case.told()
+    run, conditioning = SelfRollout(case, Draws.read(case, "critic_draw")), case.conditioning()
     net = case.network(context=case.context(sink=True))
-    generated = run.record(run.student(net), told).latents
+    generated = run.record(run.student(net), conditioning).latents
     time, sigma = run.scores_at()
     table = Table(float(case.get("score_shift", default=SCORE_SHIFT)))
     critic = case.network("critic")
     loss = critic_loss(
-        Released(critic, tell=always(time), table=table), generated, told, sigma=sigma, noise=run.draws.score_noise
+        Released(critic, tell=always(time), table=table),
+        generated,
+        conditioning,
+        sigma=sigma,
+        noise=run.draws.score_noise,
     )
     loss.backward()
     found.add("out.critic_generated", generated)

@@ -17,11 +17,11 @@ def bidirectional(case: Case, found: Findings) -> None:
     """c1: all frames see each other; one time per sample or per frame; text of full length and shorter."""
     x, sigma = case.tensors["in.noisy"], _sigma(case.tensors["in.timestep"])
     net = Released(case.network())
-    found.add("out.flow_pred", net(x, sigma, case.told()))
+    found.add("out.flow_pred", net(x, sigma, case.conditioning()))
     _clean_estimates(case, found, net)
     for name in [name for name in case.tensors if name.startswith("in.prompt_embeds_")]:
         suffix = name.removeprefix("in.prompt_embeds_")
-        velocity = net(x, sigma, case.told(name))
+        velocity = net(x, sigma, case.conditioning(name))
         found.add(f"out.flow_pred_{suffix}_context", velocity)
         found.add(f"out.flow_pred_{suffix}", velocity)
 
@@ -32,7 +32,7 @@ def diffusion_forcing(case: Case, found: Findings) -> None:
     x, sigma = case.tensors["in.noisy"], _sigma(case.tensors["in.timestep"])
     context, sizes = case.context(sink=False), case.sizes(x.shape[1])
     net = Released(case.network(context=context))
-    found.add("out.flow_pred", net(x, sigma, case.told(), sizes=sizes))
+    found.add("out.flow_pred", net(x, sigma, case.conditioning(), sizes=sizes))
     _clean_estimates(case, found, net)
     found.add("out.frame_mask_fraction", lambda: _fraction(frames_of(sizes), context))
 
@@ -46,7 +46,7 @@ def teacher_forcing(case: Case, found: Findings) -> None:
     velocity = net.teacher_forced(
         x,
         sigma,
-        case.told(),
+        case.conditioning(),
         clean=case.tensors["in.clean"],
         sizes=sizes,
         clean_sigma=None if light is None else _sigma(light),

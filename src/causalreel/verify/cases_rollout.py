@@ -62,7 +62,7 @@ def few_step(case: Case, found: Findings) -> None:
     tell = relabel((*table.levels(everything), 0.0), (*everything, float(case.get("context_noise", default=0))))
     student = Released(net, tell=tell, table=table)
     levels, first_levels = table.levels(times), None if first_times is None else table.levels(first_times)
-    watch, latents = _generate(case, student, case.told(), levels=levels, first=first_levels)
+    watch, latents = _generate(case, student, case.conditioning(), levels=levels, first=first_levels)
     found.add("out.latents", latents)
     _calls(case, found, student, watch)
     _cache(case, found, watch, {"": slice(None)})
@@ -70,7 +70,7 @@ def few_step(case: Case, found: Findings) -> None:
 
 @torch.no_grad()
 def many_step(case: Case, found: Findings) -> None:
-    """c5: UniPC with guidance, one cache for both rows. The released network is told whole numbers as times."""
+    """c5: UniPC with guidance, one cache for both rows. The released network is conditioning whole numbers as times."""
     sigmas = unipc_sigmas(int(case.get("steps", "sampling_steps")), case.shift)
     times = torch.tensor(sigmas[:-1]) * 1000
     found.add("out.sampler_sigmas", torch.tensor(sigmas))
@@ -78,9 +78,9 @@ def many_step(case: Case, found: Findings) -> None:
 
     net = case.network(context=case.context(sink=True))
     scale = float(case.get("guidance_scale", default=1.0))
-    guided = Guided(net, case.told("in.negative_prompt_embeds"), scale)
+    guided = Guided(net, case.conditioning("in.negative_prompt_embeds"), scale)
     sampler = Released(guided, tell=relabel(sigmas[:-1], times.trunc().tolist()))
-    watch, latents = _generate(case, sampler, case.told(), levels=sigmas[:-1], solver=unipc)
+    watch, latents = _generate(case, sampler, case.conditioning(), levels=sigmas[:-1], solver=unipc)
     found.add("out.latents", latents)
 
     is_move = [call.parts[0].sigma_next is not None for call in watch.calls]
@@ -108,7 +108,7 @@ def warped(steps: list[float], shift: float) -> Tensor:
 def _generate(
     case: Case,
     denoise: Released,
-    told: Conditioning,
+    conditioning: Conditioning,
     *,
     levels: tuple[float, ...],
     first: tuple[float, ...] | None = None,
@@ -128,7 +128,14 @@ def _generate(
     )
     how = {} if solver is None else {"solver": solver}
     chunks = rollout(
-        denoise, plan, conditioning=told, noise=noise, cache=watch.cache, prefix=prefix, observe=watch.observe, **how
+        denoise,
+        plan,
+        conditioning=conditioning,
+        noise=noise,
+        cache=watch.cache,
+        prefix=prefix,
+        observe=watch.observe,
+        **how,
     )
     latents = collect(chunks)
     noise.finish()

@@ -46,9 +46,9 @@ def flow_matching(case: Case, found: Findings) -> None:
     student = Released(net, tell=relabel(table.sigmas.tolist(), table.times.tolist()), table=table)
     how = {"sigma": sigma, "noise": noise, "weight": bell_weight(sigma, case.shift), "sizes": sizes}
     if is_behind_noise:
-        loss = diffusion_forcing_loss(student, clean, case.told(), **how)
+        loss = diffusion_forcing_loss(student, clean, case.conditioning(), **how)
     else:
-        loss = teacher_forcing_loss(student.network, clean, case.told(), clean_sigma=light[0] if light else None, **how)
+        loss = teacher_forcing_loss(student, clean, case.conditioning(), clean_sigma=light[0] if light else None, **how)
     loss.backward()
     (log,) = student.log
     found.add("out.loss", loss)
@@ -76,7 +76,7 @@ def ode_regression(case: Case, found: Findings) -> None:
     student = Released(net, tell=relabel(levels, times), table=table)
 
     def predict(x: Tensor, sigma: Tensor) -> Tensor:
-        return student.teacher_forced(x, sigma, case.told(), clean=clean, sizes=sizes)
+        return student.teacher_forced(x, sigma, case.conditioning(), clean=clean, sizes=sizes)
 
     loss = ode_regression_loss(predict, x, torch.tensor(levels)[index], end)
     loss.backward()
@@ -102,14 +102,14 @@ def consistency(case: Case, found: Findings) -> None:
     student = Released(net, tell=tell, table=table)
     target = Released(case.network("critic"), tell=tell, table=table)
     both_rows = Released(case.network("teacher"), tell=tell)
-    teacher = Guided(both_rows.network, case.told("in.negative_prompt_embeds"), guidance)
+    teacher = Guided(both_rows, case.conditioning("in.negative_prompt_embeds"), guidance)
     sigma, sigma_next = (torch.tensor(levels)[i].expand(len(clean), clean.shape[1]) for i in (index, index + 1))
     loss = consistency_loss(
-        student.network,
-        target.network,
+        student,
+        target,
         teacher,
         clean,
-        case.told(),
+        case.conditioning(),
         sigma=sigma,
         sigma_next=sigma_next,
         noise=noise,
@@ -139,15 +139,15 @@ def trajectories(case: Case, found: Findings) -> None:
     times = Table(case.shift, steps).times.tolist()
     kept = case.extra.get("kept_indices") or [*range(0, steps, max(steps // 4, 1)), steps, "clean"]
     teacher = Guided(
-        case.network(), case.told("in.negative_prompt_embeds"), float(case.get("guidance_scale", default=1.0))
+        case.network(), case.conditioning("in.negative_prompt_embeds"), float(case.get("guidance_scale", default=1.0))
     )
     tell = relabel(sigmas[:-1].tolist(), times)
     found.add("out.timesteps", 1000 * sigmas[:-1])
     for way, integrate in (("full", causal_trajectories), ("cached", cached_causal_trajectories)):
         states = integrate(
-            Released(teacher, tell=tell).network,
+            Released(teacher, tell=tell),
             clean,
-            case.told(),
+            case.conditioning(),
             noise=noise,
             sizes=sizes,
             sigmas=sigmas.tolist(),

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from causalreel.flow import SCORE_SIGMA_RANGE, expand, shift_sigma
-from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.types import Conditioning
 
 SCORE_SHIFT = 8.0
@@ -90,13 +89,11 @@ class Released:
         self.tell: Tell = tell or torch.Tensor.double
         self.log: list[Logged] = []
 
-    @property
-    def network(self) -> DiTDenoiser:
-        """Itself, under the type that losses ask for: it has the methods that they call."""
-        return cast(DiTDenoiser, self)
-
     def new_cache(self) -> Any:
         return self.denoise.new_cache()
+
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        return self.denoise.prepare(conditioning)
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, **call: Any) -> Tensor:
         return self._run(self.denoise, x, sigma, conditioning, **call)

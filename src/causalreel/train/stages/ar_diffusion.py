@@ -21,14 +21,13 @@ from causalreel.train.kit import (
     Viewer,
     draw_sigmas,
     drop_text,
-    latent_shape,
-    latents_of,
     per_frame,
     randn,
     uniform,
 )
 from causalreel.train.losses import diffusion_forcing_loss, teacher_forcing_loss
 from causalreel.train.stage import Loss, StepContext, Update
+from causalreel.types import LatentBatch
 
 WEIGHTS = {"bell": bell_weight, "uniform": uniform_weight}
 
@@ -65,27 +64,34 @@ class ARDiffusion:
     def __init__(self, config: ARDiffusionConfig, *, student: DiTDenoiser, viewer: Viewer) -> None:
         self.config, self.student, self.viewer = config, student, viewer
         self.roles: dict[str, nn.Module] = {"student": student}
-        self.averages = config.ema.follow(self.roles)
+        self.average, self.averages = config.ema.follow(student)
+        self.roles["average"] = self.average
 
     def updates(self, step: StepContext) -> Iterator[Update]:
         config = self.config
-        batch = step.batch(config.batch)
-        frames, _ = latent_shape(batch)
-        sizes = chunk_sizes(frames, config.chunk)
+        batch = step.batch(config.batch, LatentBatch)
+        sizes = chunk_sizes(batch.frames, config.chunk)
 
         def loss() -> Loss:
-            x0 = latents_of(batch).float()
-            told = drop_text(step, batch.conditioning, config.text_dropout)
+            x0 = batch.latents.float()
+            conditioning = drop_text(step, batch.conditioning, config.text_dropout)
             sigma = draw_sigmas(step, "sigma", len(batch), sizes, config.shift)
             weight = WEIGHTS[config.weight](sigma, config.shift)
             noise = randn(step, "noise", x0)
             if config.forcing == "diffusion":
                 return diffusion_forcing_loss(
-                    self.student, x0, told, sigma=sigma, noise=noise, weight=weight, sizes=sizes
+                    self.student, x0, conditioning, sigma=sigma, noise=noise, weight=weight, sizes=sizes
                 ), {}
             context = self._context_sigma(step, len(batch), sizes)
             return teacher_forcing_loss(
-                self.student, x0, told, sigma=sigma, noise=noise, weight=weight, sizes=sizes, clean_sigma=context
+                self.student,
+                x0,
+                conditioning,
+                sigma=sigma,
+                noise=noise,
+                weight=weight,
+                sizes=sizes,
+                clean_sigma=context,
             ), {}
 
         yield Update("student", [loss])
@@ -98,4 +104,4 @@ class ARDiffusion:
         return per_frame(shift_sigma(u, self.config.shift), sizes)
 
     def preview(self, step: StepContext) -> Tensor:
-        return self.viewer.show(self.roles["average"], step)  # type: ignore[arg-type]
+        return self.viewer.show(self.average, step)

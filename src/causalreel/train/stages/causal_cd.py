@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from causalreel.flow import sigma_grid
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.rollout import chunk_sizes
-from causalreel.train.kit import Viewer, latent_shape, latents_of, per_frame, randn
+from causalreel.train.kit import Viewer, per_frame, randn
 from causalreel.train.losses import consistency_loss
 from causalreel.train.stage import Average, Loss, StepContext, Update
-from causalreel.types import Conditioning
+from causalreel.types import Conditioning, LatentBatch
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,11 @@ class CausalCD:
         self.grid = sigma_grid(config.grid, config.shift)
 
     def updates(self, step: StepContext) -> Iterator[Update]:
-        batch = step.batch(self.config.batch)
-        frames, _ = latent_shape(batch)
-        sizes = chunk_sizes(frames, self.config.chunk)
+        batch = step.batch(self.config.batch, LatentBatch)
+        sizes = chunk_sizes(batch.frames, self.config.chunk)
 
         def loss() -> Loss:
-            x0 = latents_of(batch).float()
+            x0 = batch.latents.float()
             last = self.config.grid if self.config.include_last else self.config.grid - 1
             generator = step.generator("interval")
             index = torch.randint(last, (len(batch), 1), generator=generator, device=step.device)
@@ -72,8 +71,8 @@ class CausalCD:
                 self.teacher,
                 x0,
                 batch.conditioning,
-                sigma=per_frame(grid[index], [frames]),
-                sigma_next=per_frame(grid[index + 1], [frames]),
+                sigma=per_frame(grid[index], [batch.frames]),
+                sigma_next=per_frame(grid[index + 1], [batch.frames]),
                 noise=randn(step, "noise", x0),
                 sizes=sizes,
             ), {}

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from causalreel.flow import sigma_grid
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.rollout import chunk_sizes
-from causalreel.train.kit import EMAConfig, Viewer, draw_levels, latent_shape, latents_of
+from causalreel.train.kit import EMAConfig, Viewer, draw_levels
 from causalreel.train.losses import ode_regression_loss
-from causalreel.train.stage import DataSource, StepContext, Update, stable_seed
+from causalreel.train.stage import DataSource, StepContext, Update, of_kind, stable_seed
 from causalreel.train.trajectories import causal_trajectories, integrate
-from causalreel.types import Batch, Conditioning
+from causalreel.types import Conditioning, LatentBatch, TrajectoryBatch
 
 log = logging.getLogger(__name__)
 
@@ -85,25 +85,27 @@ def make_part(
     seed: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Trajectories of the rows from `first` on -> states (P,S+2,F,C,H,W) float16 and text (P,K,E), on the CPU.
+    """Trajectories of the rows from `first` on -> states (P,S+2,F,C,H,W) float16 and their conditioning, on the CPU.
 
-    States at `keep`, then the end point, then the true clip. null (1,K,E): the unconditional text. A part depends on
-    its first row alone and on no other part.
+    States at `keep`, then the end point, then the true clip; the conditioning by `Conditioning.named`. null (1,K,E):
+    the unconditional text. A part depends on its first row alone and on no other part.
     """
     guided = Guided(teacher, Conditioning(null.to(device)), config.guidance)
     keep = (*config.keep, config.grid)
     rows = torch.arange(first, min(first + config.maker_batch, config.pairs)) % len(source)
-    batch = source.batch(rows)
-    clean, told = latents_of(batch).to(device).float(), guided.prepare(batch.conditioning.to(device))
+    batch = of_kind(source.batch(rows), LatentBatch).to(device)
+    clean, conditioning = batch.latents.float(), guided.prepare(batch.conditioning)
     generator = torch.Generator(device).manual_seed(stable_seed(seed, first, "trajectory noise"))
     noise = torch.randn(clean.shape, generator=generator, device=device)
     if config.trajectories == "causal":
         sizes = chunk_sizes(clean.shape[1], config.chunk)
-        found = causal_trajectories(guided, clean, told, noise=noise, sizes=sizes, sigmas=config.grid_sigmas, keep=keep)
+        how = {"noise": noise, "sizes": sizes, "sigmas": config.grid_sigmas, "keep": keep}
+        found = causal_trajectories(guided, clean, conditioning, **how)
     else:
-        found = integrate(lambda x, s: guided(x, s, told), noise, config.grid_sigmas, keep)
+        found = integrate(lambda x, s: guided(x, s, conditioning), noise, config.grid_sigmas, keep)
     log.info("trajectories: %d of %d", first + len(rows), config.pairs)
-    return {"states": torch.cat([found, clean[:, None]], dim=1).half().cpu(), "text": told.text.cpu()}
+    states = torch.cat([found, clean[:, None]], dim=1).half().cpu()
+    return {"states": states, **batch.conditioning.to("cpu").named()}
 
 
 class CausalODE:
@@ -112,18 +114,18 @@ class CausalODE:
     def __init__(self, config: CausalODEConfig, *, student: DiTDenoiser, viewer: Viewer) -> None:
         self.config, self.student, self.viewer = config, student, viewer
         self.roles: dict[str, nn.Module] = {"student": student}
-        self.averages = config.ema.follow(self.roles)
+        self.average, self.averages = config.ema.follow(student)
+        self.roles["average"] = self.average
 
     def updates(self, step: StepContext) -> Iterator[Update]:
-        batch = step.batch(self.config.batch)
-        frames, _ = latent_shape(batch)
-        sizes = chunk_sizes(frames, self.config.chunk)
+        batch = step.batch(self.config.batch, TrajectoryBatch)
+        sizes = chunk_sizes(batch.frames, self.config.chunk)
         regress = self._behind_clean if self.config.forcing == "teacher" else self._behind_states
         yield Update("student", [lambda: (regress(step, batch, sizes), {})])
 
-    def _behind_clean(self, step: StepContext, batch: Batch, sizes: Sequence[int]) -> Tensor:
+    def _behind_clean(self, step: StepContext, batch: TrajectoryBatch, sizes: Sequence[int]) -> Tensor:
         """One noise level a clip, true past: the released causal ODE."""
-        states = latents_of(batch).float()
+        states = batch.latents.float()
         sigma = draw_levels(step, "level", len(batch), [states.shape[2]], self.config.levels)  # (B,F)
         x = self._state_at(states, sigma)
 
@@ -132,9 +134,9 @@ class CausalODE:
 
         return ode_regression_loss(predict, x, sigma, states[:, -2])
 
-    def _behind_states(self, step: StepContext, batch: Batch, sizes: Sequence[int]) -> Tensor:
+    def _behind_states(self, step: StepContext, batch: TrajectoryBatch, sizes: Sequence[int]) -> Tensor:
         """One noise level a chunk, the past at its own level (0 included): CausVid and Self Forcing."""
-        states = latents_of(batch).float()
+        states = batch.latents.float()
         sigma = draw_levels(step, "level", len(batch), sizes, (*self.config.levels, 0.0))
         x = self._state_at(states, sigma)
 
@@ -151,4 +153,4 @@ class CausalODE:
         return states.gather(1, index)[:, 0]
 
     def preview(self, step: StepContext) -> Tensor:
-        return self.viewer.show(self.roles["average"], step)  # type: ignore[arg-type]
+        return self.viewer.show(self.average, step)

@@ -1,8 +1,8 @@
 """Train the tiny codec to reconstruct rendered clips.
 
-Rows of this stage are pixels: `Batch.latents` holds video (B,T,3,H,W) in [-1, 1], not latents. The loss is a weighted
-squared error, later joined by absolute and gradient errors that sharpen edges, and a weak KL term. The absolute error
-must not come first: its optimum for small objects on a plain background is the background alone.
+Rows of this stage are pixels. The loss is a weighted squared error, later joined by absolute and gradient errors that
+sharpen edges, and a weak KL term. The absolute error must not come first: its optimum for small objects on a plain
+background is the background alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from causalreel.codecs.wan_vae import CausalVAE
 from causalreel.train.stage import Average, Loss, StepContext, Update
+from causalreel.types import VideoBatch
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,13 @@ class CodecStage:
 
     def preview(self, step: StepContext) -> Tensor:
         """Four clips beside their reconstructions: (4,T,3,H,2*W). Always the same rows; the data position stays."""
-        rows = torch.arange(min(4, len(step.source)))
-        video = _pixels(step.source.batch(rows).latents)[:, : self.config.frames].to(step.device)
+        video = step.rows(range(min(4, len(step.source))), VideoBatch).video[:, : self.config.frames]
         reconstruction = self.roles["codec"](video)[0].float().clamp(-1, 1)
         return torch.cat([video, reconstruction], -1)
 
     def _crop(self, step: StepContext) -> Tensor:
         """The next batch, each clip cut to `frames` frames at a random place of its own."""
-        video = _pixels(step.batch(self.config.batch).latents)
+        video = step.batch(self.config.batch, VideoBatch).video
         clips, frames = video.shape[:2]
         if frames < self.config.frames:
             raise ValueError(f"clips have {frames} frames, but config.frames is {self.config.frames}")
@@ -124,10 +124,3 @@ class CodecStage:
         temporal, spatial, channels = self._shape_factors
         clips, frames, _, height, width = video.shape
         return clips, 1 + (frames - 1) // temporal, height // spatial, width // spatial, channels
-
-
-def _pixels(video: Tensor | None) -> Tensor:
-    """The batch's video, or an error for a source of prompts only."""
-    if video is None:
-        raise ValueError("the codec stage needs video in Batch.latents, got a batch without")
-    return video

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from causalreel.flow import SCORE_SIGMA_RANGE, add_noise, shift_sigma, velocity_to_x0, warp_steps
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.rollout import StreamNoise, chunk_sizes, fuse
-from causalreel.train.kit import EMAConfig, Viewer, draw_index, draw_levels, latent_shape, latents_of, randn, uniform
+from causalreel.train.kit import EMAConfig, Viewer, draw_index, draw_levels, randn, uniform
 from causalreel.train.losses import critic_loss, distribution_matching_gradient, surrogate_loss
 from causalreel.train.self_rollout import Record, parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.train.stage import Loss, StepContext, Update
-from causalreel.types import Batch, Conditioning, Denoiser
+from causalreel.types import Conditioning, Denoise, Denoiser, LatentBatch
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,18 @@ class DMDConfig:
 
 @dataclass(frozen=True)
 class Samples:
-    """What the student made, how to make it again with gradient, and what the scores are told beside it."""
+    """What the student made, how to make it again with gradient, and what the scores are conditioning beside it."""
 
     latents: Tensor
-    told: Conditioning
+    conditioning: Conditioning
     again: Callable[[], list[Callable[[], Tensor]]]
     """-> functions that give the latents again, in pieces along the frames, with gradient."""
-    bind: Callable[[DiTDenoiser | Guided], Denoiser]
+    bind: Callable[[Denoiser], Denoise]
     """Score network -> denoiser of these samples: itself, or itself behind their true context."""
 
     def rows(self, start: int, stop: int) -> Samples:
         """Some rows, for critic updates only: they cannot be made again."""
-        return Samples(self.latents[start:stop], self.told[start:stop], list, self.bind)
+        return Samples(self.latents[start:stop], self.conditioning[start:stop], list, self.bind)
 
 
 class DMD:
@@ -104,7 +104,8 @@ class DMD:
         self.config, self.student, self.critic, self.viewer = config, student, critic, viewer
         self.teacher = Guided(teacher, Conditioning(null), config.guidance)
         self.roles: dict[str, nn.Module] = {"student": student, "critic": critic, "teacher": teacher}
-        self.averages = config.ema.follow(self.roles)
+        self.average, self.averages = config.ema.follow(student)
+        self.roles["average"] = self.average
         self._make = {"self_rollout": self._roll_out, "data": self._denoise_data, "teacher_forced": self._behind_data}[
             config.samples
         ]
@@ -122,11 +123,13 @@ class DMD:
         share = -(-config.critic_updates // rollouts)  # critic updates per rollout, rounded up
         for first in range(0, config.critic_updates, share):
             count = min(share, config.critic_updates - first)
-            made = self._make(step, step.batch(count * config.batch), f"critic {first}")
+            made = self._make(step, step.batch(count * config.batch, LatentBatch), f"critic {first}")
             for row in range(count):
                 samples = made if share == 1 else made.rows(row * config.batch, (row + 1) * config.batch)
                 yield Update("critic", [lambda u=first + row, s=samples: self._critic_loss(step, s, f"critic {u}")])
-        yield Update("student", self._student_losses(step, self._make(step, step.batch(config.batch), "student")))
+        yield Update(
+            "student", self._student_losses(step, self._make(step, step.batch(config.batch, LatentBatch), "student"))
+        )
 
     def _score_sigma(self, step: StepContext, purpose: str, batch: int) -> Tensor:
         """One level a clip, (B,1), kept where scores say something."""
@@ -134,15 +137,15 @@ class DMD:
         return shift_sigma(u, self.config.shift).clamp(*SCORE_SIGMA_RANGE)
 
     def _critic_loss(self, step: StepContext, made: Samples, purpose: str) -> Loss:
-        sigma = self._score_sigma(step, purpose, len(made.told))
+        sigma = self._score_sigma(step, purpose, len(made.conditioning))
         noise = randn(step, f"{purpose} score noise", made.latents)
-        return critic_loss(made.bind(self.critic), made.latents, made.told, sigma=sigma, noise=noise), {}
+        return critic_loss(made.bind(self.critic), made.latents, made.conditioning, sigma=sigma, noise=noise), {}
 
     def _student_losses(self, step: StepContext, made: Samples) -> list[Callable[[], Loss]]:
-        sigma = self._score_sigma(step, "student", len(made.told))
+        sigma = self._score_sigma(step, "student", len(made.conditioning))
         noise = randn(step, "student score noise", made.latents)
         real, fake = made.bind(self.teacher), made.bind(self.critic)
-        gradient = distribution_matching_gradient(made.latents, real, fake, made.told, sigma=sigma, noise=noise)
+        gradient = distribution_matching_gradient(made.latents, real, fake, made.conditioning, sigma=sigma, noise=noise)
         pieces = made.again()
         metrics = {"gradient_size": gradient.abs().mean(), "latent_std": made.latents.std()}
 
@@ -157,11 +160,10 @@ class DMD:
 
     # ---- samples
 
-    def _roll_out(self, step: StepContext, batch: Batch, purpose: str) -> Samples:
+    def _roll_out(self, step: StepContext, batch: LatentBatch, purpose: str) -> Samples:
         """The student's own rollout: every chunk leaves at the exit step drawn for it."""
-        config, told = self.config, batch.conditioning
-        frames, spec = latent_shape(batch)
-        sizes = chunk_sizes(frames, config.chunk)
+        config, conditioning = self.config, batch.conditioning
+        sizes = chunk_sizes(batch.frames, config.chunk)
         plan = training_plan(
             sizes,
             config.sigmas,
@@ -169,10 +171,10 @@ class DMD:
             first=config.first_sigmas,
             context_sigma=config.context_sigma,
         )
-        noise = StreamNoise(len(batch), spec, step.generator(f"{purpose} rollout"))
+        noise = StreamNoise(len(batch), batch.spec, step.generator(f"{purpose} rollout"))
         sampler = self._current_sampler()
         with torch.no_grad():
-            prepared = sampler.prepare(told)
+            prepared = sampler.prepare(conditioning)
         record = record_rollout(
             sampler,
             fuse(plan),
@@ -181,7 +183,7 @@ class DMD:
             cache=sampler.new_cache(),
             keep_caches=config.student_pass == "replay",
         )
-        return Samples(record.latents, told, lambda: self._again(record, told), lambda net: net)
+        return Samples(record.latents, conditioning, lambda: self._again(record, conditioning), lambda net: net)
 
     def _exits(self, step: StepContext, purpose: str) -> list[int]:
         """Exit step of the first chunk and of the others."""
@@ -191,12 +193,12 @@ class DMD:
         who = purpose if self.config.exits == "independent" else "cycle"
         return [draw_index(step, f"{who} exit {i}", len(levels)) for i, levels in enumerate(lists)]
 
-    def _again(self, record: Record, told: Conditioning) -> list[Callable[[], Tensor]]:
+    def _again(self, record: Record, conditioning: Conditioning) -> list[Callable[[], Tensor]]:
         if self.config.student_pass == "replay":
-            return replay_passes(self.student, record, told)
-        return [lambda: parallel_pass(self.student, record, told)]
+            return replay_passes(self.student, record, conditioning)
+        return [lambda: parallel_pass(self.student, record, conditioning)]
 
-    def _denoise_data(self, step: StepContext, batch: Batch, purpose: str) -> Samples:
+    def _denoise_data(self, step: StepContext, batch: LatentBatch, purpose: str) -> Samples:
         """CausVid: clean estimates of data noised chunk by chunk to levels of the step list, behind noisy chunks."""
         x, sigma, sizes, _ = self._noised(step, batch, purpose)
 
@@ -207,15 +209,15 @@ class DMD:
             latents = make()
         return Samples(latents, batch.conditioning, lambda: [make], lambda net: net)
 
-    def _behind_data(self, step: StepContext, batch: Batch, purpose: str) -> Samples:
+    def _behind_data(self, step: StepContext, batch: LatentBatch, purpose: str) -> Samples:
         """Causal score distillation: the same behind the true past, and scored there by causal networks."""
         x, sigma, sizes, x0 = self._noised(step, batch, purpose)
-        told = batch.conditioning
+        conditioning = batch.conditioning
 
         def make() -> Tensor:
-            return velocity_to_x0(x, self.student.teacher_forced(x, sigma, told, clean=x0, sizes=sizes), sigma)
+            return velocity_to_x0(x, self.student.teacher_forced(x, sigma, conditioning, clean=x0, sizes=sizes), sigma)
 
-        def bind(net: DiTDenoiser | Guided) -> Denoiser:
+        def bind(net: Denoiser) -> Denoise:
             def behind(x: Tensor, sigma: Tensor, conditioning: Conditioning, **_: object) -> Tensor:
                 return net.teacher_forced(x, sigma.expand(-1, x.shape[1]), conditioning, clean=x0, sizes=sizes)
 
@@ -223,11 +225,12 @@ class DMD:
 
         with torch.no_grad():
             latents = make()
-        return Samples(latents, told, lambda: [make], bind)
+        return Samples(latents, conditioning, lambda: [make], bind)
 
-    def _noised(self, step: StepContext, batch: Batch, purpose: str) -> tuple[Tensor, Tensor, Sequence[int], Tensor]:
-        frames, _ = latent_shape(batch)
-        sizes, x0 = chunk_sizes(frames, self.config.chunk), latents_of(batch).float()
+    def _noised(
+        self, step: StepContext, batch: LatentBatch, purpose: str
+    ) -> tuple[Tensor, Tensor, Sequence[int], Tensor]:
+        sizes, x0 = chunk_sizes(batch.frames, self.config.chunk), batch.latents.float()
         sigma = draw_levels(step, f"{purpose} level", len(batch), sizes, self.config.sigmas)
         return add_noise(x0, randn(step, f"{purpose} noise", x0), sigma), sigma, sizes, x0
 
@@ -241,7 +244,7 @@ class DMD:
         return self.sampler
 
     def preview(self, step: StepContext) -> Tensor:
-        return self.viewer.show(self.roles["average"], step)  # type: ignore[arg-type]
+        return self.viewer.show(self.average, step)
 
 
 def _sampler(student: DiTDenoiser) -> DiTDenoiser:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from causalreel.flow import shift_sigma, uniform_weight
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.train.kit import EMAConfig, Viewer, drop_text, latents_of, randn, uniform
+from causalreel.train.kit import EMAConfig, Viewer, drop_text, randn, uniform
 from causalreel.train.losses import bidirectional_loss
 from causalreel.train.stage import Loss, StepContext, Update
+from causalreel.types import LatentBatch
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,21 @@ class Pretrain:
     def __init__(self, config: PretrainConfig, *, student: DiTDenoiser, viewer: Viewer) -> None:
         self.config, self.student, self.viewer = config, student, viewer
         self.roles: dict[str, nn.Module] = {"student": student}
-        self.averages = config.ema.follow(self.roles)
+        self.average, self.averages = config.ema.follow(student)
+        self.roles["average"] = self.average
 
     def updates(self, step: StepContext) -> Iterator[Update]:
-        batch = step.batch(self.config.batch)
+        batch = step.batch(self.config.batch, LatentBatch)
 
         def loss() -> Loss:
-            x0 = latents_of(batch).float()
+            x0 = batch.latents.float()
             sigma = shift_sigma(uniform(step, "sigma", len(batch), 1), self.config.shift)
-            told = drop_text(step, batch.conditioning, self.config.text_dropout)
+            conditioning = drop_text(step, batch.conditioning, self.config.text_dropout)
             weight = uniform_weight(sigma, self.config.shift)
             noise = randn(step, "noise", x0)
-            return bidirectional_loss(self.student, x0, told, sigma=sigma, noise=noise, weight=weight), {}
+            return bidirectional_loss(self.student, x0, conditioning, sigma=sigma, noise=noise, weight=weight), {}
 
         yield Update("student", [loss])
 
     def preview(self, step: StepContext) -> Tensor:
-        return self.viewer.show(self.roles["average"], step, cached=False)  # type: ignore[arg-type]
+        return self.viewer.show(self.average, step, cached=False)
