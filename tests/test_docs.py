@@ -112,6 +112,8 @@ MAKES = {"-o", "--output", "--sheet", "--out", "--record", "--data", ">"}
 
 def read_and_made(words: list[str]) -> tuple[set[str], set[str]]:
     """Files and folders that a command reads, and that it makes."""
+    if re.match(r"\w+=", words[0]):  # a variable of the shell
+        return set(), {f"${words[0].partition('=')[0]}"}
     made = {after for word, after in pairwise(words) if word in MAKES}
     made |= set(re.findall(r"save\('([^']+)'\)", " ".join(words)))
     read = {word.partition("=")[2] for word in words if re.match(r"(init\.\w+|codec|data)=", word)}
