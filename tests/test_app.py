@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import logging
@@ -19,11 +20,13 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import WebSocketDenialResponse
 
+import causalreel
+from causalreel.infer.live import hints
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import safety, wire
 from causalreel.serve.safety import Rates, Settings
 from causalreel.serve.scheduler import Limits
-from causalreel.serve.session import Session
+from causalreel.serve.session import Options, Session
 from served import BLUE, RED, coded, message, opened, picture, serving, small_pipeline, until
 
 TOKEN = "a token/with+odd=characters"
@@ -180,6 +183,41 @@ def test_a_session_may_begin_with_a_picture(client: TestClient, how: str) -> Non
     red = handle.pull(-1, 10).frames[0].float().mean((0, 1))  # the picture itself is shown first
     assert red[0] > 200 and red[1:].max() < 60
     handle.close()
+
+
+def test_a_record_opens_a_session_that_plays_it_again(client: TestClient, pipeline: Pipeline) -> None:
+    first = Session(pipeline, Options(RED, image=torch.zeros(3, 64, 64)))
+    frames = [first.next_chunk()]
+    first.command("prompt", text=BLUE)
+    frames += [first.next_chunk(), first.next_chunk()]
+    record = first.record()
+    answer = client.post("/v1/sessions/replay", json={**record, "version": "0.0.0"})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["notes"] == [f"version was 0.0.0, is {causalreel.__version__}"]
+    handle = client.app.state.service.handle(answer.json()["id"])
+    for after in range(3):
+        assert torch.equal(handle.pull(after - 1, 60).frames, frames[after].frames)
+    assert handle.pull(2, 0) is None and handle.session.state()["paused"]
+    client.delete(f"/v1/sessions/{answer.json()['id']}")
+    for body, status in [
+        (b"{", 400),
+        (b"[[],[]," * 100_000, 400),
+        (json.dumps({**record, "chunks": 1e9}).encode(), 400),
+        (json.dumps({**record, "options": {"prompt": "a purple hexagon"}}).encode(), 400),
+        (b" " * (13 << 20), 413),
+    ]:
+        answer = client.post("/v1/sessions/replay", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == status, answer.text
+    assert client.post("/v1/sessions/replay", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+
+
+def test_the_model_says_what_it_understands(client: TestClient, pipeline: Pipeline) -> None:
+    model = client.get("/v1/model").json()
+    assert (model["name"], model["width"], model["takes_picture"]) == (pipeline.export.name, 64, True)
+    assert model["words"]["shape"] == ["circle", "square", "triangle"] and model["synonyms"]["big"] == "large"
+    pipeline.text.encode(model["examples"])
+    free = hints(dataclasses.replace(pipeline.export, text="umt5"))
+    assert free["words"] is None and len(free["examples"]) > 1
 
 
 def test_all_sessions_are_listed(client: TestClient) -> None:

@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import causalreel
 from causalreel import cli
+from causalreel.cli.flags import ModelFlags
 from causalreel.data import colour
 from causalreel.data.video_in import read_video
+from causalreel.infer.models import profile
 from causalreel.serve.frames import H264Encoder, codec_string, pipe, stills, write_mp4
 from causalreel.serve.play import Timed, Typed, parse_line, play, read_script
 from causalreel.serve.session import Options, Session
@@ -118,19 +121,48 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_scripts(tmp_path: Path) -> None:
-    path = tmp_path / "script.txt"
-    path.write_text(
-        '# first\n\n2.5 a red circle\n{"time": 1, "command": "steps", "steps": 1}\n{"time": 3, "text": "x"}\n'
+    path, small = tmp_path / "script.txt", profile("tiny/frame-1step")
+    Image.new("RGB", (90, 70), "red").save(tmp_path / "a.png")
+    path.write_bytes(
+        b'\xef\xbb\xbf# first\n\n2.5 a red circle\r\n{"time": 1, "command": "steps", "steps": 1}\n'
+        b'{"time": 3, "text": "a circle"}\n{"time": 4, "command": "image", "image": "a.png"}\n'
     )
-    assert read_script(path) == [
+    *found, pictured = read_script(path, small)
+    assert found == [
         Timed(1.0, "steps", {"steps": 1}),
-        Timed(2.5, "prompt", {"text": "a red circle"}),
-        Timed(3.0, "prompt", {"text": "x"}),
+        Timed(2.5, "prompt", {"text": "a red circle", "mode": "recompute", "chunks": 4}),
+        Timed(3.0, "prompt", {"text": "a circle", "mode": "recompute", "chunks": 4}),
     ]
-    for line in ("soon a red circle", "2.5", "-1 a red circle", '{"command": "pause"}', "{", "nan a circle"):
+    assert pictured.arguments["image"].shape == (3, 64, 64) and pictured.time_s == 4
+    for line, message in [
+        ("soon a red circle", 'expected "12.5 prompt text"'),
+        ("2.5", 'expected "12.5 prompt text"'),
+        ("-1 a red circle", "a time must be a number of seconds"),
+        ("nan a circle", "a time must be"),
+        ("1e300 a circle", "a time must be"),
+        ('{"time": true, "text": "a circle"}', "a time must be"),
+        ('{"time": "2", "text": "a circle"}', "a time must be"),
+        ('{"command": "pause"}', "there is no time"),
+        ("{", "this is not JSON"),
+        ("{" + "[" * 100_000, "this is not JSON"),
+        ("2 a red sqare", "unknown word 'sqare'"),
+        ('{"time": 1, "command": "jump"}', "name must be one of prompt, pause"),
+        ('{"time": 1, "command": ["pause"]}', "name must be one of"),
+        ('{"time": 1, "command": "pause", "now": 1}', "pause takes no arguments; got 'now'"),
+        ('{"time": 1, "command": "steps", "steps": 0}', "steps must be a whole number"),
+        ('{"time": 1, "command": "restart", "prompt": "an elephant"}', "unknown word 'elephant'"),
+        ('{"time": 1, "command": "image", "image": "b.png"}', r"b\.png"),
+        ('{"time": 1, "command": "image", "image": "script.txt"}', "cannot be read as a picture"),
+        ('{"time": 1, "command": "image", "image": 7}', "image must be a text"),
+    ]:
         path.write_text(f"1 a circle\n{line}\n")
-        with pytest.raises(ValueError, match=r"script\.txt:2: expected"):
-            read_script(path)
+        with pytest.raises(ValueError, match=rf"script\.txt:2: .*{message}"):
+            read_script(path, small)
+    with pytest.raises(FileNotFoundError, match="no script at"):
+        read_script(tmp_path / "other.txt", small)
+    path.write_text("1 a circle\n" * 10_001)
+    with pytest.raises(ValueError, match="holds 10001 commands, at most 10000"):
+        read_script(path, small)
 
 
 def test_typed_lines() -> None:
@@ -204,8 +236,96 @@ def test_stream_to_a_pipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["-o", "a.mp4"], "a file needs an end"),
         (["-o", "a.txt", "--frames", "5"], "path must end in"),
         (["-o", "a.mp4", "--frames", "5", "--seconds", "1"], "exclude each other"),
+        (["-o", "a.mp4", "--frames", "0"], "frames must be at least 1, got 0"),
+        (["-o", "a.mp4", "--seconds", "inf"], "--seconds must be a number above 0"),
+        (["-o", "a.mp4", "--seconds", "nan"], "--seconds must be a number above 0"),
+        (["-o", "a.mp4", "--seconds", "-1"], "--seconds must be a number above 0"),
+        (["-o", "a.mp4", "--seconds", "1", "--fps", "1e-320"], "--fps must be"),
+        (["-o", "a.mp4", "--frames", "5", "--fps", "inf"], "--fps must be a number from 0.1 to 240"),
+        (["-o", "a.mp4", "--frames", "5", "--seed", "-1"], "--seed must be a whole number"),
+        (["-o", "a.mp4", "--frames", "5", "--record", "r.txt"], "path must end in .json"),
+        (["-o", "a.mp4", "--frames", "5", "--record", "no/r.json"], "no does not exist"),
+        (["-o", "a.mp4", "--frames", "5", "--image", "no.png"], "no picture at no.png"),
+        (["-o", "a.mp4", "--frames", "5", "--script", "bad.txt"], "bad.txt:1: unknown word 'sqare'"),
+        (["-o", "a.mp4", "--frames", "5", "--script", "pause.txt"], "pauses the video at 1 s, and nothing resumes it"),
+        (["a purple elephant", "-o", "a.mp4", "--frames", "5"], "unknown word 'purple'"),
     ],
 )
-def test_stream_refuses(place: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stream_refuses_before_it_loads(
+    place: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelFlags, "load", None)
+    (place / "bad.txt").write_text("9 a red sqare")
+    (place / "pause.txt").write_text('{"time": 1, "command": "pause"}')
     assert cli.main(["stream", *args]) == 2
     assert message in capsys.readouterr().err and not list(place.glob("a.*"))
+
+
+def test_replay_makes_the_same_frames(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "script.txt").write_text('0.4 a blue square\n{"time": 0.8, "command": "restart", "seed": 3}\n')
+    how = ["--device", "cpu", "--precision", "eager"]
+    line = ["stream", "a red circle", "--frames", "24", "-o", "a.mp4", "--script", "script.txt", "--record", "r.json"]
+    assert cli.main([*line, *how]) == 0
+    assert cli.main(["replay", "r.json", "-o", "b.mp4", "--frames", "24", *how]) == 0
+    assert "may differ" not in capsys.readouterr().err
+    assert torch.equal(read_video(place / "a.mp4")[0], read_video(place / "b.mp4")[0])
+    record = json.loads((place / "r.json").read_text())
+    (place / "r.json").write_text(json.dumps({**record, "version": "0.0.1", "weights": "x"}))
+    assert cli.main(["replay", "r.json", "-o", "c.mp4", "--until", "0.5", *how]) == 0
+    said = capsys.readouterr().err
+    assert f"may differ from those recorded: version was 0.0.1, is {causalreel.__version__}; the weights" in said
+    assert len(read_video(place / "c.mp4")[0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "args", "message"),
+    [
+        ({"format": "x"}, [], "r.json: a record must have the format"),
+        ({"model": "other/one"}, [], "was recorded with 'other/one'; give --model: unknown model"),
+        ({"model": ["tiny"]}, [], "r.json: model must be a text"),
+        ({"chunks": 0}, [], "there is nothing to replay"),
+        ({"options": {"prompt": "an elephant"}}, [], "r.json: unknown word 'elephant'"),
+        ({"options": {"prompt": "a circle", "chunk": 400}}, [], "r.json: chunk must be at most"),
+        ({}, ["-o", "b.txt"], "path must end in"),
+        ({}, ["--frames", "0"], "frames must be at least 1"),
+        ({}, ["--until", "nan"], "--until must be a number above 0"),
+        ({}, ["--frames", "4", "--until", "1"], "exclude each other"),
+        ({}, ["--steps", "2"], "what the replay file says"),
+    ],
+)
+def test_replay_refuses_before_it_loads(
+    place: Path,
+    changes: dict,
+    args: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = Session(causalreel.load("tiny", device="cpu"), Options("a red circle"))
+    session.next_chunk()
+    (place / "r.json").write_text(json.dumps(session.record() | changes))
+    monkeypatch.setattr(ModelFlags, "load", None)
+    assert cli.main(["replay", "r.json", *args]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not list(place.glob("*.mp4"))
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_interrupted_run_keeps_the_record_that_was_there(
+    place: Path, existed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Session.next_chunk
+
+    def interrupted(self: Session) -> object:
+        if self.sequence == 3:
+            raise KeyboardInterrupt
+        return made(self)
+
+    monkeypatch.setattr(Session, "next_chunk", interrupted)
+    if existed:
+        (place / "r.json").write_text("mine")
+    line = ["stream", "a red circle", "--frames", "40", "-o", "a.mp4", "--record", "r.json", "--device", "cpu"]
+    assert cli.main(line) == 130
+    written = place / ("r.interrupted.json" if existed else "r.json")
+    assert json.loads(written.read_text())["chunks"] == 3 and not (place / "a.mp4").exists()
+    assert not existed or (place / "r.json").read_text() == "mine"

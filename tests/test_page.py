@@ -65,6 +65,11 @@ TAKE = """(from) => window.seen.slice(from).map(({data, ...rest}) => {
 })"""
 
 
+_held = io.BytesIO()
+Image.new("RGB", (80, 40), (255, 0, 0)).save(_held, "PNG")
+PIXEL = _held.getvalue()
+
+
 @dataclass(frozen=True)
 class Frame:
     """A frame read back from the canvas."""
@@ -352,7 +357,8 @@ def test_token(browser: Any, page: Any, tmp_path: Path) -> None:
         assert not page.locator("#access").is_visible()
         assert "token" not in page.url
     wait_until(lambda: attribute(page, "#connection", "data-kind") == "down", "the word that the server is gone")
-    assert "trying again" in page.locator("#connection").inner_text()
+    assert "the server is shutting down" in page.locator("#overlay").inner_text()
+    assert page.locator("#start").is_visible()
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -372,7 +378,9 @@ def test_recording(page: Any, server: str, tmp_path: Path) -> None:
         recorded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(recorded) >= 16
     clip = torch.from_numpy(np.stack(recorded)).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
-    assert clip.shape[-2:] == (64, 64)
+    shown = page.locator("#video").evaluate("(one) => one.clientWidth")
+    assert clip.shape[-1] == clip.shape[-2] == 64 * round(shown / 64) > 256  # as it is seen, and crisp
+    clip = clip[..., 4 :: clip.shape[-1] // 64, 4 :: clip.shape[-1] // 64]
     assert measure(clip, [FIRST]).present.item() >= 0.9
 
 
@@ -416,6 +424,58 @@ def test_settings_and_replay(page: Any, server: str, tmp_path: Path) -> None:
     assert -10 * torch.log10(errors.min() / 4) > 20  # the picture was there
 
 
+def test_a_replay_file_plays_again(page: Any, server: str, tmp_path: Path) -> None:
+    """What was saved shows the same frames, pauses at its end and goes on; other files are refused by name."""
+    play(page, server, 16)
+    page.fill("#prompt", SECOND)
+    page.click("#send")
+    wait_until(lambda: page.locator("#playing").inner_text() == SECOND, "the new prompt")
+    wait_until(lambda start=count(page): count(page) > start + 8, "more frames")
+    page.click("#pause")
+    with page.expect_download() as saved:
+        page.click("#replay")
+    path = tmp_path / "a.replay.json"
+    saved.value.save_as(path)
+    first, start = frames(page), count(page)
+    page.set_input_files("#open", path)
+    wait_until(lambda: count(page) > start and page.locator("#showing").inner_text() == "Replay of", "the replay")
+    wait_until(lambda: "The replay is over" in page.locator("#overlay").inner_text(), "its end")
+    again = frames(page, start)
+    chunks = json.loads(path.read_text(encoding="utf-8"))["chunks"]
+    assert again[-1].sequence == chunks - 1 and numbers(again) == list(range(len(again)))
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=False))
+    page.click("#pause")
+    wait_until(lambda: count(page) > start + len(again) + 8, "the video to go on")
+    assert page.locator("#showing").inner_text() == "Showing"
+    page.set_input_files("#open", {"name": "b.json", "mimeType": "application/json", "buffer": b"{}"})
+    wait_until(lambda: "b.json is not a replay file" in page.locator("#problem").inner_text(), "the reason")
+    assert page.locator("#end").is_enabled()  # the video that played goes on
+
+
+def test_words_are_there_to_be_pressed(page: Any, server: str) -> None:
+    """Examples and words can be seen and used before anything went wrong; a picture that was given is shown."""
+    play(page, server)
+    assert page.locator("#words").is_visible() and page.locator("#prompt-error").is_hidden()
+    pressed = page.locator("#words button[aria-pressed=true]")
+    assert pressed.all_inner_texts() == ["large", "red", "circle", "right", "slowly", "dark"]
+    page.click("#words button:text-is('cyan')")
+    assert page.locator("#prompt").input_value() == FIRST.replace("red", "cyan")
+    page.click("#words button:text-is('slowly')")
+    page.click("#another")
+    page.click("#words button:text-is('triangle')")
+    two = "a large cyan circle moves right and a red on a dark background"
+    assert page.locator("#prompt").input_value() == two  # a triangle was there, and a second press takes it out
+    page.click("#examples button:text-is('a blue square moves left')")
+    wait_until(lambda: page.locator("#playing").inner_text() == SECOND, "the example")
+    assert page.locator("#thumbnail").is_hidden()
+    page.set_input_files("#image", {"name": "a.png", "mimeType": "image/png", "buffer": PIXEL})
+    wait_until(lambda: page.locator("#thumbnail").is_visible(), "the picture beside its button")
+    page.click("#without")
+    wait_until(lambda: page.locator("#thumbnail").is_hidden(), "the picture to go")
+    bottom = "() => document.getElementById('timeline').getBoundingClientRect().bottom <= innerHeight"
+    assert page.locator("#timeline").evaluate(bottom)
+
+
 def test_formats(page: Any, server: str) -> None:
     """Changing how the stream is sent loses no frame; H.264 where the browser decodes it."""
     play(page, server)
@@ -443,7 +503,9 @@ def test_phone_and_names(browser: Any, server: str) -> None:
     assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
     small = """(all) => all.filter((one) => one.offsetParent && one.getBoundingClientRect().height < 40)
         .map((one) => one.id)"""
-    assert page.locator("button, select, input:not([type=checkbox]), textarea").evaluate_all(small) == []
+    assert (
+        page.locator("button, .button, select, input:not([type=checkbox], .unseen), textarea").evaluate_all(small) == []
+    )
     names = """(all) => all.filter((one) => !(one.labels?.length || one.textContent.trim()
         || one.getAttribute("aria-label") || one.getAttribute("aria-labelledby"))).map((one) => one.outerHTML)"""
     assert page.locator("button, select, input, textarea, canvas, ol, section").evaluate_all(names) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import causalreel
 from causalreel.data.video import to_bytes
 from causalreel.infer.live import Live, encode_prompt
 from causalreel.serve import session as module
+from causalreel.serve.records import checked_record, read_record
 from causalreel.serve.session import Options, Session
 from causalreel.weights.export import Sampling
 from ceilings import examples
@@ -208,6 +212,7 @@ def test_close() -> None:
         ("fps", {"fps": 1e-300}, "fps must be a number from 0.1 to 240, got 1e-300"),
         ("fps", {"fps": 1e308}, "fps must be a number from"),
         ("fps", {"fps": -1}, "fps must be a number from"),
+        ("fps", {"fps": 0}, "fps must be a number from 0.1"),
         ("fps", {"fps": 10**5000}, "got a number of 16610 bits"),
         ("steps", {"steps": 10**5000}, "got a number of 16610 bits"),
         (["fps"], {}, "name must be one of"),
@@ -369,13 +374,97 @@ def test_bad_records() -> None:
 
     refused("must have the format causalreel-session/1, got 'x'", format="x")
     refused("was made with the model 'other', this is 'small'", model="other")
-    refused("not complete", options={"prompt": PROMPTS[0], "colour": 1})
-    refused("not complete", commands=[{"at": 1}])
+
+    def refused_command(message: str, **changes: object) -> None:
+        refused(f"command 1: .*{message}", commands=[{"at": 0, "name": "pause", "arguments": {}} | changes])
+
+    refused("options holds 'colour', which is not known", options={"prompt": PROMPTS[0], "colour": 1})
+    refused("options is not complete: prompt is missing", options={"seed": 1})
+    refused("options must be an object, got 7", options=7)
+    refused("prompt must be a text", options={"prompt": None})
+    refused("seed must be a whole number", options={"prompt": PROMPTS[0], "seed": 0.5})
+    refused("the record holds 'more', which is not known", more=1)
+    refused("policy must be one of renew, slide", policy="roll")
+    refused("model must be a text", model=["small"])
+    refused("weights must be a text", weights={})
+    refused("commands must be a list of at most 10000", commands={})
+    refused("commands must be a list of at most 10000", commands=[0] * 10_001)
+    refused("command 1: it must be an object, got None", commands=[None])
+    refused("command 1: it is not complete: arguments is missing", commands=[{"at": 1}])
     refused("chunks must be a whole number", chunks="many")
-    refused("pauses or closes after 0", commands=[{"at": 0, "name": "pause", "arguments": {}}])
-    refused("name must be one of", commands=[{"at": 0, "name": "rm", "arguments": {}}])
+    refused("chunks must be a whole number from 0 to 134217728", chunks=1 << 40)
+    refused_command("closes the session at chunk 0 of 16", name="close")
+    refused_command("name must be one of", name="rm")
+    refused_command("name must be one of", name=["pause"])
+    refused_command("at must be a whole number from 0 to 16, got 17", at=17)
+    refused_command("arguments must be an object", arguments=[])
+    refused_command("text must be a text", name="prompt", arguments={"text": "x" * 10_001})
+    refused_command("a picture must be an object", name="image", arguments={"image": "cat.png"})
+    order = [{"at": at, "name": "pause", "arguments": {}} for at in (3, 2)]
+    refused("command 2: at must be a whole number from 3 to 16, got 2", commands=order)
     image = record["options"]["image"]
     refused("must have 300000 bytes", options=record["options"] | {"image": image | {"height": 1000, "width": 100}})
     refused("cannot be read", options=record["options"] | {"image": image | {"zlib": "AAAA"}})
+    refused("cannot be read", options=record["options"] | {"image": image | {"zlib": 7}})
+    refused("together", options=record["options"] | {"image": image | {"height": 16384, "width": 16384}})
+    other = image | {"height": 16, "width": 64}
+    refused("pictures are 64x16 pixels, the model's videos 32x32", options=record["options"] | {"image": other})
     with pytest.raises(ValueError, match="must have the format"):
         Session.replay(made, [1])  # type: ignore[arg-type] - at once, before the first chunk
+
+
+def test_files_that_are_no_records(tmp_path: Path) -> None:
+    record = json.dumps(told()[0].record())
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + record.encode())
+    assert read_record(path).chunks == 16
+    for data, message in [
+        (b"", "it is not JSON"),
+        (b"\x89PNG\r\n\xff", "it is not a text file in UTF-8"),
+        (b'{"chunks": 1' + b"0" * 5000 + b"}", "it is not JSON"),
+        (b"[" * 100_000, "it is not JSON"),
+        (b"[[],[]," * 100_000, "more than 200000 values"),
+        (b'{"format": "comfy"}', "must have the format causalreel-session/1, got 'comfy'"),
+        (b'{"format": ["causalreel-session/1"]}', "must have the format"),
+        (record.encode()[:-5], "it is not JSON"),
+    ]:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=message) as error:
+            read_record(path)
+        assert str(error.value).startswith(f"{path}: ") and len(str(error.value)) < 400
+    with pytest.raises(FileNotFoundError, match="no replay file at"):
+        read_record(tmp_path / "b.json")
+
+
+def test_what_the_frames_depend_on_is_recorded() -> None:
+    made = pipeline(TWO_STEP)
+    record = checked_record(json.loads(json.dumps(session().record())))
+    assert record.differences(made) == []
+    with torch.no_grad():
+        next(made.denoiser.parameters()).add_(1)
+    assert record.differences(made) == ["the weights are others"]
+    old = dataclasses.replace(record, model="other", made_by={"version": "0.0.1"})
+    assert old.differences(pipeline(TWO_STEP)) == [
+        "model was other, is small",
+        f"version was 0.0.1, is {causalreel.__version__}",
+    ]
+
+
+def test_a_replay_pauses_at_its_end_and_goes_on_where_somebody_takes_over() -> None:
+    one, shown = told()
+    record = checked_record(one.record())
+    again = Session.of(pipeline(TWO_STEP), record)
+    made = [again.next_chunk() for _ in range(16)]
+    assert all(torch.equal(a.frames, b) for a, b in zip(made, shown, strict=True))
+    assert again.next_chunk() is None and again.paused and again.state()["replaying"] == 16
+    again.command("resume")
+    assert again.next_chunk().prompt == one.prompt and again.state()["replaying"] is None
+    again = Session.of(pipeline(TWO_STEP), record)
+    again.next_chunk()
+    again.command("pause")
+    assert again.next_chunk() is None and again.state()["replaying"] == 16
+    again.command("resume")
+    assert torch.equal(again.next_chunk().frames, shown[1])
+    again.command("prompt", text="a green square")
+    assert {again.next_chunk().prompt for _ in range(16)} == {"a green square"} and not again.paused
+    assert [entry["name"] for entry in again.record()["commands"]] == ["resume", "prompt", "prompt"]

@@ -20,8 +20,9 @@ import tyro
 from tyro.conf import subcommand
 
 from causalreel.cli.files import Convert, ExportModel, Models, convert, export_model, models
-from causalreel.cli.live import Serve, Stream, serve, stream
+from causalreel.cli.live import Serve, serve
 from causalreel.cli.measuring import Bench, EstimateMemory, Evaluate, Verify, bench, estimate_memory, evaluate, verify
+from causalreel.cli.playing import Replay, Stream, replay, stream
 from causalreel.cli.training import Encode, Train, encode, train
 from causalreel.cli.videos import Generate, generate
 from causalreel.parallel.mesh import Launch, launch
@@ -29,6 +30,7 @@ from causalreel.parallel.mesh import Launch, launch
 Command: TypeAlias = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Stream, subcommand("stream")]
+    | Annotated[Replay, subcommand("replay")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Evaluate, subcommand("eval")]
@@ -44,6 +46,7 @@ Command: TypeAlias = (
 COMMANDS: dict[type, Callable[[Any], int]] = {
     Generate: generate,
     Stream: stream,
+    Replay: replay,
     Train: train,
     Encode: encode,
     Evaluate: evaluate,

@@ -1,122 +1,17 @@
-"""`causalreel stream` and `causalreel serve`: videos that people steer while they play."""
+"""`causalreel serve`: live sessions, and videos made in the background, over HTTP."""
 
 from __future__ import annotations
 
 import logging
-import sys
-import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING
 
-from tyro.conf import Positional, arg
-
-from causalreel.cli.flags import ModelFlags, pixel_scale
+from causalreel.cli.flags import ModelFlags
 
 if TYPE_CHECKING:
     from causalreel.serve.safety import Settings
-    from causalreel.serve.session import Emitted, Session
-
-# -------------------------------------------------------------------------------------------------------------- stream
-
-
-@dataclass(frozen=True)
-class Stream(ModelFlags):
-    """Play an endless video whose prompt changes on the way, in a window or into a file or pipe.
-
-    Without -o it plays in a window (space pauses, r restarts, q closes). With --stdin a typed line is the next prompt;
-    /switch, /recompute or /fade and a prompt say how. /pause, /resume, /close, /step N, /restart SEED, /steps N and
-    /fps N are the other commands.
-    """
-
-    prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = "a large red circle moves right"
-    """What to show first."""
-    seed: int = 0
-    """Of the noise, and of what a prompt leaves open."""
-    fps: float | None = None
-    """Pixel frames per second; default: the model's."""
-    frames: int | None = None
-    """Pixel frames to make; default: no end."""
-    seconds: float | None = None
-    """The same in seconds."""
-    image: Path | None = None
-    """Picture that the video starts with."""
-    policy: Literal["renew", "slide"] | None = None
-    """How it goes on for ever: segments of the trained length, or a window that slides; default: the model's."""
-    script: Path | None = None
-    """Timed commands, a line each: "12.5 a blue square moves left", or JSON with time and command."""
-    stdin: bool = False
-    """Take commands typed while it plays."""
-    output: Annotated[str | None, arg(aliases=["-o"])] = None
-    """Video file (.mp4, .mkv, .mov, .webm, .gif), or - for standard output."""
-    pipe: Literal["rgb24", "y4m", "mp4"] = "mp4"
-    """What goes to standard output: bare pixels, YUV4MPEG2 or fragmented mp4."""
-    realtime: bool = False
-    """Write no faster than it is played."""
-    record: Path | None = None
-    """Also write the command log (.json), from which `Session.replay` makes the same video."""
-
-
-def stream(args: Stream) -> int:
-    if args.frames is not None and args.seconds is not None:
-        raise ValueError("--frames and --seconds exclude each other")
-    from causalreel.data.video import OUTPUT_SUFFIXES, check_target
-    from causalreel.infer.inputs import read_picture
-    from causalreel.serve.memory import steady_heap
-    from causalreel.serve.play import Typed, Window, play, read_script
-    from causalreel.serve.session import Options, Session
-
-    if args.output not in (None, "-"):
-        check_target(args.output, OUTPUT_SUFFIXES)
-        if args.frames is None and args.seconds is None and not args.stdin:
-            raise ValueError("a file needs an end: --frames, --seconds, or --stdin and /close")
-    script = [] if args.script is None else read_script(args.script)
-    pipeline = args.load()
-    steady_heap()
-    image = None if args.image is None else read_picture(args.image, pipeline.size)[0]
-    options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image)
-    session = Session(pipeline, options, policy=args.policy)
-    frames = args.frames if args.seconds is None else max(1, round(args.seconds * session.fps))
-    typed = Typed(sys.stdin) if args.stdin else None
-    window = None if args.output is not None else Window(session, scale=pixel_scale(pipeline))
-    idle = None if window is None else window.idle
-    try:
-        how: dict[str, Any] = {"script": script, "typed": typed, "realtime": args.realtime, "idle": idle}
-        chunks = play(session, frames=frames, say=_say, **how)
-        if window is None:
-            _write(args, session, chunks)
-        else:
-            for made in chunks:
-                window.show(made)
-    finally:
-        if args.record is not None:
-            import json
-
-            from causalreel.files import write_text
-
-            write_text(args.record, json.dumps(session.record(), indent=1))
-    return 0
-
-
-def _write(args: Stream, session: Session, chunks: Iterator[Emitted]) -> None:
-    from causalreel.serve.frames import pipe, write_mp4
-
-    start, pictures = time.perf_counter(), (made.frames for made in chunks)
-    if args.output is None or args.output == "-":
-        count = pipe(sys.stdout.buffer, pictures, session.fps, args.pipe)
-    else:
-        count = write_mp4(args.output, pictures, session.fps, scale=pixel_scale(session.pipeline))
-    total = time.perf_counter() - start
-    _say(f"{count} frames in {total:.2f} s, {count / total:.1f} frames/s")
-
-
-def _say(line: str) -> None:
-    print(f"causalreel: {line}", file=sys.stderr, flush=True)
-
-
-# --------------------------------------------------------------------------------------------------------------- serve
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,21 @@ Pixels, threads and sessions are not its business: see `serve.session`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from causalreel.infer.models import TEXT_ENCODERS
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
 from causalreel.infer.wording import full_prompt
 from causalreel.nn.masks import Context
 from causalreel.rollout import Call, KeyedNoise
 from causalreel.types import Chunk, Conditioning, NoiseSource
+from causalreel.vocabulary import SLOTS, SYNONYMS
 from causalreel.weights.export import Export, Sampling
 
 PolicyKind = Literal["renew", "slide"]
@@ -238,6 +240,40 @@ class _Shifted:
 
     def renoise(self, start: int, frames: int, draw: int) -> Tensor:
         return self.noise.renoise(self.base + start, frames, draw)
+
+
+def understand(export: Export, prompts: Sequence[str], picture: Tensor | None = None) -> None:
+    """ValueError for a prompt that `encode_prompt` would refuse, known without the model; picture: as there."""
+    if export.text in TEXT_ENCODERS:
+        encoder = TEXT_ENCODERS[export.text]()
+        for prompt in prompts:
+            encoder.encode([full_prompt(encoder, prompt, 0, picture)])
+
+
+EXAMPLES = {
+    "tiny": (
+        "a large red circle moves right slowly on a dark background",
+        "a blue square moves left",
+        "a small yellow triangle moves up quickly on a light background",
+        "a large green circle moves down and a small magenta square moves right",
+    ),
+    "": (
+        "A red sailing boat drifts across a calm bay at sunset, gentle waves, wide shot",
+        "A cat walks through tall grass towards the camera, soft morning light",
+        "A steam train crosses a stone bridge in the mountains, snow falling",
+    ),
+}
+"""Text encoder -> prompts to begin with; the last row is for those that take any text."""
+
+
+def hints(export: Export) -> dict[str, Any]:
+    """examples: prompts to begin with; words: what a prompt may say, None if anything; synonyms: other spellings."""
+    knows_words = export.text in TEXT_ENCODERS
+    return {
+        "examples": list(EXAMPLES["tiny" if knows_words else ""]),
+        "words": {slot: list(words) for slot, words in SLOTS.items()} if knows_words else None,
+        "synonyms": dict(SYNONYMS) if knows_words else {},
+    }
 
 
 def encode_prompt(pipeline: Pipeline, prompt: str, seed: int = 0, picture: Tensor | None = None) -> Tensor:

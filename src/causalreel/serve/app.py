@@ -27,7 +27,7 @@ except ImportError as error:
 
 from causalreel import __version__
 from causalreel.infer.pipeline import Pipeline
-from causalreel.serve.bodies import describe, read_model, takes
+from causalreel.serve.bodies import describe, read_json, read_model, takes
 from causalreel.serve.guard import Guard, refuse
 from causalreel.serve.jobs import Jobs, Limits
 from causalreel.serve.metrics import CONTENT_TYPE
@@ -42,6 +42,8 @@ from causalreel.serve.wire import (
     Deleted,
     ErrorView,
     Format,
+    ModelView,
+    ReplayView,
     SessionList,
     SessionRequest,
     SessionView,
@@ -185,6 +187,12 @@ def _page(name: str) -> Response:
     return FileResponse(STATIC / name, headers={"cache-control": "no-cache"})
 
 
+@health.get("/v1/model", response_model=ModelView, responses=ERRORS)
+async def show_model(request: Request) -> dict[str, Any]:
+    """What the model is, and what its prompts may say."""
+    return service_of(request).model()
+
+
 # ---- sessions --------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +203,15 @@ async def open_session(request: Request, response: Response) -> dict[str, Any]:
     handle = await service_of(request).work(service_of(request).open, wanted)
     response.headers["location"] = f"/v1/sessions/{handle.id}"
     return view(handle)
+
+
+@sessions.post("/replay", status_code=201, response_model=ReplayView, openapi_extra=takes("Record"))
+async def open_replay(request: Request, response: Response) -> dict[str, Any]:
+    """Open a session that plays a record again and then pauses; a command that changes the picture takes over."""
+    body = await read_json(request)
+    handle, notes = await service_of(request).work(service_of(request).open_replay, body)
+    response.headers["location"] = f"/v1/sessions/{handle.id}"
+    return {**view(handle), "notes": notes}
 
 
 @sessions.get("", response_model=SessionList)

@@ -17,7 +17,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from causalreel.serve.guard import SMALL, too_large
 from causalreel.serve.safety import ApiError
-from causalreel.serve.wire import COMMANDS, SessionRequest, VideoRequest, bounded, parse_object
+from causalreel.serve.wire import COMMANDS, Record, SessionRequest, VideoRequest, bounded, parse_object
 
 Model = TypeVar("Model", bound=BaseModel)
 FIELDS = 16
@@ -51,6 +51,13 @@ async def read_model(request: Request, model: type[Model] | None) -> Model | dic
         raise ApiError(400, "invalid_request", "the content type of a form must name its boundary")
     assert model is not None
     return model.model_validate(await work(read_form, body, boundary[1] or boundary[2]))  # text: not strict
+
+
+async def read_json(request: Request) -> bytes:
+    """The body of a request that must be JSON, unread; ApiError."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "unsupported_type", "the body must be application/json")
+    return await request.body()
 
 
 def _read_json(body: bytes, model: type[Model] | None) -> Model | dict[str, Any]:
@@ -153,6 +160,7 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
             schemas[model.__name__] = schema = model.model_json_schema(ref_template=REFERENCE)
             form = {**schema["properties"], "image": {"type": "string", "format": "binary"}}
             schemas[f"{model.__name__}Form"] = {**schema, "title": f"{model.__name__}Form", "properties": form}
+        schemas["Record"] = Record.model_json_schema(ref_template=REFERENCE)
         command = COMMANDS.json_schema(ref_template=REFERENCE)
         schemas |= command.pop("$defs")
         schemas["CommandRequest"] = command

@@ -11,6 +11,7 @@ MOST_SEED = (1 << 53) - 1
 """Exact in JSON and JavaScript too."""
 MOST_STEPS = 100
 LEAST_FPS, MOST_FPS = 0.1, 240.0
+MOST_TEXT = 10_000
 MOST_CHUNKS = 1000
 """Of a step or a fade."""
 
@@ -34,9 +35,9 @@ def check(name: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     What depends on the model is the session's to check: words, steps of a many-step model, shape and use of a picture.
     """
     if not isinstance(name, str) or name not in ARGUMENTS:
-        raise ValueError(f"name must be one of {', '.join(ARGUMENTS)}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(ARGUMENTS)}, got {name!r:.80}")
     if unknown := [key for key in arguments if key not in ARGUMENTS[name]]:
-        raise ValueError(f"{name} takes {', '.join(ARGUMENTS[name]) or 'no arguments'}; got {unknown[0]!r}")
+        raise ValueError(f"{name} takes {', '.join(ARGUMENTS[name]) or 'no arguments'}; got {unknown[0]!r:.80}")
     return _CHECKS[name](arguments) if name in _CHECKS else {}
 
 
@@ -121,8 +122,10 @@ _CHECKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a text that is not empty, got {value!r:.80}")
+    if not isinstance(value, str) or not value.strip() or len(value) > MOST_TEXT:
+        size = f" of {len(value)} characters" if isinstance(value, str) and len(value) > MOST_TEXT else ""
+        limit = f", of at most {MOST_TEXT} characters"
+        raise ValueError(f"{name} must be a text that is not empty{limit if size else ''}, got {value!r:.80}{size}")
     return value
 
 

@@ -40,7 +40,7 @@ from causalreel.serve.safety import (
 
 log = logging.getLogger(__name__)
 
-WITH_PICTURE = re.compile("/v1/(sessions|videos|sessions/[^/]+/commands)")
+WITH_PICTURE = re.compile("/v1/(sessions|videos|sessions/replay|sessions/[^/]+/commands)")
 """Paths whose bodies may hold a picture; all others are small."""
 SMALL = 64 * KIB
 """Bytes of a body or message that holds no picture."""

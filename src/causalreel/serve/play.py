@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from causalreel.files import read_lines
-from causalreel.infer.live import MODES
+from causalreel.infer.inputs import read_picture
+from causalreel.infer.live import MODES, understand
+from causalreel.infer.models import Profile
+from causalreel.infer.schedule import adapt
+from causalreel.serve.commands import check, text
+from causalreel.serve.records import MAX_COMMANDS
 from causalreel.serve.session import Emitted, Session
 
 
@@ -25,40 +30,81 @@ class Timed:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def read_script(path: Path) -> list[Timed]:
-    """A file of timed commands, in order; empty lines and those that begin with # do not count.
+MOST_BYTES = 4 << 20
+"""Of a script."""
+
+
+def read_script(path: Path, profile: Profile) -> list[Timed]:
+    """A file of timed commands, in order, all of which the model takes; empty lines and those after # do not count.
 
     A line is a time and a prompt (12.5 a blue square moves left), or JSON: {"time": 12.5, "command": "prompt", "text":
-    ..., "mode": "fade"}. ValueError names the line that is neither.
+    ..., "mode": "fade"}. A picture is named by its path from the script's folder. ValueError names the line that is
+    neither, or asks for what cannot be.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no script at {path}")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES >> 20} MiB: it is no script")
     found = []
-    for number, line in enumerate(read_lines(path), start=1):
+    for row, line in enumerate(read_lines(path), start=1):
         if not line or line.startswith("#"):
             continue
         try:
-            found.append(_timed(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f'{path}:{number}: expected "12.5 prompt text" or a JSON object with time and command; {error}'
-            ) from None
+            timed = _timed(line)
+            found.append(replace(timed, arguments=_checked(timed, path.parent, profile)))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}:{row}: {error}") from None
+    if len(found) > MAX_COMMANDS:
+        raise ValueError(f"{path} holds {len(found)} commands, at most {MAX_COMMANDS} are allowed")
     return sorted(found, key=lambda timed: timed.time_s)
+
+
+def _checked(timed: Timed, folder: Path, profile: Profile) -> dict[str, Any]:
+    """The command's arguments as a session takes them."""
+    told = check(timed.name, timed.arguments)
+    for prompt in (told.get("text"), told.get("prompt")):
+        if prompt is not None:
+            understand(profile.export, [prompt])
+    if timed.name == "steps":
+        adapt(profile.sampling, steps=told["steps"])
+    if told.get("image") is not None:
+        picture = folder / text("image", told["image"])
+        told["image"] = read_picture(picture, profile.size)[0]
+    return told
+
+
+LINE = 'expected "12.5 prompt text" or a JSON object with time and command'
 
 
 def _timed(line: str) -> Timed:
     if line.startswith("{"):
-        entry = json.loads(line)
-        time_s, name = float(entry.pop("time")), str(entry.pop("command", "prompt"))
-        return Timed(_positive(time_s), name, entry)
-    time_s, _, text = line.partition(" ")
-    if not text.strip():
-        raise ValueError(f"got {line!r}")
-    return Timed(_positive(float(time_s)), "prompt", {"text": text.strip()})
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{LINE}; this is not JSON") from None
+        if "time" not in entry:
+            raise ValueError(f"{LINE}; there is no time")
+        name = entry.pop("command", "prompt")
+        return Timed(_time(entry.pop("time")), name, entry)
+    time_s, _, words = line.partition(" ")
+    try:
+        seconds = float(time_s)
+    except ValueError:
+        raise ValueError(f"{LINE}; got {line!r:.80}") from None
+    if not words.strip():
+        raise ValueError(f"{LINE}; got {line!r:.80}")
+    return Timed(_time(seconds), "prompt", {"text": words.strip()})
 
 
-def _positive(time_s: float) -> float:
-    if not 0 <= time_s < float("inf"):
-        raise ValueError(f"a time must be at least 0, got {time_s}")
-    return time_s
+def _time(value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= MOST_TIME_S:
+        raise ValueError(f"{LINE}; a time must be a number of seconds from 0 to {MOST_TIME_S:g}, got {value!r:.40}")
+    return float(value)
+
+
+MOST_TIME_S = 1e9
 
 
 def parse_line(line: str) -> tuple[str, dict[str, Any]] | None:
@@ -162,10 +208,10 @@ def _obey(session: Session, line: str, say: Callable[[str], None]) -> None:
 class Window:
     """A window that shows chunks as they come; keys: space pauses and resumes, r restarts, q closes.
 
-    Raises ValueError where no window can be opened.
+    It opens at once, which raises ValueError where it cannot, and plays from `begin` on.
     """
 
-    def __init__(self, session: Session, *, scale: int = 1) -> None:
+    def __init__(self) -> None:
         try:
             import tkinter
         except ImportError:
@@ -174,9 +220,20 @@ class Window:
             self._window = tkinter.Tk()
         except tkinter.TclError as error:
             raise ValueError(f"no window here ({error}); write the video with -o FILE or -o -") from None
-        self.session, self.scale = session, scale
-        self._label, self._photo, self._shown_s = tkinter.Label(self._window), None, time.monotonic()
+        self._label, self._photo = tkinter.Label(self._window, text="Loading the model", width=40, height=10), None
         self._label.pack()
+        self._window.title("causalreel")
+        self._window.update()
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._window.destroy()
+
+    def begin(self, session: Session, *, scale: int = 1) -> None:
+        """From now on it is this session's window."""
+        self.session, self.scale, self._shown_s = session, scale, time.monotonic()
         self._window.protocol("WM_DELETE_WINDOW", self._leave)
         self._window.bind("q", self._leave)
         self._window.bind("r", lambda _: session.command("restart"))
@@ -196,7 +253,7 @@ class Window:
             image = Image.fromarray(picture)
             size = image.width * self.scale, image.height * self.scale
             self._photo = ImageTk.PhotoImage(image.resize(size, Image.Resampling.NEAREST))  # tkinter keeps none
-            self._label.configure(image=self._photo)
+            self._label.configure(image=self._photo, text="", width=size[0], height=size[1])
             self._window.update()
             while not self.session.closed and time.monotonic() < self._shown_s:
                 self._window.update()

@@ -22,6 +22,7 @@ import torch
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.memory import free_bytes, held_bytes, process_bytes
+from causalreel.serve.records import Record
 from causalreel.serve.session import Emitted, Options, Session, with_queue
 
 log = logging.getLogger(__name__)
@@ -251,13 +252,16 @@ class Scheduler:
             self._thread.join()
         self.is_ready = False
 
-    def open(self, options: Options, *, pace: Pace = "realtime", id: str | None = None) -> Handle:
-        """A new session; id: None makes one. Raises Busy where there is no room, ValueError for options that the model
-        cannot meet."""
+    def open(self, options: Options | Record, *, pace: Pace = "realtime", id: str | None = None) -> Handle:
+        """A new session, or one that plays a record again; id: None makes one. Raises Busy where there is no room,
+        ValueError for what the model cannot meet."""
         if pace not in ("realtime", "max"):
             raise ValueError(f"pace must be realtime or max, got {pace!r}")
         self._admit()
-        session = Session(self.pipeline, options, id=id, policy=self.policy, clock=self.clock)
+        if isinstance(options, Record):
+            session = Session.of(self.pipeline, options, id=id, clock=self.clock)
+        else:
+            session = Session(self.pipeline, options, id=id, policy=self.policy, clock=self.clock)
         handle = Handle(session, pace, self.limits, self.clock, self.wake)
         with self._condition:
             self._admit()  # text may have taken long to encode

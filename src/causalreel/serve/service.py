@@ -11,8 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from causalreel.infer.live import hints, understand
 from causalreel.serve.guard import SMALL
 from causalreel.serve.metrics import Metrics
+from causalreel.serve.records import parse_record
 from causalreel.serve.safety import ApiError, Rates, Settings, decode_base64, decode_picture, is_readable
 from causalreel.serve.scheduler import Busy, Handle, Scheduler
 from causalreel.serve.session import Options
@@ -84,6 +86,35 @@ class Service:
             raise ApiError(400, "invalid_request", str(error)) from error
         log.info("session %s opened%s", handle.id, self.said(request.prompt))
         return handle
+
+    def open_replay(self, body: bytes) -> tuple[Handle, list[str]]:
+        """Open a session that plays a record again -> it, and why its frames may differ; errors as for `open`."""
+        try:
+            record = parse_record(body)
+            for prompt in record.prompts:
+                self.prompt(prompt)
+            pipeline = self.scheduler.pipeline
+            understand(pipeline.export, record.prompts)
+            handle = self.scheduler.open(record, id=self.new_id())
+        except Busy as error:
+            raise ApiError(503, "busy", str(error), {"retry-after": "5"}) from error
+        except ValueError as error:
+            raise ApiError(400, "invalid_request", str(error)) from error
+        log.info("session %s opened from a record", handle.id)
+        return handle, record.differences(pipeline)
+
+    def model(self) -> dict[str, Any]:
+        """The model and what its prompts may say."""
+        pipeline = self.scheduler.pipeline
+        height, width = pipeline.size
+        return {
+            "name": pipeline.export.name,
+            "width": width,
+            "height": height,
+            "fps": pipeline.export.fps,
+            "takes_picture": pipeline.sampling.chunk == 1,
+            **hints(pipeline.export),
+        }
 
     def new_id(self) -> str:
         """An id that nobody guesses, with the replica's name before it if it has one."""

@@ -6,11 +6,10 @@ decides what is shown. So its command log replays to the same frames, bit for bi
 
 from __future__ import annotations
 
-import base64
 import threading
 import time
 import uuid
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,13 +34,21 @@ from causalreel.serve.commands import (
     number,
     text,
 )
+from causalreel.serve.records import (
+    FORMAT,
+    MAX_COMMANDS,
+    MAX_PICTURES,
+    Record,
+    checked_record,
+    made_by,
+    pack,
+    packed,
+    pixels,
+)
 from causalreel.types import DecodeStream
 
-FORMAT = "causalreel-session/1"
-MAX_COMMANDS = 10_000
-"""Commands that a session keeps, for its record; superseded ones do not count, and `ALWAYS` are taken beyond them."""
-MAX_PICTURES = 64
-"""Pictures among them."""
+CHANGES = ("prompt", "restart", "steps", "image")
+"""Commands that change what is shown."""
 MAX_TOLD = 1000
 """Commands, the last of them, of which the next chunk tells that they took effect."""
 
@@ -128,7 +135,9 @@ class Session:
         id: str | None = None,
         policy: PolicyKind | None = None,
         clock: Callable[[], float] = time.monotonic,
+        record: Record | None = None,
     ) -> None:
+        """record: what it does by itself until somebody else changes the picture; at its end the session pauses."""
         self.id = uuid.uuid4().hex if id is None else id
         self.pipeline, self.clock = pipeline, clock
         seed = integer("seed", options.seed, 0, MOST_SEED)
@@ -156,6 +165,9 @@ class Session:
         self._is_full = False
         self._count = 0
         self._text = encode_prompt(pipeline, self.prompt, self.seed, _first(self._picture))
+        self._record = record
+        self._waiting = deque(() if record is None else record.commands)
+        """Commands of the record that are still to come."""
         self._live: Live | None = None
         self._decode: DecodeStream | None = None
 
@@ -169,6 +181,9 @@ class Session:
         image(image): restart from a picture (3,H,W) in [-1,1], or from none if None; close.
         Raises ValueError for unknown commands, arguments and values, and in a closed session.
         """
+        return self._tell(name, arguments, ends_replay=name in CHANGES)
+
+    def _tell(self, name: str, arguments: dict[str, Any], *, ends_replay: bool = False) -> int:
         told_s = self.clock()
         checked = check(name, arguments)
         if name == "steps":
@@ -189,6 +204,9 @@ class Session:
             begins_with = None if name == "prompt" else _first(picture)
             encoded = encode_prompt(self.pipeline, prompt, seed, begins_with) if needs_text else None
             self._intended = (prompt, seed, picture)
+            if ends_replay:
+                self._record = None
+                self._waiting.clear()
             self._count += 1
             with self._lock:
                 self._pending.append(_Pending(self._count, name, checked, told_s, encoded))
@@ -230,6 +248,7 @@ class Session:
                 "sequence": self.sequence,
                 "frames": self.frames,
                 "pending": len(self._pending),
+                "replaying": None if self._record is None else self._record.chunks,
             }
 
     @property
@@ -247,6 +266,9 @@ class Session:
     def next_chunk(self) -> Emitted | None:
         """Take the pending commands and make the next chunk; None while paused and after close."""
         self.take_commands()
+        if self._record is not None and self.can_run:
+            self._follow_record()
+            self.take_commands()
         if not self.can_run:
             return None
         with torch.no_grad():
@@ -264,7 +286,18 @@ class Session:
         emitted = Emitted(self.sequence, self.frames, frames, self.prompt, timings, commands)
         with self._lock:
             self.sequence, self.frames = self.sequence + 1, self.frames + len(frames)
+            if self._record is not None and self.sequence == self._record.chunks:
+                self.paused, self._to_step = True, 0
         return emitted
+
+    def _follow_record(self) -> None:
+        """Say what the record says before this chunk; pauses change no frame and are left out."""
+        while self._waiting and self._waiting[0].at <= self.sequence:
+            one = self._waiting.popleft()
+            if one.name in (*CHANGES, "fps"):
+                self._tell(one.name, _with_pixels(one.arguments))
+        if self._record is not None and self.sequence >= self._record.chunks:
+            self._record = None  # somebody has resumed what paused at its end
 
     def close(self) -> None:
         """Close at once and let go of all memory; for the thread that asks for chunks."""
@@ -277,7 +310,9 @@ class Session:
         if self._live is None:
             first = None
             if self._picture is not None:
-                first = self.pipeline.codec.encode(_pixels(self._picture).to(self.pipeline.device))  # (1,1,C,h,w)
+                first = self.pipeline.codec.encode(
+                    pixels(self._picture)[None, None].to(self.pipeline.device)
+                )  # (1,1,C,h,w)
             how: dict[str, Any] = {"sampling": self.sampling, "policy": self.policy}
             self._live = Live(self.pipeline, self._text, seed=self.seed, first=first, **how)
             self._decode = self.pipeline.codec.stream() if self.pipeline.decoder is None else self.pipeline.decoder(1)
@@ -350,45 +385,41 @@ class Session:
         """Options and commands with the chunk at which each took effect, as JSON takes it; for `replay`."""
         with self._lock:
             options = self.options
-            picture = None if options.image is None else _pack(self._check_picture(options.image))
+            picture = None if options.image is None else pack(self._check_picture(options.image))
             begin = {"prompt": options.prompt, "seed": options.seed, "steps": options.steps, "chunk": options.chunk}
+            commands = [{**entry, "arguments": packed(entry["arguments"])} for entry in self._log]
             return {
                 "format": FORMAT,
+                **made_by(self.pipeline),
                 "model": self.pipeline.export.name,
                 "policy": self.policy.kind,
                 "options": {**begin, "fps": options.fps, "image": picture},
-                "commands": [{**entry, "arguments": _packed(entry["arguments"])} for entry in self._log],
+                "commands": commands,
                 "chunks": self.sequence,
             }
 
     @classmethod
+    def of(cls, pipeline: Pipeline, record: Record, **how: Any) -> Session:
+        """A session that plays the record again and then pauses; how: id and clock. ValueError for what the model
+        cannot do; `Record.differences` says whether its frames will be those recorded."""
+        record.fits(pipeline.size)
+        if any(one.name == "steps" for one in record.commands):
+            adapt(pipeline.sampling, steps=1)
+        options = Options(**_with_pixels(record.options))
+        return cls(pipeline, options, policy=record.policy, record=record, **how)
+
+    @classmethod
     def replay(cls, pipeline: Pipeline, record: dict[str, Any]) -> Iterator[Emitted]:
         """Make the chunks of a recorded session again, frames bit for bit on a CPU; raises ValueError at once."""
-        found = record.get("format") if isinstance(record, dict) else None
-        if found != FORMAT:
-            raise ValueError(f"record must have the format {FORMAT}, got {found!r}")
-        try:
-            model, chunks = record["model"], integer("chunks", record["chunks"], 0, 1 << 53)
-            begin = dict(record["options"])
-            commands = [(c["at"], c["name"], _unpacked(c["arguments"])) for c in record["commands"]]
-            begin["image"] = None if begin.get("image") is None else _pixels(_unpack(begin["image"]))[0, 0]
-            options, policy = Options(**begin), record["policy"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"record is not complete: {type(error).__name__} {error}") from None
-        if model != pipeline.export.name:
-            raise ValueError(f"record was made with the model {model!r}, this is {pipeline.export.name!r}")
-        return cls(pipeline, options, policy=policy)._replayed(commands, chunks)
+        found = checked_record(record)
+        if found.model != pipeline.export.name:
+            raise ValueError(f"record was made with the model {found.model!r}, this is {pipeline.export.name!r}")
+        return cls.of(pipeline, found).replayed()
 
-    def _replayed(self, commands: list[tuple[int, str, dict[str, Any]]], chunks: int) -> Iterator[Emitted]:
-        waiting = iter([*commands, None])
-        command = next(waiting)
-        while self.sequence < chunks:
-            while command is not None and command[0] <= self.sequence:
-                self.command(command[1], **command[2])
-                command = next(waiting)
-            made = self.next_chunk()
-            if made is None:
-                raise ValueError(f"record says {chunks} chunks, but it pauses or closes after {self.sequence}")
+    def replayed(self) -> Iterator[Emitted]:
+        """The chunks of the record that it plays."""
+        chunks = 0 if self._record is None else self._record.chunks
+        while self.sequence < chunks and (made := self.next_chunk()) is not None:
             yield made
 
     def _check_picture(self, picture: Any) -> Tensor:
@@ -406,42 +437,14 @@ class Session:
             )
 
 
-# ---- pictures in records --------------------------------------------------------------------------------------------
-
-
-def _pixels(picture: Tensor) -> Tensor:
-    """(H,W,3) uint8 -> (1,1,3,H,W) float32 in [-1,1]."""
-    return picture.permute(2, 0, 1)[None, None].float() / 127.5 - 1
-
-
 def _first(picture: Tensor | None) -> Tensor | None:
     """(H,W,3) uint8 -> (3,H,W), as `encode_prompt` wants the picture that a stream begins with."""
-    return None if picture is None else _pixels(picture)[0, 0]
+    return None if picture is None else pixels(picture)
 
 
-def _pack(picture: Tensor) -> dict[str, Any]:
-    data = base64.b64encode(zlib.compress(picture.contiguous().numpy().tobytes())).decode()
-    return {"height": picture.shape[0], "width": picture.shape[1], "zlib": data}
-
-
-def _unpack(packed: dict[str, Any]) -> Tensor:
-    height, width = (integer(side, packed[side], 1, 1 << 14) for side in ("height", "width"))
-    size = height * width * 3
-    try:
-        data = zlib.decompressobj().decompress(base64.b64decode(packed["zlib"], validate=True), size)
-    except (ValueError, zlib.error) as error:
-        raise ValueError(f"the record's picture cannot be read: {error}") from None
-    if len(data) != size:
-        raise ValueError(f"the record's picture must have {size} bytes, got {len(data)}")
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3)
-
-
-def _packed(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: _pack(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-
-
-def _unpacked(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: _pixels(_unpack(v))[0, 0] if k == "image" and v is not None else v for k, v in arguments.items()}
+def _with_pixels(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a record holds, with its picture as a session takes it."""
+    return {key: pixels(value) if isinstance(value, Tensor) else value for key, value in arguments.items()}
 
 
 def _describe(arguments: dict[str, Any]) -> dict[str, Any]:

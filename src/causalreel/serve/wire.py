@@ -133,6 +133,43 @@ class SessionView(BaseModel):
     ended: EndView | None = None
 
 
+class ReplayView(SessionView):
+    """A session that plays a record again."""
+
+    notes: list[str]
+    """Why its frames may differ from those recorded: another version, device, model."""
+
+
+class ModelView(BaseModel):
+    """The model that this server runs."""
+
+    name: str
+    width: int
+    height: int
+    fps: float
+    takes_picture: bool
+    """Whether a session can begin with a picture."""
+    examples: list[str]
+    """Prompts to begin with."""
+    words: dict[str, list[str]] | None
+    """All words that its prompts may use, by what they describe; null: any text."""
+    synonyms: dict[str, str]
+    """Other spellings of these words."""
+
+
+class Record(BaseModel):
+    """What `GET /v1/sessions/{session_id}/record` gives."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: str
+    model: str
+    policy: str
+    options: dict[str, Any]
+    commands: list[dict[str, Any]]
+    chunks: int
+
+
 class SessionList(BaseModel):
     """All sessions."""
 

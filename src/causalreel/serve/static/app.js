@@ -1,16 +1,24 @@
 // The page's wiring: buttons to commands, messages to words and pictures. Nothing here is fetched from other hosts.
 // A link may carry ?prompt=...&seed=...&steps=...&fps=... for the session it starts.
 
-import { Graph, Timeline } from "./charts.js";
-import { $, connection, overlay, say, stored, tell } from "./page.js";
+import { Timeline } from "./charts.js";
+import { $, connection, overlay, round, say, stored, tell } from "./page.js";
+import { FirstPicture } from "./picture.js";
 import { Decoder, hasVideoDecoder, Player } from "./player.js";
 import { History } from "./prompts.js";
-import { copyLink, Recorder, saveReplay, toggleRecording } from "./sharing.js";
+import { copyLink, readReplay, Recorder, saveReplay, toggleRecording } from "./sharing.js";
+import { Speed } from "./speed.js";
 import { Api, Problem, Stream } from "./wire.js";
+import { Words } from "./words.js";
 
 const FIRST_PROMPT = "a large red circle moves right slowly on a dark background";
 const SMALL = 256; // pixels across, up to which a video is enlarged without smoothing
-const SLOWER = 0.92; // share of the frame rate below which generation is called slower than real time
+const MODES = {
+  recompute: "The picture goes on. The model looks at its last frames again with the new prompt: shows soonest.",
+  switch: "The picture goes on. The model remembers its last frames as they were: the old may linger a little.",
+  fade: "The picture goes on, and moves from the old prompt to the new one in equal steps.",
+  restart: "A new video from its first frame, with this prompt and the same seed.",
+};
 
 const link = new URLSearchParams(location.search);
 
@@ -20,30 +28,30 @@ const now = {
   id: null,
   state: {},
   isPaused: false,
-  isSlow: false,
   stepping: false,
   asking: 0, // pause and resume commands without an answer yet
-  chunks: [], // recent {made_s, span_s, frames}
   sent: new Map(), // command number -> {name, at}: when it was asked for, until its first pixels are shown
 };
 
 // --------------------------------------------------------------------------------------------------- what is shown
 
-const graphs = {
-  latency: new Graph($("latency-graph"), { bars: true, digits: 2, isWorse: (value, line) => value > line }),
-  rate: new Graph($("rate-graph"), { bars: false, digits: 0, isWorse: () => false }),
-};
+const speed = new Speed();
 const past = new History($("prompt"), $("history"), $("forget"), sendPrompt, () => promptError(""));
-const timeline = new Timeline($("timeline"), (prompt) => past.show(prompt));
+const timeline = new Timeline($("timeline"), $("timeline-empty"), (prompt) => past.show(prompt));
+const words = new Words(
+  { box: $("prompt"), examples: $("examples"), words: $("words"), another: $("another") },
+  { use: (text) => { past.show(text); sendPrompt(); }, edited: () => promptError("") },
+);
 
 const player = new Player($("video"), {
   shown(item) {
     const { header, index } = item;
-    overlay("");
-    $("video").classList.toggle("small", $("video").width <= SMALL);
+    if (!now.stream?.isOver) overlay(""); // what had arrived before the end is still shown
+    shape($("video"));
     timeline.shown($("video"), item);
     if (index === 0) began(header);
     if (player.budget === 0 && now.stepping) endStep();
+    else if (header.sequence + 1 === now.replay && index + 1 === header.frames) replayed();
   },
   starved() {
     if (!now.isPaused && !now.stepping && now.stream && !now.stream.isOver) overlay("Waiting for the next chunk");
@@ -52,14 +60,23 @@ const player = new Player($("video"), {
 });
 const decoder = new Decoder((item) => player.push(item), (problem) => undecodable(problem));
 const recorder = new Recorder($("video"));
+const picture = new FirstPicture($("video"), (image) => command("image", { image }));
+
+/** The screen takes the video's shape; small videos are enlarged without smoothing. */
+function shape({ width, height }) {
+  $("video").classList.toggle("small", width <= SMALL);
+  $("screen").style.setProperty("--shape", width / height);
+}
 
 /** The first frame of a chunk is on the screen. */
 function began(header) {
   if ($("playing").textContent !== header.prompt) {
     $("playing").textContent = header.prompt;
+    $("caption").hidden = false;
     $("video").setAttribute("aria-label", `Video of: ${header.prompt}`);
-    say(`Now playing: ${header.prompt}`);
+    say(`Showing: ${header.prompt}`);
   }
+  if (now.replay && header.sequence >= now.replay) replaying(null);
   for (const { number, name, latency_s } of header.commands ?? []) {
     const sent = now.sent.get(number);
     now.sent.delete(number);
@@ -71,45 +88,11 @@ function began(header) {
 
 function chunk(header, parts) {
   decoder.take(header, parts);
-  const { denoise_s = 0, decode_s = 0, encode_s = 0 } = header.timings ?? {};
-  const made = { made_s: denoise_s + decode_s + encode_s, span_s: header.frames / header.fps, frames: header.frames };
-  now.chunks.push(made);
-  if (now.chunks.length > 40) now.chunks.shift();
-  now.fps = header.fps;
-  graphs.latency.add(made.made_s, made.span_s);
+  speed.chunk(header);
   if (now.stepping) player.budget = Math.max(player.budget, 0) + header.frames;
 }
 
-function measure() {
-  const recent = now.chunks.slice(-8);
-  if (!recent.length) return;
-  const sum = (key) => recent.reduce((total, each) => total + each[key], 0);
-  const [made_s, span_s] = [sum("made_s") / recent.length, sum("span_s") / recent.length];
-  const rate = player.rate();
-  const isKnown = rate !== null && !now.isPaused;
-  if (isKnown) graphs.rate.add(rate, now.fps);
-  const shown = isKnown ? ` Shown: ${rate.toFixed(1)} of ${round(now.fps)} frames per second.` : "";
-  $("speed").textContent =
-    `A chunk of ${recent.at(-1).frames} frames takes ${made_s.toFixed(3)} s to make and ${span_s.toFixed(3)} s `
-    + `to play: ${(span_s / made_s).toFixed(1)} times real time.${shown}`;
-  const isLive = !now.isPaused && now.stream && !now.stream.isOver;
-  const isSlow = isLive && rate !== null && rate < SLOWER * now.fps;
-  if (isSlow) $("slow").textContent = slowWords(rate, made_s > span_s);
-  if (isSlow !== now.isSlow) {
-    now.isSlow = isSlow;
-    $("slow").hidden = !isSlow;
-    say(isSlow ? $("slow").textContent : "Generation keeps up with real time.");
-  }
-}
-
-function slowWords(rate, isModel) {
-  const why = isModel
-    ? "The model takes longer for a chunk than the chunk plays; fewer steps or a lower frame rate help."
-    : "The model is fast enough; other sessions or the connection take the time.";
-  return `Slower than real time: ${rate.toFixed(1)} of ${round(now.fps)} frames per second arrive. ${why}`;
-}
-
-function round(number) { return Number.isFinite(number) ? String(Math.round(number * 100) / 100) : "?"; }
+function measure() { speed.measure(player.rate(), Boolean(!now.isPaused && now.stream && !now.stream.isOver)); }
 
 function undecodable(problem) {
   console.error(problem);
@@ -123,23 +106,41 @@ function undecodable(problem) {
 // --------------------------------------------------------------------------------------------------------- sessions
 
 function options() {
-  const chosen = { prompt: $("prompt").value.trim() || FIRST_PROMPT, seed: Number($("seed").value) || 0 };
+  const chosen = { prompt: $("prompt").value.trim() || now.model.examples[0], seed: Number($("seed").value) || 0 };
   for (const name of ["steps", "fps"]) {
     if (link.has(name) && Number(link.get(name)) > 0) chosen[name] = Number(link.get(name));
   }
   return chosen;
 }
 
-async function begin() {
+/** Join the session that `open` gives: by default the one from before a reload, or else a new one. */
+async function begin(open = known) {
   leave();
   connection("wait", "Connecting");
   overlay("Starting");
   tell("");
   try {
-    const known = stored(() => sessionStorage, "session");
-    join((known && (await alive(known))) || (await now.api.create(options())));
+    await meet();
+    join(await open());
   } catch (problem) {
     refused(problem);
+  }
+}
+
+async function known() {
+  const id = stored(() => sessionStorage, "session");
+  return (id && (await alive(id))) || now.api.create(options());
+}
+
+/** What the model is and understands, asked for once. */
+async function meet() {
+  if (now.model) return;
+  now.model = await now.api.model();
+  $("model").textContent = now.model.name;
+  words.show(now.model);
+  picture.allow(now.model.takes_picture);
+  if (!link.has("prompt") && $("prompt").value === FIRST_PROMPT && !now.model.words) {
+    $("prompt").value = now.model.examples[0] ?? "";
   }
 }
 
@@ -156,13 +157,14 @@ async function alive(id) {
 
 function refused(problem) {
   connection("down", "Not connected");
-  overlay("");
   if (problem.status === 401) {
+    overlay("Locked");
     $("access").hidden = false;
     if (now.api.token) tell("The server did not take this token.");
     $("token").focus();
     return;
   }
+  overlay(problem.code === "busy" ? "No room at the moment" : "Not started", true);
   tell(problem.message);
 }
 
@@ -200,24 +202,26 @@ function leave() {
   decoder.drop();
   player.clear();
   player.play();
-  now.chunks.length = 0;
+  speed.clear();
   now.sent.clear();
   now.stepping = false;
   showPaused(false);
   timeline.clear();
-  for (const graph of Object.values(graphs)) graph.clear();
+  picture.mark(false);
+  $("caption").hidden = true;
+  $("playing").textContent = "";
 }
 
 function ended(reason, isError, status) {
   stored(() => sessionStorage, "session", null);
   enable(false);
   connection("down", "Ended");
-  overlay("The session has ended");
+  overlay(`The session has ended${/^closed/.test(reason) ? "" : `: ${reason}`}`, true);
   if (status === 401) {
     refused(new Problem(reason, 401));
     return;
   }
-  if (isError) tell(`The session has ended: ${reason} A new session can be started below.`);
+  if (isError) tell(`The session has ended: ${reason} `);
   else say(`The session has ended: ${reason}`);
 }
 
@@ -226,15 +230,17 @@ function takenOver() {
   stored(() => sessionStorage, "session", null);
   enable(false);
   connection("down", "Shown elsewhere");
-  overlay("");
-  tell("Another window plays this session now. A new session can be started below.");
+  overlay("Shown in another window", true);
+  tell("Another window plays this session now.");
 }
 
 function changed(state) {
   now.state = state;
-  $("model").textContent = now.state.model ?? "";
+  if (!now.state.pending) picture.mark(Boolean(now.state.has_image));
+  replaying(now.state.replaying);
   const isPaused = Boolean(now.state.paused);
-  const isSettled = !now.state.pending && !now.asking; // no command of ours is on its way to change it
+  const isAhead = now.replay && now.state.sequence >= now.replay; // it paused at the end, which is not shown yet
+  const isSettled = !now.state.pending && !now.asking && !isAhead; // no command of ours is on its way to change it
   if (isSettled && isPaused !== now.isPaused && !now.stepping) {
     showPaused(isPaused);
     if (isPaused) player.freeze();
@@ -247,18 +253,32 @@ function changed(state) {
   }
 }
 
-function showPaused(isPaused) {
+/** chunks: of the replay file that this session plays; null where nobody plays one or somebody has taken over. */
+function replaying(chunks) {
+  now.replay = chunks ?? null;
+  $("showing").textContent = now.replay ? "Replay of" : "Showing";
+}
+
+/** The last frame of a replay is on the screen; the server has paused and waits. */
+function replayed() {
+  showPaused(true, "The replay is over; Resume goes on from here");
+  player.freeze();
+  say("The replay is over. Resume goes on from here.");
+}
+
+function showPaused(isPaused, words = "Paused") {
   now.isPaused = isPaused;
   $("pause").setAttribute("aria-pressed", String(isPaused));
   $("pause").textContent = isPaused ? "Resume" : "Pause";
-  if (isPaused) overlay("Paused");
+  if (isPaused) overlay(words);
   player.fresh();
 }
 
 function enable(isOn) {
   for (const id of ["pause", "step", "restart", "send", "end"]) $(id).disabled = !isOn;
   for (const id of ["seed-form", "steps-form", "fps-form"]) $(id).querySelector("button").disabled = !isOn;
-  $("image").disabled = !isOn;
+  $("image").disabled = !(isOn && now.model?.takes_picture);
+  $("without").disabled = $("replay").disabled = $("link").disabled = !isOn;
 }
 
 // --------------------------------------------------------------------------------------------------------- commands
@@ -336,16 +356,17 @@ async function restart() {
 async function sendPrompt(event) {
   event?.preventDefault();
   const text = $("prompt").value.trim();
-  const values = { text, mode: $("mode").value };
-  if (values.mode === "fade") values.chunks = Number($("fade").value) || 1;
+  const mode = $("mode").value;
+  const values = mode === "restart" ? { prompt: text } : { text, mode };
+  if (mode === "fade") values.chunks = Number($("fade").value) || 1;
   try {
     if (!text) throw new Problem("Write what the video should show.");
-    await command("prompt", values);
+    await command(mode === "restart" ? "restart" : "prompt", values);
     promptError("");
     past.add(text);
-    say("The prompt changes at the next chunk.");
+    say(mode === "restart" ? "Starting again with this prompt." : "The prompt changes at the next chunk.");
   } catch (problem) {
-    promptError(problem.message);
+    promptError(problem.message.replace(/; allowed words are .*/, "; the words it knows are below")); // to be pressed
   }
 }
 
@@ -356,32 +377,12 @@ function promptError(text) {
   if (text) say(text);
 }
 
-/** A picture, made small before it travels: the server crops it to the video's shape. */
-async function startFrom(file) {
-  tell("");
-  try {
-    const picture = await createImageBitmap(file);
-    const most = 2 * Math.max($("video").width, $("video").height);
-    const scale = Math.min(1, most / Math.min(picture.width, picture.height));
-    const small = document.createElement("canvas");
-    small.width = Math.max(1, Math.round(picture.width * scale));
-    small.height = Math.max(1, Math.round(picture.height * scale));
-    small.getContext("2d").drawImage(picture, 0, 0, small.width, small.height);
-    picture.close();
-    await command("image", { image: small.toDataURL("image/png").split(",")[1] });
-    say("The video starts again from your picture.");
-  } catch (problem) {
-    tell(problem instanceof Problem ? problem.message : "This file is not a picture that the browser can read.");
-  }
-  $("image").value = "";
-}
-
 // ----------------------------------------------------------------------------------------------- beginning and ending
 
 function record() { return toggleRecording(recorder); }
 
 function share() {
-  const values = { prompt: $("playing").textContent || options().prompt, seed: $("seed").value };
+  const values = { prompt: $("playing").textContent || $("prompt").value, seed: $("seed").value };
   if ($("fps").value) values.fps = $("fps").value;
   return copyLink(values);
 }
@@ -404,6 +405,31 @@ async function newSession() {
   if (now.stream && !now.stream.isOver) await endSession();
   stored(() => sessionStorage, "session", null);
   await begin();
+}
+
+/** A session that shows what a replay file holds, in place of the one that plays. */
+async function openReplay(file) {
+  try {
+    const text = await readReplay(file);
+    if (now.stream && !now.stream.isOver) await endSession();
+    await begin(async () => {
+      const opened = await now.api.replay(text);
+      if (opened.notes.length) tell(`The replay may differ from what was recorded: ${opened.notes.join("; ")}.`);
+      return opened;
+    });
+  } catch (problem) {
+    tell(problem.message);
+  }
+}
+
+/** A file dropped anywhere on the page: a replay file or a first picture. */
+function drop(event) {
+  const [file] = event.dataTransfer?.files ?? [];
+  if (!file) return;
+  event.preventDefault();
+  if (/json/.test(file.type) || file.name.endsWith(".json")) openReplay(file);
+  else if ($("image").disabled) tell("There is no session that takes a picture.");
+  else picture.give(file);
 }
 
 // ------------------------------------------------------------------------------------------------------------ wiring
@@ -439,17 +465,27 @@ function wire() {
   if (hasVideoDecoder) $("format").append(new Option("H.264 video", "h264"));
   const buttons = {
     pause: togglePause, step, restart, record, full: fullScreen, replay: () => saveReplay(now.api, now.id), link: share,
-    again: newSession, end: endSession,
+    again: newSession, start: newSession, end: endSession,
   };
   for (const [id, act] of Object.entries(buttons)) $(id).addEventListener("click", act);
   if (!Recorder.type) Object.assign($("record"), { disabled: true, title: "This browser cannot record" });
   $("prompt-form").addEventListener("submit", sendPrompt);
-  $("mode").addEventListener("change", () => { $("fade-part").hidden = $("mode").value !== "fade"; });
+  const explain = () => {
+    $("fade-part").hidden = $("mode").value !== "fade";
+    $("mode-help").textContent = MODES[$("mode").value];
+  };
+  $("mode").addEventListener("change", explain);
+  explain();
   $("format").addEventListener("change", () => {
     player.fresh();
     now.stream?.change(query());
   });
-  $("image").addEventListener("change", () => { if ($("image").files[0]) startFrom($("image").files[0]); });
+  $("open").addEventListener("change", () => {
+    if ($("open").files[0]) openReplay($("open").files[0]);
+    $("open").value = "";
+  });
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", drop);
   onSubmit("seed-form", restart);
   const set = (name, unit) => order(name, { [name]: Number($(name).value) }, `${$(name).value} ${unit}`);
   onSubmit("steps-form", () => set("steps", "steps a chunk"));
@@ -471,7 +507,8 @@ if (link.has("seed")) $("seed").value = link.get("seed");
 enable(false);
 if (matchMedia("(prefers-reduced-motion: reduce)").matches) {
   connection("down", "Not started");
-  overlay("Not started, as this device asks for less motion. New session starts it.");
+  overlay("Not started, as this device asks for less motion.", true);
+  meet().catch(refused);
 } else {
   begin();
 }

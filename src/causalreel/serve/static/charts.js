@@ -28,6 +28,7 @@ export class Graph {
     const { canvas, values, line } = this;
     const ratio = window.devicePixelRatio || 1;
     const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
+    if (!wide || !high) return;
     Object.assign(canvas, { width: Math.round(wide * ratio), height: Math.round(high * ratio) });
     const brush = canvas.getContext("2d");
     brush.scale(ratio, ratio);
@@ -64,13 +65,15 @@ export class Graph {
 
 /** Thumbnails of what was shown, about one a second and one wherever the prompt changed. */
 export class Timeline {
-  constructor(list, reuse) {
-    Object.assign(this, { list, reuse });
+  constructor(list, empty, reuse) {
+    Object.assign(this, { list, empty, reuse });
     this.clear();
   }
 
   clear() {
     this.list.replaceChildren();
+    this.list.hidden = true;
+    this.empty.hidden = false;
     this.prompt = null;
     this.at_s = -Infinity;
   }
@@ -91,6 +94,8 @@ export class Timeline {
     item.append(small, time);
     if (isChange) item.append(this.mark(item, header.prompt, time));
     this.prompt = header.prompt;
+    this.list.hidden = false;
+    this.empty.hidden = true;
     const isAtEnd = this.list.scrollLeft + this.list.clientWidth > this.list.scrollWidth - 150;
     this.list.append(item);
     while (this.list.children.length > THUMBNAILS) this.list.firstElementChild.remove();

@@ -16,8 +16,14 @@ export function connection(kind, text) {
   $("connection").textContent = text;
 }
 
-/** Words over the picture. */
-export function overlay(text) { $("overlay").textContent = text; }
+/** Words over the picture; isOver: nothing plays, and a press begins a new session. */
+export function overlay(text, isOver = false) {
+  $("overlay").hidden = !text;
+  $("words-over").textContent = text;
+  $("start").hidden = !isOver;
+}
+
+export function round(number) { return Number.isFinite(number) ? String(Math.round(number * 100) / 100) : "?"; }
 
 /** Read a value, write one, or remove it (null). */
 export function stored(store, key, value) {

@@ -30,8 +30,9 @@ export class History {
   /** Put a text into the box, to be sent or changed. */
   show(text) {
     this.box.value = text;
+    this.box.dispatchEvent(new Event("input"));
     this.edited();
-    this.box.focus();
+    if (matchMedia("(pointer: fine)").matches) this.box.focus({ preventScroll: true }); // or a keyboard covers the video
   }
 
   draw() {

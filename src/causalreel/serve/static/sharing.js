@@ -1,14 +1,20 @@
 // What leaves the page: recordings, replay files, links.
 
 import { $, save, say, stamp, tell } from "./page.js";
+import { Problem } from "./wire.js";
 
-/** The canvas -> a file, by the first container that the browser can write. */
+const MOST_BYTES = 12e6; // of a replay file, as the server has it
+
+const LARGEST = 1920 * 1088; // pixels of a recording: H.264's level 4
+
+/** The video -> a file, in the size in which it is shown, by the first container that the browser can write. */
 export class Recorder {
-  static types = ["video/mp4;codecs=avc1.42E01E", "video/mp4", "video/webm;codecs=vp9", "video/webm"];
+  static types = ["video/mp4;codecs=avc1.42E028", "video/mp4", "video/webm;codecs=vp9", "video/webm"];
 
-  constructor(canvas) {
-    this.canvas = canvas;
+  constructor(video) {
+    this.video = video;
     this.recorder = null;
+    video.addEventListener("frame", () => this.draw());
   }
 
   get isOn() { return this.recorder !== null; }
@@ -20,7 +26,10 @@ export class Recorder {
 
   start() {
     const parts = [];
-    const stream = this.canvas.captureStream();
+    this.sheet = document.createElement("canvas");
+    Object.assign(this.sheet, shownSize(this.video));
+    this.draw();
+    const stream = this.sheet.captureStream();
     const recorder = new MediaRecorder(stream, { mimeType: Recorder.type, videoBitsPerSecond: 8e6 });
     recorder.ondataavailable = ({ data }) => { if (data.size) parts.push(data); };
     this.done = new Promise((resolve) => {
@@ -33,12 +42,28 @@ export class Recorder {
     this.recorder = recorder;
   }
 
+  /** Every pixel of the video becomes a square of pixels. */
+  draw() {
+    if (!this.sheet) return;
+    const brush = this.sheet.getContext("2d", { alpha: false });
+    brush.imageSmoothingEnabled = false;
+    brush.drawImage(this.video, 0, 0, this.sheet.width, this.sheet.height);
+  }
+
   /** -> the recording as a Blob */
   stop() {
     this.recorder.stop();
-    this.recorder = null;
+    this.recorder = this.sheet = null;
     return this.done;
   }
+}
+
+/** The multiple of the video's size that comes nearest to how large it is on the screen; even, as encoders want it. */
+function shownSize({ width, height, clientWidth }) {
+  const wanted = Math.round((clientWidth * (window.devicePixelRatio || 1)) / width);
+  const times = Math.max(1, Math.min(wanted, Math.floor(Math.sqrt(LARGEST / (width * height)))));
+  const even = (side) => side + (side % 2);
+  return { width: even(width * times), height: even(height * times) };
 }
 
 /** Record what is shown, or stop and save it. */
@@ -73,6 +98,20 @@ export async function saveReplay(api, id) {
   } catch (problem) {
     if (problem.name !== "AbortError") tell(problem.message);
   }
+}
+
+/** A chosen or dropped replay file -> its text; a Problem for what cannot be one. */
+export async function readReplay(file) {
+  if (file.size > MOST_BYTES) throw new Problem(`${file.name} has more than ${MOST_BYTES / 1e6} MB: it is no replay file.`);
+  const text = await file.text();
+  let format = null;
+  try {
+    format = JSON.parse(text)?.format;
+  } catch {
+    // not JSON: no format
+  }
+  if (typeof format === "string" && format.startsWith("causalreel-session/")) return text;
+  throw new Problem(`${file.name} is not a replay file: those are saved by this page or by causalreel stream --record.`);
 }
 
 /** A link to this page that begins with these values. */

@@ -23,10 +23,11 @@ export class Api {
     const headers = { Accept: "application/json" };
     if (this.token) headers.Authorization = `Bearer ${this.token}`;
     if (body !== undefined) headers["Content-Type"] = "application/json";
+    const content = typeof body === "string" || body === undefined ? body : JSON.stringify(body);
     let answer;
     try {
       answer = await fetch(new URL(path, this.base), {
-        method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store",
+        method, headers, body: content, cache: "no-store",
       });
     } catch {
       throw new Problem("The server cannot be reached.");
@@ -45,6 +46,8 @@ export class Api {
     return value;
   }
 
+  model() { return this.call("GET", "model"); }
+  replay(text) { return this.call("POST", "sessions/replay", text); }
   create(options) { return this.call("POST", "sessions", options); }
   look(id) { return this.call("GET", `sessions/${encodeURIComponent(id)}`); }
   end(id) { return this.call("DELETE", `sessions/${encodeURIComponent(id)}`); }

@@ -59,7 +59,9 @@ export class Words {
       this.buttons.push({ chip, slot, word });
       return chip;
     });
-    row.append(name, ...chips);
+    const all = document.createElement("div");
+    all.append(...chips);
+    row.append(name, all);
     return row;
   }
 

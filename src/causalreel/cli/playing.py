@@ -1,0 +1,302 @@
+"""`causalreel stream` and `causalreel replay`: live videos without a server, and recorded ones made again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from causalreel.cli.flags import ModelFlags, at_least, ending, pixel_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from causalreel.infer.models import Profile
+    from causalreel.serve.play import Timed
+    from causalreel.serve.records import Record
+    from causalreel.serve.session import Emitted, Session
+
+MOST_FRAMES = 1 << 40
+"""Of a video that has an end."""
+
+# -------------------------------------------------------------------------------------------------------------- stream
+
+
+@dataclass(frozen=True)
+class Stream(ModelFlags):
+    """Play an endless video whose prompt changes on the way, in a window or into a file or pipe.
+
+    Without -o it plays in a window (space pauses, r restarts, q closes). With --stdin a typed line is the next prompt;
+    /switch, /recompute or /fade and a prompt say how. /pause, /resume, /close, /step N, /restart SEED, /steps N and
+    /fps N are the other commands.
+    """
+
+    prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = "a large red circle moves right"
+    """What to show first."""
+    seed: int = 0
+    """Of the noise, and of what a prompt leaves open."""
+    fps: float | None = None
+    """Pixel frames per second; default: the model's."""
+    frames: int | None = None
+    """Pixel frames to make; default: no end."""
+    seconds: float | None = None
+    """The same in seconds."""
+    image: Path | None = None
+    """Picture that the video starts with."""
+    policy: Literal["renew", "slide"] | None = None
+    """How it goes on for ever: segments of the trained length, or a window that slides; default: the model's."""
+    script: Path | None = None
+    """Timed commands, a line each: "12.5 a blue square moves left", or JSON with time and command; checked as a whole
+    before the model is loaded."""
+    stdin: bool = False
+    """Take commands typed while it plays."""
+    output: Annotated[str | None, arg(aliases=["-o"])] = None
+    """Video file (.mp4, .mkv, .mov, .webm, .gif), or - for standard output."""
+    pipe: Literal["rgb24", "y4m", "mp4"] = "mp4"
+    """What goes to standard output: bare pixels, YUV4MPEG2 or fragmented mp4."""
+    realtime: bool = False
+    """Write no faster than it is played."""
+    record: Path | None = None
+    """Also write a replay file (.json), from which `causalreel replay` makes the same video."""
+
+
+def stream(args: Stream) -> int:
+    from causalreel.infer.inputs import read_picture
+    from causalreel.serve.memory import steady_heap
+    from causalreel.serve.play import Typed, Window, play
+    from causalreel.serve.session import Options, Session
+
+    with ending(), contextlib.ExitStack() as stack:
+        _check_stream(args)
+        window = None if args.output is not None else stack.enter_context(Window())  # none here: said before the work
+        profile = args.profile()
+        image = None if args.image is None else read_picture(args.image, profile.size)[0]
+        script = _check_words(args, profile, image)
+        frames = _frames(args.frames, args.seconds, "--seconds", args.fps or profile.export.fps)
+        pipeline = args.load()
+        steady_heap()
+        options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image)
+        session = Session(pipeline, options, policy=args.policy)
+        typed = Typed(sys.stdin) if args.stdin else None
+        how: dict[str, Any] = {"script": script, "typed": typed, "realtime": args.realtime}
+        stack.enter_context(_recording(session, args.record))
+        if window is None:
+            _write(args.output, play(session, frames=frames, say=_say, **how), session, frames, args.pipe)
+        else:
+            window.begin(session, scale=pixel_scale(pipeline))
+            for made in play(session, frames=frames, say=_say, idle=window.idle, **how):
+                window.show(made)
+    return 0
+
+
+def _check_stream(args: Stream) -> None:
+    """What can be refused without knowing the model."""
+    from causalreel.data.video import OUTPUT_SUFFIXES, check_target
+    from causalreel.serve.commands import LEAST_FPS, MOST_FPS, MOST_SEED, MOST_STEPS, integer, number, text
+
+    if args.frames is not None and args.seconds is not None:
+        raise ValueError("--frames and --seconds exclude each other")
+    if args.output not in (None, "-"):
+        check_target(args.output, OUTPUT_SUFFIXES)
+        if args.frames is None and args.seconds is None and not args.stdin:
+            raise ValueError("a file needs an end: --frames, --seconds, or --stdin and /close")
+    if args.record is not None:
+        check_target(args.record, (".json",))
+    text("the prompt", args.prompt)
+    integer("--seed", args.seed, 0, MOST_SEED)
+    if args.steps is not None:
+        integer("--steps", args.steps, 1, MOST_STEPS)
+    if args.fps is not None:
+        number("--fps", args.fps, LEAST_FPS, MOST_FPS)
+
+
+def _check_words(args: Stream, profile: Profile, image: Tensor | None) -> list[Timed]:
+    """The script, when it, the prompts and the policy are known to be what the model takes."""
+    from causalreel.infer.live import Policy, understand
+    from causalreel.serve.play import read_script
+
+    Policy.of(profile.export, profile.sampling, args.policy)
+    understand(profile.export, [args.prompt], image)
+    script = [] if args.script is None else read_script(args.script, profile)
+    if image is not None or any(timed.arguments.get("image") is not None for timed in script):
+        _check_pictures(profile)
+    waits = args.stdin or args.output is None
+    for index, timed in enumerate(script):
+        if timed.name == "pause" and not waits and not _goes_on(script[index + 1 :]):
+            raise ValueError(f"{args.script}: it pauses the video at {timed.time_s:g} s, and nothing resumes it")
+    return script
+
+
+def _goes_on(later: Sequence[Timed]) -> bool:
+    return any(timed.name in ("resume", "step", "close") for timed in later)
+
+
+def _check_pictures(profile: Profile) -> None:
+    if profile.sampling.chunk != 1:
+        raise ValueError(
+            f"a picture to begin with needs a frame-wise model (chunk 1); {profile.export.name} has chunk "
+            f"{profile.sampling.chunk}"
+        )
+
+
+def _frames(frames: int | None, seconds: float | None, name: str, fps: float) -> int | None:
+    """How many pixel frames are asked for, by either way of asking."""
+    if frames is not None:
+        at_least(1, frames=frames)
+    if seconds is None:
+        return frames
+    if not 0 < seconds <= MOST_FRAMES / fps:
+        raise ValueError(f"{name} must be a number above 0, at most {MOST_FRAMES / fps:.0f}; got {seconds:g}")
+    return max(1, round(seconds * fps))
+
+
+@contextlib.contextmanager
+def _recording(session: Session, path: Path | None) -> Iterator[None]:
+    """Write the session's record at the end. What was there before is replaced only by a run that was not cut short: an
+    interrupted one then writes beside it."""
+    try:
+        yield
+    except BaseException:
+        if path is not None and session.frames:
+            aside = path.with_name(f"{path.stem}.interrupted.json") if path.exists() else path
+            with contextlib.suppress(OSError):  # the reason why it ends is the one to tell
+                _write_record(session, aside)
+                _say(f"the record of what was played is in {aside}")
+        raise
+    if path is not None:
+        _write_record(session, path)
+
+
+def _write_record(session: Session, path: Path) -> None:
+    from causalreel.files import write_text
+
+    write_text(path, json.dumps(session.record(), indent=1))
+
+
+# -------------------------------------------------------------------------------------------------------------- replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(ModelFlags):
+    """Make the video of a replay file again: one that the live page saved, or `causalreel stream --record`.
+
+    With the same model, version and device its frames are those that were shown, bit for bit; what differs is said.
+    """
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """Replay file (.json)."""
+    model: str = ""
+    """Model that makes it; default: the one that it was recorded with."""
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("out.mp4")
+    """Video file (.mp4, .mkv, .mov, .webm, .gif)."""
+    frames: int | None = None
+    """Pixel frames to make; default: all."""
+    until: float | None = None
+    """The same in seconds."""
+
+
+def replay(args: Replay) -> int:
+    from causalreel.data.video import OUTPUT_SUFFIXES, check_target
+    from causalreel.serve.memory import steady_heap
+    from causalreel.serve.play import play
+    from causalreel.serve.records import read_record
+    from causalreel.serve.session import Session
+
+    if args.frames is not None and args.until is not None:
+        raise ValueError("--frames and --until exclude each other")
+    if args.steps is not None or args.chunk is not None:
+        raise ValueError("--steps and --chunk are what the replay file says; leave them out")
+    record = read_record(args.file)
+    if record.chunks == 0:
+        raise ValueError(f"{args.file} was saved before anything was shown: there is nothing to replay")
+    check_target(args.output, OUTPUT_SUFFIXES)
+    flags = dataclasses.replace(args, model=args.model or record.model)
+    profile = _recorded_profile(flags, record)
+    fps = record.options.get("fps") or profile.export.fps
+    frames = _frames(args.frames, args.until, "--until", fps)
+    with ending():
+        pipeline = flags.load()
+        steady_heap()
+        session = Session.of(pipeline, record)
+        if differences := record.differences(pipeline):
+            _say(f"the frames may differ from those recorded: {'; '.join(differences)}")
+        most = 1 + profile.factor * (session.sampling.chunk or 1) * record.chunks  # restarts begin with fewer
+        chunks = play(session, frames=frames) if frames is not None else session.replayed()
+        chunks = (made for made in chunks if made.sequence < record.chunks)
+        _write(str(args.output), chunks, session, min(frames or most, most))
+    return 0
+
+
+def _recorded_profile(flags: Replay, record: Record) -> Profile:
+    """What is known of the model that replays the record; ValueError that names the file if it cannot."""
+    from causalreel.infer.live import Policy, understand
+    from causalreel.infer.schedule import adapt
+
+    try:
+        profile = flags.profile()
+    except ValueError as error:
+        if flags.model != record.model:
+            raise
+        raise ValueError(f"{flags.file} was recorded with {record.model[:80]!r}; give --model: {error}") from None
+    try:
+        wanted = {key: record.options.get(key) for key in ("steps", "chunk")}
+        profile = dataclasses.replace(profile, sampling=adapt(profile.sampling, **wanted))
+        record.fits(profile.size)
+        if record.pictures:
+            _check_pictures(profile)
+        understand(profile.export, record.prompts)
+        Policy.of(profile.export, profile.sampling, record.policy)
+    except ValueError as error:
+        raise ValueError(f"{flags.file}: {error}") from None
+    return profile
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+PROGRESS_S = 10.0
+"""Where there is no terminal, progress is a line every so often."""
+
+
+def _write(
+    output: str | None, chunks: Iterator[Emitted], session: Session, frames: int | None, form: Any = "mp4"
+) -> None:
+    from causalreel.serve.frames import pipe, write_mp4
+
+    start = time.perf_counter()
+    pictures = _watched(chunks, frames)
+    if output is None or output == "-":
+        count = pipe(sys.stdout.buffer, pictures, session.fps, form)
+    else:
+        count = write_mp4(output, pictures, session.fps, scale=pixel_scale(session.pipeline))
+    total = time.perf_counter() - start
+    _say(f"{count} frames in {total:.2f} s, {count / total:.1f} frames/s")
+
+
+def _watched(chunks: Iterator[Emitted], frames: int | None) -> Iterator[Tensor]:
+    """The chunks' frames (t,H,W,3), with how far they are told: on a terminal in a line that changes."""
+    is_terminal, said, count = sys.stderr.isatty(), time.perf_counter(), 0
+    try:
+        for made in chunks:
+            count += len(made.frames)
+            text = f"{count} frames" if frames is None else f"{count} of {frames} frames"
+            if is_terminal:
+                print(f"\r{text}", end="", file=sys.stderr, flush=True)
+            elif time.perf_counter() - said >= PROGRESS_S:
+                said = time.perf_counter()
+                _say(text)
+            yield made.frames
+    finally:
+        if is_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _say(line: str) -> None:
+    print(f"causalreel: {line}", file=sys.stderr, flush=True)

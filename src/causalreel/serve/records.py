@@ -1,0 +1,252 @@
+"""Records of sessions, which make the same video again: written as JSON, read with limits, checked before any model.
+
+A record holds how a session began, the pictures it was given and its commands with the chunk at which each took effect.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import Tensor
+
+from causalreel import __version__
+from causalreel.infer.live import PolicyKind
+from causalreel.serve.commands import LEAST_FPS, MOST_FPS, MOST_SEED, MOST_STEPS, check, integer, number, text
+
+if TYPE_CHECKING:
+    from causalreel.infer.pipeline import Pipeline
+
+FORMAT = "causalreel-session/1"
+MAX_COMMANDS = 10_000
+"""Commands that a session keeps, for its record; superseded ones do not count, and `ALWAYS` are taken beyond them."""
+MAX_PICTURES = 64
+"""Pictures among them."""
+MOST_CHUNKS = 1 << 27
+"""A year of chunks."""
+MOST_BYTES = 256 << 20
+"""Of a file."""
+MOST_VALUES = 200_000
+"""Of its JSON, with room for punctuation in prompts: they are parsed in a few hundredths of a second."""
+MOST_PIXELS = 1 << 26
+"""Of all its pictures together."""
+
+KEYS = {"format", "model", "policy", "options", "commands", "chunks"}
+MADE_BY = ("version", "torch", "device", "size", "weights")
+"""What else the frames depend on; files of earlier versions leave it out."""
+OPTIONS = ("prompt", "seed", "steps", "chunk", "fps", "image")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A command and the chunk before which it took effect."""
+
+    at: int
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record that has been checked; pictures are (H,W,3) uint8."""
+
+    model: str
+    policy: PolicyKind
+    options: dict[str, Any]
+    """The fields of `session.Options`."""
+    commands: tuple[Recorded, ...]
+    chunks: int
+    made_by: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> list[Tensor]:
+        given = [self.options.get("image"), *(one.arguments.get("image") for one in self.commands)]
+        return [picture for picture in given if picture is not None]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt in it once, in order."""
+        told = [one.arguments.get("text") or one.arguments.get("prompt") for one in self.commands]
+        return list(dict.fromkeys([self.options["prompt"], *filter(None, told)]))
+
+    def fits(self, size: tuple[int, int]) -> None:
+        """ValueError unless its pictures are of the video's size (height, width)."""
+        for picture in self.pictures:
+            if tuple(picture.shape[:2]) != size:
+                found = f"{picture.shape[1]}x{picture.shape[0]}"
+                raise ValueError(f"the record's pictures are {found} pixels, the model's videos {size[1]}x{size[0]}")
+
+    def differences(self, pipeline: Pipeline) -> list[str]:
+        """Why the frames may differ from those recorded, each in a few words."""
+        here = {"model": pipeline.export.name, **made_by(pipeline)}
+        recorded = {"model": self.model, **self.made_by}
+        named = {key: recorded[key] for key in here if key in recorded and recorded[key] != here[key]}
+        words = {"weights": "the weights are others"}
+        return [words.get(key, f"{key} was {was[:60]}, is {here[key]}") for key, was in named.items()]
+
+
+def made_by(pipeline: Pipeline) -> dict[str, str]:
+    """What the frames depend on besides the record."""
+    is_cuda = pipeline.device.type == "cuda"
+    device = torch.cuda.get_device_name(pipeline.device) if is_cuda else pipeline.device.type
+    size = f"{pipeline.size[1]}x{pipeline.size[0]}"
+    known = {"version": __version__, "torch": torch.__version__, "device": device, "size": size}
+    weights = fingerprint(pipeline.denoiser)
+    return known if weights is None else {**known, "weights": weights}
+
+
+def fingerprint(network: torch.nn.Module) -> str | None:
+    """A name for the weights: a hash of some values of each tensor, as bfloat16, which every type holds alike.
+
+    None where they are kept in another form, such as fp8.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point() or tensor.element_size() < 2:
+            return None
+        values = tensor.detach().flatten()
+        sample = values[:: max(1, len(values) // 16)][:16].to("cpu", torch.bfloat16)
+        found.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_record(path: str | Path) -> Record:
+    """A replay file, checked as a whole; ValueError names the file and what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no replay file at {path}")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES >> 20} MiB: it is no replay file")
+    try:
+        return parse_record(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_record(data: bytes) -> Record:
+    """JSON in UTF-8 -> a record; ValueError."""
+    if sum(data.count(mark) for mark in b"[{,:") > MOST_VALUES:
+        raise ValueError(f"it holds more than {MOST_VALUES} values: it is no replay file")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("it is not a text file in UTF-8, and so no replay file") from None
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON, and so no replay file") from None
+    return checked_record(value)
+
+
+def checked_record(value: Any) -> Record:
+    """The JSON value of a record -> a record; ValueError says what is wrong with it."""
+    form = value.get("format") if isinstance(value, dict) else None
+    if form != FORMAT:
+        raise ValueError(f"a record must have the format {FORMAT}, got {form!r:.80}")
+    _keys("the record", value, needed=KEYS, allowed=KEYS | set(MADE_BY))
+    if value["policy"] not in get_args(PolicyKind):
+        raise ValueError(f"policy must be one of {', '.join(get_args(PolicyKind))}, got {value['policy']!r:.80}")
+    chunks = integer("chunks", value["chunks"], 0, MOST_CHUNKS)
+    pixels = _Pixels()
+    return Record(
+        text("model", value["model"]),
+        value["policy"],
+        _options(value["options"], pixels),
+        _commands(value["commands"], chunks, pixels),
+        chunks,
+        {key: text(key, value[key]) for key in MADE_BY if key in value},
+    )
+
+
+def _options(value: Any, pixels: _Pixels) -> dict[str, Any]:
+    _keys("options", value, needed={"prompt"}, allowed=set(OPTIONS))
+    checks: dict[str, Callable[[Any], Any]] = {
+        "prompt": lambda given: text("prompt", given),
+        "seed": lambda given: integer("seed", given, 0, MOST_SEED),
+        "steps": lambda given: integer("steps", given, 1, MOST_STEPS),
+        "chunk": lambda given: integer("chunk", given, 1, 1 << 16),
+        "fps": lambda given: number("fps", given, LEAST_FPS, MOST_FPS),
+        "image": pixels.unpack,
+    }
+    return {key: checks[key](given) for key, given in value.items() if given is not None or key == "prompt"}
+
+
+def _commands(value: Any, chunks: int, pixels: _Pixels) -> tuple[Recorded, ...]:
+    if not isinstance(value, list) or len(value) > MAX_COMMANDS:
+        raise ValueError(f"commands must be a list of at most {MAX_COMMANDS}")
+    found: list[Recorded] = []
+    for index, entry in enumerate(value):
+        try:
+            _keys("it", entry, needed={"at", "name", "arguments"}, allowed={"at", "name", "arguments", "number"})
+            at = integer("at", entry["at"], found[-1].at if found else 0, chunks)
+            arguments = entry["arguments"]
+            if not isinstance(arguments, dict):
+                raise ValueError(f"arguments must be an object, got {arguments!r:.80}")
+            arguments = check(entry["name"], arguments)
+            if arguments.get("image") is not None:
+                arguments["image"] = pixels.unpack(arguments["image"])
+            if entry["name"] == "close" and at < chunks:
+                raise ValueError(f"it closes the session at chunk {at} of {chunks}")
+        except ValueError as error:
+            raise ValueError(f"command {index + 1}: {error}") from None
+        found.append(Recorded(at, entry["name"], arguments))
+    return tuple(found)
+
+
+def _keys(what: str, value: Any, *, needed: set[str], allowed: set[str]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be an object, got {value!r:.80}")
+    if missing := sorted(needed - value.keys()):
+        raise ValueError(f"{what} is not complete: {missing[0]} is missing")
+    if unknown := sorted(value.keys() - allowed):
+        raise ValueError(f"{what} holds {unknown[0]!r:.80}, which is not known; there are {', '.join(sorted(allowed))}")
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+class _Pixels:
+    """Unpacks the pictures of one record, which are few and not large."""
+
+    def __init__(self) -> None:
+        self.pictures = self.pixels = 0
+
+    def unpack(self, packed: Any) -> Tensor:
+        """-> (H,W,3) uint8"""
+        _keys("a picture", packed, needed={"height", "width", "zlib"}, allowed={"height", "width", "zlib"})
+        height, width = (integer(side, packed[side], 1, 1 << 14) for side in ("height", "width"))
+        self.pictures, self.pixels = self.pictures + 1, self.pixels + height * width
+        if self.pictures > MAX_PICTURES + 1 or self.pixels > MOST_PIXELS:
+            raise ValueError(f"a record holds at most {MAX_PICTURES + 1} pictures of {MOST_PIXELS} pixels together")
+        size = height * width * 3
+        try:
+            data = zlib.decompressobj().decompress(base64.b64decode(packed["zlib"], validate=True), size)
+        except (ValueError, TypeError, zlib.error) as error:
+            raise ValueError(f"the record's picture cannot be read: {error}") from None
+        if len(data) != size:
+            raise ValueError(f"the record's picture must have {size} bytes, got {len(data)}")
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3)
+
+
+def pack(picture: Tensor) -> dict[str, Any]:
+    """(H,W,3) uint8 -> JSON"""
+    data = base64.b64encode(zlib.compress(picture.contiguous().numpy().tobytes())).decode()
+    return {"height": picture.shape[0], "width": picture.shape[1], "zlib": data}
+
+
+def packed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A command's arguments as JSON takes them."""
+    return {key: pack(value) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+
+
+def pixels(picture: Tensor) -> Tensor:
+    """(H,W,3) uint8 -> (3,H,W) float32 in [-1,1]."""
+    return picture.permute(2, 0, 1).float() / 127.5 - 1
