@@ -163,7 +163,9 @@ def test_the_page_lists_them_all() -> None:
         assert f"`{model.files[0].path}`" in rows[name], name
         inside = {"generator": "| raw |", "generator_ema": "| averaged |", None: "|"}[model.which]
         assert inside in rows[name], name
-        assert str(model.sampling.multistep or len(model.sampling.steps)) in rows[name] or model.rollout == "rolling"
+        assert (
+            str(model.sampling.multistep or len(model.sampling.steps)) in rows[name] or model.sampling.plan == "rolling"
+        )
     assert {name for name in rows if name.startswith("causal-forcing/")} <= {*MODELS}
 
 

@@ -111,7 +111,7 @@ def measure(pipeline: Pipeline, prompts: Sequence[str], *, frames: int | None = 
     alone = statistics.median(_latents(pipeline, prompts, frames, wait) for _ in range(runs))
     pixels = len(prompts) * (1 + pipeline.codec.temporal_factor * (plan.frames - 1))
     gaps = [[b - a for a, b in pairwise(run.times)] or run.times for run in stepped]
-    fill = 1.0 if plan.context.window is None else min(1.0, plan.frames / plan.context.window)
+    fill = (plan.context.span(plan.frames) or 0) / (plan.context.window or plan.frames)
     return Speed(
         first_frame_latency_s=statistics.median(run.times[0] - run.text for run in flowing),
         first_frame_latency_with_text_s=statistics.median(run.times[0] for run in flowing),
@@ -200,7 +200,7 @@ def operations(call: Call, config: ModelConfig, tokens: int, context: Context) -
     visible, end = 0, call.start
     for size in call.sizes:
         end += size
-        seen = end if context.window is None else min(end, context.window)
+        seen = context.span(end) or 0
         visible += size * tokens * seen * tokens
     attention = 4 * config.dim * config.layers * (visible + queries * config.text_length)
     return 2 * queries * weights + attention

@@ -127,7 +127,7 @@ class Request:
     @property
     def window(self) -> int:
         """Latent frames that the last chunk sees, its own included."""
-        return min(size for size in (self.context.window, self.frames) if size is not None)
+        return self.context.span(self.frames) or 0
 
     @property
     def fresh(self) -> int:

@@ -42,12 +42,17 @@ POSITIONS = 1024
 """Positions of frames that sliding may reach before it begins again at 0: as many as the released code has tables."""
 
 
+ENDLESS = 1 << 40
+"""Length of a segment whose positions do not grow: longer than anybody looks."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """How an endless stream is cut into segments; lengths in latent frames, multiples of the chunk.
 
     renew: a segment ends at the length of a training clip, so that no position is larger than in training.
-    slide: a window of a training clip's length moves on at absolute positions, as in the released code.
+    slide: a window of a training clip's length moves on at absolute positions, as in the released code; or for ever,
+    where the context policy re-indexes positions.
     """
 
     kind: PolicyKind
@@ -75,10 +80,9 @@ class Policy:
             raise ValueError(f"keep must be a multiple of {chunk}, from {chunk} to {trained - chunk}; got {keep}")
         if kind == "renew":
             return Policy(kind, trained, keep, export.context)
-        context = export.context
-        if context.window is None:
-            context = Context(window=trained, sink=context.sink)
-        return Policy(kind, max(POSITIONS, trained) // chunk * chunk, keep, context)
+        context = export.context.bounded(trained)
+        length = POSITIONS if context.last_position is None else ENDLESS
+        return Policy(kind, max(length, trained) // chunk * chunk, keep, context)
 
 
 class Live:

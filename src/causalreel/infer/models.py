@@ -19,7 +19,6 @@ from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import Choices, load_released
 from causalreel.infer.schedule import Schedule, adapt, schedule
-from causalreel.nn.masks import Context
 from causalreel.nn.presets import PRESETS, ModelConfig
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.weights import export as exports
@@ -197,9 +196,9 @@ def request_for(
         own = read_codec(codec_file(find(model, steps=steps, chunk=chunk), export.codec)).codec
         asked |= {"decoder": decoder if decoder == "none" else own, "text_encoder": "none"}
         asked["dtype"] = "float32" if options.get("form") == "eager" else "bfloat16"  # as weights are left, or made
-    context = context if window is None else Context(window=window, sink=context.sink)
+    context = context if window is None else replace(context, window=window)
     if frames == 0:
-        context = context if context.window is not None else Context(window=export.frames, sink=context.sink)
+        context = context.bounded(export.frames)
         asked["frames"] = None
     else:
         plan = replace(known, export=replace(export, context=context)).schedule(frames)

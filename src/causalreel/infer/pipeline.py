@@ -198,13 +198,12 @@ class Pipeline:
         )
 
     def _new_cache(self, plan: Schedule, chunk: int, batch: int) -> Cache:
-        context, fast = plan.context, self.denoiser.run
-        is_long_prefix = context.window is not None and plan.prefix + chunk > context.window
-        if not isinstance(fast, FastDiT) or is_long_prefix:
-            return KVCache(self.export.model.layers, context)
-        latent = self.export.latent
+        fast, latent = self.denoiser.run, self.export.latent
+        if not isinstance(fast, FastDiT):
+            return KVCache(self.export.model.layers, plan.context)
         size = (latent.height, latent.width)
-        return fast.new_cache(context, chunk=chunk, frames=plan.frames, batch=batch, size=size)
+        how = {"chunk": chunk, "frames": plan.frames, "prefix": plan.prefix, "batch": batch}
+        return fast.new_cache(plan.context, size=size, **how)
 
     def _latent_frames(self, frames: int) -> int:
         """Pixel frames of a prefix -> its latent frames."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.nn.masks import Context
-from causalreel.rollout import Plan, chunk_sizes, chunked, fuse
+from causalreel.rollout import Plan, chunked, fuse
 from causalreel.solvers import unipc_sigmas
 from causalreel.weights.export import Sampling
 
@@ -23,13 +24,17 @@ class Schedule:
     prefix: int
     sampling: Sampling
     context: Context = Context()
-    """How much of the past a chunk sees."""
+    """The context policy."""
+
+    def __post_init__(self) -> None:
+        if self.sampling.plan != "chunked":
+            raise ValueError(f"the plan {self.sampling.plan!r} is not supported yet; there is chunked")
 
     def plan(self, *, fused: bool = True) -> Plan:
         """The calls of the rollout; `fused` says the same in fewer of them."""
         chunk = self.sampling.chunk or self.frames
         plan = chunked(
-            chunk_sizes(self.frames - self.prefix, chunk),
+            repeat(chunk, (self.frames - self.prefix) // chunk),
             noise_levels(self.sampling),
             first=first_noise_levels(self.sampling),
             prefix=[chunk] * (self.prefix // chunk),
@@ -115,9 +120,7 @@ def schedule(
         return Schedule(wanted, prefix, sampling, context)
     wanted = 1 + (frames - 1) // temporal_factor  # latent frames, rounded down
     if frames >= 1 and (frames - 1) % temporal_factor == 0 and wanted % unit == 0 and wanted > prefix:
-        if context.window is None and wanted > trained:
-            context = Context(window=trained, sink=context.sink)
-        return Schedule(wanted, prefix, sampling, context)
+        return Schedule(wanted, prefix, sampling, context.bounded(trained) if wanted > trained else context)
     below = max(wanted // unit * unit, prefix + unit)
     above = below + unit if 1 + temporal_factor * (below - 1) < frames else below
     nearest = " or ".join(str(1 + temporal_factor * (n - 1)) for n in dict.fromkeys((below, above)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from causalreel.flow import guide
 from causalreel.nn.dit import CallText, DiT, TextKeys
 from causalreel.nn.kv_cache import FrameCache, KVCache
-from causalreel.nn.masks import Context, Frame, frame_mask, frames_of
+from causalreel.nn.masks import Context, Frame, frames_of, reading
 from causalreel.nn.presets import ModelConfig
 from causalreel.types import Cache, Conditioning, Denoiser, ReplayCache
 
@@ -92,8 +92,7 @@ class DiTDenoiser(nn.Module):
                 torch.cat([clean.to(x.dtype), x], dim=1),
                 torch.cat([clean_sigma, sigma], dim=1),
                 self._checked(conditioning).twice(),
-                positions=tuple(range(frames)) * 2,
-                mask=frame_mask(both, both, self.context),
+                reading=reading(both, both, self.context),
                 outputs=frames,
                 backend=self.backend,
             ).float()
@@ -124,17 +123,16 @@ class DiTDenoiser(nn.Module):
         if len(queries) != x.shape[1]:
             raise ValueError(f"sizes must add up to the {x.shape[1]} frames of the call, got {len(queries)}")
         if cache is None:
-            mask = frame_mask(queries, queries, self.context)
+            read = reading(queries, queries, self.context)
         else:
             assert isinstance(cache, FrameCache)
-            mask = cache.begin(queries, x.shape[3] * x.shape[4] // self.config.patch**2)
+            read = cache.begin(queries, x.shape[3] * x.shape[4] // self.config.patch**2)
         with self._precision(x.device):
             return (self.run or self.model)(
                 x,
                 sigma,
                 self._checked(conditioning),
-                positions=tuple(frame.index for frame in queries),
-                mask=mask,
+                reading=read,
                 cache=cache,
                 backend=self.backend,
             ).float()

@@ -1,9 +1,9 @@
 """The diffusion transformer with Wan2.1's exact arithmetic and parameter names.
 
-One network for bidirectional, diffusion-forcing, teacher-forcing and cached use: they differ in the frame mask, the
-positions and the cache that are passed in. The noise level is per frame. It knows no batch of prompts, no schedule.
-A block is a module with a forward, and the network calls nothing else of it: what shards, recomputes or compiles a
-block goes around it, and what adapts a product goes around its linear layer (`nn.linear`).
+One network for bidirectional, diffusion-forcing, teacher-forcing and cached use: they differ in what frames read
+(`masks.Reading`) and in the cache that is passed in. The noise level is per frame. It knows no batch of prompts, no
+schedule. A block is a module with a forward, and the network calls nothing else of it: what shards, recomputes or
+compiles a block goes around it, and what adapts a product goes around its linear layer (`nn.linear`).
 Wan (arXiv 2503.20314), section 4; per-frame modulation as in CausVid (arXiv 2412.07772).
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from causalreel.nn.attention import attend
 from causalreel.nn.kv_cache import FrameCache
-from causalreel.nn.masks import FrameMask
+from causalreel.nn.masks import Reading
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rope_table, rotate
 from causalreel.types import Conditioning
@@ -140,23 +140,39 @@ class SelfAttention:
     cos: Tensor
     """(L,1,D/2), with `sin` the rotation of this process's tokens."""
     sin: Tensor
-    mask: FrameMask | None
-    """Over [visible cache, own frames]."""
+    reading: Reading
+    """Of [visible cache, own frames]."""
     cache: FrameCache | None
-    frames: int
-    """Of the call, `tokens` each."""
-    tokens: int
+    size: tuple[int, int]
+    """Rows and columns of a frame's tokens."""
     exchange: TokenExchange | None
     backend: str
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A block's q, k, v (B,L,N,D) of the call's tokens -> what its queries read (B,L,N,D)."""
+        """A block's q, k, v (B,L,N,D) of the call's tokens -> what its queries read (B,L,N,D).
+
+        q is rotated; k too, unless keys are stored before their rotation (`Reading.groups`).
+        """
+        frames, tokens = len(self.reading.positions), self.size[0] * self.size[1]
         if self.exchange is not None:
-            q, k, v = self.exchange.to_heads(q, k, v, self.frames)
+            q, k, v = self.exchange.to_heads(q, k, v, frames)
         if self.cache is not None:
             k, v = self.cache.extend(layer, k, v)
-        attended = attend(q, k, v, self.mask, self.tokens, backend=self.backend)
-        return attended if self.exchange is None else self.exchange.to_tokens(attended, self.frames)
+        if self.reading.groups:
+            attended = self._by_groups(q, k, v, tokens)
+        else:
+            attended = attend(q, k, v, self.reading.mask, tokens, backend=self.backend)
+        return attended if self.exchange is None else self.exchange.to_tokens(attended, frames)
+
+    def _by_groups(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+        """Every chunk over the keys it sees, rotated to where it sees them."""
+        parts = []
+        for group in self.reading.groups:
+            rows = q[:, group.rows[0] * tokens : group.rows[1] * tokens]
+            keys, values = (x.unflatten(1, (-1, tokens))[:, list(group.keys)].flatten(1, 2) for x in (k, v))
+            table = rope_table(group.positions, *self.size, q.shape[-1], q.device)
+            parts.append(attend(rows, rotate(keys, *table), values, None, tokens, backend=self.backend))
+        return torch.cat(parts, dim=1)
 
 
 def sinusoid(sigma: Tensor, width: int) -> Tensor:
@@ -216,15 +232,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: CallText, attention: SelfAttention) -> Tensor:
         """x (B,F,S,E), time (B,F,6,E) -> x (B,F,S,E)."""
-        attended = attention(self.layer, *self.before_attention(x, time, attention.cos, attention.sin))
+        attended = attention(
+            self.layer, *self.before_attention(x, time, attention.cos, attention.sin, not attention.reading.groups)
+        )
         return self.after_attention(x, attended, time, text.of_block(self.layer, self.cross_attn.key_value))
 
-    def before_attention(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B,F,S,E), time (B,F,6,E) -> rotated q and k, and v, all (B,F*S,N,D)."""
+    def before_attention(
+        self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, turns_keys: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B,F,S,E), time (B,F,6,E) -> rotated q, rotated k (if `turns_keys`), and v, all (B,F*S,N,D)."""
         shift, scale = (self.modulation + time).unbind(2)[:2]
         y = modulate(x, shift, scale, self.eps).flatten(1, 2)  # (B,L,E)
         k, v = self.self_attn.key_value(y)
-        return rotate(self.self_attn.query(y), cos, sin), rotate(k, cos, sin), v
+        return rotate(self.self_attn.query(y), cos, sin), rotate(k, cos, sin) if turns_keys else k, v
 
     def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: Sequence[TextRun]) -> Tensor:
         """x (B,F,S,E), attended (B,F*S,N,D) -> x (B,F,S,E)."""
@@ -319,16 +339,15 @@ class DiT(nn.Module):
         sigma: Tensor,
         conditioning: Conditioning,
         *,
-        positions: tuple[int, ...],
-        mask: FrameMask | None = None,
+        reading: Reading,
         cache: FrameCache | None = None,
         outputs: int | None = None,
         backend: str = "auto",
     ) -> Tensor:
         """x (B,F,C,H,W), sigma (B,F) or (B,1) -> velocity (B,F,C,H,W), of the last `outputs` frames only if given.
 
-        positions: absolute position of each frame. mask: over [visible cache, own frames]. The input must have height
-        and width that the patch divides.
+        reading: what the frames read of [visible cache, own frames]. The input must have height and width that the
+        patch divides.
         """
         patch = self.config.patch
         if x.shape[2] != self.config.channels or x.shape[3] % patch or x.shape[4] % patch:
@@ -337,13 +356,12 @@ class DiT(nn.Module):
                 f"got {tuple(x.shape[2:])}"
             )
         height, width = x.shape[3] // patch, x.shape[4] // patch
-        tokens, frames = height * width, x.shape[1]
-        self.check_fields(conditioning, frames)
-        text = CallText.of(conditioning, frames)
+        self.check_fields(conditioning, x.shape[1])
+        text = CallText.of(conditioning, x.shape[1])
         text.embed(self.embed_text, len(self.blocks))
         time, time6 = self.time_levels(sigma, conditioning.fields)
-        rotation = self.rotation(positions, height, width, x.device)
-        attention = SelfAttention(*rotation, mask, cache, frames, tokens, self.exchange, backend)
+        rotation = self.rotation(reading.positions, height, width, x.device)
+        attention = SelfAttention(*rotation, reading, cache, (height, width), self.exchange, backend)
         y = self.tokens(x, conditioning.fields)
         for block in self.blocks:
             y = block(y, time6, text, attention)

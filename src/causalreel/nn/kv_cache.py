@@ -1,7 +1,8 @@
 """Keys and values of finished frames. Denoiser calls read them; only `commit` writes, and it evicts by policy.
 
 Committed tensors are never changed in place and never carry gradient, so a cache can be copied by reference, replayed,
-and used alike in training and inference. Keys are stored after norm and rotation at absolute positions.
+and used alike in training and inference. Keys are stored after norm and, unless the context policy re-indexes
+positions, after rotation.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from causalreel.nn.masks import Context, Frame, FrameMask, frame_mask
+from causalreel.nn.masks import Context, Frame, Reading, finished, reading
 
 
 @runtime_checkable
 class FrameCache(Protocol):
     """What a network needs of a cache: announce a call, lend its context layer by layer, make it permanent."""
 
-    def begin(self, queries: tuple[Frame, ...], tokens: int) -> FrameMask | None:
-        """Announce a call over these frames, `tokens` each; -> its mask over [visible context, own frames]."""
+    def begin(self, queries: tuple[Frame, ...], tokens: int) -> Reading:
+        """Announce a call over these frames, `tokens` each; -> what they read of [visible context, own frames]."""
         ...
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Fresh k, v (B,L,N,D) of the announced call -> those of the whole mask, in its order."""
+        """Fresh k, v (B,L,N,D) of the announced call -> of all that the call reads, in the order of its `Reading`."""
         ...
 
     def commit(self, frames: int) -> None:
@@ -47,8 +48,8 @@ class KVCache:
         self._visible: list[slice] = []
         self._fresh: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def begin(self, queries: tuple[Frame, ...], tokens: int) -> FrameMask | None:
-        """Announce a call over these frames, `tokens` each; -> its mask over [visible context, own frames]."""
+    def begin(self, queries: tuple[Frame, ...], tokens: int) -> Reading:
+        """Announce a call over these frames, `tokens` each; -> what they read of [visible context, own frames]."""
         is_next = not self.frames or queries[0].chunk_start == self.frames[-1].chunk_end
         if queries[0].stream == 0 and not is_next:
             raise ValueError(
@@ -56,10 +57,9 @@ class KVCache:
                 f"but the cache ends at frame {self.frames[-1].chunk_end}"
             )
         self._call, self._tokens = queries, tokens
-        sink, oldest = self.context.sink, self.context.first_visible(queries[0].chunk_end)
-        kept = [i for i, frame in enumerate(self.frames) if frame.index < sink or frame.index >= oldest]
+        kept = self.context.visible(self.frames, queries[0].chunk_end)
         self._visible = [slice(a * tokens, (b + 1) * tokens) for a, b in _runs(kept)]
-        return frame_mask(queries, (*(self.frames[i] for i in kept), *queries), self.context)
+        return reading(queries, (*(self.frames[i] for i in kept), *queries), self.context)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Fresh k, v (B,L,N,D) of the announced call -> visible context with them behind it."""
@@ -76,11 +76,9 @@ class KVCache:
         """Make the first `frames` frames of the latest call permanent; drop what no later chunk can see."""
         if not 0 < frames <= len(self._call):
             raise ValueError(f"commit takes 1 to {len(self._call)} frames of the latest call, got {frames}")
-        everything = self.frames + self._call[:frames]
-        oldest = self.context.first_visible(everything[-1].chunk_end)
-        kept = [
-            i for i, f in enumerate(everything) if self.keep_all or f.index < self.context.sink or f.index >= oldest
-        ]
+        everything = self.frames + finished(self._call[:frames])
+        kept = self.context.visible(everything, everything[-1].chunk_end)
+        kept = list(range(len(everything))) if self.keep_all else kept
         spans = [slice(a * self._tokens, (b + 1) * self._tokens) for a, b in _runs(kept)]
         for layer, (k, v) in self._fresh.items():
             new = frames * self._tokens

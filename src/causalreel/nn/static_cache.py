@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from causalreel.nn.masks import Context, Frame, FrameMask, frame_mask
+from causalreel.nn.masks import Context, Frame, Reading, reading
 
 
 @dataclass(frozen=True)
-class Call:
+class Places:
     """Where a call reads and writes, in frames; equal ones can share a recording."""
 
     reads: tuple[int, int]
@@ -140,26 +140,29 @@ class StaticCache:
         if memory.frames != self.places(context, chunk, frames):
             raise ValueError(f"memory must have {self.places(context, chunk, frames)} frames, got {memory.frames}")
         self.context, self.chunk, self.memory, self.tokens = context, chunk, memory, memory.tokens
-        self.window = min(n for n in (context.window, frames) if n is not None)
+        self.window = context.span(frames) or 0
         self._front = memory.frames - self.window
         """Places for a chunk that leaves; none if the window never overflows."""
         self._away: tuple[Tensor, ...] | None = None
         """What `CacheMemory.save` has made, for the time in which another rollout uses the memory."""
         self.frames: tuple[Frame, ...] = ()
-        self.call: Call | None = None
+        self.call: Places | None = None
         self._queries: tuple[Frame, ...] = ()
         self._commits: dict[int, tuple[int, int] | None] = {}
 
     @staticmethod
     def places(context: Context, chunk: int, frames: int | None) -> int:
         """Latent frames that the memory must hold: a video that never fills the window needs no room to leave by."""
-        window = min(n for n in (context.window, frames) if n is not None)
+        window = context.span(frames)
+        assert window is not None
         return window if frames == window else window + chunk
 
     @staticmethod
-    def fits(context: Context, chunk: int, frames: int | None) -> bool:
-        """Whether such a rollout can use a static cache."""
-        window = min((n for n in (context.window, frames) if n is not None), default=0)
+    def fits(context: Context, chunk: int, frames: int | None, prefix: int = 0) -> bool:
+        """Whether such a rollout, behind so many given frames, can use a static cache."""
+        if context.window is not None and prefix + chunk > context.window:
+            return False  # the given frames are read in one call that does not fit
+        window = context.span(frames) or 0
         if context.window is None or (frames is not None and frames <= context.window):
             return window >= chunk and window % chunk == 0
         ring = window - context.sink - chunk
@@ -167,7 +170,7 @@ class StaticCache:
 
     # ---- what a network asks ----
 
-    def begin(self, queries: tuple[Frame, ...], tokens: int) -> FrameMask | None:
+    def begin(self, queries: tuple[Frame, ...], tokens: int) -> Reading:
         """As FrameCache.begin; also moves what a fused call with a full window needs, and sets `call` and `slots`."""
         c, start, end = self.chunk, queries[0].chunk_start, queries[-1].chunk_end
         if tokens != self.tokens:
@@ -180,21 +183,21 @@ class StaticCache:
         self._queries = queries
         if end <= self.window:
             visible = (*self.frames, *queries)
-            self.call = Call((self._front, self._front + end), end - start)
+            self.call = Places((self._front, self._front + end), end - start)
             self._write_to([(self._front + start, self._front + end)])
             self._commits = dict.fromkeys(range(c, end - start + 1, c))
             if self._front and end == self.window:  # its last chunk lies where the next one will work
                 self._commits[end - start] = (self.window, self._place(end - c))
         elif end - start == c:
             visible = (*self._in_ring(start), *queries)
-            self.call = Call((c, c + self.window), c)
+            self.call = Places((c, c + self.window), c)
             self._write_to([(self.window, self.window + c)])
             self._commits = {c: (self.window, self._place(start))}
         elif end - start == 2 * c:
             visible = self._begin_fused(queries, start)
         else:
             raise ValueError(f"with a full window a call has one or two chunks of {c} frames, got {end - start} frames")
-        return frame_mask(queries, visible, self.context)
+        return reading(queries, visible, self.context)
 
     def _begin_fused(self, queries: tuple[Frame, ...], start: int) -> tuple[Frame, ...]:
         """One chunk goes into the place of the oldest one, which moves to the front; another is denoised behind it."""
@@ -203,7 +206,7 @@ class StaticCache:
         leaving = tuple(f for f in ring if oldest <= f.index < oldest + c)
         self._copy(place, 0)
         stays = sorted((*(f for f in ring if f not in leaving), *queries[:c]), key=lambda f: self._place(f.index))
-        self.call = Call((0, self.window + c), 2 * c)
+        self.call = Places((0, self.window + c), 2 * c)
         self._write_to([(place, place + c), (self.window, self.window + c)])
         self._commits = {c: None}
         return (*leaving, *stays, *queries[c:])
@@ -222,8 +225,7 @@ class StaticCache:
         if move is not None:
             self._copy(*move)
         everything = (*self.frames, *self._queries[:frames])
-        oldest = self.context.first_visible(everything[-1].chunk_end)
-        self.frames = tuple(f for f in everything if f.index < self.context.sink or f.index >= oldest)
+        self.frames = tuple(everything[i] for i in self.context.visible(everything, everything[-1].chunk_end))
         self._queries, self._commits, self.call = (), {}, None
 
     # ---- sharing the memory ----
@@ -277,8 +279,8 @@ class StaticCache:
 
     def _in_ring(self, start: int) -> tuple[Frame, ...]:
         """Frames in sink and ring when the next chunk starts at `start`, in the order of their places."""
-        kept = (f for f in self.frames if f.index < self.context.sink or f.index >= start - self._ring)
-        return tuple(sorted(kept, key=lambda f: self._place(f.index)))
+        kept = self.context.visible(self.frames, start + self.chunk)
+        return tuple(sorted((self.frames[i] for i in kept), key=lambda f: self._place(f.index)))
 
     def _write_to(self, runs: list[tuple[int, int]]) -> None:
         at = 0

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from causalreel.nn import kernels
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.dit import Block, CallText, DiT, KeyValue, TextRun, read_text
+from causalreel.nn.dit import Block, CallText, DiT, KeyValue, SelfAttention, TextRun, read_text
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.linear import effective
-from causalreel.nn.masks import Context, FrameMask
+from causalreel.nn.masks import Context, FrameMask, Reading
+from causalreel.nn.rope import rotate
 from causalreel.nn.split_attention import attend_plain, attend_split, copies_for
 from causalreel.nn.static_cache import CacheMemory, StaticCache
 from causalreel.parallel.mesh import release_first
@@ -134,16 +135,15 @@ class FastDiT:
         self._is_released = True
 
     def new_cache(
-        self, context: Context, *, chunk: int, frames: int | None, batch: int, size: tuple[int, int]
+        self, context: Context, *, chunk: int, frames: int | None, batch: int, size: tuple[int, int], prefix: int = 0
     ) -> FrameCache:
         """A cache for a rollout over latents of `size` (H,W): static where that works, else one that grows.
 
-        Rollouts of one size share a memory, and with it the recordings of their calls.
+        Rollouts of one size share a memory, and with it the recordings of their calls. prefix: given frames among
+        `frames`, which the first call reads.
         """
         config, exchange = self.model.config, self.model.exchange
-        if context.window is not None and frames is not None and frames > context.window:
-            frames = None  # longer than the window is as good as endless
-        if not StaticCache.fits(context, chunk, frames):
+        if not StaticCache.fits(context, chunk, frames, prefix):
             if self.precision == "fp8-attention":
                 log.warning(
                     "window %s and chunks of %d fit no static cache: attention in bfloat16", context.window, chunk
@@ -171,8 +171,7 @@ class FastDiT:
         sigma: Tensor,
         conditioning: Conditioning,
         *,
-        positions: tuple[int, ...],
-        mask: FrameMask | None = None,
+        reading: Reading,
         cache: FrameCache | None = None,
         outputs: int | None = None,
         backend: str = "auto",
@@ -182,18 +181,18 @@ class FastDiT:
         if torch.is_grad_enabled() or outputs is not None or any(row != sigmas[0] for row in sigmas):
             if self._is_released:
                 raise ValueError("a network that keeps only its fp8 products cannot do this call: load it in bf16")
-            how: dict[str, Any] = {"positions": positions, "mask": mask, "cache": cache, "outputs": outputs}
+            how: dict[str, Any] = {"reading": reading, "cache": cache, "outputs": outputs}
             return self.model(x, sigma, conditioning, backend=backend, **how)
         self.model.check_fields(conditioning, x.shape[1])
         fields, text = conditioning.fields, self.text_keys(conditioning, x.shape[1])
         levels = self.levels(tuple(sigmas[0]), fields)
         size = x.shape[3] // self.model.config.patch, x.shape[4] // self.model.config.patch
-        cos, sin = self.model.rotation(positions, *size, x.device)  # (L,1,D/2)
+        cos, sin = self.model.rotation(reading.positions, *size, x.device)  # (L,1,D/2)
         rotation = cos.squeeze(1), sin.squeeze(1)
         with torch.cuda.device_of(x):  # Triton starts kernels on the current device
-            if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache):
-                return self.graphs(x, levels, rotation, text, fields, mask, cache)
-            return self.evaluate(x, levels, rotation, text, fields, mask, cache)
+            if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache) and not reading.groups:
+                return self.graphs(x, levels, rotation, text, fields, reading, cache)
+            return self.evaluate(x, levels, rotation, text, fields, reading, cache)
 
     def text_keys(self, conditioning: Conditioning, frames: int) -> TextOfBlocks:
         """What every block reads; the same keys as long as the conditioning keeps them."""
@@ -228,7 +227,7 @@ class FastDiT:
         rotation: tuple[Tensor, Tensor],
         text: TextOfBlocks,
         fields: Mapping[str, Tensor],
-        mask: FrameMask | None,
+        reading: Reading,
         cache: FrameCache | None,
     ) -> Tensor:
         """One evaluation, kernel by kernel: x (B,F,C,H,W) -> velocity (B,F,C,H,W)."""
@@ -236,12 +235,12 @@ class FastDiT:
         y = model.tokens(x, fields).contiguous()  # (B,F,S,E)
         shape, tokens = y.shape, y.shape[2]
         quantised = self.quantised
-        whole = x.shape[3] * x.shape[4] // model.config.patch**2
+        size = x.shape[3] // model.config.patch, x.shape[4] // model.config.patch
         y = y.flatten(0, 2)
         first = levels.blocks[0]
         _, z, scale = kernels.residual_norm(y, first[1], first[0], eps=eps, tokens=tokens, quantised=quantised)
         for layer, block in enumerate(self.blocks):
-            attended, scale = self._self_attention(layer, block, z, scale, shape, rotation, mask, cache, whole)
+            attended, scale = self._self_attention(layer, block, z, scale, shape, rotation, reading, cache, size)
             here, norm3 = levels.blocks[layer], block.norm3
             how: dict[str, Any] = {"eps": eps, "tokens": tokens, "quantised": quantised}
             y, z, scale = kernels.residual_norm(y, *norm3, branch=block.o(attended, scale), gate=here[2], **how)
@@ -270,23 +269,46 @@ class FastDiT:
         scale: Tensor | None,
         shape: torch.Size,
         rotation: tuple[Tensor, Tensor],
-        mask: FrameMask | None,
+        reading: Reading,
         cache: FrameCache | None,
-        tokens: int,
+        size: tuple[int, int],
     ) -> tuple[Tensor, Tensor | None]:
         """z (B*F*S,E) -> what it reads (B*F*S,E), before the output projection; e4m3 with row scales for fp8."""
-        exchange, frames = self.model.exchange, shape[1]
+        exchange, frames, tokens = self.model.exchange, shape[1], size[0] * size[1]
         qkv = block.qkv(z, scale).view(shape[0], frames * shape[2], -1)
         weights = (block.q_norm, block.k_norm, *rotation)
+        if reading.groups:
+            out = self._by_groups(layer, qkv, block, rotation, reading, cache, size)
+            return kernels.quantise_rows(out) if self.quantised else (out, None)
         if isinstance(cache, StaticCache) and isinstance(cache.memory, PackedMemory):
-            out, scale = self._packed_attention(layer, qkv, weights, frames, mask, cache, cache.memory, tokens)
+            out, scale = self._packed_attention(layer, qkv, weights, frames, reading.mask, cache, cache.memory, tokens)
         else:
-            queries, k, v = self._queries(layer, qkv, weights, frames, mask, cache, tokens)
-            out, scale = attend_split(queries, k, v, mask, tokens, quantised=self.quantised and exchange is None)
+            queries, k, v = self._queries(layer, qkv, weights, frames, reading.mask, cache, tokens)
+            out, scale = attend_split(
+                queries, k, v, reading.mask, tokens, quantised=self.quantised and exchange is None
+            )
         if exchange is None:
             return out.flatten(2).flatten(0, 1), scale
         out = exchange.to_tokens(out, frames).flatten(2).flatten(0, 1)
         return kernels.quantise_rows(out) if self.quantised else (out, None)
+
+    def _by_groups(
+        self,
+        layer: int,
+        qkv: Tensor,
+        block: FastBlock,
+        rotation: tuple[Tensor, Tensor],
+        reading: Reading,
+        cache: FrameCache | None,
+        size: tuple[int, int],
+    ) -> Tensor:
+        """qkv (B,L,3E) -> what it reads (B*L,E), where keys are stored before their rotation: as the plain network."""
+        config = self.model.config
+        still = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])  # turned by nothing
+        q, k, v = kernels.norm_rotate(qkv, block.q_norm, block.k_norm, *still, heads=config.heads, eps=config.eps)
+        cos, sin = (part.unsqueeze(1) for part in rotation)
+        attention = SelfAttention(cos, sin, reading, cache, size, self.model.exchange, "auto")
+        return attention(layer, rotate(q, cos, sin), k, v).flatten(2).flatten(0, 1)
 
     def _queries(
         self,
@@ -388,7 +410,7 @@ class Recordings:
         rotation: tuple[Tensor, Tensor],
         text: TextOfBlocks,
         fields: Mapping[str, Tensor],
-        mask: FrameMask | None,
+        reading: Reading,
         cache: StaticCache,
     ) -> Tensor:
         here = torch.cuda.current_stream(x.device)
@@ -398,14 +420,14 @@ class Recordings:
         inputs = [x, levels.blocks, levels.head, *rotation, *(fields[name] for name in names)]
         shapes = tuple((part.shape, part.dtype) for part in (x, levels.blocks, *inputs[5:]))
         reads = tuple((frames, k.shape) for frames, k, _ in text[0])
-        kind = (shapes, tuple(names), reads, mask, cache.call, cache.chunk, id(cache.memory))
+        kind = (shapes, tuple(names), reads, reading.mask, cache.call, cache.chunk, id(cache.memory))
         if kind not in self.graphs:
             held = [part.clone() for part in inputs]
 
             def run() -> Tensor:
                 own = Levels(held[1], held[2])
                 given = dict(zip(names, held[5:], strict=True))
-                return self.fast.evaluate(held[0], own, (held[3], held[4]), text, given, mask, cache)
+                return self.fast.evaluate(held[0], own, (held[3], held[4]), text, given, reading, cache)
 
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.side = self.side or torch.cuda.Stream(x.device)

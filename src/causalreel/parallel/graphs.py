@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import DiT
+from causalreel.nn.masks import Reading
 from causalreel.nn.rope import rope_table
 from causalreel.types import Conditioning
 
@@ -64,8 +65,10 @@ class GraphedCalls:
     def _tables(self, x: Tensor, how: dict[str, Any]) -> tuple[Any, ...]:
         config = self.model.config
         height, width = x.shape[3] // config.patch, x.shape[4] // config.patch
-        mask = how["mask"] and how["mask"].dense(height * width, x.device)
-        return mask, rope_table(how["positions"], height, width, config.dim // config.heads, x.device)
+        reading: Reading = how["reading"]
+        mask = reading.mask and reading.mask.dense(height * width, x.device)
+        positions = reading.positions, *(group.positions for group in reading.groups)
+        return mask, [rope_table(at, height, width, config.dim // config.heads, x.device) for at in positions]
 
 
 def _capture_training(module: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Any]:

@@ -35,6 +35,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c12": lambda case: cases_text.umt5,
     "c13": lambda case: cases_text.cleaning,
     "c14": cases_checkpoints.handler,
+    "c17": cases_rollout.policies,
 }
 """Family of a case, the beginning of its name -> what checks it; None where nothing does."""
 

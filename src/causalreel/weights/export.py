@@ -74,6 +74,8 @@ class Sampling:
     """Scale of classifier-free guidance; 1 is none."""
     multistep: int | None = None
     """Many-step models: this many moves on the solver's own grid instead of `steps` (euler or unipc)."""
+    plan: Literal["chunked", "rolling"] = "chunked"
+    """chunked: one chunk after the other; rolling: a window of chunks at rising noise levels (Rolling Forcing)."""
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -102,7 +104,7 @@ class Export:
     sampling: Sampling
     """How to sample from it."""
     context: Context
-    """How much of the past a chunk was trained to see."""
+    """The context policy: how much of the past a chunk was trained to see, and at which positions."""
     frames: int
     """Latent frames of a training clip."""
     fps: float

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import PRESETS
@@ -63,8 +62,6 @@ class ReleasedModel:
     """Text encoder."""
     codec: str = "wan2.1"
     """Video codec."""
-    rollout: Literal["chunked", "rolling"] = "chunked"
-    """chunked: one chunk after the other; rolling: a window of chunks at rising noise levels (Rolling Forcing)."""
 
     @property
     def repo(self) -> str:
@@ -174,10 +171,9 @@ _MODELS = (
         _one("chunkwise/longvideo.pt"),
         "generator_ema",
         "wan-1.3b",
-        Sampling(3, FOUR),
+        Sampling(3, FOUR, plan="rolling"),
         # the rolling attention sees 21 latent frames, the first chunk always among them
         context=Context(window=21, sink=3),
-        rollout="rolling",
     ),
     *_stages("chunkwise", 3),
     *_stages("framewise", 1),

@@ -1,0 +1,251 @@
+"""The context policy is one object: a sink and re-indexed positions give the same numbers in every cache and pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from causalreel import config
+from causalreel.codecs.tiny import tiny_codec
+from causalreel.infer.live import ENDLESS, Live, encode_prompt
+from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.schedule import Schedule
+from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.dit import TIME_SCALE, sinusoid
+from causalreel.nn.masks import Context, frames_of, reading
+from causalreel.nn.presets import ModelConfig
+from causalreel.nn.rope import rope_table, rotate
+from causalreel.nn.static_cache import StaticCache
+from causalreel.parallel.fast import FastDiT, accelerate
+from causalreel.rollout import Call, KeyedNoise, Part, chunked, collect, fuse, rollout
+from causalreel.text.tiny import TinyTextEncoder
+from causalreel.train.losses import surrogate_loss
+from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
+from causalreel.types import Conditioning, LatentSpec
+from causalreel.weights.export import Export, Sampling
+
+CONFIG = ModelConfig(dim=48, ffn_dim=80, heads=3, layers=2, text_dim=64, text_length=16, freq_dim=32, channels=16)
+SPEC, FRAMES, SIGMAS = LatentSpec(16, 4, 4), 12, (1.0, 0.6)
+POLICIES = {1: Context(window=4, sink=1, last_position=6), 2: Context(window=8, sink=2, last_position=5)}
+"""By chunk; the second reads its oldest frames at position 0."""
+
+
+def denoiser(context: Context, layers: int = 2) -> DiTDenoiser:
+    torch.manual_seed(0)
+    net = DiTDenoiser(replace(CONFIG, layers=layers), context=context)
+    nn.init.normal_(net.model.head.head.weight, std=0.2)
+    return net
+
+
+def given(batch: int = 2) -> Conditioning:
+    return Conditioning(torch.randn(batch, 7, 64, generator=torch.Generator().manual_seed(5)))
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    assert (a - b).abs().max() < 5e-5 * b.abs().max()
+
+
+@torch.no_grad()
+def run(net, cache, chunk: int, *, change=iter, inner: DiTDenoiser | None = None) -> Tensor:
+    """A rollout; `change` of its plan."""
+    plan, noise = change(chunked([chunk] * (FRAMES // chunk), SIGMAS)), KeyedNoise([1, 2], SPEC)
+    return collect(rollout(net, plan, conditioning=net.prepare(given()), noise=noise, cache=cache))
+
+
+# ---- from scratch
+
+
+@torch.no_grad()
+def from_scratch(net: DiTDenoiser, chunk: int) -> Tensor:
+    """The same video by hand: every layer's unrotated keys of all finished frames, read at positions counted here."""
+    model, policy, noise, done = net.model, net.context, KeyedNoise([1, 2], SPEC), []
+    assert policy.window is not None and policy.last_position is not None
+    past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.blocks]  # per layer, per frame (B,S,N,D)
+    read = model.embed_text(given().text)
+
+    def evaluate(x: Tensor, sigma: float, start: int, keep: bool) -> Tensor:
+        levels = torch.full(x.shape[:2], sigma)
+        time = model.time_embedding(sinusoid(levels, CONFIG.freq_dim).float())
+        time6 = model.time_projection(time).unflatten(-1, (6, -1))
+        first = policy.last_position + 1 - chunk
+        recent = policy.window - policy.sink - chunk
+        frames = [f for f in range(start) if f < policy.sink or f >= start - recent]
+        positions = [max(0, first - len(frames) + i) for i in range(len(frames))]
+        own = tuple(range(first, first + chunk))
+        tables = [rope_table(at, 2, 2, 16, x.device) for at in (own, (*positions, *own))]
+        y = model.tokens(x, {})
+        for layer, block in enumerate(model.blocks):
+            shift, scale, gate, shift2, scale2, gate2 = (block.modulation + time6).unbind(2)
+            z = nn.functional.layer_norm(y, y.shape[-1:], eps=CONFIG.eps) * (1 + scale[:, :, None]) + shift[:, :, None]
+            q, (k, v) = block.self_attn.query(z.flatten(1, 2)), block.self_attn.key_value(z.flatten(1, 2))
+            keys = torch.cat([*(past[layer][f][0] for f in frames), k], 1)
+            values = torch.cat([*(past[layer][f][1] for f in frames), v], 1)
+            heads = [part.transpose(1, 2) for part in (rotate(q, *tables[0]), rotate(keys, *tables[1]), values)]
+            seen = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+            y = y + gate[:, :, None] * block.self_attn.o(seen).view_as(y)
+            heads = [part.transpose(1, 2) for part in (block.cross_attn.query(block.norm3(y).flatten(1, 2)),)]
+            text = [part.transpose(1, 2) for part in block.cross_attn.key_value(read)]
+            seen = nn.functional.scaled_dot_product_attention(heads[0], *text).transpose(1, 2).flatten(2)
+            y = y + block.cross_attn.o(seen).view_as(y)
+            z = nn.functional.layer_norm(y, y.shape[-1:], eps=CONFIG.eps)
+            y = y + gate2[:, :, None] * block.ffn(z * (1 + scale2[:, :, None]) + shift2[:, :, None])
+            if keep:
+                past[layer] += zip(k.chunk(chunk, 1), v.chunk(chunk, 1), strict=True)
+        return model.latents(y, time, 2, 2)
+
+    for start in range(0, FRAMES, chunk):
+        x = noise.initial(start, chunk)
+        for step, sigma in enumerate(SIGMAS):
+            x = x - sigma * evaluate(x, sigma, start, False)
+            if step + 1 < len(SIGMAS):
+                x = (1 - SIGMAS[step + 1]) * x + SIGMAS[step + 1] * noise.renoise(start, chunk, step + 1)
+        done.append(x)
+        evaluate(x, 0.0, start, True)
+    assert TIME_SCALE == 1000
+    return torch.cat(done, 1)
+
+
+@pytest.mark.parametrize("chunk", POLICIES)
+def test_re_indexed_positions_are_those_counted_by_hand_in_every_cache(chunk: int) -> None:
+    policy = POLICIES[chunk]
+    net, fast = denoiser(policy), accelerate(denoiser(policy).requires_grad_(False))
+    expected = from_scratch(net, chunk)
+    assert isinstance(fast.run, FastDiT)
+    for change in (iter, fuse):
+        close(run(net, net.new_cache(), chunk, change=change), expected)
+        for one in (net, fast):
+            cache = fast.run.new_cache(policy, chunk=chunk, frames=None, batch=2, size=(4, 4))
+            assert isinstance(cache, StaticCache)
+            close(run(one, cache, chunk, change=change), expected)
+            close(run(one, one.new_cache(), chunk, change=change), expected)
+    coarse = accelerate(denoiser(policy).requires_grad_(False), precision="fp8-attention")
+    assert isinstance(coarse.run, FastDiT)
+    cache = coarse.run.new_cache(policy, chunk=chunk, frames=None, batch=2, size=(4, 4))
+    assert (run(coarse, cache, chunk, change=fuse) - expected).norm() < 0.2 * expected.norm()
+    absolute = denoiser(replace(policy, last_position=None))
+    assert (run(absolute, absolute.new_cache(), chunk) - expected).norm() > 0.003 * expected.norm()
+    guided = Guided(net, Conditioning(torch.zeros(1, 7, 64)), 2.0)
+    close(run(guided, net.new_cache(), chunk, change=fuse), run(guided, net.new_cache(), chunk))
+
+
+@pytest.mark.parametrize("chunk", POLICIES)
+def test_training_goes_through_re_indexed_positions(chunk: int) -> None:
+    """Teacher forcing in one pass is cached chunk by chunk; the gradient three ways is the same."""
+    net, sizes = denoiser(POLICIES[chunk]), [chunk] * (FRAMES // chunk)
+    generator = torch.Generator().manual_seed(2)
+    clean, x = (torch.randn(2, FRAMES, *SPEC.shape, generator=generator) for _ in range(2))
+    sigma = torch.full((2, FRAMES), 0.6)
+    with torch.no_grad():
+        whole = net.teacher_forced(x, sigma, given(), clean=clean, sizes=sizes)
+        cache, parts = net.new_cache(), []
+        for start in range(0, FRAMES, chunk):
+            here = slice(start, start + chunk)
+            parts.append(net(x[:, here], sigma[:, here], given(), sizes=(chunk,), start=start, cache=cache))
+            net(clean[:, here], torch.zeros(2, chunk), given(), sizes=(chunk,), start=start, cache=cache)
+            cache.commit(chunk)
+        close(torch.cat(parts, 1), whole)
+        close(net.behind(net.context_of(clean, given(), sizes=sizes), x, sigma, given(), sizes=sizes), whole)
+
+    gradient = torch.randn(2, FRAMES, *SPEC.shape, generator=generator)
+    plan, noise = list(training_plan(sizes, SIGMAS, [1, 1])), KeyedNoise([1, 2], SPEC)
+    found = []
+    record = record_rollout(net, plan, told=given(), noise=noise, cache=net.new_cache(), keep_caches=True)
+    close(record.latents, run(net, net.new_cache(), chunk))
+    full = collect(rollout(net, plan, conditioning=given(), noise=noise, cache=net.new_cache()))
+    for way in (lambda: [full], lambda: [parallel_pass(net, record, given())], None):
+        parts = way() if way else (part() for part in replay_passes(net, record, given()))
+        start = 0
+        for part in parts:
+            goal = gradient[:, start : start + part.shape[1]]
+            (surrogate_loss(part, goal) * goal.numel() / gradient.numel()).backward()
+            start += part.shape[1]
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+        net.zero_grad()
+    close(found[1], found[0])
+    close(found[2], found[0])
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_live_stream_goes_on_for_ever_at_re_indexed_positions(is_fast: bool) -> None:
+    """One segment without end, equal to a rollout of the same length."""
+    policy, text = POLICIES[1], TinyTextEncoder()
+    net = denoiser(policy).requires_grad_(False).eval()
+    card = Export("policy", CONFIG, Sampling(chunk=1), policy, 6, 16.0, SPEC)
+    pipe = Pipeline(accelerate(net) if is_fast else net, card, card.sampling, tiny_codec(0), text, torch.device("cpu"))
+    prompt = encode_prompt(pipe, "a large red square moves right slowly on a dark background")
+    with torch.no_grad():
+        live = Live(pipe, prompt, seed=3)
+        assert live.policy.kind == "slide" and live.policy.length == ENDLESS
+        shown = torch.cat([live.next_chunk().latents for _ in range(20)], 1)
+        assert live.segments == 1
+        plan = Schedule(20, 0, card.sampling, policy)
+        again = collect(pipe.rollout(plan, Conditioning(prompt), KeyedNoise([3], SPEC)))
+    assert torch.equal(shown, again)
+
+
+# ---- the arithmetic
+
+
+def test_a_policy_says_what_is_read_and_where() -> None:
+    """Window 5 with sink 1 and last position 3: cache of 4 behind each frame, the oldest clamped at 0."""
+    policy = Context(window=5, sink=1, last_position=3)
+    facts = frames_of([1] * 7)
+    for frame, seen, positions in (
+        (0, (), ()),
+        (1, (0,), (2,)),
+        (4, (0, 1, 2, 3), (0, 0, 1, 2)),
+        (6, (0, 3, 4, 5), (0, 0, 1, 2)),
+    ):
+        (group,) = reading(facts[frame : frame + 1], facts[: frame + 1], policy).groups
+        assert group.keys == (*seen, frame) and group.positions == (*positions, 3)
+    backwards = reading(facts[6:], facts[::-1], policy)
+    assert backwards.groups[0].keys == tuple(6 - f for f in (0, 3, 4, 5, 6)) and backwards.positions == (3,)
+    assert reading(facts[6:], facts, Context(window=5, sink=1)).positions == (6,)
+    assert policy.bounded(9) == policy and Context(sink=1).bounded(9) == Context(9, 1)
+    assert (policy.span(3), policy.span(None), Context().span(None)) == (3, 5, None)
+    with pytest.raises(ValueError, match="last_position must leave room for a chunk of 3 frames, got 1"):
+        reading(frames_of([3]), frames_of([3]), Context(last_position=1))
+    with pytest.raises(ValueError, match="last_position must be at least 0"):
+        Context(last_position=-1)
+
+
+def test_exports_name_plan_and_policy_and_old_ones_are_read() -> None:
+    card = Export("policy", CONFIG, Sampling(chunk=1), POLICIES[1], 6, 16.0, SPEC)
+    written = config.dump(card)
+    assert "plan: chunked" in written and "last_position: 6" in written
+    old = "\n".join(line for line in written.splitlines() if "plan:" not in line and "last_position" not in line)
+    assert config.loads(old, Export) == replace(card, context=replace(card.context, last_position=None))
+    with pytest.raises(ValueError, match="the plan 'rolling' is not supported yet"):
+        Schedule(6, 0, Sampling(chunk=1, plan="rolling"))
+
+
+# ---- joint calls
+
+
+@pytest.mark.parametrize("context", [Context(), Context(window=6, sink=1), Context(6, 1, 7)], ids=str)
+@torch.no_grad()
+def test_a_joint_call_may_commit_its_leading_frames(context: Context) -> None:
+    """A window of three frames at rising noise, the first of which is finished and committed by the same call. With one
+    layer, what is committed depends on the frame alone: the last call from scratch reads the inputs of those before."""
+    net, inputs = denoiser(context, layers=1), []
+
+    def rolling():
+        for start in range(6):
+            parts = (Part(start, 1, 0.3, 0.0), Part(start + 1, 1, 0.6, 0.3), Part(start + 2, 1, 1.0, 0.6))
+            yield Call(parts, commit=1, joint=True)
+
+    def observe(call: Call, x: Tensor, velocity: Tensor) -> None:
+        inputs.append((x, velocity))
+
+    cache, noise = net.new_cache(), KeyedNoise([1, 2], SPEC)
+    chunks = list(rollout(net, rolling(), conditioning=given(), noise=noise, cache=cache, observe=observe))
+    assert [chunk.start for chunk in chunks] == list(range(6))
+    x = torch.cat([*(x[:, :1] for x, _ in inputs[:-1]), inputs[-1][0]], 1)
+    sigma = torch.tensor([[0.3] * 6 + [0.6, 1.0]])
+    whole = net(x, sigma, given(), sizes=[1] * 5 + [3])
+    close(inputs[-1][1], whole[:, -3:])
+    if context.window is not None:
+        assert [frame.index for frame in cache.frames] == [0, *range(1, 6)]
