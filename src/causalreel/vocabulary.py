@@ -7,11 +7,13 @@ seven or more tokens; articles, verbs and other filler carry nothing and are dro
 
 from __future__ import annotations
 
-import difflib
 import random
 import string
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from causalreel.foreign import shown
+from causalreel.spelling import nearest
 
 SIZES = ("small", "large")
 COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan")
@@ -215,7 +217,7 @@ def _clause(spec: ObjectSpec) -> str:
 
 
 def _unknown(word: str) -> str:
-    close = difflib.get_close_matches(word, [*WORDS, *SYNONYMS], n=1, cutoff=0.0)[0]
-    nearest = SYNONYMS.get(close, close)
+    close = nearest(word, [*WORDS, *SYNONYMS])
+    hint = "" if close is None else f"did you mean {SYNONYMS.get(close, close)!r}? "
     allowed = "; ".join(f"{slot}: {', '.join(words)}" for slot, words in SLOTS.items())
-    return f"unknown word {word!r}; the nearest known word is {nearest!r}; allowed words are {allowed}"
+    return f"unknown word {shown(repr(word), 60)}; {hint}the words are {allowed}"

@@ -1,8 +1,8 @@
 """The command `causalreel`: reads arguments, calls the package, prints. Nothing else in the package does any of it.
 
-Each subcommand is a dataclass of its arguments and a function that imports what it needs. Known errors (ValueError,
-OSError, a loss that is not finite, a missing optional package) become one line on standard error and exit status 2;
-Ctrl-C is 130.
+Each subcommand is a dataclass of its arguments and a function that imports what it needs. Whatever goes wrong becomes
+one line on standard error. Exit status: 2 for arguments that cannot be meant or files that are not there or not what
+they should be, 1 for everything else that stops a command, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import logging
 import os
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, TypeAlias
 
-import tyro
 from tyro.conf import subcommand
 
 from causalreel.cli.files import Convert, ExportModel, Models, convert, export_model, models
+from causalreel.cli.flags import ending
 from causalreel.cli.live import Serve, serve
 from causalreel.cli.measuring import Bench, EstimateMemory, Evaluate, Verify, bench, estimate_memory, evaluate, verify
+from causalreel.cli.parsing import parse
 from causalreel.cli.playing import Replay, Stream, replay, stream
 from causalreel.cli.training import Encode, Train, encode, train
 from causalreel.cli.videos import Generate, generate
+from causalreel.foreign import shown
 from causalreel.parallel.mesh import Launch, launch
 
 Command: TypeAlias = (
@@ -58,6 +61,16 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     EstimateMemory: estimate_memory,
     Serve: serve,
 }
+
+
+NAMES = {typing.get_args(member)[1].name: typing.get_args(member)[0] for member in typing.get_args(Command)}
+"""Name of a subcommand -> its arguments."""
+
+USAGE = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What is wrong with the arguments or with what they name: exit status 2."""
+
+TRACEBACK = "CAUSALREEL_TRACEBACK"
+"""For developers: faults of the package come out as they are."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,14 +107,9 @@ def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
         return 0
     _log_to_stderr()
     try:
-        with _together(where):
-            args = tyro.cli(
-                Command,  # type: ignore[arg-type] - a union is as good as a class to tyro
-                prog="causalreel",
-                description="Causal video diffusion: few-step autoregressive generation and its training.",
-                args=argv,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+        with ending(), _together(where):
+            args = parse(Command, NAMES, argv)
+            _check_devices(args)
             if where is not None and not isinstance(args, Generate):
                 raise ValueError("only generate runs in several processes; start this command without torchrun")
             return COMMANDS[type(args)](args)
@@ -112,12 +120,24 @@ def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
         return 141
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         _print_error(_one_line(error))
-        return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which is not imported for this
+        return 2 if isinstance(error, USAGE) else 1
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's own, which is not imported for this
+            _print_error(f"{_one_line(error)} (causalreel estimate says what takes how much)")
+            return 1
+        if os.environ.get(TRACEBACK):
             raise
-        _print_error(f"{_one_line(error)} (causalreel estimate says what takes how much)")
-        return 2
+        _print_error(f"{type(error).__name__}: {_one_line(error)} (a fault of causalreel; {TRACEBACK}=1 shows where)")
+        return 1
+
+
+def _check_devices(args: Any) -> None:
+    """ValueError for a device that is not there, before anything is loaded for it."""
+    for name in ("device", "decode_device"):
+        if (device := getattr(args, name, None)) is not None:
+            from causalreel.infer.models import choose_device
+
+            choose_device(device)
 
 
 def _together(where: Launch | None) -> AbstractContextManager[None]:
@@ -149,6 +169,12 @@ def _log_to_stderr() -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    """What an error says: one line of printable characters, at most `LINE`."""
+    text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(error.filename, (str, bytes)) else text
+    return shown(" ".join(text.split()) or type(error).__name__, LINE)
+
+
+LINE = 2000
+"""Characters of an error's line."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ending
+from causalreel.cli.parsing import Range
 
 # --------------------------------------------------------------------------------------------------------------- export
 
@@ -34,8 +34,7 @@ class ExportModel:
 def export_model(args: ExportModel) -> int:
     from causalreel.weights.export import re_export
 
-    with ending():
-        print(re_export(args.model, args.out, name=args.name, codec=args.codec, scores=args.scores, label=args.label))
+    print(re_export(args.model, args.out, name=args.name, codec=args.codec, scores=args.scores, label=args.label))
     return 0
 
 
@@ -57,7 +56,7 @@ class Convert:
     """Top-level key of a .pt file, such as generator_ema; default: the first of generator, model, generator_ema."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the values; default: as they are."""
-    heads: int | None = None
+    heads: Annotated[int | None, Range(1, 1024)] = None
     """Attention heads, where neither SRC nor a known size tells them."""
 
 

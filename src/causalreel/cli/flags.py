@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
+from causalreel.cli.parsing import CHUNK, SIDE, Range
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,7 +37,7 @@ thread waits milliseconds for the others at the end of each."""
 class ThreadFlag:
     """How many threads compute on the CPU."""
 
-    threads: int | None = None
+    threads: Annotated[int | None, Range(1, 1024)] = None
     """CPU threads; default: OMP_NUM_THREADS if it is set, else 1 for a network of less than 50 million parameters and
     torch's own number for a larger one."""
 
@@ -46,7 +48,6 @@ class ThreadFlag:
         from causalreel.infer.models import choose_device
 
         if self.threads is not None:
-            at_least(1, threads=self.threads)
             torch.set_num_threads(self.threads)
         elif "OMP_NUM_THREADS" not in os.environ and choose_device(device).type == "cpu":
             largest = max((n.layers * n.dim * (8 * n.dim + 2 * n.ffn_dim) for n in networks), default=SMALL)
@@ -69,13 +70,13 @@ class ModelFlags(ThreadFlag):
     """Released models: folder with VAE, text encoder and tokenizer (Wan2.1_VAE.pth ...), and taew2_1.pth."""
     decoder: Literal["wan", "taehv"] = "wan"
     """Released models: the model's own VAE, or a tiny one, faster and less exact."""
-    height: Annotated[int | None, arg(aliases=["--pixel-height"])] = None
+    height: Annotated[int | None, arg(aliases=["--pixel-height"]), SIDE] = None
     """Released models: height in pixels, a multiple of 16; default: the model's 480."""
-    width: Annotated[int | None, arg(aliases=["--pixel-width"])] = None
+    width: Annotated[int | None, arg(aliases=["--pixel-width"]), SIDE] = None
     """Released models: width in pixels, a multiple of 16; default: the model's 832."""
-    steps: int | None = None
+    steps: Annotated[int | None, Range(1, 1000)] = None
     """Denoising steps per chunk; default: the model's."""
-    chunk: int | None = None
+    chunk: Annotated[int | None, CHUNK] = None
     """Latent frames made together; default: the model's."""
     precision: Precision = "bf16"
     """On a GPU: fused kernels in bfloat16; fp8 with e4m3 products, fp8-attention with e4m3 attention and cache as well,
@@ -101,7 +102,7 @@ class ModelFlags(ThreadFlag):
             decoder=self.decoder,
             height=self.height,
             width=self.width,
-            prompt_cache=Path("~/.cache/causalreel/prompts").expanduser(),  # embeddings take seconds to make
+            prompt_cache=cache_folder("prompts"),  # embeddings take seconds to make
         )
         if (precision := self.precision_on(pipeline.device)) == "eager":
             return pipeline
@@ -116,6 +117,16 @@ class ModelFlags(ThreadFlag):
     def precision_on(self, device: torch.device) -> str:
         """What the flag comes to: bf16 is for GPUs, a CPU runs the plain network."""
         return "eager" if self.precision == "bf16" and device.type != "cuda" else self.precision
+
+
+def cache_folder(name: str) -> Path | None:
+    """Where this user's files that can be made again are kept; None, and no cache, where the user has no home."""
+    try:
+        above = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    except RuntimeError:
+        return None
+    folder = Path(above)
+    return folder / "causalreel" / name if folder.is_absolute() else None
 
 
 @contextlib.contextmanager
@@ -133,13 +144,6 @@ def ending() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def at_least(least: int, **values: int) -> None:
-    """ValueError that names the first of `values` below `least`."""
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def pixel_scale(pipeline: Pipeline) -> int:

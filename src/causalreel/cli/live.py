@@ -6,9 +6,12 @@ import logging
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import arg
 
 from causalreel.cli.flags import ModelFlags
+from causalreel.cli.parsing import FRAMES, Range
 
 if TYPE_CHECKING:
     from causalreel.serve.safety import Settings
@@ -21,14 +24,14 @@ class Serve(ModelFlags):
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all, which asks for a token and TLS in front."""
-    port: int = 8000
+    port: Annotated[int, Range(0, 65535)] = 8000
     """Port to listen on; 0: a free one, printed."""
     token_file: Path | None = None
     """File whose content is the bearer token that everything but health asks for."""
     data: Path | None = None
     """Folder of the videos made in the background; default: they last as long as the server."""
-    log_prompts: bool = True
-    """Whether log lines may hold prompts."""
+    hide_prompts: Annotated[bool, arg(aliases=["--no-log-prompts"])] = False
+    """Keep prompts out of the log."""
     allow_host: tuple[str, ...] = ()
     """Names that browsers may call this server by; default: those of loopback, or any on another address."""
     allow_origin: tuple[str, ...] = ()
@@ -43,19 +46,19 @@ class Serve(ModelFlags):
     """STUN or TURN servers for WebRTC, such as stun:stun.example.org:3478; default: none is asked."""
     behind_proxy: bool = False
     """Believe a reverse proxy on this machine about who its clients are (X-Forwarded-For)."""
-    max_sessions: int = 8
+    max_sessions: Annotated[int, Range(1, 1000)] = 8
     """Live sessions and videos being made at a time; fewer where memory is short."""
-    max_streams: int = 64
+    max_streams: Annotated[int, Range(1, 100_000)] = 64
     """Connections that are served frames."""
-    buffer_chunks: int = 2
+    buffer_chunks: Annotated[int, Range(1, 1000)] = 2
     """Chunks made ahead of a viewer; a command waits behind them."""
-    resume_chunks: int = 32
+    resume_chunks: Annotated[int, Range(0, 10_000)] = 32
     """Chunks kept for a viewer who comes back."""
-    idle_s: float = 60.0
+    idle_s: Annotated[float, Range(0.1, 10_000_000)] = 60.0
     """A session that nobody reads or commands for so long is closed."""
-    max_frames: int = 1000
+    max_frames: Annotated[int, FRAMES] = 1000
     """Longest video made in the background, in pixel frames."""
-    requests_per_s: float = 20.0
+    requests_per_s: Annotated[float, Range(0.001, 1_000_000)] = 20.0
     """Requests and commands that a client may go on making."""
 
 
@@ -116,7 +119,7 @@ def _serve_settings(args: Serve) -> Settings:
         origins=args.allow_origin,
         data=args.data,
         replica=args.replica,
-        log_prompts=args.log_prompts,
+        log_prompts=not args.hide_prompts,
         video_frames=args.max_frames,
         streams=args.max_streams,
         requests_per_s=args.requests_per_s,

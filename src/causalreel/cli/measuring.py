@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, Precision, ThreadFlag, at_least, ending
+from causalreel.cli.flags import ModelFlags, Precision, ThreadFlag
+from causalreel.cli.parsing import BATCH, CHUNK, FRAMES, SEED, SIDE, Range
 
 # ---------------------------------------------------------------------------------------------------------------- bench
 
@@ -20,18 +21,17 @@ class Bench(ModelFlags):
 
     prompt: str = "a large red circle moves right"
     """What to show."""
-    batch: int = 1
+    batch: Annotated[int, BATCH] = 1
     """Clips made together."""
-    frames: int | None = None
+    frames: Annotated[int | None, FRAMES] = None
     """Pixel frames; default: as many as a training clip. More fill the window."""
-    runs: int = 3
+    runs: Annotated[int, Range(1, 100_000)] = 3
     """Measured runs of each kind, after one to warm up."""
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """Also write everything as JSON."""
 
 
 def bench(args: Bench) -> int:
-    at_least(1, batch=args.batch, runs=args.runs)
     import json
 
     from causalreel.files import write_text
@@ -56,19 +56,19 @@ class EstimateMemory:
 
     model: str = "wan-1.3b"
     """Released or embedded model, an export's folder, or a size (wan-1.3b, wan-14b)."""
-    height: int | None = None
+    height: Annotated[int | None, SIDE] = None
     """Released models: height in pixels, a multiple of 16; default: the model's 480."""
-    width: int | None = None
+    width: Annotated[int | None, SIDE] = None
     """Released models: width in pixels, a multiple of 16; default: the model's 832."""
-    frames: int | None = None
+    frames: Annotated[int | None, Range(0, 1_000_000)] = None
     """Pixel frames, 1 + 4 (n - 1); default: as many as a training clip. 0 is endless."""
-    steps: int | None = None
+    steps: Annotated[int | None, Range(1, 1000)] = None
     """Denoising steps per chunk; default: the model's."""
-    chunk: int | None = None
+    chunk: Annotated[int | None, CHUNK] = None
     """Latent frames made together; default: the model's."""
-    window: int | None = None
+    window: Annotated[int | None, FRAMES] = None
     """Latent frames that a chunk sees; default: the model's."""
-    batch: int = 1
+    batch: Annotated[int, BATCH] = 1
     """Clips made together."""
     guided: bool | None = None
     """Classifier-free guidance; default: as the model."""
@@ -82,7 +82,7 @@ class EstimateMemory:
     """As of `generate`; none: another GPU makes the pixels."""
     text_encoder: Literal["cpu", "gpu"] | None = None
     """Where UMT5-XXL stays; default: cpu. Released models only."""
-    gpus: int = 1
+    gpus: Annotated[int, Range(1, 1024)] = 1
     """GPUs that share the stream; the numbers are of the first, which decodes."""
 
 
@@ -109,25 +109,22 @@ class Evaluate(ThreadFlag):
     """Embedded models or export folders; @1, @2 or @4 samples a few-step model with so many steps."""
     out: Path = Path("runs/eval")
     """Folder for the table, the scores of every clip and contact sheets."""
-    clips: int = 512
+    clips: Annotated[int, Range(2, 1_000_000)] = 512
     """Held-out prompts."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Which held-out prompts, and the noise."""
-    batch: int | None = None
+    batch: Annotated[int | None, BATCH] = None
     """Clips generated together; default: 128 on a GPU, 8 on a CPU, whose caches are small."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
 
 
 def evaluate(args: Evaluate) -> int:
-    at_least(2, clips=args.clips)
-    at_least(1, batch=1 if args.batch is None else args.batch)
     from causalreel.eval.run import parse_model, run, table
     from causalreel.infer.models import network_of
 
     args.set_threads([network_of(parse_model(spec)[1]) for spec in args.models], args.device)
-    with ending():
-        rows = run(args.models, out=args.out, clips=args.clips, seed=args.seed, batch=args.batch, device=args.device)
+    rows = run(args.models, out=args.out, clips=args.clips, seed=args.seed, batch=args.batch, device=args.device)
     print(table(rows))
     return 0
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, at_least, ending, pixel_scale
+from causalreel.cli.flags import ModelFlags, ending, pixel_scale
+from causalreel.cli.parsing import FRAMES, SEED, Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,13 +42,13 @@ class Stream(ModelFlags):
 
     prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = "a large red circle moves right"
     """What to show first."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Of the noise, and of what a prompt leaves open."""
-    fps: float | None = None
+    fps: Annotated[float | None, Range(0.1, 240)] = None
     """Pixel frames per second; default: the model's."""
-    frames: int | None = None
+    frames: Annotated[int | None, FRAMES] = None
     """Pixel frames to make; default: no end."""
-    seconds: float | None = None
+    seconds: Annotated[float | None, Range(0.001, 1_000_000)] = None
     """The same in seconds."""
     image: Path | None = None
     """Picture that the video starts with."""
@@ -150,7 +151,6 @@ def _check_pictures(profile: Profile) -> None:
 def _frames(frames: int | None, seconds: float | None, name: str, fps: float) -> int | None:
     """How many pixel frames are asked for, by either way of asking."""
     if frames is not None:
-        at_least(1, frames=frames)
     if seconds is None:
         return frames
     if not 0 < seconds <= MOST_FRAMES / fps:
@@ -197,9 +197,9 @@ class Replay(ModelFlags):
     """Model that makes it; default: the one that it was recorded with."""
     output: Annotated[Path, arg(aliases=["-o"])] = Path("out.mp4")
     """Video file (.mp4, .mkv, .mov, .webm, .gif)."""
-    frames: int | None = None
+    frames: Annotated[int | None, FRAMES] = None
     """Pixel frames to make; default: all."""
-    until: float | None = None
+    until: Annotated[float | None, Range(0.001, 1_000_000)] = None
     """The same in seconds."""
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ThreadFlag, at_least, ending
+from causalreel.cli.flags import ThreadFlag
+from causalreel.cli.parsing import BATCH, SEED, Range
 
 # ---------------------------------------------------------------------------------------------------------------- train
 
@@ -43,8 +44,7 @@ def train(args: Train) -> int:
         return 0
     device = recipe.trainer.device
     args.set_threads(networks(recipe), None if device == "auto" else device)
-    with ending():
-        return run(recipe).exit_code
+    return run(recipe).exit_code
 
 
 # --------------------------------------------------------------------------------------------------------------- encode
@@ -58,18 +58,17 @@ class Encode(ThreadFlag):
     """Folder of a trained codec, or tiny for the one of the package."""
     out: Path
     """Folder for the shards."""
-    clips: int = 32768
+    clips: Annotated[int, Range(1, 100_000_000)] = 32768
     """Clips to render."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Which training world."""
-    batch: int | None = None
+    batch: Annotated[int | None, BATCH] = None
     """Clips encoded at once; default: 256 on a GPU, 4 on a CPU, where each takes 100 MB."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
 
 
 def encode(args: Encode) -> int:
-    at_least(1, clips=args.clips, batch=1 if args.batch is None else args.batch)
     from causalreel.data.prepare import prepare
     from causalreel.infer.models import choose_device
     from causalreel.weights.export import codec_identity, load_codec
@@ -77,15 +76,14 @@ def encode(args: Encode) -> int:
     args.set_threads([], args.device)
     device = choose_device(args.device)
     codec = load_codec(args.codec).to(device)
-    with ending():
-        folder = prepare(
-            args.out,
-            codec,
-            codec_id=codec_identity(args.codec),
-            clips=args.clips,
-            seed=args.seed,
-            batch=args.batch or (256 if device.type == "cuda" else 4),
-            device=device,
-        )
+    folder = prepare(
+        args.out,
+        codec,
+        codec_id=codec_identity(args.codec),
+        clips=args.clips,
+        seed=args.seed,
+        batch=args.batch or (256 if device.type == "cuda" else 4),
+        device=device,
+    )
     print(folder)
     return 0

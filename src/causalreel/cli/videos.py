@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, at_least, ending, pixel_scale
+from causalreel.cli.flags import ModelFlags, pixel_scale
+from causalreel.cli.parsing import FRAMES, SEED, Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,13 +38,13 @@ class Generate(ModelFlags):
     prompt_file: Path | None = None
     """Text file with one prompt a line, or .jsonl with {"prompt": ..., "image": ..., "seed": ...} a line, besides those
     on the command line."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the first prompt."""
-    frames: int | None = None
+    frames: Annotated[int | None, FRAMES] = None
     """Pixel frames, 1 + 4 (n - 1); default: as many as a training clip. More streams on."""
-    latent_frames: Annotated[int | None, arg(aliases=["--num-output-frames"])] = None
+    latent_frames: Annotated[int | None, arg(aliases=["--num-output-frames"]), FRAMES] = None
     """The same in latent frames: n."""
-    blocks: Annotated[int | None, arg(aliases=["--total-blocks"])] = None
+    blocks: Annotated[int | None, arg(aliases=["--total-blocks"]), FRAMES] = None
     """The same in chunks, those of a given picture or video counted too."""
     image: Path | None = None
     """Picture that the video starts with; or a folder of pictures, each with its prompt in a .txt of the same name."""
@@ -53,7 +54,7 @@ class Generate(ModelFlags):
     """A picture or video of another shape keeps its aspect: cut to fill the frame, or set between black bars."""
     sheet: Path | None = None
     """Also write a picture (.png, .jpg) with a row of frames per prompt."""
-    scale: int | None = None
+    scale: Annotated[int | None, Range(1, 64)] = None
     """Repeat each pixel so often, which keeps small videos sharp; default: 4 for videos below 128 pixels, else 1."""
     decode_device: str | None = None
     """Where latents become pixels, such as cuda:1, at the same time as the next are made; default: as `device`."""
@@ -63,7 +64,7 @@ def generate(args: Generate) -> int:
     """Under torchrun all processes make each video together; the first one alone decodes, writes and prints."""
     from causalreel.infer.distributed import processes
 
-    with ending(), processes(args.device) as mesh:
+    with processes(args.device) as mesh:
         return _generate(args, mesh)
 
 
@@ -178,13 +179,11 @@ def _frames(args: Generate, profile: Profile) -> int | None:
     """Pixel frames of a clip, however they are asked for."""
     latent = args.latent_frames
     if args.blocks is not None:
-        at_least(1, blocks=args.blocks)
         if profile.sampling.chunk is None:
             raise ValueError(f"--blocks needs an autoregressive model; {profile.export.name} makes whole clips")
         latent = args.blocks * profile.sampling.chunk
     if latent is None:
         return args.frames
-    at_least(1, latent_frames=latent)
     return 1 + profile.factor * (latent - 1)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from causalreel.codecs.wan_vae import vae_config
+from causalreel.foreign import shown
 from causalreel.infer.estimate import Request, weight_bytes
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.pipeline import Pipeline
@@ -246,14 +247,21 @@ def _refuse(model: str | Path, choices: Choices) -> None:
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    has_cuda = torch.cuda.is_available()
+    """The device, known to be there; None is CUDA if there is one, else the CPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        return torch.device("cuda" if count else "cpu")
     try:
-        device = torch.device(device or ("cuda" if has_cuda else "cpu"))
+        found = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {device!r}") from None
-    if device.type == "cuda" and not has_cuda:
-        raise ValueError(f"device {str(device)!r}: there is no CUDA here, use cpu")
-    return device
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda") or (found.type == "cpu" and found.index):
+        raise ValueError(f"device must be cpu, cuda or such as cuda:1, got '{shown(str(device), 60)}'")
+    if found.type == "cuda" and not count:
+        raise ValueError(f"device {str(found)!r}: there is no CUDA here, use cpu")
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ValueError(f"device {str(found)!r}: there are {count} GPUs here, the last is cuda:{count - 1}")
+    return found
 
 
 def _choose(name: str, family: dict[str, Path], steps: int | Sequence[float] | None, chunk: int | None) -> Path:
