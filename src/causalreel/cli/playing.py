@@ -150,7 +150,6 @@ def _check_pictures(profile: Profile) -> None:
 
 def _frames(frames: int | None, seconds: float | None, name: str, fps: float) -> int | None:
     """How many pixel frames are asked for, by either way of asking."""
-    if frames is not None:
     if seconds is None:
         return frames
     if not 0 < seconds <= MOST_FRAMES / fps:
