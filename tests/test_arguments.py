@@ -15,7 +15,7 @@ import pytest
 from causalreel import cli
 from causalreel.cli import NAMES
 from causalreel.cli.flags import cache_folder
-from causalreel.cli.parsing import UsageError, check_numbers, flags, numbers, parse
+from causalreel.cli.parsing import UsageError, check_numbers, flags, numbers, one_sentence, parse
 from causalreel.spelling import distance, nearest
 from causalreel.vocabulary import tokenize
 
@@ -90,13 +90,24 @@ def test_a_misspelt_flag_of_any_command_is_told_which_was_meant(name: str) -> No
 
 
 @pytest.mark.parametrize(
+    "box",
+    [
+        "╭─ Missing ────╮\n│ No value for │\n│ --steps.     │\n│ ──────────── │\n│ For help     │\n╰──────────────╯\n",
+        " Missing      \n ------------ \n  No value for  \n  --steps. \n  ---------\n  For help  \n    \n",
+    ],
+)
+def test_the_parsers_box_is_a_sentence(box: str) -> None:
+    assert one_sentence(box, ["bench"]) == "No value for --steps. (see causalreel bench --help)"
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["genrate", "x"], "did you mean 'generate'?"),
         (["Generate", "x"], "did you mean 'generate'?"),
         (["qqqq"], "unknown command 'qqqq'; the commands are generate"),
         (["--stepz", "generate"], "unknown flag '--stepz'"),
-        ([], "generate, stream, train"),
+        ([], "generate, stream"),
         (["generate", "x", "--stepz", "3"], "did you mean --steps?"),
         (["generate", "x", "--steps"], "--steps"),
         (["generate", "x", "--steps", "abc"], "--steps must be a whole number, got 'abc'"),

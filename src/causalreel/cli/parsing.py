@@ -54,7 +54,7 @@ def parse(union: Any, commands: Mapping[str, type], argv: Sequence[str]) -> Any:
         if end.code in (None, 0):
             sys.stderr.write(said.getvalue())
             raise
-        raise UsageError(_one_line(said.getvalue(), argv)) from None
+        raise UsageError(one_sentence(said.getvalue(), argv)) from None
     check_numbers(args)
     return args
 
@@ -113,11 +113,13 @@ def _check_words(commands: Mapping[str, type], argv: Sequence[str]) -> None:
             raise UsageError(f"{argv[0]} has no flag '{shown(word.partition('=')[0], 60)}'; {hint}")
 
 
-def _one_line(box: str, argv: Sequence[str]) -> str:
+def one_sentence(box: str, argv: Sequence[str]) -> str:
     """What the parser says in a box, as a sentence."""
-    lines = [line.strip("│╭╮╰╯ \t") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    body = [line for line in lines[1:] if line]
-    end = next((i for i, line in enumerate(body) if set(line) <= {"─"}), len(body))
+    lines = [line.strip("│ \t") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    body = [line for line in lines if line and line[0] not in "╭╰"]
+    if len(body) > 1 and not body[1].strip("-"):  # without UTF-8 the title stands above a rule, and not in the frame
+        body = body[2:]
+    end = next((i for i, line in enumerate(body) if not line.strip("─-")), len(body))
     text = " ".join(body[:end])
     if wrong := re.search(r"Error parsing (\S+?):.*?instantiated from \[(.*?)\]\.", text):
         kind = {"int": "a whole number", "float": "a number"}.get(_kind(text), "a value of another kind")
