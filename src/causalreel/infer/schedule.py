@@ -26,12 +26,10 @@ class Schedule:
     context: Context = Context()
     """The context policy."""
 
-    def __post_init__(self) -> None:
+    def plan(self, *, fused: bool = True) -> Plan:
+        """The calls of the rollout; `fused` says the same in fewer of them. ValueError for a plan that is not there."""
         if self.sampling.plan != "chunked":
             raise ValueError(f"the plan {self.sampling.plan!r} is not supported yet; there is chunked")
-
-    def plan(self, *, fused: bool = True) -> Plan:
-        """The calls of the rollout; `fused` says the same in fewer of them."""
         chunk = self.sampling.chunk or self.frames
         plan = chunked(
             repeat(chunk, (self.frames - self.prefix) // chunk),

@@ -14,6 +14,7 @@ from causalreel.flow import warp_steps
 from causalreel.nn.denoiser import Guided
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import Context
+from causalreel.nn.rope import rope_table, rotate
 from causalreel.rollout import Call, chunk_sizes, chunked, collect, rollout
 from causalreel.solvers import unipc, unipc_sigmas
 from causalreel.types import Conditioning
@@ -119,13 +120,18 @@ def _policy(case: Case, found: Findings) -> None:
     student = Released(net, tell=lambda sigma: (1000 * sigma.double()).float().double() / 1000)
     watch, latents = _generate(case, student, case.conditioning(), levels=tuple(levels))
     found.add("out.latents", latents)
-    stays = net.context.visible(watch.cache.frames, latents.shape[1] + chunk)
+    frames = watch.cache.frames
+    stays = net.context.visible(frames, latents.shape[1] + chunk)
+    rows, columns = (side // net.config.patch for side in latents.shape[-2:])
+    at = tuple(frame.index for frame in frames)
+    cos, sin = rope_table(at, rows, columns, net.config.dim // net.config.heads, latents.device)
     for name in [name for name in case.tensors if name.startswith("out.layer")]:
-        layer, kind = re.fullmatch(r"out\.layer(\d+)_cache_([kv])_final", name).groups()  # type: ignore[union-attr]
+        layer, kind = name.removeprefix("out.layer").split("_")[::2]
         stored = (watch.cache.keys if kind == "k" else watch.cache.values)[int(layer)]
         assert stored is not None
-        if kind == "v" or last is not None:  # otherwise our keys are stored rotated, theirs are not
-            found.add(name, stored.unflatten(1, (len(watch.cache.frames), -1))[:, stays].flatten(1, 2))
+        if kind == "k" and last is None:  # our keys are stored rotated, theirs are not
+            stored = rotate(stored, cos, -sin)
+        found.add(name, stored.unflatten(1, (len(frames), -1))[:, stays].flatten(1, 2))
 
 
 def warped(steps: list[float], shift: float) -> Tensor:
