@@ -105,6 +105,15 @@ def test_weights_of_the_full_sizes() -> None:
 
 def roll(request: Request, network: DiTDenoiser, observe: Callable[..., None] | None = None) -> Any:
     """A real rollout -> what it held at its end: cache, text keys."""
+    try:
+        return _roll(request, network, observe)
+    except RuntimeError as error:  # torch asks the processor for AMX and is told by ATEN_CPU_CAPABILITY to do without
+        if "pack_vnni2 is only supported" not in str(error):
+            raise
+        pytest.skip("torch's attention in bfloat16 does not run on a processor that hides its AVX-512")
+
+
+def _roll(request: Request, network: DiTDenoiser, observe: Callable[..., None] | None) -> Any:
     text = torch.randn(request.rows, request.model.text_length, request.model.text_dim)
     noise = KeyedNoise([0] * request.rows, request.latent, "cpu")
     assert request.frames is not None
@@ -386,16 +395,16 @@ def test_the_command_names_what_takes_how_much(capsys: pytest.CaptureFixture[str
     ("arguments", "said"),
     [
         (["--height", "500"], "multiples of 16"),
-        (["--height", "-16"], "multiples of 16"),
-        (["--width", "16000000000"], "latent width must be from 1 to 1000000"),
+        (["--height", "-16"], "--height must be at least 16"),
+        (["--width", "16000000000"], "--width must be at most 8,192"),
         (["--frames", "80"], "1 + 4 (n - 1)"),
-        (["--frames", "-3"], "1 + 4 (n - 1)"),
-        (["--frames", f"1{59 * '0'}1"], "latent frames must be from 1"),
+        (["--frames", "-3"], "--frames must be at least 0"),
+        (["--frames", f"1{59 * '0'}1"], "--frames must be at most 1,000,000"),
         (["--chunk", "22"], "at most 21"),
-        (["--steps", "1000000000000"], "steps must be at most 1000"),
-        (["--batch", "0"], "batch must be from 1"),
+        (["--steps", "1000000000000"], "--steps must be at most 1,000"),
+        (["--batch", "0"], "--batch must be at least 1"),
         (["--gpus", "5"], "gpus must divide the 12 heads"),
-        (["--window", "-5"], "window=-5"),
+        (["--window", "-5"], "--window must be at least 1, got -5"),
         (["--dtype", "float32", "--precision", "fp8"], "dtype float32 is for --precision eager"),
         (["--model", "nothing-like-it"], "unknown model"),
         (["--model", "tiny", "--height", "128"], "height: only for released models"),
