@@ -330,7 +330,7 @@ def test_load_says_when_it_departs_from_training(family: Path, caplog: pytest.Lo
 
 
 def test_load_refuses_what_does_not_fit(family: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="device must be such as"):
+    with pytest.raises(ValueError, match="device must be cpu, cuda or such as"):
         causalreel.load("tiny", device="tpu9")
     save_export(tmp_path / "x", small_denoiser(), small_export(text="umt6", codec=str(family)))
     with pytest.raises(ValueError, match="unknown text encoder 'umt6'"):

@@ -234,7 +234,7 @@ def unwanted(*args: object, **how: object) -> None:
 
 def test_lengths_are_positive(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(RED, "--latent-frames", "0") == 2
-    assert "latent_frames must be at least 1" in capsys.readouterr().err and os.listdir() == []
+    assert "--latent-frames must be at least 1" in capsys.readouterr().err and os.listdir() == []
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ they should be, 1 for everything else that stops a command, 130 after Ctrl-C, 14
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import socket
 import sys
 import traceback
 import typing
@@ -67,7 +69,8 @@ NAMES = {typing.get_args(member)[1].name: typing.get_args(member)[0] for member 
 """Name of a subcommand -> its arguments."""
 
 USAGE = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""What is wrong with the arguments or with what they name: exit status 2."""
+NAMED = (errno.ENAMETOOLONG, errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_NONAME)
+"""What is wrong with the arguments or with what they name, as types and as numbers of an OSError: exit status 2."""
 
 TRACEBACK = "CAUSALREEL_TRACEBACK"
 """For developers: faults of the package come out as they are."""
@@ -120,7 +123,7 @@ def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
         return 141
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         _print_error(_one_line(error))
-        return 2 if isinstance(error, USAGE) else 1
+        return 2 if isinstance(error, USAGE) or getattr(error, "errno", None) in NAMED else 1
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's own, which is not imported for this
             _print_error(f"{_one_line(error)} (causalreel estimate says what takes how much)")
@@ -137,7 +140,7 @@ def _check_devices(args: Any) -> None:
         if (device := getattr(args, name, None)) is not None:
             from causalreel.infer.models import choose_device
 
-            choose_device(device)
+            choose_device(device, name=name)
 
 
 def _together(where: Launch | None) -> AbstractContextManager[None]:

@@ -139,16 +139,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _known(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that are not known (NaN) as None: JSON has no other word for them."""
+    return {name: None if value != value else value for name, value in numbers.items()}
+
+
 def save(
     out: Path, rows: Sequence[Row], shown: dict[str, Tensor], prompts: Sequence[str], facts: dict[str, Any]
 ) -> None:
     """Write the folder, which must be there."""
     record = {
-        row.label: {name: dataclasses.asdict(e) for name, e in summarise(row.scores).items()}
-        | {"frechet": row.frechet, "seconds": row.seconds}
+        row.label: {name: _known(dataclasses.asdict(e)) for name, e in summarise(row.scores).items()}
+        | _known({"frechet": row.frechet, "seconds": row.seconds})
         for row in rows
     }
-    write_text(out / "scores.json", json.dumps({"facts": facts, "models": record}, indent=1))
+    write_text(out / "scores.json", json.dumps({"facts": facts, "models": record}, indent=1, allow_nan=False))
     write_text(out / "table.md", table(rows) + "\n")
     clips = {
         f"{row.label}/{f.name}": getattr(row.scores, f.name).float().contiguous()

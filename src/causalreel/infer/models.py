@@ -246,8 +246,8 @@ def _refuse(model: str | Path, choices: Choices) -> None:
         )
 
 
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device, known to be there; None is CUDA if there is one, else the CPU."""
+def choose_device(device: torch.device | str | None, *, name: str = "device") -> torch.device:
+    """The device, known to be there; None is CUDA if there is one, else the CPU. name: what messages call it."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
         return torch.device("cuda" if count else "cpu")
@@ -256,11 +256,11 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     except RuntimeError:
         found = torch.device("meta")
     if found.type not in ("cpu", "cuda") or (found.type == "cpu" and found.index):
-        raise ValueError(f"device must be cpu, cuda or such as cuda:1, got '{shown(str(device), 60)}'")
+        raise ValueError(f"{name} must be cpu, cuda or such as cuda:1, got '{shown(str(device), 60)}'")
     if found.type == "cuda" and not count:
-        raise ValueError(f"device {str(found)!r}: there is no CUDA here, use cpu")
+        raise ValueError(f"{name} {str(found)!r}: there is no CUDA here, use cpu")
     if found.type == "cuda" and (found.index or 0) >= count:
-        raise ValueError(f"device {str(found)!r}: there are {count} GPUs here, the last is cuda:{count - 1}")
+        raise ValueError(f"{name} {str(found)!r}: there are {count} GPUs here, the last is cuda:{count - 1}")
     return found
 
 

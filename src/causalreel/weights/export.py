@@ -250,8 +250,9 @@ def _metrics(scores: Path, label: str | None) -> dict[str, Any]:
         models, facts = rows["models"], rows["facts"]
         if label not in models:
             raise ValueError(f"label must be one of {', '.join(models)}; got {label!r}")
-        means = {key: round(value["mean"], 4) for key, value in models[label].items() if isinstance(value, dict)}
-        return {"clips": facts["clips"], "seed": facts["seed"], **means}
+        means = {key: value["mean"] for key, value in models[label].items() if isinstance(value, dict)}
+        known = {key: round(mean, 4) for key, mean in means.items() if mean is not None}
+        return {"clips": facts["clips"], "seed": facts["seed"], **known}
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{scores} is no scores.json of an evaluation") from None
 
