@@ -82,7 +82,7 @@ def test_methods_may_differ_by_width() -> None:
 def test_taehv_frames_are_the_plain_ones(config: TAEHVConfig, sizes: tuple[int, ...]) -> None:
     codec = taehv(config)
     latents = noise(2, 7, config.channels, 2, 3)
-    size = codec.spatial_factor
+    size = codec.geometry.spatial
     decoder = fast_decoder(codec, 2 * size, 3 * size, dtype=torch.float32, batch=2, sizes=sizes)
     for split in [(1,) * 7, (3, 3, 1), (7,)]:
         stream = decoder.stream()
@@ -93,7 +93,7 @@ def test_taehv_frames_are_the_plain_ones(config: TAEHVConfig, sizes: tuple[int, 
 @pytest.mark.parametrize("make", [wan, taehv])
 def test_streams_of_one_decoder_take_turns(make: type) -> None:
     codec = make()
-    a, b = (noise(1, 4, codec.channels, 2, 2, seed=seed) for seed in (1, 2))
+    a, b = (noise(1, 4, codec.geometry.channels, 2, 2, seed=seed) for seed in (1, 2))
     decoder = fast_decoder(codec, 16, 16, dtype=torch.float32)
     first, second, out_a, out_b = decoder.stream(), decoder.stream(), [], []
     for start, end in [(0, 1), (1, 2), (2, 4)]:
@@ -110,7 +110,7 @@ def test_streams_of_one_decoder_take_turns(make: type) -> None:
 def test_the_codec_stays_as_it_is(make: type) -> None:
     codec = make()
     before = {name: value.clone() for name, value in codec.state_dict().items()}
-    fast_stream(codec, 16, 16)(noise(1, 2, codec.channels, 2, 2))
+    fast_stream(codec, 16, 16)(noise(1, 2, codec.geometry.channels, 2, 2))
     assert all(torch.equal(value, before[name]) for name, value in codec.state_dict().items())
 
 
@@ -147,7 +147,7 @@ def test_taehv_through_the_kernels() -> None:
 
 def test_bad_requests_are_refused() -> None:
     codec = wan()
-    with pytest.raises(ValueError, match="multiples of 8, got 20x16"):
+    with pytest.raises(ValueError, match="multiples of 8, got height 20"):
         fast_decoder(codec, 20, 16)
     with pytest.raises(ValueError, match="have 1 among them"):
         fast_decoder(codec, 16, 16, sizes=(3,))
@@ -171,8 +171,8 @@ def test_graphs_replay_the_plain_stream(make: type, sizes: tuple[int, ...]) -> N
     codec = make().cuda()
     decoder = fast_decoder(codec, 16, 24, dtype=torch.float16, sizes=sizes)
     for seed in (1, 2):
-        latents = noise(1, 7, codec.channels, 2, 3, seed=seed).cuda()
-        other = noise(1, 7, codec.channels, 2, 3, seed=seed + 5).cuda()
+        latents = noise(1, 7, codec.geometry.channels, 2, 3, seed=seed).cuda()
+        other = noise(1, 7, codec.geometry.channels, 2, 3, seed=seed + 5).cuda()
         one, two, frames = decoder.stream(), decoder.stream(), []
         for piece, interleaved in zip(latents.split((4, 3), 1), other.split((4, 3), 1), strict=True):
             frames.append(one(piece))

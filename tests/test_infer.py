@@ -26,7 +26,7 @@ from causalreel.nn.masks import Context
 from causalreel.rollout import Call, KeyedNoise, Part, chunked, collect, rollout
 from causalreel.solvers import SOLVERS
 from causalreel.text.tiny import TinyTextEncoder
-from causalreel.types import Conditioning, LatentSpec
+from causalreel.types import Conditioning, Geometry, LatentSpec
 from causalreel.weights import export as exports
 from causalreel.weights.export import Sampling, save_export
 from test_weights import SMALL_CODEC, small_denoiser, small_export, small_family
@@ -35,6 +35,7 @@ PROMPTS = [
     "a large red circle moves right slowly on a grey background",
     "a small blue square moves up slowly on a dark background",
 ]
+GEOMETRY = Geometry(16, 8, 4)
 FRAME, CHUNK = Sampling(1), Sampling(4)
 FULL = Sampling(None, (), multistep=3, solver="euler", guidance=2.0)
 
@@ -108,12 +109,12 @@ def test_many_step_models_use_their_solvers_grid(solver: str) -> None:
 )
 def test_impossible_lengths_name_the_nearest(sampling: Sampling, frames: int, prefix: int, nearest: str) -> None:
     with pytest.raises(ValueError, match=rf"got {frames}; nearest: {nearest}$"):
-        schedule(sampling, trained=12, temporal_factor=4, frames=frames, prefix=prefix)
+        schedule(sampling, GEOMETRY, trained=12, frames=frames, prefix=prefix)
 
 
 def test_lengths() -> None:
     def latents(sampling: Sampling, **request: int | None) -> int:
-        return schedule(sampling, trained=12, temporal_factor=4, **request).frames
+        return schedule(sampling, GEOMETRY, trained=12, **request).frames
 
     assert latents(FRAME) == latents(CHUNK) == latents(FULL) == 12
     assert latents(FRAME, frames=1) == 1 and latents(FRAME, frames=45) == 12 and latents(CHUNK, frames=93) == 24
@@ -391,10 +392,10 @@ def test_videos_are_cut_to_whole_chunks(tmp_path: Path) -> None:
     from causalreel.data.video import write_video
 
     write_video(tmp_path / "v.mp4", torch.zeros(15, 3, 32, 32))
-    assert read_clip(tmp_path / "v.mp4", (16, 16), unit=1, factor=4).shape == (13, 3, 16, 16)
-    assert read_clip(tmp_path / "v.mp4", (16, 16), unit=3, factor=4).shape == (9, 3, 16, 16)
+    assert read_clip(tmp_path / "v.mp4", (16, 16), unit=1, geometry=GEOMETRY).shape == (13, 3, 16, 16)
+    assert read_clip(tmp_path / "v.mp4", (16, 16), unit=3, geometry=GEOMETRY).shape == (9, 3, 16, 16)
     with pytest.raises(ValueError, match="fewer than one chunk"):
-        read_clip(tmp_path / "v.mp4", (16, 16), unit=5, factor=4)
+        read_clip(tmp_path / "v.mp4", (16, 16), unit=5, geometry=GEOMETRY)
 
 
 # ---- the package

@@ -26,6 +26,7 @@ from causalreel.infer.released import Choices, TwoCodecs, choose_dtype
 from causalreel.infer.schedule import schedule
 from causalreel.nn.presets import ModelConfig
 from causalreel.text.fixed import FixedTextEncoder
+from causalreel.types import Geometry
 from causalreel.weights import hub, identify, registry
 from causalreel.weights.build import random_denoiser
 from causalreel.weights.registry import MODELS, HubFile, owner_of, released
@@ -151,7 +152,7 @@ def test_files_and_the_weights_inside(name: str, path: str, which: str | None) -
 def test_denoising_calls_of_a_training_clip(name: str, calls: int) -> None:
     """Network evaluations that the releases need for 21 latent frames, beside those that only write the cache."""
     model = released(name)
-    plan = list(schedule(model.sampling, trained=model.frames, temporal_factor=4).plan(fused=False))
+    plan = list(schedule(model.sampling, Geometry(16, 8, 4), trained=model.frames).plan(fused=False))
     assert sum(part.sigma_next is not None for call in plan for part in call.parts) == calls
     assert model.sampling.shift == 5 and model.frames == 21 and model.fps == 16
 
@@ -419,7 +420,7 @@ def test_two_codecs_are_one() -> None:
     video: Tensor = one.decode(latents)
     assert torch.equal(both.decode(latents), video) and torch.equal(both.stream()(latents), one.stream()(latents))
     assert torch.equal(both.encode(video), other.encode(video))
-    assert (both.channels, both.spatial_factor, both.temporal_factor) == (16, 8, 4)
+    assert both.geometry == Geometry(16, 8, 4)
 
 
 def test_what_only_released_models_take(place: Path) -> None:

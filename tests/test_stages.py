@@ -22,7 +22,7 @@ from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.trainer import TrainerConfig, train
-from causalreel.types import Batch, Conditioning
+from causalreel.types import Batch, Conditioning, Geometry
 
 CONFIG = ModelConfig(dim=16, ffn_dim=24, heads=2, layers=1, text_dim=8, text_length=4, freq_dim=16, channels=2)
 FRAMES, NULL = 4, torch.zeros(1, 4, 8)
@@ -32,7 +32,7 @@ OPTIMISER = OptimiserConfig(lr=3e-3, betas=(0.0, 0.99))
 class Pixels:
     """A codec that shows latents as they are."""
 
-    channels, spatial_factor, temporal_factor = 2, 1, 1
+    geometry = Geometry(2, 1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents[:, :, :1].expand(-1, -1, 3, -1, -1).clamp(-1, 1)

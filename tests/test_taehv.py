@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from causalreel.codecs.taehv import TAEHV, TAEHVConfig
-from causalreel.types import VideoCodec
+from causalreel.types import Geometry, VideoCodec
 from causalreel.verify import run
 from causalreel.weights.codecs import load_taehv
 from causalreel.weights.files import read_tensors, write_tensors
@@ -74,7 +74,7 @@ def test_memory_reaches_back_and_never_forward(codec: TAEHV) -> None:
 
 def test_range_shapes_and_protocol(codec: TAEHV) -> None:
     assert isinstance(codec, VideoCodec)
-    assert (codec.channels, codec.spatial_factor, codec.temporal_factor) == (5, 8, 4)
+    assert codec.geometry == Geometry(5, 8, 4)
     video = codec.decode(noise(1, 3, 5, 2, 3) * 9)
     assert video.shape == (1, 9, 3, 16, 24) and video.dtype == torch.float32 and video.abs().max() <= 1
     loud = randomised()
@@ -131,7 +131,7 @@ def test_more_growth_in_a_file_is_cut_to_the_last_channels(tmp_path: Path) -> No
     assert torch.equal(cut.decoder[7].conv.weight, large.decoder[7].conv.weight[-12:])
     preview = load_taehv(tmp_path / "large.safetensors", growth=(1, 1, 2), upsample=(True, False, True))
     assert torch.equal(preview.decoder[13].conv.weight, large.decoder[13].conv.weight[-10:])
-    assert (preview.temporal_factor, preview.spatial_factor, preview.dropped) == (2, 4, 1)
+    assert (preview.geometry.temporal, preview.geometry.spatial, preview.dropped) == (2, 4, 1)
     assert preview.decode(noise(1, 3, 5, 2, 2)).shape == (1, 5, 3, 8, 8)
 
 

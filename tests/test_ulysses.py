@@ -27,7 +27,7 @@ from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.parallel.mesh import Launch, device_of
 from causalreel.parallel.ulysses import Ulysses, allowed_sizes
 from causalreel.rollout import Call, KeyedNoise, chunked, collect, fuse, rollout
-from causalreel.types import Conditioning, LatentSpec
+from causalreel.types import Conditioning, Geometry, LatentSpec
 from patience import PATIENCE_S, wait_until
 
 HERE = Path(__file__).resolve()
@@ -396,7 +396,7 @@ def test_a_codec_elsewhere_is_the_same_codec() -> None:
     assert torch.equal(latents, codec.encode(video))
     assert torch.equal(other.decode(latents), codec.decode(latents))
     assert torch.equal(other.stream()(latents[:, :1]), codec.stream()(latents[:, :1]))
-    assert (other.channels, other.spatial_factor, other.temporal_factor) == (16, 8, 4)
+    assert other.geometry == Geometry(16, 8, 4)
 
 
 def test_decoding_on_a_device_of_its_own_is_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The nouns that every layer shares: conditioning, batches, chunks, and the protocols of exchangeable parts.
 
 Letters, one meaning each: B batch, F latent frames, T pixel frames, C channels, H W height and width of what the
-tensor is (latents or pixels), K text tokens, E text width. Nothing here computes anything.
+tensor is (latents or pixels), K text tokens, E text width. Nothing here computes with what a tensor holds.
 """
 
 from __future__ import annotations
@@ -114,6 +114,54 @@ class LatentSpec:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.height, self.width
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a codec's latents lie over pixels: F latent frames stand for first + temporal (F - 1) pixel frames."""
+
+    channels: int
+    """Latent channels."""
+    spatial: int
+    """Pixels along a side of one latent position."""
+    temporal: int
+    """Pixel frames of a latent frame."""
+    first: int = 1
+    """Pixel frames of a video's first latent frame."""
+
+    def frames_of(self, latents: int) -> int:
+        """Latent frames, at least 1 -> pixel frames."""
+        return self.first + self.temporal * (latents - 1)
+
+    def latents_of(self, frames: int, *, name: str = "the video") -> int:
+        """Pixel frames -> latent frames; ValueError, which names the nearest, where they do not end with one."""
+        latents = self.latents_in(frames)
+        if latents < 1 or self.frames_of(latents) != frames:
+            near = dict.fromkeys(self.frames_of(max(n, 1)) for n in (latents, latents + 1))
+            raise ValueError(
+                f"{name} must have {self.first} + {self.temporal} n frames, got {frames}; "
+                f"nearest: {' or '.join(map(str, near))}"
+            )
+        return latents
+
+    def latents_in(self, frames: int) -> int:
+        """How many whole latent frames so many pixel frames hold; 0 where there are fewer than the first one's."""
+        return max(1 + (frames - self.first) // self.temporal, 0)
+
+    def size_of(self, latent: LatentSpec) -> tuple[int, int]:
+        """A latent frame -> height and width of its pixels."""
+        return latent.height * self.spatial, latent.width * self.spatial
+
+    def latent_of(self, height: int, width: int, *, patch: int = 1) -> LatentSpec:
+        """Sides in pixels -> the latent frame; ValueError, which names the nearest, unless `patch` positions fit."""
+        unit = self.spatial * patch
+        wrong = [f"{n} {side}" for n, side in (("height", height), ("width", width)) if side < unit or side % unit]
+        if wrong:
+            near = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (height, width))
+            raise ValueError(
+                f"height and width must be positive multiples of {unit}, got {' and '.join(wrong)}; nearest: {near}"
+            )
+        return LatentSpec(self.channels, height // self.spatial, width // self.spatial)
 
 
 @dataclass(frozen=True)
@@ -253,7 +301,7 @@ class ReplayCache(Cache, Protocol):
 class DecodeStream(Protocol):
     """One video being decoded: feed latents (B,F,C,H,W) in order, get pixel frames (B,T,3,H,W) in [-1, 1].
 
-    The first latent frame of the stream gives 1 pixel frame, every later one `temporal_factor`.
+    The first latent frame gives the pixel frames that the codec's geometry says, every later one `temporal`.
     """
 
     def __call__(self, latents: Tensor) -> Tensor: ...
@@ -261,11 +309,10 @@ class DecodeStream(Protocol):
 
 @runtime_checkable
 class VideoCodec(Protocol):
-    """Video (B,T,3,H,W) in [-1, 1] <-> latents (B,F,C,h,w) with unit scale; T = 1 + temporal_factor * (F - 1)."""
+    """Video (B,T,3,H,W) in [-1, 1] <-> latents (B,F,C,h,w) with unit scale; T = geometry.frames_of(F)."""
 
-    channels: int
-    spatial_factor: int
-    temporal_factor: int
+    @property
+    def geometry(self) -> Geometry: ...
 
     def encode(self, video: Tensor) -> Tensor: ...
 

@@ -227,7 +227,9 @@ def replay(args: Replay) -> int:
         session = Session.of(pipeline, record)
         if differences := record.differences(pipeline):
             _say(f"the frames may differ from those recorded: {'; '.join(differences)}")
-        most = 1 + profile.factor * (session.sampling.chunk or 1) * record.chunks  # restarts begin with fewer
+        most = profile.geometry.frames_of(
+            1 + (session.sampling.chunk or 1) * record.chunks
+        )  # restarts begin with fewer
         chunks = play(session, frames=frames) if frames is not None else session.replayed()
         chunks = (made for made in chunks if made.sequence < record.chunks)
         _write(str(args.output), chunks, session, min(frames or most, most))

@@ -184,7 +184,7 @@ def _frames(args: Generate, profile: Profile) -> int | None:
         latent = args.blocks * profile.sampling.chunk
     if latent is None:
         return args.frames
-    return 1 + profile.factor * (latent - 1)
+    return profile.geometry.frames_of(latent)
 
 
 def _seed(args: Generate, index: int, one: Wanted) -> int:
@@ -208,7 +208,7 @@ def _check(
 
     prefix = _prefix(args, profile, one, beginning)
     given = 0 if prefix is None else len(prefix)
-    profile.schedule(frames, -(-given // profile.factor))
+    profile.schedule(frames, profile.geometry.latents_of(given) if given else 0)
     if profile.export.text in TEXT_ENCODERS:
         full_prompt(TEXT_ENCODERS[profile.export.text](), one.prompt, seed, None if prefix is None else prefix[-1])
 
@@ -236,5 +236,5 @@ def _beginning(args: Generate, profile: Profile, frames: int | None) -> Tensor:
     most = profile.export.frames // unit * unit if frames is None else profile.schedule(frames).frames - unit
     if most < unit:
         raise ValueError(f"a video of {frames} frames leaves no room behind {args.video}; ask for more with --frames")
-    how: dict[str, Any] = {"unit": unit, "factor": profile.factor, "how": args.fit}
+    how: dict[str, Any] = {"unit": unit, "geometry": profile.geometry, "how": args.fit}
     return read_clip(args.video, profile.size, fps=profile.export.fps, most=most, **how)

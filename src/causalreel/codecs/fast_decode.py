@@ -176,9 +176,7 @@ def fast_decoder(
     kernels on a GPU, neither on a CPU. Capture tries cuDNN's algorithms and takes some seconds.
     """
     device = next(codec.parameters()).device if device is None else torch.device(device)
-    factor = codec.spatial_factor
-    if min(height, width) < factor or height % factor or width % factor:
-        raise ValueError(f"height and width must be multiples of {factor}, got {height}x{width}")
+    latent = codec.geometry.latent_of(height, width)
     on_gpu = device.type == "cuda"
     backend = _backend(on_gpu) if backend is None else backend
     if not isinstance(codec, (CausalVAE, TAEHV)):
@@ -189,8 +187,9 @@ def fast_decoder(
         program: Program = TAEHVProgram(codec, dtype, device, backend)
     else:
         program = WanProgram(codec, dtype, device, backend, arithmetic or Arithmetic())
-    latent = (batch, codec.channels, height // factor, width // factor)
-    return FastDecoder(program, latent, device=device, sizes=sizes, graphs=on_gpu if graphs is None else graphs)
+    return FastDecoder(
+        program, (batch, *latent.shape), device=device, sizes=sizes, graphs=on_gpu if graphs is None else graphs
+    )
 
 
 def _backend(on_gpu: bool) -> Backend:

@@ -1,8 +1,8 @@
 """TAEHV, the tiny autoencoder for the Wan latent space: fast decoding with memory of one frame per block.
 
-Latents are the normalised ones of the Wan VAE, pixels are in [-1, 1]. The network gives `temporal_factor` frames for
-every latent frame; the first `temporal_factor - 1` frames of a video are dropped, so that F latents give
-1 + temporal_factor * (F - 1) frames, as with the Wan VAE. Activations are channels-last, (B,T,H,W,C). Parameter names
+Latents are the normalised ones of the Wan VAE, pixels are in [-1, 1]. The network gives `temporal` frames for
+every latent frame; the first `temporal - 1` frames of a video are dropped, so that F latents give
+1 + temporal * (F - 1) frames, as with the Wan VAE. Activations are channels-last, (B,T,H,W,C). Parameter names
 are those of the released taew2_1 files; reading files is not done here. A memory block sees the frame before it and
 nothing else, so keeping one frame per block makes a stream equal to the whole decode. The official demo instead decodes
 three old latents again with every call, which is dearer and, from the third call on, inexact.
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causalreel.codecs.wan_vae import FrameConv, History
+from causalreel.types import Geometry
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class TAEHVConfig:
             )
         if min(self.growth) < 1 or min(self.pooling) < 1:
             raise ValueError(f"growth and pooling must be at least 1, got {self.growth} and {self.pooling}")
+
+    @property
+    def geometry(self) -> Geometry:
+        """What its latents stand for when they are decoded; a preview's are fewer or smaller frames."""
+        return Geometry(self.channels, 2 ** sum(self.upsample), math.prod(self.growth))
 
 
 class Squash(nn.Module):
@@ -165,17 +171,15 @@ class TAEHV(nn.Module):
         self.config = config
         self.encoder = encoder(config)
         self.decoder = decoder(config)
-        self.channels = config.channels
-        self.spatial_factor = 2 ** sum(config.upsample)
-        self.temporal_factor = math.prod(config.growth)
+        self.geometry = config.geometry
 
     @property
     def dropped(self) -> int:
         """Frames at the beginning of what the decoder gives that are not part of the video."""
-        return self.temporal_factor - 1
+        return self.geometry.temporal - 1
 
     def all_pixels(self, latents: Tensor, history: History | None = None) -> Tensor:
-        """Latents (B,F,C,h,w) -> all frames (B,F*temporal_factor,3,H,W), nominally in [0, 1], none dropped."""
+        """Latents (B,F,C,h,w) -> all frames (B,F*temporal,3,H,W), nominally in [0, 1], none dropped."""
         x = latents.to(self._dtype).movedim(2, -1).contiguous()  # (B,F,h,w,C)
         for layer in self.decoder:
             x = layer(x, history)
@@ -220,8 +224,10 @@ class TAEHV(nn.Module):
 
     def check_latents(self, latents: Tensor) -> None:
         """ValueError unless latents are (B,F,C,h,w) with this codec's channels."""
-        if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != self.channels:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (B,F,{self.channels},h,w), F >= 1")
+        if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != self.config.channels:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, expected (B,F,{self.config.channels},h,w), F >= 1"
+            )
 
 
 def shown(pixels: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ def start(codec: CausalVAE, generator: torch.Generator) -> None:
     _start_path(codec.encoder, codec.encoder.downsamples, base=codec.config.dim)
     _start_path(codec.decoder, codec.decoder.upsamples, base=codec.config.dim // 2)
     _carry(codec.conv1.weight, codec.config.dim)
-    codec.conv1.weight[codec.channels :].mul_(WEAK)
-    codec.get_parameter("conv1.bias")[codec.channels :] = LOG_VARIANCE
+    codec.conv1.weight[codec.config.z :].mul_(WEAK)
+    codec.get_parameter("conv1.bias")[codec.config.z :] = LOG_VARIANCE
     _carry(codec.conv2.weight, codec.config.z)
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from causalreel.types import Geometry
+
 History = dict[nn.Module, Tensor]
 """What a stream remembers: for each layer that looks back, its last input frames."""
 
@@ -59,6 +61,11 @@ class VAEConfig:
                 raise ValueError(f"{name} has {len(values)} entries, expected one for each of z={self.z} channels")
         if self.latent_std is not None and min(self.latent_std) <= 0:
             raise ValueError(f"latent_std must be positive, got {min(self.latent_std)}")
+
+    @property
+    def geometry(self) -> Geometry:
+        """What its latents stand for."""
+        return Geometry(self.z, 2 ** len(self.temporal_down), 2 ** sum(self.temporal_down))
 
 
 PRESETS: dict[str, VAEConfig] = {
@@ -288,7 +295,7 @@ class Decoder(nn.Module):
 
 
 class CausalVAE(nn.Module):
-    """Video (B,T,3,H,W) in [-1, 1] <-> normalised latents (B,F,C,h,w), T = 1 + temporal_factor * (F-1).
+    """Video (B,T,3,H,W) in [-1, 1] <-> normalised latents (B,F,C,h,w), T = 1 + temporal * (F-1).
 
     Implements `types.VideoCodec`. `encode` and `decode` follow the caller's grad mode; streams take no gradient.
     """
@@ -303,9 +310,7 @@ class CausalVAE(nn.Module):
         self.conv1 = Pointwise(2 * config.z, 2 * config.z)
         self.conv2 = Pointwise(config.z, config.z)
         self.decoder = Decoder(config)
-        self.channels = config.z
-        self.spatial_factor = 2 ** len(config.temporal_down)
-        self.temporal_factor = 2 ** sum(config.temporal_down)
+        self.geometry = config.geometry
         self.register_buffer("latent_mean", torch.zeros(config.z), persistent=False)
         self.register_buffer("latent_std", torch.ones(config.z), persistent=False)
         self.set_statistics(config.latent_mean, config.latent_std)
@@ -317,8 +322,8 @@ class CausalVAE(nn.Module):
             latent_mean=None if mean is None else tuple(map(float, mean)),
             latent_std=None if std is None else tuple(map(float, std)),
         )
-        self.latent_mean.copy_(torch.tensor(self.config.latent_mean or [0.0] * self.channels))
-        self.latent_std.copy_(torch.tensor(self.config.latent_std or [1.0] * self.channels))
+        self.latent_mean.copy_(torch.tensor(self.config.latent_mean or [0.0] * self.config.z))
+        self.latent_std.copy_(torch.tensor(self.config.latent_std or [1.0] * self.config.z))
 
     def posterior(self, video: Tensor, history: History | None = None) -> tuple[Tensor, Tensor]:
         """Video (B,T,3,H,W) -> mean and log-variance (B,F,h,w,z) of the latents, channels last, not normalised."""
@@ -364,7 +369,7 @@ class CausalVAE(nn.Module):
         return latents.movedim(2, -1).float() * self.latent_std.float() + self.latent_mean.float()  # (B,F,h,w,z)
 
     def _check_video(self, video: Tensor, *, first: bool) -> None:
-        t, s = self.temporal_factor, self.spatial_factor
+        t, s = self.geometry.temporal, self.geometry.spatial
         if video.ndim != 5 or video.shape[2] != 3:
             raise ValueError(f"video has shape {tuple(video.shape)}, expected (B,T,3,H,W)")
         frames, height, width = video.shape[1], *video.shape[-2:]
@@ -375,14 +380,14 @@ class CausalVAE(nn.Module):
             raise ValueError(f"video is {height}x{width} pixels, expected multiples of {s}")
 
     def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != self.channels:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (B,F,{self.channels},h,w), F >= 1")
+        if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != self.config.z:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (B,F,{self.config.z},h,w), F >= 1")
 
 
 class DecodeStream:
     """One video being decoded: latents (B,F,C,h,w) in order -> frames (B,T,3,H,W) in [-1, 1].
 
-    The first latent frame gives 1 pixel frame, every later one `temporal_factor`; any split over calls gives the same
+    The first latent frame gives 1 pixel frame, every later one `temporal`; any split over calls gives the same
     frames.
     """
 
@@ -397,7 +402,7 @@ class DecodeStream:
 
 
 class EncodeStream:
-    """One video being encoded: first 1 + temporal_factor*n frames, then multiples of temporal_factor per call."""
+    """One video being encoded: first 1 + temporal*n frames, then multiples of temporal per call."""
 
     def __init__(self, codec: CausalVAE) -> None:
         self._codec = codec
@@ -415,7 +420,7 @@ def latent_statistics(codec: CausalVAE, videos: Iterable[Tensor]) -> tuple[tuple
 
     `codec.set_statistics(*latent_statistics(codec, videos))` gives latents of mean 0 and standard deviation 1.
     """
-    count, total, squares = 0, torch.zeros(codec.channels).double(), torch.zeros(codec.channels).double()
+    count, total, squares = 0, torch.zeros(codec.config.z).double(), torch.zeros(codec.config.z).double()
     for video in videos:
         codec._check_video(video, first=True)
         mean = codec.posterior(video)[0].flatten(0, -2).double()  # (B*F*h*w,z)

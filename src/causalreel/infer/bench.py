@@ -109,7 +109,7 @@ def measure(pipeline: Pipeline, prompts: Sequence[str], *, frames: int | None = 
     peak = torch.cuda.max_memory_allocated(pipeline.device) / 2**20 if is_cuda else None
     reserved = torch.cuda.max_memory_reserved(pipeline.device) / 2**20 if is_cuda else None
     alone = statistics.median(_latents(pipeline, prompts, frames, wait) for _ in range(runs))
-    pixels = len(prompts) * (1 + pipeline.codec.temporal_factor * (plan.frames - 1))
+    pixels = len(prompts) * pipeline.codec.geometry.frames_of(plan.frames)
     gaps = [[b - a for a, b in pairwise(run.times)] or run.times for run in stepped]
     fill = (plan.context.span(plan.frames) or 0) / (plan.context.window or plan.frames)
     return Speed(

@@ -68,8 +68,7 @@ class SharedCodec:
 
     def __init__(self, codec: VideoCodec, mesh: Mesh) -> None:
         self.codec, self.mesh = codec, mesh
-        self.channels = codec.channels
-        self.spatial_factor, self.temporal_factor = codec.spatial_factor, codec.temporal_factor
+        self.geometry = codec.geometry
 
     def encode(self, video: Tensor) -> Tensor:
         return _shared(self.codec.encode(video), self.mesh)
@@ -86,15 +85,14 @@ class SilentCodec:
 
     def __init__(self, codec: VideoCodec, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.channels = codec.channels
-        self.spatial_factor, self.temporal_factor = codec.spatial_factor, codec.temporal_factor
+        self.geometry = codec.geometry
 
     def encode(self, video: Tensor) -> Tensor:
         return _shared(None, self.mesh)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B,F,C,h,w) -> (B,0,3,H,W)."""
-        size = (side * self.spatial_factor for side in latents.shape[-2:])
+        size = (side * self.geometry.spatial for side in latents.shape[-2:])
         return latents.new_empty(latents.shape[0], 0, 3, *size)
 
     def stream(self) -> DecodeStream:
@@ -107,8 +105,7 @@ class CodecElsewhere:
     def __init__(self, codec: VideoCodec, device: torch.device, home: torch.device) -> None:
         self.codec = codec.to(device) if isinstance(codec, torch.nn.Module) else codec
         self.device, self.home = device, home
-        self.channels = codec.channels
-        self.spatial_factor, self.temporal_factor = codec.spatial_factor, codec.temporal_factor
+        self.geometry = codec.geometry
 
     def encode(self, video: Tensor) -> Tensor:
         return self.codec.encode(video.to(self.device)).to(self.home)

@@ -397,7 +397,7 @@ def _codec(decoder: str | VAEConfig) -> _Codec:
             state += side**2 * first.in_channels // 2
         side *= 2 if isinstance(layer, Upsample) or (isinstance(layer, Enlarge) and layer.is_used) else 1
     own, decoding = (sum(part.numel() for part in module.parameters()) for module in (codec, codec.decoder))
-    return _Codec(own, decoding, state, last, side, codec.temporal_factor)
+    return _Codec(own, decoding, state, last, side, codec.geometry.temporal)
 
 
 def _decoder_parts(request: Request) -> Iterator[Part]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from causalreel.data.pictures import Fit, decode_picture, fit, read_picture
 from causalreel.data.video_in import read_video
+from causalreel.types import Geometry
 
 __all__ = ["Fit", "decode_picture", "fit", "read_clip", "read_picture"]
 
@@ -20,7 +21,7 @@ def read_clip(
     size: tuple[int, int],
     *,
     unit: int,
-    factor: int,
+    geometry: Geometry,
     how: Fit = "crop",
     fps: float | None = None,
     most: int | None = None,
@@ -31,18 +32,18 @@ def read_clip(
     multiple of `unit`, that there is room for; no more is decoded than it takes to see that a video is longer, which
     is a ValueError.
     """
-    limit = None if most is None else 1 + factor * (most + unit - 1)
+    limit = None if most is None else geometry.frames_of(most + unit)
     video, _ = read_video(path, frames=limit, fps=fps, size=size, how=how)
-    latent = (1 + (len(video) - 1) // factor) // unit * unit
+    latent = geometry.latents_in(len(video)) // unit * unit
     at = "" if fps is None else f" at {fps:g} a second"
     if latent == 0:
-        raise ValueError(f"{path} has {len(video)} frames{at}, fewer than one chunk ({1 + factor * (unit - 1)})")
+        raise ValueError(f"{path} has {len(video)} frames{at}, fewer than one chunk ({geometry.frames_of(unit)})")
     if most is not None and latent > most:
         raise ValueError(
-            f"{path} has more than {1 + factor * (most - 1)} frames{at}, which leaves no room for new ones: ask for a "
+            f"{path} has more than {geometry.frames_of(most)} frames{at}, which leaves no room for new ones: ask for a "
             f"longer video with --frames, or give a shorter one"
         )
-    kept = 1 + factor * (latent - 1)
+    kept = geometry.frames_of(latent)
     if kept < len(video):
         log.info("%s: using the first %d of %d frames%s", path, kept, len(video), at)
     return video[:kept]

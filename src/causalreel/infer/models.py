@@ -22,6 +22,7 @@ from causalreel.infer.released import Choices, load_released
 from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.nn.presets import PRESETS, ModelConfig
 from causalreel.text.tiny import TinyTextEncoder
+from causalreel.types import Geometry
 from causalreel.weights import export as exports
 from causalreel.weights.export import (
     ALIASES,
@@ -87,8 +88,10 @@ def load(
     if export.text not in TEXT_ENCODERS:
         raise ValueError(f"{folder}: unknown text encoder {export.text!r}; there are {', '.join(TEXT_ENCODERS)}")
     codec = load_codec(codec_file(folder, export.codec))
-    if codec.channels != export.latent.channels:
-        raise ValueError(f"{folder}: the codec has {codec.channels} channels, the model {export.latent.channels}")
+    if codec.geometry.channels != export.latent.channels:
+        raise ValueError(
+            f"{folder}: the codec has {codec.geometry.channels} channels, the model {export.latent.channels}"
+        )
     sampling = adapt(export.sampling, steps=steps, chunk=chunk)
     if sampling != export.sampling:
         log.info("%s was trained for %s; now using %s", export.name, _describe(export.sampling), _describe(sampling))
@@ -109,15 +112,18 @@ class Profile:
     export: Export
     sampling: Sampling
     """How it will be sampled."""
-    factor: int
-    """Pixel frames of a latent frame."""
-    size: tuple[int, int]
-    """Height and width of its videos in pixels."""
+    geometry: Geometry
+    """What its latents stand for."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its videos in pixels."""
+        return self.geometry.size_of(self.export.latent)
 
     def schedule(self, frames: int | None, prefix: int = 0) -> Schedule:
         """How a clip of `frames` pixel frames would be made behind `prefix` latent frames; ValueError if it cannot."""
-        how: dict[str, Any] = {"trained": self.export.frames, "temporal_factor": self.factor}
-        return schedule(self.sampling, **how, frames=frames, prefix=prefix, context=self.export.context)
+        how: dict[str, Any] = {"trained": self.export.frames, "context": self.export.context}
+        return schedule(self.sampling, self.geometry, **how, frames=frames, prefix=prefix)
 
 
 def profile(
@@ -135,9 +141,7 @@ def profile(
         folder = find(model, steps=steps, chunk=chunk)
         export = read_export(folder)
         codec = read_codec(codec_file(folder, export.codec)).codec
-    spatial, temporal = 2 ** len(codec.temporal_down), 2 ** sum(codec.temporal_down)
-    size = (export.latent.height * spatial, export.latent.width * spatial)
-    return Profile(export, adapt(export.sampling, steps=steps, chunk=chunk), temporal, size)
+    return Profile(export, adapt(export.sampling, steps=steps, chunk=chunk), codec.geometry)
 
 
 def _check_memory(ask: Callable[[], Request], device: torch.device) -> None:

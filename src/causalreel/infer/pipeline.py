@@ -41,8 +41,7 @@ class Pipeline:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of its videos, in pixels."""
-        factor = self.codec.spatial_factor
-        return self.export.latent.height * factor, self.export.latent.width * factor
+        return self.codec.geometry.size_of(self.export.latent)
 
     def schedule(
         self,
@@ -54,9 +53,8 @@ class Pipeline:
     ) -> Schedule:
         """How a clip of `frames` pixel frames would be made, behind `prefix` latent frames; ValueError if it cannot."""
         sampling = adapt(self.sampling, steps=steps, chunk=chunk)
-        factor = self.codec.temporal_factor
-        how: dict[str, Any] = {"trained": self.export.frames, "temporal_factor": factor, "context": self.export.context}
-        return schedule(sampling, **how, frames=frames, prefix=prefix)
+        how: dict[str, Any] = {"trained": self.export.frames, "context": self.export.context}
+        return schedule(sampling, self.codec.geometry, **how, frames=frames, prefix=prefix)
 
     def generate(
         self,
@@ -87,7 +85,7 @@ class Pipeline:
     ) -> Iterator[Tensor]:
         """Yield pixel frames (B,t,3,H,W) float32 in [-1,1], chunk by chunk as they are made.
 
-        frames: pixel frames of the clip, 1 + 4 (n - 1) with n a multiple of the chunk; None: as long as a training
+        frames: pixel frames of the clip, of n latent frames with n a multiple of the chunk; None: as long as a training
         clip. A longer clip streams on with a window of the training clip's length, so its cost per chunk stays flat.
         seed: of the first prompt, the others count up from it; or one for each prompt. It also decides what a prompt
         leaves open (see `TextEncoder.complete`).
@@ -132,7 +130,7 @@ class Pipeline:
         given = None if prefix is None else _as_batch(prefix, len(prompts))
         if given is not None and tuple(given.shape[-2:]) != self.size:
             raise ValueError(f"the prefix must be {_by(self.size)} pixels, got {_by(given.shape[-2:])}")
-        length = 0 if given is None else self._latent_frames(given.shape[1])
+        length = 0 if given is None else self.codec.geometry.latents_of(given.shape[1], name="the prefix")
         plan = self.schedule(frames=frames, steps=steps, chunk=chunk, prefix=length)
         pictures = [None] * len(prompts) if given is None else given[:, -1]
         words = zip(prompts, seeds, pictures, strict=True)
@@ -204,15 +202,6 @@ class Pipeline:
         size = (latent.height, latent.width)
         how = {"chunk": chunk, "frames": plan.frames, "prefix": plan.prefix, "batch": batch}
         return fast.new_cache(plan.context, size=size, **how)
-
-    def _latent_frames(self, frames: int) -> int:
-        """Pixel frames of a prefix -> its latent frames."""
-        factor = self.codec.temporal_factor
-        if (frames - 1) % factor:
-            below = frames - (frames - 1) % factor
-            nearest = f"{below} or {below + factor}"
-            raise ValueError(f"the prefix must have 1 + {factor} n frames, got {frames}; nearest: {nearest}")
-        return 1 + (frames - 1) // factor
 
 
 @dataclass(frozen=True)

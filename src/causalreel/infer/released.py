@@ -83,8 +83,8 @@ def load_released(
         choices.before_loading(export, device)
     denoiser = _denoiser(model, export, choices, files, device, dtype)
     codec = _codec(choices.decoder, files, device, dtype)
-    if codec.channels != export.latent.channels:
-        raise ValueError(f"the codec has {codec.channels} channels, {model.name} has {export.latent.channels}")
+    if codec.geometry.channels != export.latent.channels:
+        raise ValueError(f"the codec has {codec.geometry.channels} channels, {model.name} has {export.latent.channels}")
     return Pipeline(denoiser, export, sampling, codec, _text(export, files, choices, device), device)
 
 
@@ -175,8 +175,7 @@ class TwoCodecs:
 
     def __init__(self, decoder: VideoCodec, read_encoder: Callable[[], VideoCodec]) -> None:
         self.decoder, self._read = decoder, read_encoder
-        self.channels = decoder.channels
-        self.spatial_factor, self.temporal_factor = decoder.spatial_factor, decoder.temporal_factor
+        self.geometry = decoder.geometry
 
     @cached_property
     def _encoder(self) -> VideoCodec:

@@ -1,6 +1,6 @@
 """From a request to a rollout: which noise levels, which chunks, how many frames, and whether the request is possible.
 
-Knows no network and no codec beyond its temporal factor.
+Knows no network and no codec beyond its geometry.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from causalreel.flow import sigma_grid, warp_steps
 from causalreel.nn.masks import Context
 from causalreel.rollout import Plan, chunked, fuse
 from causalreel.solvers import unipc_sigmas
+from causalreel.types import Geometry
 from causalreel.weights.export import Sampling
 
 
@@ -86,9 +87,9 @@ def first_noise_levels(sampling: Sampling) -> tuple[float, ...] | None:
 
 def schedule(
     sampling: Sampling,
+    geometry: Geometry,
     *,
     trained: int,
-    temporal_factor: int,
     frames: int | None = None,
     prefix: int = 0,
     context: Context = Context(),
@@ -102,7 +103,7 @@ def schedule(
     if chunk is None:
         if prefix:
             raise ValueError("a prefix needs an autoregressive model; this one generates whole clips")
-        longest = 1 + temporal_factor * (trained - 1)
+        longest = geometry.frames_of(trained)
         if frames is not None and frames > longest:
             raise ValueError(f"frames must be at most {longest} for a model that generates whole clips, got {frames}")
     elif chunk > trained:
@@ -116,12 +117,14 @@ def schedule(
     if frames is None:
         wanted = max(trained // unit * unit, prefix + unit)
         return Schedule(wanted, prefix, sampling, context)
-    wanted = 1 + (frames - 1) // temporal_factor  # latent frames, rounded down
-    if frames >= 1 and (frames - 1) % temporal_factor == 0 and wanted % unit == 0 and wanted > prefix:
+    wanted = geometry.latents_in(frames)
+    if wanted > prefix and wanted % unit == 0 and geometry.frames_of(wanted) == frames:
         return Schedule(wanted, prefix, sampling, context.bounded(trained) if wanted > trained else context)
     below = max(wanted // unit * unit, prefix + unit)
-    above = below + unit if 1 + temporal_factor * (below - 1) < frames else below
-    nearest = " or ".join(str(1 + temporal_factor * (n - 1)) for n in dict.fromkeys((below, above)))
-    behind = f" behind a prefix of {1 + temporal_factor * (prefix - 1)}" if prefix else ""
-    rule = f"1 + {temporal_factor} (n - 1)" + (f" with n a multiple of the chunk size {unit}" if unit > 1 else "")
+    above = below + unit if geometry.frames_of(below) < frames else below
+    nearest = " or ".join(str(geometry.frames_of(n)) for n in dict.fromkeys((below, above)))
+    behind = f" behind a prefix of {geometry.frames_of(prefix)}" if prefix else ""
+    rule = f"{geometry.first} + {geometry.temporal} (n - 1)" + (
+        f" with n a multiple of the chunk size {unit}" if unit > 1 else ""
+    )
     raise ValueError(f"frames must be {rule}{behind}, got {frames}; nearest: {nearest}")

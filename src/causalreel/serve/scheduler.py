@@ -318,7 +318,7 @@ class Scheduler:
         if self._is_measured:
             return
         height, width = self.pipeline.size
-        chunk = height * width * 3 * (session.sampling.chunk or 1) * self.pipeline.codec.temporal_factor
+        chunk = height * width * 3 * (session.sampling.chunk or 1) * self.pipeline.codec.geometry.temporal
         buffers = chunk * (self.limits.buffer_chunks + self.limits.resume_chunks)
         self.session_bytes = max(self.session_bytes, held_bytes(session, without=(self.pipeline,)) + buffers)
         self._is_measured = session.sequence > self._full_after(session)

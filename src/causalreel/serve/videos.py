@@ -43,7 +43,7 @@ def planned(service: Service, wanted: VideoRequest) -> dict[str, Any]:
         image = None if wanted.image is None else service.picture(decode_base64(wanted.image))
         how: dict[str, Any] = {"frames": wanted.frames, "steps": wanted.steps, "chunk": wanted.chunk}
         plan = pipeline.schedule(**how, prefix=0 if image is None else 1)
-        frames = 1 + pipeline.codec.temporal_factor * (plan.frames - 1)
+        frames = pipeline.codec.geometry.frames_of(plan.frames)
         if frames > limit:
             raise ValueError(f"frames must be at most {limit}, got {frames}")
         row = {

@@ -66,9 +66,9 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
     codec = load_codec(recipe.codec)
     latents, told = load_prepared(recipe.data, rows=recipe.rows)
     spec = LatentSpec(*latents.shape[2:])
-    if spec.channels != codec.channels:
+    if spec.channels != codec.geometry.channels:
         raise ValueError(
-            f"{recipe.data} has {spec.channels} latent channels, the codec {recipe.codec} {codec.channels}"
+            f"{recipe.data} has {spec.channels} latent channels, the codec {recipe.codec} {codec.geometry.channels}"
         )
     if (chunk := getattr(recipe.settings, "chunk", None)) is not None:
         chunk_sizes(latents.shape[1], chunk)

@@ -56,7 +56,7 @@ def _check_size(case: Case, codec: CausalVAE) -> None:
 
 def _encode(codec: CausalVAE, found: Findings, label: str) -> None:
     video = found.case.tensors[f"in.video_{label}"].transpose(1, 2)  # (B,T,3,H,W)
-    factor = codec.temporal_factor
+    factor = codec.geometry.temporal
     video = video[:, : 1 + (video.shape[1] - 1) // factor * factor]
     found.add(f"out.mu_{label}", codec.posterior(video)[0].movedim(-1, 2))
     found.add(f"out.latents_{label}", codec.encode(video))
@@ -189,7 +189,7 @@ def _previews(case: Case, found: Findings, latents: Tensor) -> None:
         else:
             codec = _smaller(case, upsample=tuple(flags))
         wanted = case.tensors[name]
-        part = latents[: wanted.shape[0], : wanted.shape[1] // codec.temporal_factor]
+        part = latents[: wanted.shape[0], : wanted.shape[1] // codec.geometry.temporal]
         found.add(name, codec.all_pixels(part))
 
 
@@ -206,5 +206,5 @@ def _demo(codec: TAEHV, latents: Tensor) -> Tensor:
     pieces = [codec.all_pixels(latents[:, :DEMO_CHUNK])[:, codec.dropped :]]
     for start in range(DEMO_CHUNK, latents.shape[1], DEMO_CHUNK):
         again = latents[:, start - DEMO_CHUNK : start + DEMO_CHUNK]
-        pieces.append(codec.all_pixels(again)[:, DEMO_CHUNK * codec.temporal_factor :])
+        pieces.append(codec.all_pixels(again)[:, DEMO_CHUNK * codec.geometry.temporal :])
     return torch.cat(pieces, 1) * 2 - 1

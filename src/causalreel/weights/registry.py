@@ -11,6 +11,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from causalreel.codecs.wan_vae import vae_config
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import PRESETS
 from causalreel.types import LatentSpec
@@ -20,7 +21,8 @@ CF, SF = "zhuhz22/Causal-Forcing", "gdhe17/Self-Forcing"
 WAN_SMALL, WAN_LARGE = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B"
 
 FOUR = (1000.0, 750.0, 500.0, 250.0)
-EVERYTHING, WIDE = Context(), LatentSpec(16, 60, 104)
+GEOMETRY = vae_config("wan2.1").geometry
+EVERYTHING, WIDE = Context(), GEOMETRY.latent_of(480, 832)
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,12 @@ class ReleasedModel:
 
     def export(self, *, height: int | None = None, width: int | None = None) -> Export:
         """Everything but the weights, as for exported models; for other sides in pixels if given."""
-        latent = latent_of(
-            8 * self.latent.height if height is None else height, 8 * self.latent.width if width is None else width
-        )
-        model = PRESETS[self.preset]
+        model, own = PRESETS[self.preset], GEOMETRY.size_of(self.latent)
+        sides = (own[0] if height is None else height, own[1] if width is None else width)
+        latent = GEOMETRY.latent_of(*sides, patch=model.patch)
         return Export(
             self.name, model, self.sampling, self.context, self.frames, self.fps, latent, self.codec, self.text
         )
-
-
-def latent_of(height: int, width: int) -> LatentSpec:
-    """Sides in pixels -> latent frame; ValueError unless they are multiples of 16 (8 of the codec, 2 of patches)."""
-    wrong = [f"{name} {side}" for name, side in (("height", height), ("width", width)) if side < 16 or side % 16]
-    if wrong:
-        near = " x ".join(str(max(16, round(side / 16) * 16)) for side in (height, width))
-        raise ValueError(
-            f"height and width must be positive multiples of 16, got {' and '.join(wrong)}; nearest: {near}"
-        )
-    return LatentSpec(16, height // 8, width // 8)
 
 
 def _one(path: str, repo: str = CF) -> tuple[HubFile, ...]:

@@ -70,11 +70,11 @@ class CodecStage:
 
     def __init__(self, codec: CausalVAE, config: CodecConfig | None = None) -> None:
         self.config = config or CodecConfig()
-        factor = codec.temporal_factor
+        factor = codec.geometry.temporal
         if self.config.frames < 1 or self.config.frames % factor != 1 % factor:
             raise ValueError(f"frames is {self.config.frames}, expected 1 + {factor}n")
         self.roles: dict[str, nn.Module] = {"codec": codec}
-        self._shape_factors = factor, codec.spatial_factor, codec.channels
+        self._geometry = codec.geometry
 
     def updates(self, step: StepContext) -> Iterator[Update]:
         """One update on a batch of random crops in time."""
@@ -121,6 +121,6 @@ class CodecStage:
         return video[torch.arange(clips, device=video.device)[:, None], index]
 
     def _latent_shape(self, video: Tensor) -> tuple[int, ...]:
-        temporal, spatial, channels = self._shape_factors
         clips, frames, _, height, width = video.shape
-        return clips, 1 + (frames - 1) // temporal, height // spatial, width // spatial, channels
+        latent = self._geometry.latent_of(height, width)
+        return clips, self._geometry.latents_of(frames), latent.height, latent.width, latent.channels
