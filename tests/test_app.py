@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import av
@@ -24,6 +25,7 @@ import causalreel
 from causalreel.infer.live import hints
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import safety, wire
+from causalreel.serve.bodies import MEANINGS
 from causalreel.serve.safety import Rates, Settings
 from causalreel.serve.scheduler import Limits
 from causalreel.serve.session import Options, Session
@@ -304,6 +306,35 @@ def test_bad_commands_are_refused_over_both_ways(client: TestClient) -> None:
         assert until(socket, lambda m: m["type"] == "chunk")  # and the stream goes on
     assert client.get(f"/v1/sessions/{session}").json()["state"]["pending"] == 0
     client.delete(f"/v1/sessions/{session}")
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield f"{method.upper()} {path}", operation["responses"]
+
+
+def test_the_document_names_each_status_with_its_shape(client: TestClient) -> None:
+    found = dict(operations(client.get("/openapi.json").json()))
+    assert len(found) >= 14
+    for name, responses in found.items():
+        assert all(re.fullmatch("[2-5][0-9][0-9]", status) for status in responses), name
+        for status in (status for status in responses if status >= "400" and name != "GET /readyz"):
+            schema = responses[status]["content"]["application/json"]["schema"]
+            assert schema["$ref"].endswith("/ErrorView"), (name, status)
+            assert responses[status]["description"] == MEANINGS[int(status)]
+        assert {"400", "413", "431", "500"} <= responses.keys() or name.startswith("GET /healthz"), name
+        if not re.search("healthz|readyz", name):
+            assert {"401", "403", "421", "429"} <= responses.keys(), name
+        assert ("404" in responses) == ("{" in name or name == "GET /v1/videos"), name
+        assert not name.startswith("POST") or {"408", "415", "503"} <= responses.keys(), name
+
+
+def test_every_status_that_the_server_raises_is_in_the_document(client: TestClient) -> None:
+    source = "".join(path.read_text() for path in Path(wire.__file__).parent.glob("*.py"))
+    raised = set(re.findall(r"ApiError\((\d{3})", source))
+    said = {status for _, responses in operations(client.get("/openapi.json").json()) for status in responses}
+    assert len(raised) > 12 and raised <= said and "HTTPValidationError" not in client.get("/openapi.json").text
 
 
 def test_what_a_session_cannot_do_is_not_promised(client: TestClient) -> None:

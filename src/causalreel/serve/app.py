@@ -27,7 +27,7 @@ except ImportError as error:
 
 from causalreel import __version__
 from causalreel.infer.pipeline import Pipeline
-from causalreel.serve.bodies import describe, read_json, read_model, takes
+from causalreel.serve.bodies import BODY, DOOR, describe, errors, read_json, read_model, takes
 from causalreel.serve.guard import Guard, refuse
 from causalreel.serve.jobs import Jobs, Limits
 from causalreel.serve.metrics import CONTENT_TYPE
@@ -40,9 +40,9 @@ from causalreel.serve.videos import videos
 from causalreel.serve.wire import (
     CommandTaken,
     Deleted,
-    ErrorView,
     Format,
     ModelView,
+    ReadyView,
     ReplayView,
     SessionList,
     SessionRequest,
@@ -54,10 +54,8 @@ from causalreel.serve.wire import (
 log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
-ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorView}, "5XX": {"model": ErrorView}}
-
-health = APIRouter(tags=["health"], responses=ERRORS)
-sessions = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=ERRORS)
+health = APIRouter(tags=["health"], responses=errors(400, 413, 431, 500))
+sessions = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=DOOR)
 
 
 def create_app(model: Scheduler | Pipeline, settings: Settings = Settings(), *, store: Store | None = None) -> FastAPI:
@@ -154,7 +152,11 @@ async def healthz() -> dict[str, bool]:
     return {"ok": True}
 
 
-@health.get("/readyz", responses={503: {"description": "Not warm yet, or ending."}})
+@health.get(
+    "/readyz",
+    response_model=ReadyView,
+    responses={503: {"model": ReadyView, "description": "Not warm yet, or ending."}},
+)
 async def readyz(request: Request, response: Response) -> dict[str, Any]:
     """The model is loaded and warm: 200; not yet or no longer: 503. A full server is ready, its sessions need it."""
     facts = service_of(request).scheduler.facts()
@@ -164,7 +166,7 @@ async def readyz(request: Request, response: Response) -> dict[str, Any]:
     return {"ready": is_ready, "free_sessions": max(free, 0)}
 
 
-@health.get("/metrics")
+@health.get("/metrics", responses=DOOR)
 async def metrics(request: Request) -> Response:
     """Numbers in Prometheus's text format."""
     body = await run_in_threadpool(service_of(request).metrics.render)
@@ -187,7 +189,7 @@ def _page(name: str) -> Response:
     return FileResponse(STATIC / name, headers={"cache-control": "no-cache"})
 
 
-@health.get("/v1/model", response_model=ModelView, responses=ERRORS)
+@health.get("/v1/model", response_model=ModelView, responses=DOOR)
 async def show_model(request: Request) -> dict[str, Any]:
     """What the model is, and what its prompts may say."""
     return service_of(request).model()
@@ -196,7 +198,13 @@ async def show_model(request: Request) -> dict[str, Any]:
 # ---- sessions --------------------------------------------------------------------------------------------------------
 
 
-@sessions.post("", status_code=201, response_model=SessionView, openapi_extra=takes("SessionRequest", multipart=True))
+@sessions.post(
+    "",
+    status_code=201,
+    response_model=SessionView,
+    responses=BODY | errors(422),
+    openapi_extra=takes("SessionRequest", multipart=True),
+)
 async def open_session(request: Request, response: Response) -> dict[str, Any]:
     """Open a session; its frames come over the WebSocket at `stream`."""
     wanted = await read_model(request, SessionRequest)
@@ -205,7 +213,7 @@ async def open_session(request: Request, response: Response) -> dict[str, Any]:
     return view(handle)
 
 
-@sessions.post("/replay", status_code=201, response_model=ReplayView, openapi_extra=takes("Record"))
+@sessions.post("/replay", status_code=201, response_model=ReplayView, responses=BODY, openapi_extra=takes("Record"))
 async def open_replay(request: Request, response: Response) -> dict[str, Any]:
     """Open a session that plays a record again and then pauses; a command that changes the picture takes over."""
     body = await read_json(request)
@@ -220,13 +228,13 @@ async def list_sessions(request: Request) -> dict[str, Any]:
     return {"data": [view(handle) for handle in service_of(request).scheduler.handles()]}
 
 
-@sessions.get("/{session_id}", response_model=SessionView)
+@sessions.get("/{session_id}", response_model=SessionView, responses=errors(404))
 async def show_session(request: Request, session_id: str) -> dict[str, Any]:
     """One session."""
     return view(service_of(request).handle(session_id))
 
 
-@sessions.delete("/{session_id}", response_model=Deleted)
+@sessions.delete("/{session_id}", response_model=Deleted, responses=errors(404))
 async def close_session(request: Request, session_id: str) -> dict[str, Any]:
     """End a session."""
     handle = service_of(request).handle(session_id)
@@ -234,7 +242,12 @@ async def close_session(request: Request, session_id: str) -> dict[str, Any]:
     return {"id": handle.id}
 
 
-@sessions.post("/{session_id}/commands", response_model=CommandTaken, openapi_extra=takes("CommandRequest"))
+@sessions.post(
+    "/{session_id}/commands",
+    response_model=CommandTaken,
+    responses=BODY | errors(404),
+    openapi_extra=takes("CommandRequest"),
+)
 async def command_session(request: Request, session_id: str) -> dict[str, Any]:
     """Steer a session; the command takes effect at the next chunk border."""
     service = service_of(request)
@@ -247,7 +260,7 @@ async def command_session(request: Request, session_id: str) -> dict[str, Any]:
     return {"number": number, "state": plain(handle.session.state())}
 
 
-@sessions.get("/{session_id}/record")
+@sessions.get("/{session_id}/record", responses=errors(404))
 async def record_session(request: Request, session_id: str) -> dict[str, Any]:
     """The session's options and commands: a file from which the same frames can be made again."""
     handle = service_of(request).handle(session_id)

@@ -17,7 +17,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from causalreel.serve.guard import SMALL, too_large
 from causalreel.serve.safety import ApiError
-from causalreel.serve.wire import COMMANDS, Record, SessionRequest, VideoRequest, bounded, parse_object
+from causalreel.serve.wire import COMMANDS, ErrorView, Record, SessionRequest, VideoRequest, bounded, parse_object
 
 Model = TypeVar("Model", bound=BaseModel)
 FIELDS = 16
@@ -147,6 +147,38 @@ def takes(model: str | type[BaseModel], *, multipart: bool = False) -> dict[str,
     return {"requestBody": {"required": True, "content": content}}
 
 
+MEANINGS = {
+    400: "The request asks for what cannot be done.",
+    401: "The bearer token is missing or wrong.",
+    403: "The page that asks is of another site.",
+    404: "There is nothing of that id.",
+    408: "The body did not arrive in time.",
+    409: "The video is not completed.",
+    413: "The body is too large.",
+    415: "The body is of a type, or in a character set, that is not taken.",
+    416: "The range is not one of the file.",
+    421: "The server does not go by that name.",
+    422: "A field is missing, unknown or of the wrong type.",
+    429: "Too many requests, or too many videos that wait; retry-after says when to try again.",
+    431: "The headers are too long.",
+    500: "An error of the server, which its log has under the number in the message.",
+    503: "Everything is taken, or the server is about to end.",
+    507: "The server keeps as many videos as it may, or cannot write to its disk.",
+}
+"""Statuses of errors, and what they mean."""
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route says of its errors in OpenAPI."""
+    return {status: {"model": ErrorView, "description": MEANINGS[status]} for status in statuses}
+
+
+DOOR = errors(400, 401, 403, 413, 421, 429, 431, 500)
+"""What the doorkeeper may answer, whatever the route."""
+BODY = errors(408, 415, 503)
+"""Further errors of routes that take a body."""
+
+
 def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
     """The application's own `openapi`, with the bodies and the token added."""
     describe_routes = app.openapi
@@ -164,6 +196,11 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
         command = COMMANDS.json_schema(ref_template=REFERENCE)
         schemas |= command.pop("$defs")
         schemas["CommandRequest"] = command
+        for unused in ("HTTPValidationError", "ValidationError"):  # the framework's own, which no answer has
+            schemas.pop(unused, None)
+        for operation in (operation for path in document["paths"].values() for operation in path.values()):
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
         bearer = {"type": "http", "scheme": "bearer"}
         document["components"]["securitySchemes"] = {"token": bearer}
         document["security"] = [{"token": []}, {}]

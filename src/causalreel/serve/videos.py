@@ -8,16 +8,14 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
 
-from causalreel.serve.bodies import read_model, takes
+from causalreel.serve.bodies import BODY, DOOR, errors, read_model, takes
 from causalreel.serve.jobs import Jobs, options_of, pack_image
 from causalreel.serve.safety import ApiError, decode_base64
 from causalreel.serve.service import Service
 from causalreel.serve.session import Session
-from causalreel.serve.wire import Deleted, ErrorView, VideoList, VideoRequest, VideoView
+from causalreel.serve.wire import Deleted, VideoList, VideoRequest, VideoView
 
-videos = APIRouter(
-    prefix="/v1/videos", tags=["videos"], responses={"4XX": {"model": ErrorView}, "5XX": {"model": ErrorView}}
-)
+videos = APIRouter(prefix="/v1/videos", tags=["videos"], responses=DOOR | errors(503))
 
 
 def jobs_of(request: Request) -> Jobs:
@@ -60,7 +58,13 @@ def planned(service: Service, wanted: VideoRequest) -> dict[str, Any]:
     return row
 
 
-@videos.post("", status_code=202, response_model=VideoView, openapi_extra=takes("VideoRequest", multipart=True))
+@videos.post(
+    "",
+    status_code=202,
+    response_model=VideoView,
+    responses=BODY | errors(422, 507),
+    openapi_extra=takes("VideoRequest", multipart=True),
+)
 async def create_video(request: Request, response: Response) -> dict[str, Any]:
     """Ask for a video; it is made in the background."""
     wanted = await read_model(request, VideoRequest)
@@ -71,7 +75,7 @@ async def create_video(request: Request, response: Response) -> dict[str, Any]:
     return shown(row | {"progress": 0})
 
 
-@videos.get("", response_model=VideoList)
+@videos.get("", response_model=VideoList, responses=errors(404, 422))
 async def list_videos(
     request: Request,
     after: Annotated[str | None, Query(max_length=64, description="Id of the last video seen.")] = None,
@@ -83,7 +87,7 @@ async def list_videos(
     return {"data": [shown(row) for row in rows[:limit]], "has_more": len(rows) > limit}
 
 
-@videos.get("/{video_id}", response_model=VideoView)
+@videos.get("/{video_id}", response_model=VideoView, responses=errors(404))
 async def show_video(request: Request, video_id: str) -> dict[str, Any]:
     """One video's status and progress."""
     return shown(await run_in_threadpool(jobs_of(request).get, video_id))
@@ -102,7 +106,15 @@ class _File(FileResponse):
         await super().__call__(scope, receive, told)
 
 
-@videos.get("/{video_id}/content", response_class=FileResponse, responses={200: {"content": {"video/mp4": {}}}})
+@videos.get(
+    "/{video_id}/content",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {"video/mp4": {}}},
+        206: {"content": {"video/mp4": {}}, "description": "The range that was asked for."},
+        **errors(404, 409, 416),
+    },
+)
 async def download_video(request: Request, video_id: str) -> Response:
     """The finished file; ranges of it too."""
     jobs = jobs_of(request)
@@ -113,7 +125,7 @@ async def download_video(request: Request, video_id: str) -> Response:
     return _File(path, media_type="video/mp4", filename=path.name)
 
 
-@videos.delete("/{video_id}", response_model=Deleted | VideoView)
+@videos.delete("/{video_id}", response_model=Deleted | VideoView, responses=errors(404, 507))
 async def delete_video(request: Request, video_id: str) -> dict[str, Any]:
     """Cancel a video that is not finished, which keeps its record; remove one that is."""
     row = await run_in_threadpool(jobs_of(request).delete, video_id)

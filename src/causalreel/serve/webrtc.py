@@ -27,13 +27,13 @@ except ImportError as error:
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, Field
 
-from causalreel.serve.bodies import read_model, takes
+from causalreel.serve.bodies import BODY, DOOR, errors, read_model, takes
 from causalreel.serve.safety import ApiError, client_of
 from causalreel.serve.scheduler import Handle
 from causalreel.serve.service import Service, Talk
 from causalreel.serve.session import Emitted
 from causalreel.serve.track import Reader, SessionTrack, matrix_of
-from causalreel.serve.wire import ErrorView, dumps
+from causalreel.serve.wire import dumps
 
 log = logging.getLogger(__name__)
 
@@ -352,10 +352,12 @@ def _gathers(gather: Callable[..., Any], hosts: list[str]) -> Callable[..., Any]
 
 # ---- the route -------------------------------------------------------------------------------------------------------
 
-router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses={"4XX": {"model": ErrorView}})
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=DOOR)
 
 
-@router.post("/{session_id}/webrtc", response_model=Answer, openapi_extra=takes(Offer))
+@router.post(
+    "/{session_id}/webrtc", response_model=Answer, responses=BODY | errors(404, 422), openapi_extra=takes(Offer)
+)
 async def connect_session(request: Request, session_id: str) -> Answer:
     """Show a session over a peer connection: an offer with its candidates -> the answer with the server's."""
     offer = await read_model(request, Offer)

@@ -140,6 +140,13 @@ class ReplayView(SessionView):
     """Why its frames may differ from those recorded: another version, device, model."""
 
 
+class ReadyView(BaseModel):
+    """Whether sessions can be opened."""
+
+    ready: bool
+    free_sessions: int
+
+
 class ModelView(BaseModel):
     """The model that this server runs."""
 
