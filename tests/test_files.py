@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from causalreel.files import remove_leftovers, replacing, replacing_folder, write_text
+from causalreel.files import append_text, remove_folder, remove_leftovers, replacing, replacing_folder, write_text
 from causalreel.weights.files import read_tensors, write_tensors
 
 SHORT_OF_ROOM = "import resource, signal\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
@@ -97,6 +97,46 @@ def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_pat
         os.utime(elsewhere, (0, 0))
         assert remove_leftovers(tmp_path) == [elsewhere]
     assert {path.name for path in tmp_path.iterdir()} == {".mine.partial", "slow", "other"}
+
+
+def test_who_is_alone_in_a_folder_removes_all_but_its_own(tmp_path: Path) -> None:
+    elsewhere = tmp_path / f".causalreel-{'0' * 8}-1-12345678.partial"
+    elsewhere.mkdir()
+    (elsewhere / "part").write_text("half")
+    with replacing(tmp_path / "slow") as own:
+        assert remove_leftovers(tmp_path) == []
+        assert remove_leftovers(tmp_path, is_alone=True) == [elsewhere] and own.exists()
+
+
+def test_a_folder_whose_deletion_is_killed_is_whole_or_a_leftover(tmp_path: Path) -> None:
+    program = """
+import os, shutil, signal, sys
+from causalreel.files import remove_folder
+shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+remove_folder(sys.argv[1])
+"""
+    for name in ("killed", "deleted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("whole")
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "killed")], check=False)
+    assert not (tmp_path / "killed").exists() and len(list(tmp_path.iterdir())) == 2
+    remove_folder(tmp_path / "deleted")
+    assert len(remove_leftovers(tmp_path)) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_lines_that_do_not_fit_are_taken_back(tmp_path: Path) -> None:
+    append_text(tmp_path / "lines", "one\n")
+    program = """
+import resource, signal, sys
+from causalreel.files import append_text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6, 6))
+append_text(sys.argv[1], "two and more\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "lines")], stderr=subprocess.PIPE, check=False)
+    assert b"File too large" in done.stderr and (tmp_path / "lines").read_text() == "one\n"
+    append_text(tmp_path / "lines", "three\n")
+    assert (tmp_path / "lines").read_text() == "one\nthree\n"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from causalreel import config, hashed
+from causalreel import config, files, hashed
 from causalreel.train import checkpoint
 from causalreel.train.contents import Content
 from causalreel.train.optim import OptimiserConfig
@@ -142,13 +142,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    def refuse(source: object, name: object) -> None:
-        return fail() if "step-" in str(name) else real(source, name)
+    def refuse(*paths: object, **how: object) -> None:
+        return fail() if "checkpoints" in str(paths) else real(*paths, **how)
 
-    real = os.replace
-    target = {"replace": checkpoint.os, "write": hashed.HashedFile, "_flush": checkpoint}[broken]
+    target = {"replace": files.os, "write": hashed.HashedFile, "_flush": files}[broken]
+    real = getattr(target, broken)
     with monkeypatch.context() as patch:
-        patch.setattr(target, broken, refuse if broken == "replace" else fail)
+        patch.setattr(target, broken, fail if broken == "write" else refuse)
         with pytest.raises(OSError, match=r"step-00000004 could not be written .*No space.*step-00000003 is intact"):
             train(Toy(), Rows(), toy_config(tmp_path, save_every=1, keep=1))
     assert_same(before.roles, stored(tmp_path).roles)
@@ -238,8 +238,10 @@ def test_a_checkpoint_older_than_hashes_and_contents_resumes(tmp_path: Path, cap
 def test_leftovers_are_ignored_and_cleaned(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     train(Toy(), Rows(), toy_config(tmp_path, 3))
-    (directory / ".incomplete-step-00000009-1").mkdir()
-    (directory / ".incomplete-step-00000009-1" / "student.safetensors").write_text("half")
+    for machine, pid in (("0" * 8, 1), (files._where(), 2**22 + 1)):  # of another machine, and of this one
+        half = directory / f".causalreel-{machine}-{pid}-12345678.partial"
+        half.mkdir()
+        (half / "student.safetensors").write_text("half")
     (directory / "notes").mkdir()
     assert checkpoint.latest(directory) == directory / "step-00000003"
     train(Toy(), Rows(), toy_config(tmp_path, 3))

@@ -103,14 +103,37 @@ def _looks_like(data: bytes) -> str | None:
     return None
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
-    """Delete the temporary files and folders of processes that are gone; -> those deleted."""
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Add UTF-8 text to the end of a file, which is made if need be; what could not be added whole is taken back."""
+    with open(path, "ab", buffering=0) as file:
+        size, rest = file.seek(0, os.SEEK_END), memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Delete a folder that stops being one of its name first, so that a kill leaves it whole or not there."""
+    doomed = _beside(Path(path))
+    os.replace(path, doomed)
+    _remove(doomed)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], *, is_alone: bool = False) -> list[Path]:
+    """Delete the temporary files and folders of processes that are gone; -> those deleted.
+
+    is_alone: nobody else can be writing there (the caller has claimed it), so that all but this process's own are.
+    """
     removed = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if (match := _TEMPORARY.fullmatch(entry.name)) and _is_left(Path(entry.path), match):
-                _remove(Path(entry.path))
-                removed.append(Path(entry.path))
+            path, match = Path(entry.path), _TEMPORARY.fullmatch(entry.name)
+            if match and (path.absolute() not in _OWN if is_alone else _is_left(path, match)):
+                _remove(path)
+                removed.append(path)
     return removed
 
 
@@ -121,9 +144,7 @@ def _temporary(target: Path) -> Iterator[Path]:
         target.lstat()  # a name that is too long fails here, not after the work
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"cannot be written, there is no folder {target.parent}", str(target))
-    suffix = target.suffix if re.fullmatch(r"\.\w{1,16}", target.suffix) else ""
-    name = f".causalreel-{_where()}-{os.getpid()}-{secrets.token_hex(4)}.partial{suffix}"
-    temporary = target.absolute().parent / name
+    temporary = _beside(target)
     remove_leftovers(temporary.parent)
     _OWN.add(temporary)
     try:
@@ -138,6 +159,13 @@ def _temporary(target: Path) -> Iterator[Path]:
     finally:
         _remove(temporary)
         _OWN.discard(temporary)
+
+
+def _beside(target: Path) -> Path:
+    """A new temporary path in the target's folder, with its suffix."""
+    suffix = target.suffix if re.fullmatch(r"\.\w{1,16}", target.suffix) else ""
+    name = f".causalreel-{_where()}-{os.getpid()}-{secrets.token_hex(4)}.partial{suffix}"
+    return target.absolute().parent / name
 
 
 def _flush(path: Path, *, children: bool = True) -> None:

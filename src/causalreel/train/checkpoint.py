@@ -2,9 +2,8 @@
 
     step-00001000/  <role>.safetensors ...  trainer.pt  config.yaml  manifest.json
 
-A directory is written under a temporary name, flushed to the disk and renamed; the older ones go after that. Frozen
-roles are hard links to the file of the previous checkpoint, so they take room once. The manifest holds each file's
-SHA-256, made while the file is written.
+The older ones go once a new one is there. Frozen roles are hard links to the file of the previous checkpoint, so they
+take room once. The manifest holds each file's SHA-256, made while the file is written.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from causalreel.files import remove_folder, replacing_folder
 from causalreel.foreign import read_json
 from causalreel.hashed import sha256_of, write_pickle, write_tensors, write_text
 from causalreel.train.contents import Content, compare
@@ -28,7 +27,6 @@ from causalreel.weights.files import read_tensors
 from causalreel.weights.pickles import read_pickle
 
 _NAME = re.compile(r"step-\d{8,}")
-_TEMPORARY = ".incomplete-"
 _PLACES = ("data", "init.", "compute")
 """Settings that older checkpoints compare; now their contents are compared."""
 
@@ -51,32 +49,20 @@ class State:
 
 def save(directory: Path, step: int, state: State, *, keep: int | None = None) -> Path:
     """Write the checkpoint of `step` completed steps, then delete all but the newest `keep`."""
-    final = directory / f"step-{step:08}"
-    temporary = directory / f"{_TEMPORARY}{final.name}-{os.getpid()}"
-    previous = _complete(directory)
+    final, previous = directory / f"step-{step:08}", _complete(directory)
     if final in previous:
         raise ValueError(f"checkpoint: {final} exists already")
     try:
-        temporary.mkdir(parents=True)
-        _write(temporary, step, state, previous[-1] if previous else None)
-        os.replace(temporary, final)
-        _flush(directory)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
+        directory.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(final) as temporary:
+            _write(temporary, step, state, previous[-1] if previous else None)
+    except OSError as error:
         rest = f"{previous[-1]} is intact" if previous else "there is no earlier one"
         raise OSError(f"checkpoint {final} could not be written ({error}); {rest}") from error
     if keep is not None:
         for old in _complete(directory)[:-keep]:
-            _remove(old)
+            remove_folder(old)
     return final
-
-
-def clean(directory: Path) -> None:
-    """Remove what killed runs left half written or half deleted; only for who has claimed the run's folder."""
-    for leftover in directory.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def latest(directory: Path) -> Path | None:
@@ -161,9 +147,6 @@ def _write(directory: Path, step: int, state: State, previous: Path | None) -> N
     }
     sealed = {**manifest, "seal": _seal(manifest)}
     write_text(directory / "manifest.json", json.dumps(sealed, indent=1))
-    for file in directory.iterdir():
-        _flush(file)
-    _flush(directory)
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -242,18 +225,3 @@ def _complete(directory: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
     found: Iterable[Path] = directory.iterdir() if directory.is_dir() else ()
     return sorted((path for path in found if _is_named(path) and path.is_dir()), key=step_of)
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint; it stops being a complete one first."""
-    doomed = path.with_name(f"{_TEMPORARY}{path.name}-old")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from causalreel.files import write_text
+from causalreel.files import append_text, write_text
 
 Record = Mapping[str, float | int]
 Writer = Callable[[Record], None]
@@ -86,13 +86,12 @@ def open_jsonl(path: Path, *, step: int) -> Writer:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):  # torn by a kill in mid-write
+            except (ValueError, KeyError, TypeError):  # torn by a kill in mid-write
                 continue
     write_text(path, "".join(kept))
 
     def write(record: Record) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_text(path, json.dumps(record) + "\n")
 
     return write
 

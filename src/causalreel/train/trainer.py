@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from causalreel.config import FREE, dump, fixed
+from causalreel.files import remove_leftovers
 from causalreel.folders import claim
 from causalreel.train import checkpoint
 from causalreel.train.average import Follower
@@ -106,8 +107,8 @@ def train(
     anything in it is touched.
     """
     with claim(config.out, "training") as is_alone:
-        if is_alone:
-            checkpoint.clean(Path(config.out) / "checkpoints")
+        for folder in ("", "checkpoints", "previews", "export"):
+            remove_leftovers(Path(config.out) / folder, is_alone=is_alone and folder == "checkpoints")
         run = Run(stage, source, config, config if recipe is None else recipe, contents)
         return _train(run, _write_preview if write_preview is None else write_preview)
 
