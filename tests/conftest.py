@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import os
 import re
-from collections.abc import Iterator
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 os.environ.update(dict.fromkeys(THREADS, "1"))  # libraries read them when they are imported
@@ -51,13 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ[name] = str(threads)
         else:
             del os.environ[name]
-
-
-@pytest.fixture(autouse=True)
-def _denormals() -> Iterator[None]:
-    """Commands flush denormal numbers to zero for their process; Hypothesis draws none where they are flushed."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 def why_skipped(reasons: list[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,16 +227,28 @@ def test_verify_refuses_a_missing_folder(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_small_networks_take_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """While the command works; a program that calls it computes with as many as before afterwards."""
     before, how = torch.get_num_threads(), (RED, "--frames", "5", "-o", str(tmp_path / "red.mp4"))
+    real, during = Pipeline.stream, []
+
+    def stream(*args: Any, **kwargs: Any) -> Any:
+        during.append(torch.get_num_threads())
+        return real(*args, **kwargs)
+
+    def threads(*more: str) -> int:
+        assert generate(*how, *more) == 0 and torch.get_num_threads() == 3
+        return during.pop()
+
+    monkeypatch.setattr(Pipeline, "stream", stream)
     try:
         torch.set_num_threads(3)
-        assert generate(*how, "--threads", "2") == 0 and torch.get_num_threads() == 2
-        assert generate(*how, "--threads", "0") == 2 and torch.get_num_threads() == 2
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        assert generate(*how) == 0 and torch.get_num_threads() == 2
+        assert threads("--threads", "2") == 2
+        assert generate(*how, "--threads", "0") == 2 and not during
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        assert threads() == 3
         monkeypatch.delenv("OMP_NUM_THREADS")
         ThreadFlag().set_threads([PRESETS["tiny"], PRESETS["wan-1.3b"]], "cpu")
-        assert torch.get_num_threads() == 2
-        assert generate(*how) == 0 and torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        assert threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -22,6 +22,7 @@ import causalreel
 from causalreel import cli, config
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.shards import load_prepared
+from causalreel.train.arithmetic import flushes_denormals
 from causalreel.train.checkpoint import latest
 from causalreel.train.run import SETTINGS, Recipe, describe, resolve
 from causalreel.weights.export import read_export, save_codec, save_export
@@ -39,6 +40,7 @@ DMD = (*FROM_BASE, "init.critic=base/export", "settings.critic_updates=2", "sett
 
 def reel(*arguments: str) -> None:
     assert cli.main(list(arguments)) == 0
+    assert not flushes_denormals()  # a process computes as before when a command has ended
 
 
 @pytest.fixture(scope="session")
@@ -295,7 +297,7 @@ def test_a_second_process_in_a_folder_is_refused_and_touches_nothing(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reel(*CD)
-    half = Path("new/checkpoints/.incomplete-step-00000003-1")
+    half = Path(f"new/checkpoints/.causalreel-{'0' * 8}-1-12345678.partial")  # of another machine
     half.mkdir()
     (half / "student.safetensors").write_text("half")
     commands = {

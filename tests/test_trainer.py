@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from causalreel.train import checkpoint, trainer
+from causalreel.train.arithmetic import arithmetic, flushes_denormals
 from causalreel.train.log import NonFiniteError, open_jsonl
 from causalreel.train.optim import OptimiserConfig, clip_gradients, learning_rate
 from causalreel.train.stage import Average, DataCursor, Loss, StepContext, Update, stable_seed
@@ -304,3 +305,24 @@ def test_metrics_past_the_resumed_step_and_torn_lines_are_dropped(tmp_path: Path
     path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
     open_jsonl(path, step=4)({"step": 5, "loss": 0.5})
     assert metrics(tmp_path) == [{"step": 2}, {"step": 4}, {"step": 5, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_arithmetic_is_given_back_as_it_was_found(flushed: bool) -> None:
+    """Also after an error, and whatever the program that trains had chosen itself."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_flush_denormal(flushed)
+        torch.set_float32_matmul_precision("medium")
+        state = torch.get_rng_state()
+        with pytest.raises(ValueError), arithmetic(torch.device("cpu")):
+            assert flushes_denormals() and torch.get_float32_matmul_precision() == "highest"
+            assert (torch.full((1,), 1e-39) * 1).item() == 0
+            torch.manual_seed(5)
+            raise ValueError
+        assert flushes_denormals() == flushed and torch.get_float32_matmul_precision() == "medium"
+        assert ((torch.full((1,), 1e-39) * 1).item() == 0) == flushed
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_float32_matmul_precision(before)

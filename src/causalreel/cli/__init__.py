@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeAlias
 from tyro.conf import subcommand
 
 from causalreel.cli.files import Convert, ExportModel, Models, convert, export_model, models
-from causalreel.cli.flags import ending
+from causalreel.cli.flags import ending, own_threads
 from causalreel.cli.live import Serve, serve
 from causalreel.cli.measuring import Bench, EstimateMemory, Evaluate, Verify, bench, estimate_memory, evaluate, verify
 from causalreel.cli.parsing import parse
@@ -110,7 +110,7 @@ def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
         return 0
     _log_to_stderr()
     try:
-        with ending(), _together(where):
+        with ending(), own_threads(), _together(where):
             args = parse(Command, NAMES, argv)
             _check_devices(args)
             if where is not None and not isinstance(args, Generate):

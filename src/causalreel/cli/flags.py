@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -144,6 +145,18 @@ def ending() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def own_threads() -> Iterator[None]:
+    """A command chooses its number of threads; whoever called it from a program with torch has the former one back."""
+    torch = sys.modules.get("torch")  # not imported for this
+    before = None if torch is None else torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch is not None and torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def pixel_scale(pipeline: Pipeline) -> int:

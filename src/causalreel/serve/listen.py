@@ -74,6 +74,7 @@ class Server(uvicorn.Server):
 
 def run(app: Any, door: socket.socket, *, behind_proxy: bool = False) -> None:
     """Serve an application of `create_app` until a signal says to stop. SIGTERM is an orderly end: it returns."""
+    switch_s = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # would log what strangers send
     gc.collect()
@@ -83,3 +84,5 @@ def run(app: Any, door: socket.socket, *, behind_proxy: bool = False) -> None:
         Server(app, behind_proxy=behind_proxy).run(sockets=[door])
     finally:
         signal.signal(signal.SIGTERM, before)
+        gc.unfreeze()
+        sys.setswitchinterval(switch_s)

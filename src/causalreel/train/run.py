@@ -32,6 +32,7 @@ from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.graphs import graph_calls
 from causalreel.solvers import unipc_sigmas
 from causalreel.train import trainer
+from causalreel.train.arithmetic import arithmetic
 from causalreel.train.checkpoint import latest
 from causalreel.train.contents import Content, fingerprints
 from causalreel.train.ingredients import Ingredients, gather
@@ -152,15 +153,12 @@ def describe(recipe: Recipe) -> str:
 
 
 def run(recipe: Recipe) -> Result:
-    """Train and export; the same call again continues. Returns how it ended."""
+    """Train and export; the same call again continues. Returns how it ended; the process computes as before then."""
     _check_folder(Path(recipe.trainer.out))
     device = trainer.choose_device(recipe.trainer.device)
-    if device.type == "cpu":
-        torch.set_flush_denormal(True)  # denormal activations slow a CPU down several times
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     build = _build_codec if recipe.stage == "codec" else _build_denoising
     out = Path(recipe.trainer.out)
-    with claim(out, "training"):
+    with claim(out, "training"), arithmetic(device):
         run = build(recipe, device)
         result = trainer.train(run.stage, run.source, recipe.trainer, recipe=recipe, contents=run.contents)
         if result.is_idle and _is_exported(out / "export", recipe, run.contents):
