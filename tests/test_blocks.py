@@ -6,18 +6,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.dit import Block
 from causalreel.nn.linear import effective
 from causalreel.nn.presets import ModelConfig
 from causalreel.parallel.fast import FastDiT, accelerate
+from causalreel.parallel.recompute import Recompute, recompute_blocks
 from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
 from causalreel.types import Conditioning, LatentSpec
 from causalreel.weights.export import Export, Sampling, load_export, save_export
@@ -60,7 +60,7 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What each of two processes finds that share every block and the rest."""
+    """What each of two processes finds that share every block and the rest, recomputing or not."""
     folder = tmp_path_factory.mktemp("shared")
     call = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_blocks; test_blocks.process"
     commands = [[sys.executable, "-c", f"{call}({rank}, {str(folder)!r})"] for rank in range(2)]
@@ -68,17 +68,24 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     for process_ in running:
         _, said = process_.communicate(timeout=300)
         assert process_.returncode == 0, said
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{mode}-{rank}.pt") for mode in get_args(Recompute) for rank in range(2)]
 
 
 def process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    for mode in get_args(Recompute):
+        torch.save(sharded(mode), f"{folder}/{mode}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def sharded(mode: Recompute) -> dict[str, Tensor]:
+    """What every process finds, and the gradients that all of them have together."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    net, mesh = denoiser(), init_device_mesh("cpu", (2,))
+    net, mesh = recompute_blocks(denoiser(), mode), init_device_mesh("cpu", (2,))
     for block in net.model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(net.model, mesh=mesh)
@@ -88,8 +95,7 @@ def process(rank: int, folder: str) -> None:
     for name, parameter in net.named_parameters():
         assert isinstance(parameter.grad, DTensor)
         found[name] = parameter.grad.full_tensor()
-    torch.save({name: value.detach() for name, value in found.items()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {name: value.detach() for name, value in found.items()}
 
 
 def test_blocks_shared_by_two_processes_are_the_blocks_of_one(shared: list[dict[str, Tensor]]) -> None:
@@ -101,29 +107,6 @@ def test_blocks_shared_by_two_processes_are_the_blocks_of_one(shared: list[dict[
     for found in shared:
         for name, value in whole.items():
             assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
-
-
-class Recomputed(nn.Module):
-    """A block that keeps no activations."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *call: object) -> Tensor:
-        return checkpoint(self.block, *call, use_reentrant=False)
-
-
-def test_a_block_that_is_recomputed_has_the_same_gradient() -> None:
-    plain, net = denoiser(), denoiser()
-    for layer, block in enumerate(net.model.blocks):
-        net.model.blocks[layer] = Recomputed(block)  # type: ignore[index]
-    found = []
-    for one in (plain, net):
-        teacher_forced(one).square().mean().backward()
-        found.append([p.grad for p in one.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert torch.equal(rolled_out(net), rolled_out(plain))
 
 
 # ---- products
