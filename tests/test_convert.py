@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_nothing(
 
     write_tensors("source.safetensors", state)
     monkeypatch.setattr("causalreel.weights.files.save_file", full)
-    monkeypatch.setattr("causalreel.weights.convert.torch.save", full)
+    monkeypatch.setattr("causalreel.weights.files.torch.save", full)
     with pytest.raises(OSError):
         convert("source.safetensors", target, to, heads=2)
     assert os.listdir() == ["source.safetensors"]

@@ -233,7 +233,7 @@ def test_large_values_are_no_alarm() -> None:
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
-        (["blocks.0.attn.q.lora_A.weight"], ["LoRA", "merge it"]),
+        (["blocks.0.attn.q.lora_A.weight"], ["LoRA", "--lora"]),
         (["decoder.upsamples.0.residual.0.gamma"], ["Wan VAE", "--wan-dir"]),
         (["decoder.up_blocks.0.conv.weight"], ["Wan VAE", "--wan-dir"]),
         (["token_embedding.weight"], ["umT5 text encoder", "--wan-dir"]),
@@ -464,7 +464,8 @@ ADAPTERS = {
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_are_named_and_not_taken_for_networks(tmp_path: Path, kind: str) -> None:
     write_tensors(tmp_path / "a.safetensors", {ADAPTERS[kind]: torch.zeros(2, 2), "blocks.0.alpha": torch.zeros(1)})
-    refused(tmp_path / "a.safetensors", kind, "merge it into its base model first")
+    told = "--lora FILE" if kind in ("LoRA", "DoRA") else "merge it into its base model first"
+    refused(tmp_path / "a.safetensors", kind, told)
     write_tensors(tmp_path / "b.safetensors", {"blocks.0.x": torch.zeros(1)})
     refused(tmp_path / "b.safetensors", "looks like: unknown")
 
@@ -477,7 +478,7 @@ def test_adapters_are_named_and_not_taken_for_networks(tmp_path: Path, kind: str
         (("a.pt", "b.pt"), ("2 PyTorch files", "a.pt")),
         (("zero_to_fp32.py", "latest"), ("DeepSpeed", "zero_to_fp32.py")),
         (("manifest.json", "trainer.pt", "config.yaml"), ("checkpoint of a training run", "export")),
-        (("adapter_config.json", "adapter_model.bin"), ("PEFT", "merge")),
+        (("adapter_config.json", "adapter_model.bin"), ("PEFT", "--lora")),
         (("pytorch_model.bin.index.json",), (".bin files in shards",)),
         (("notes.txt",), ("name the file",)),
     ],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.parsing import Range
+from causalreel.cli.parsing import LORA, Range
 
 # --------------------------------------------------------------------------------------------------------------- export
 
@@ -44,26 +44,33 @@ def export_model(args: ExportModel) -> int:
 @dataclass(frozen=True)
 class Convert:
     """Write a network's weights in another layout, every name and shape checked: Wan2.1's own names, the .pt of Causal
-    and Self Forcing, diffusers' folder, ComfyUI's repack."""
+    and Self Forcing, diffusers' folder, ComfyUI's repack. A LoRA is written as a LoRA, in the layout of
+    another program: peft, diffusers, comfyui, musubi, videox-fun, diffsynth or longlive."""
 
     source: Annotated[Positional[Path], arg(metavar="SRC")]
     """File or folder, of any of these layouts."""
     target: Annotated[Positional[Path], arg(metavar="DST")]
-    """official: a .pt; comfyui: a .safetensors; wan and diffusers: a .safetensors or a folder with config.json."""
-    to: Literal["wan", "official", "diffusers", "comfyui"]
-    """Layout of DST."""
+    """official: a .pt; comfyui: a .safetensors; wan and diffusers: a .safetensors or a folder with config.json. Of a
+    LoRA peft: a folder; longlive: a .pt; the others: a .safetensors."""
+    to: Literal["wan", "official", "diffusers", "comfyui", "peft", "musubi", "videox-fun", "diffsynth", "longlive"]
+    """Layout of DST; from peft on, and diffusers and comfyui too, for a LoRA."""
     which: str | None = None
     """Top-level key of a .pt file, such as generator_ema; default: the first of generator, model, generator_ema."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the values; default: as they are."""
     heads: Annotated[int | None, Range(1, 1024)] = None
     """Attention heads, where neither SRC nor a known size tells them."""
+    lora: Annotated[tuple[str, ...], LORA] = ()
+    """LoRA files to merge into the network, each FILE or FILE:STRENGTH; again for each."""
 
 
 def convert(args: Convert) -> int:
     from causalreel.weights.convert import convert as write
+    from causalreel.weights.lora_files import read_loras
 
-    print(write(args.source, args.target, args.to, which=args.which, dtype=args.dtype, heads=args.heads))
+    loras = [(lora, strength) for _, lora, strength in read_loras(args.lora)]
+    how: dict[str, Any] = {"which": args.which, "dtype": args.dtype, "heads": args.heads, "loras": loras}
+    print(write(args.source, args.target, args.to, **how))
     return 0
 
 

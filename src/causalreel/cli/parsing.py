@@ -35,6 +35,8 @@ FRAMES = Range(1, 1_000_000)
 CHUNK = Range(1, 10_000)
 BATCH = Range(1, 4096)
 SEED = Range(0, 2**62)
+LORA = tyro.conf.UseAppendAction
+"""Of a flag that may stand several times."""
 
 
 def parse(union: Any, commands: Mapping[str, type], argv: Sequence[str]) -> Any:

@@ -17,29 +17,10 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import DiT
 from causalreel.nn.presets import ModelConfig
 from causalreel.verify.case import Case, Findings
+from causalreel.verify.words import message_of, refusal
 from causalreel.weights.build import load_denoiser
 from causalreel.weights.diffusers import to_diffusers
 from causalreel.weights.layouts import LAYOUTS, Network, bare_names, from_layout, read_network, to_layout
-
-IDLE_WORDS = {
-    "a",
-    "an",
-    "and",
-    "be",
-    "cannot",
-    "file",
-    "in",
-    "is",
-    "its",
-    "key",
-    "no",
-    "not",
-    "of",
-    "the",
-    "to",
-    "with",
-}
-"""Words of a reason that say nothing by themselves."""
 
 
 def handler(case: Case) -> Callable[[Case, Findings], None] | None:
@@ -57,7 +38,8 @@ def layouts(case: Case, found: Findings) -> None:
         if str(expected["status"]).startswith("loads"):
             _loads(case, found, path, expected, entry.get("top_level_keys"))
         else:
-            found.add_exact(f"{entry['file']} refused: {expected['reason']}", _refusal(case, path, expected), "")
+            told = refusal(lambda path=path: load_denoiser(path, case.size()), path, expected)
+            found.add_exact(f"{entry['file']} refused: {expected['reason']}", told, "")
     for ours, theirs in case.config.get("key_map_official_to_diffusers", ()):
         names = [pair[0] for pair in _expand(ours, theirs)]
         found.add_exact(f"{ours} in diffusers", [to_diffusers(n) for n in names], [t for _, t in _expand(ours, theirs)])
@@ -80,7 +62,7 @@ def _loads(case: Case, found: Findings, path: Path, expected: Mapping[str, Any],
         _outputs(case, found, load_denoiser(path, case.size()), f"{said[0]}_through_diffusers", path.name)
     if isinstance(keys, list) and "generator" not in keys and "generator_ema" in keys:
         found.add_exact(
-            f"{path.name} has no raw weights", _message(lambda: read_network(path, "generator")) != "", True
+            f"{path.name} has no raw weights", message_of(lambda: read_network(path, "generator")) != "", True
         )
 
 
@@ -92,32 +74,6 @@ def _outputs(case: Case, found: Findings, net: DiTDenoiser, name: str, via: str)
         if found.wants(f"out.flow_causal_chunk1.{name}"):
             each = case.tensors["in.timestep_per_frame"].double() / 1000
             found.add(f"out.flow_causal_chunk1.{name}", net(x, each, conditioning, sizes=[1] * x.shape[1]), via=via)
-
-
-def _refusal(case: Case, path: Path, expected: Mapping[str, Any]) -> str:
-    """What is wrong with the way this file is refused; nothing if it is refused in one line that gives the reason."""
-    message = _message(lambda: load_denoiser(path, case.size()))
-    if not message:
-        return "it was loaded"
-    if "\n" in message:
-        return "more than one line"
-    said = message.replace(str(path), "").lower()
-    if (key := expected.get("key")) and str(key).lower() not in said:
-        return f"{key} is not named"
-    for what in ("found", "wanted"):
-        if what in expected and ", ".join(map(str, expected[what])) not in said:
-            return f"the shape {what} is not named"
-    words = set(re.findall(r"[a-z]{2,}", str(expected["reason"]).lower())) - IDLE_WORDS
-    heard = [word for word in words if word in said]
-    return "" if 2 * len(heard) >= len(words) else f"no word of {expected['reason']!r}"
-
-
-def _message(load: Callable[[], object]) -> str:
-    try:
-        load()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def shapes(case: Case, found: Findings) -> None:

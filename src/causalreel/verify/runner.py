@@ -12,6 +12,7 @@ from pathlib import Path
 from causalreel.verify import (
     cases_checkpoints,
     cases_codec,
+    cases_lora,
     cases_network,
     cases_rollout,
     cases_schedule,
@@ -36,6 +37,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c13": lambda case: cases_text.cleaning,
     "c14": cases_checkpoints.handler,
     "c17": cases_rollout.policies,
+    "c20": lambda case: cases_lora.loras,
 }
 """Family of a case, the beginning of its name -> what checks it; None where nothing does."""
 

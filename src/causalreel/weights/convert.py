@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from causalreel.files import replacing, replacing_folder, write_text
+from causalreel.files import replacing_folder, write_text
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.build import empty_denoiser, moved
 from causalreel.weights.diffusers import diffusers_config, wan_config
-from causalreel.weights.files import write_tensors
+from causalreel.weights.files import write_pickle, write_tensors
 from causalreel.weights.identify import preset_of
-from causalreel.weights.layouts import LAYOUTS, check_finite, check_fits, read_network, to_layout
+from causalreel.weights.layouts import LAYOUTS, Network, check_finite, check_fits, read_network, to_layout
+from causalreel.weights.lora import Lora, changed, check_together, is_lora, read_lora
+from causalreel.weights.lora import check_fits as check_lora_fits
+from causalreel.weights.lora_layouts import LAYOUTS as LORA_LAYOUTS
+from causalreel.weights.lora_layouts import check_target as check_lora_target
+from causalreel.weights.lora_layouts import write_lora
 
 SHARD_BYTES = 5 * 10**9
 """Folders hold files of at most this many bytes, as the hub's do."""
@@ -34,8 +38,12 @@ def convert(
     which: str | None = None,
     dtype: str | None = None,
     heads: int | None = None,
+    loras: Sequence[tuple[Lora, float]] = (),
 ) -> Path:
     """Write the network in `source` (any layout, strictly checked) as layout `to` -> where it is.
+
+    A source that is an adapter (LoRA) is written as an adapter: `to` is one of `lora_layouts.LAYOUTS` then. loras:
+    adapters and their strengths to be merged into a network.
 
     target: a .pt file for official; a .safetensors file for comfyui; a .safetensors file or a folder (with config.json,
     in shards if it is large) for wan and diffusers. It is written whole or not at all, and nothing is overwritten.
@@ -44,9 +52,14 @@ def convert(
     the source nor a preset tells them.
     """
     target = Path(target)
-    _check_target(target, to)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if is_lora(source):
+        if heads is not None or loras:
+            raise ValueError(f"{source} is a LoRA, which has no heads and takes no other: leave --heads and --lora out")
+        check_lora_target(target, to)
+        return write_lora(read_lora(source, which), target, to, dtype=None if dtype is None else DTYPES[dtype])
+    _check_target(target, to)
     network = read_network(source, which)
     config = network.config()
     if heads is not None:
@@ -58,15 +71,22 @@ def convert(
         raise ValueError(f"{source} does not say how many attention heads it has, and config.json needs it: --heads N")
     check_fits(empty_denoiser(config).model, network.tensors, source=network.source)
     check_finite(network.tensors, source=network.source)
-    tensors, kind = to_layout(network.tensors, to), None if dtype is None else DTYPES[dtype]
+    tensors, kind = to_layout(_merged(network, loras), to), None if dtype is None else DTYPES[dtype]
     if is_folder:
         write_folder(target, tensors, config, to, dtype=kind)
     elif to == "official":
-        inside = {name: _compact(value) for name, value in moved(tensors, "cpu", kind).items()}
-        _write_pickle(target, {which or network.which or "generator": inside})
+        write_pickle(target, {which or network.which or "generator": moved(tensors, "cpu", kind)})
     else:
         write_tensors(target, moved(tensors, "cpu", kind), {"format": "pt"})
     return target
+
+
+def _merged(network: Network, loras: Sequence[tuple[Lora, float]]) -> dict[str, Tensor]:
+    """The network's tensors, with adapters in them."""
+    for lora, _ in loras:
+        check_lora_fits(lora, network.shapes)
+    check_together(loras)
+    return network.tensors | dict(changed(network.tensors.__getitem__, loras))
 
 
 def write_folder(
@@ -86,16 +106,6 @@ def write_folder(
             write_text(partial / "config.json", json.dumps(facts, indent=2) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(folder)) from error
-
-
-def _write_pickle(target: Path, content: Mapping[str, Mapping[str, Tensor]]) -> None:
-    with replacing(target) as partial:
-        try:
-            torch.save(content, partial)
-        except RuntimeError as error:  # what it makes of a full disk
-            raise OSError(
-                errno.ENOSPC, f"could not be written whole, is the disk full? ({error})", str(target)
-            ) from error
 
 
 def _write_parts(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, most: int) -> None:
@@ -130,15 +140,10 @@ def size_of(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     return tensor.numel() * (dtype or tensor.dtype).itemsize
 
 
-def _compact(tensor: Tensor) -> Tensor:
-    """A tensor whose storage is its own: torch.save writes whole storages, and a view may be of a much larger one."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == size_of(tensor) else tensor.clone()
-
-
 def _check_target(target: Path, to: str) -> None:
     if to not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {to!r}")
+        is_for_lora = f"; {to} is for a LoRA, and the source is none" if to in LORA_LAYOUTS else ""
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {to!r}{is_for_lora}")
     allowed = {
         "official": (".pt", ".pth"),
         "comfyui": (".safetensors",),

@@ -6,12 +6,14 @@ memory once, where it goes, and not a second time on the way.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -68,3 +70,20 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def write_pickle(path: str | Path, content: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a .pt file of tensors under top-level keys, whole or not at all. OSError, naming it, on a full disk."""
+    ready = {key: {name: _compact(value) for name, value in part.items()} for key, part in content.items()}
+    with replacing(path) as partial:
+        try:
+            torch.save(ready, partial)
+        except RuntimeError as error:  # what it makes of a full disk
+            reason = f"could not be written whole, is the disk full? ({error})"
+            raise OSError(errno.ENOSPC, reason, str(path)) from error
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A tensor whose storage is its own: torch.save writes whole storages, and a view may be of a much larger one."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -136,7 +136,8 @@ def download(file: HubFile) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise HubError("HF_HUB_OFFLINE is set")
     check_connection(constants.ENDPOINT)
-    log.info("downloading %s of %s (about %.1f GB)", file.path, file.repo, file.size_gb)
+    size = f" (about {file.size_gb:.1f} GB)" if file.size_gb else ""
+    log.info("downloading %s of %s%s", file.path, file.repo, size)
     try:
         return Path(hf_hub_download(file.repo, file.path))
     except Exception as error:  # connection, proxy, permission, disk, unknown file: all end in the same advice

@@ -25,12 +25,14 @@ class Kind:
 
 MERGE = "it changes a base model and is none: merge it into its base model first, with the tool that made it"
 
+LORA = "it changes a base model and is none: choose the base model and add --lora FILE[:STRENGTH]"
+
 KINDS = (
     Kind("LoKr (LyCORIS)", ("lokr_w1", "lokr_w2", "lokr_t2"), MERGE),
     Kind("LoHa (LyCORIS)", ("hada_w1", "hada_w2", "hada_t1"), MERGE),
     Kind("OFT (LyCORIS)", ("oft_blocks", "oft_diag", "oft_R"), MERGE),
-    Kind("DoRA", ("dora_scale", "lora_magnitude_vector"), MERGE),
-    Kind("LoRA", ("lora_A", "lora_B", "lora_down", "lora_up", ".lora.", ".diff_b"), MERGE),
+    Kind("DoRA", ("dora_scale", "lora_magnitude_vector"), LORA),
+    Kind("LoRA", ("lora_A", "lora_B", "lora_down", "lora_up", ".lora.", ".diff_b"), LORA),
     Kind("an optimiser's state", ("exp_avg", "param_groups"), "give the file of the network itself"),
     Kind("VACE (control) model", ("vace_blocks.", "vace_patch_embedding."), "VACE models are not supported"),
     Kind(
@@ -114,7 +116,7 @@ def folder_in_words(folder: Path) -> str | None:
     if any(name.endswith(".bin.index.json") for name in names):
         return "its weights are .bin files in shards; save them again as .safetensors"
     if "adapter_config.json" in names:
-        return f"it is an adapter (PEFT, such as LoRA); {MERGE}"
+        return f"it is an adapter (PEFT, such as LoRA); {LORA}"
     if "export" in names and (folder / "export").is_dir():
         return f"it is the folder of a training run; name its export {folder / 'export'}"
     if len(pickles) == 1:
