@@ -52,7 +52,7 @@ def read_text(path: str | os.PathLike[str], *, most: int = TEXT_BYTES, what: str
     """A text file of at most `most` bytes in UTF-8, with or without a byte-order mark."""
     path = ordinary_file(path, what)
     with path.open("rb") as file:
-        data = file.read(most + 1)
+        data = file.read(min(most, max(path.stat().st_size, 1 << 16)) + 1)  # as much is set aside as is asked for
     if len(data) > most:
         raise ValueError(f"{path} is too large for a {what}: more than {most:,} bytes")
     try:

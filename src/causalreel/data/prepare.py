@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from causalreel import config as configs
+from causalreel.data.manifest import read_manifest
 from causalreel.data.shards import layout, read_captions
 from causalreel.data.world import WorldConfig, captions, render, simulate
 from causalreel.files import replacing, write_text
@@ -104,6 +105,8 @@ def _agree(folder: Path, info: Mapping[str, int | str]) -> None:
 
 def read_info(folder: str | Path) -> dict[str, Any]:
     """What made the data in a folder; empty for data made by hand."""
+    if (manifest := read_manifest(folder)) is not None:
+        return manifest.made
     path = Path(folder) / "info.yaml"
     return configs.read(path) if path.is_file() else {}
 

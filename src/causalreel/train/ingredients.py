@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from causalreel import config as configs
 from causalreel.codecs.wan_vae import CausalVAE
+from causalreel.data.manifest import NULL
 from causalreel.data.prepare import read_info
 from causalreel.data.shards import caption_place, load_prepared, shards
 from causalreel.data.sources import LatentSource
+from causalreel.data.streaming import PreparedSet, ShardSource, open_set
 from causalreel.fingerprint import fingerprint
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.presets import ModelConfig, preset
 from causalreel.rollout import chunk_sizes
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.train.contents import Content
+from causalreel.train.stage import DataSource
+from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.types import Conditioning, LatentSpec
 from causalreel.weights.export import codec_identity, load_codec, load_export, read_codec, read_export
 
@@ -43,7 +48,9 @@ ROLES = {
 class Ingredients:
     """Everything a denoising stage is built from, on its device."""
 
-    source: LatentSource
+    source: DataSource
+    kind: str
+    """What its rows hold: latents or trajectories."""
     spec: LatentSpec
     frames: int
     codec: CausalVAE
@@ -64,35 +71,43 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
         raise ValueError(problems[0])
     assert recipe.data is not None and recipe.codec is not None
     codec = load_codec(recipe.codec)
-    latents, told = load_prepared(recipe.data, rows=recipe.rows)
-    spec = LatentSpec(*latents.shape[2:])
+    data = open_set(recipe.data, rows=recipe.rows)
+    spec, frames = _clips_of(data, recipe)
     if spec.channels != codec.geometry.channels:
         raise ValueError(
             f"{recipe.data} has {spec.channels} latent channels, the codec {recipe.codec} {codec.geometry.channels}"
         )
     if (chunk := getattr(recipe.settings, "chunk", None)) is not None:
-        chunk_sizes(latents.shape[1], chunk)
-    encoder = TinyTextEncoder()
-    text = _encode(encoder, told, recipe.data)
+        chunk_sizes(frames, chunk)
     compute = _compute(recipe, device)
     roles = _roles(recipe)
+    device = device if is_loaded else torch.device("cpu")
+    length = roles["student"].config.text_length
+    source, null, mark = _held(data, device) if data.text_width is None else _streamed(data, device, length)
     for role, net in roles.items():
-        _check_fits(role, net, spec, encoder.width)
+        _check_fits(role, net, spec, null.shape[2])
     contents: tuple[Content, ...] = ()
     if recipe.trainer.check:
         _check_codec_of_data(recipe.data, recipe.codec)
         contents = (
-            Content("data", str(recipe.data), fingerprint({"latents": latents}, *told)),
+            Content("data", str(recipe.data), mark),
             Content("codec", str(recipe.codec), fingerprint(codec.state_dict(), configs.dump(codec.config))),
             *(_content(role, recipe.init[role], net) for role, net in roles.items() if role in recipe.init),
             Content("compute", f"arithmetic in {compute}", compute),
         )
-    device = device if is_loaded else torch.device("cpu")
     for role, net in roles.items():
         _place(net, compute, device, is_trained=role in recipe.trainer.optimisers)
-    source = LatentSource(latents.to(device), Conditioning(text.to(device)))
-    null = encoder.null(1).to(device)
-    return Ingredients(source, spec, latents.shape[1], codec.to(device), null, roles, contents)
+    return Ingredients(source, data.kind or "", spec, frames, codec.to(device), null, roles, contents)
+
+
+def wanted_roles(recipe: Recipe) -> tuple[str, ...]:
+    """Roles of networks that this run needs: trajectories that are there need no teacher."""
+    roles = ROLES.get(recipe.stage, ("student",))
+    if recipe.stage != "causal_ode" or recipe.data is None or "teacher" in recipe.init:
+        return roles
+    with contextlib.suppress(ValueError):
+        return ("student",) if open_set(recipe.data).kind == "trajectories" else roles
+    return roles
 
 
 def networks(recipe: Recipe) -> list[ModelConfig]:
@@ -111,7 +126,7 @@ def networks(recipe: Recipe) -> list[ModelConfig]:
 
 def missing(recipe: Recipe) -> list[str]:
     """What the run needs and does not find, one line each, with the command that makes it. Reads configs only."""
-    wanted, problems = ROLES.get(recipe.stage, ("student",)), []
+    problems: list[str] = []
     if recipe.stage == "codec":
         return []
     if recipe.data is None or recipe.codec is None:
@@ -125,6 +140,7 @@ def missing(recipe: Recipe) -> list[str]:
         read_codec(recipe.codec)
     except ValueError as error:
         problems.append(f"{error}; {_maker(recipe.codec)}codec=tiny is the one that comes with the package")
+    wanted = wanted_roles(recipe)
     for role in recipe.init:
         if role not in wanted:
             problems.append(f"init names the role {role!r}; stage {recipe.stage} takes {', '.join(wanted)}")
@@ -152,6 +168,56 @@ def _maker(folder: Path, *, before: str = "", after: str = ", or ") -> str:
 # ---- loading and checking
 
 
+def _clips_of(data: PreparedSet, recipe: Recipe) -> tuple[LatentSpec, int]:
+    """The shape of a latent frame and the frames of a clip; ValueError for data that this stage cannot use."""
+    wanted = ("latents", "trajectories") if recipe.stage == "causal_ode" else ("latents",)
+    if data.kind not in wanted:
+        held, needed = data.kind or "only prompts", " or ".join(wanted)
+        raise ValueError(f"data: {data.folder} holds {held}, stage {recipe.stage} needs {needed}")
+    if isinstance(recipe.settings, CausalODEConfig) and data.kind == "trajectories":
+        states = len(recipe.settings.keep) + 2
+        if data.shape[0] != states:
+            raise ValueError(
+                f"data: {data.folder} has trajectories of {data.shape[0]} states, settings.keep asks for "
+                f"{states - 2}, the end point and the true clip: {states}"
+            )
+    batch = getattr(recipe.settings, "batch", 1)
+    if data.rows < batch:
+        raise ValueError(
+            f"data: {data.folder} has {data.rows} clips{' (rows)' if recipe.rows else ''}, a batch has "
+            f"settings.batch={batch}: prepare more clips or lower settings.batch"
+        )
+    return LatentSpec(*data.shape[-3:]), data.shape[-4]
+
+
+def _held(data: PreparedSet, device: torch.device) -> tuple[DataSource, Tensor, str]:
+    """A set without stored text, whose captions the tiny encoder reads: small, and held on the device whole.
+
+    -> the source, the unconditional text (1,K,E), the set's fingerprint.
+    """
+    latents, told = load_prepared(data.folder, rows=data.rows)
+    encoder = TinyTextEncoder()
+    text = _encode(encoder, told, data.folder)
+    source = LatentSource(latents.to(device), Conditioning(text.to(device)))
+    return source, encoder.null(1).to(device), fingerprint({"latents": latents}, *told)
+
+
+def _streamed(data: PreparedSet, device: torch.device, length: int) -> tuple[DataSource, Tensor, str]:
+    """A set with stored text, read row by row, its text padded to `length`; -> as `_held`.
+
+    Its fingerprint is of the hashes in its manifest, and of file names and sizes for a set made by hand.
+    """
+    null = data.null()
+    if null is None:
+        raise ValueError(
+            f"{data.folder} has no {NULL} with the unconditional text: `causalreel import --model` writes it"
+        )
+    null = F.pad(null, (0, 0, 0, length - null.shape[1])).to(device)  # (1,K,E) -> (1,length,E)
+    files = [f"{shard.path.name} {shard.path.stat().st_size}" for shard in data.shards]
+    mark = data.manifest.fingerprint if data.manifest else fingerprint({}, *files)
+    return ShardSource(data, length=length, device=device), null, fingerprint({}, mark, str(data.rows))
+
+
 def _encode(encoder: TinyTextEncoder, told: Sequence[str], data: Path) -> Tensor:
     """The captions (R,K,E); ValueError naming file and line of the first that cannot be read."""
     try:
@@ -168,7 +234,7 @@ def _encode(encoder: TinyTextEncoder, told: Sequence[str], data: Path) -> Tensor
 def _roles(recipe: Recipe) -> dict[str, DiTDenoiser]:
     """The stage's networks in float32 on the CPU."""
     roles = {}
-    for role in ROLES.get(recipe.stage, ("student",)):
+    for role in wanted_roles(recipe):
         if role in recipe.init:
             roles[role] = load_export(recipe.init[role])[0]
         else:

@@ -286,7 +286,8 @@ def _ar_diffusion(recipe: Recipe, made: Ingredients, device: torch.device) -> Bu
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
 
 
-def _causal_ode(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
+def _trajectories(recipe: Recipe, made: Ingredients, device: torch.device) -> DataSource:
+    """The teacher's trajectories to the data's clips, made once and stored in the run's folder."""
     c: CausalODEConfig = recipe.settings
     out, kept = Path(recipe.trainer.out), fingerprints(made.contents)
     decides = {what: kept[what] for what in ("data", "init.teacher", "compute") if what in kept}
@@ -302,7 +303,12 @@ def _causal_ode(recipe: Recipe, made: Ingredients, device: torch.device) -> Buil
         device=device,
     )
     held = store.get(c.pairs, parts_of(c), make)
-    rows = TrajectorySource(held["states"].to(device), Conditioning.from_named(held).to(device))
+    return TrajectorySource(held["states"].to(device), Conditioning.from_named(held).to(device))
+
+
+def _causal_ode(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
+    c: CausalODEConfig = recipe.settings
+    rows = made.source if made.kind == "trajectories" else _trajectories(recipe, made, device)
     sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift)
     viewer = Viewer(made.codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
     return _compiled(recipe, CausalODE(c, student=made.roles["student"], viewer=viewer)), rows, "average", sampling

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,15 @@ class DataSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsAhead(DataSource, Protocol):
+    """A source that reads rows before they are asked for."""
+
+    def expect(self, indices: Tensor) -> None:
+        """Rows (n,) that will be asked for soon, the soonest first."""
+        ...
+
+
 class Stage(Protocol):
     """Losses over roles.
 
@@ -87,26 +96,33 @@ class DataCursor:
         if rows < 1:
             raise ValueError(f"data source: got {rows} rows, at least 1 is needed")
         self.rows, self.seed, self.position = rows, seed, position
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        self._orders: dict[int, Tensor] = {}
 
     def take(self, size: int) -> Tensor:
         """The next `size` row indices (size,), continuing into the next epoch; advances the position."""
+        found = self.peek(size)
+        self.position += size
+        return found
+
+    def peek(self, size: int) -> Tensor:
+        """What `take` would give, the position stays."""
         if size < 1:
             raise ValueError(f"batch size: got {size}, at least 1 is needed")
-        parts = []
+        parts, position = [], self.position
         while size > 0:
-            epoch, start = divmod(self.position, self.rows)
+            epoch, start = divmod(position, self.rows)
             part = self._permutation(epoch)[start : start + size]
             parts.append(part)
-            self.position += len(part)
+            position += len(part)
             size -= len(part)
         return torch.cat(parts)
 
     def _permutation(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
+        if epoch not in self._orders:
             generator = torch.Generator().manual_seed(stable_seed(self.seed, epoch, "data order"))
-            self._epoch, self._order = epoch, torch.randperm(self.rows, generator=generator)
-        return self._order
+            kept = {last: order for last, order in self._orders.items() if last == epoch - 1}  # peeked at from there
+            self._orders = kept | {epoch: torch.randperm(self.rows, generator=generator)}
+        return self._orders[epoch]
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,10 @@ class StepContext:
 
     def batch(self, size: int, kind: type[AnyBatch]) -> AnyBatch:
         """The next `size` rows at the data position, on the trainer's device; ValueError if of another kind."""
-        return of_kind(self.source.batch(self.cursor.take(size)), kind).to(self.device)
+        indices = self.cursor.take(size)
+        if isinstance(self.source, ReadsAhead):
+            self.source.expect(torch.cat([indices, self.cursor.peek(size)]))
+        return of_kind(self.source.batch(indices), kind).to(self.device)
 
     def rows(self, rows: range, kind: type[AnyBatch]) -> AnyBatch:
         """These rows of the data, as `batch`; the data position stays."""
