@@ -287,7 +287,8 @@ def test_says_when_it_is_too_slow(page: Any, server: str) -> None:
     wait_until(lambda: page.locator("#slow").is_visible(), "the warning")
     words = page.locator("#slow").inner_text()
     assert re.match(r"Slower than real time: [\d.]+ of 240 frames per second arrive", words)
-    assert page.locator("#say").inner_text().startswith("Slower than real time")
+    said = page.locator("#say")  # on a busy machine a dropped connection may be announced in between
+    wait_until(lambda: said.inner_text().startswith("Slower than real time"), "the warning to be announced")
     screenshot(page, "slow")
     page.fill("#fps", "4")
     page.press("#fps", "Enter")

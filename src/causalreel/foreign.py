@@ -70,19 +70,31 @@ def read_json(path: str | os.PathLike[str], *, most: int = JSON_BYTES, what: str
 
 def parse_json(text: str, place: str, *, items: int = 1_000_000) -> dict[str, Any]:
     """JSON text with an object at the top, no name twice in one object and at most `items` values."""
+    found = _parse(text, place, items)
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} holds a {type(found).__name__}, a JSON object is expected")
+    return found
+
+
+def read_json_list(path: str | os.PathLike[str], *, what: str = "JSON file") -> list[Any]:
+    """A JSON file whose top level is a list; bounded as `parse_json`."""
+    found = _parse(read_text(path, most=JSON_BYTES, what=what), str(path), 1_000_000)
+    if not isinstance(found, list):
+        raise ValueError(f"{path} holds a {type(found).__name__}, a JSON list is expected")
+    return found
+
+
+def _parse(text: str, place: str, items: int) -> Any:
     if text.count(",") + text.count("[") + text.count("{") > items:
         raise ValueError(f"{place} has more than {items:,} values")
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError(f"{place} is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is no JSON: {error}") from None
     except ValueError as error:
         raise ValueError(f"{place}: {shown(str(error))}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{place} holds a {type(found).__name__}, a JSON object is expected")
-    return found
 
 
 def text_of(found: Mapping[str, Any], key: str, place: str) -> Mapping[str, str]:

@@ -178,8 +178,18 @@ class Findings:
     def wants(self, name: str) -> bool:
         return name in self.case.tensors
 
-    def add(self, name: str, value: Tensor | Callable[[], Tensor | None] | None, *, via: str = "") -> None:
-        """Compare with the case's tensor of that name; several ways to one output are told apart by `via`."""
+    def add(
+        self,
+        name: str,
+        value: Tensor | Callable[[], Tensor | None] | None,
+        *,
+        via: str = "",
+        limit: float | None = None,
+    ) -> None:
+        """Compare with the case's tensor of that name; several ways to one output are told apart by `via`.
+
+        limit: tolerance of this output, where the case states another one for it.
+        """
         if name not in self.case.tensors:
             return
         got = value() if callable(value) else value
@@ -187,7 +197,8 @@ class Findings:
             return
         label = f"{name} ({via})" if via else name
         self.seen.add(name)
-        self.checks.append(Check(label, relative_error(got, self.case.tensors[name]), self.case.tolerance))
+        tolerance = self.case.tolerance if limit is None else limit
+        self.checks.append(Check(label, relative_error(got, self.case.tensors[name]), tolerance))
 
     def add_exact(self, name: str, got: object, wanted: object) -> None:
         """Compare what is not a tensor, such as text; only equality will do."""

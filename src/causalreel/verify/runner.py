@@ -12,6 +12,7 @@ from pathlib import Path
 from causalreel.verify import (
     cases_checkpoints,
     cases_codec,
+    cases_control,
     cases_lora,
     cases_network,
     cases_rollout,
@@ -31,6 +32,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c5": lambda case: cases_rollout.many_step,
     "c6": lambda case: cases_schedule.schedules,
     "c7": cases_training.handler,
+    "c9": lambda case: cases_control.pose_strings if "strings" in case.extra else None,
     "c10": lambda case: cases_codec.wan_vae,
     "c11": lambda case: cases_codec.taehv,
     "c12": lambda case: cases_text.umt5,
@@ -38,6 +40,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c14": cases_checkpoints.handler,
     "c17": cases_rollout.policies,
     "c20": lambda case: cases_lora.loras,
+    "c21": lambda case: cases_control.controls,
 }
 """Family of a case, the beginning of its name -> what checks it; None where nothing does."""
 
