@@ -12,8 +12,9 @@ import torch
 
 from causalreel import cli
 from causalreel.codecs.fast_decode import fast_decoder
-from causalreel.codecs.taehv import TAEHV
-from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
+from causalreel.codecs.kinds import build
+from causalreel.codecs.taehv import TAEHVConfig
+from causalreel.codecs.wan_vae import VAEConfig
 from causalreel.infer import models
 from causalreel.infer.estimate import (
     GIB,
@@ -27,6 +28,7 @@ from causalreel.infer.estimate import (
 )
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.models import request_for
+from causalreel.infer.released import DECODERS
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import DiT
 from causalreel.nn.masks import Context, _dense
@@ -40,7 +42,7 @@ from causalreel.weights.registry import MODELS
 
 MODEL = ModelConfig(dim=96, ffn_dim=400, heads=4, layers=5, text_dim=8, text_length=4, freq_dim=32, channels=4)
 LATENT = LatentSpec(4, 16, 24)
-SMALL = Request(MODEL, LATENT, chunk=2, frames=12, decoder="none", dtype="float32", form="eager", steps=2)
+SMALL = Request(MODEL, LATENT, chunk=2, frames=12, decoder=None, dtype="float32", form="eager", steps=2)
 WAN = Request(preset("wan-1.3b"), LatentSpec(16, 60, 104))
 
 # ---------------------------------------------------------------------------------------------------- measured on GPUs
@@ -69,15 +71,15 @@ SHARED = [
 
 
 @pytest.mark.parametrize(("form", "chunk", "steps", "decoder", "tensors", "reserved"), MEASURED)
-def test_what_was_measured(form: Any, chunk: int, steps: int, decoder: Any, tensors: float, reserved: float) -> None:
-    found = estimate(replace(WAN, form=form, chunk=chunk, steps=steps, decoder=decoder))
+def test_what_was_measured(form: Any, chunk: int, steps: int, decoder: str, tensors: float, reserved: float) -> None:
+    found = estimate(replace(WAN, form=form, chunk=chunk, steps=steps, decoder=DECODERS[decoder]))
     assert found.tensors / GIB == pytest.approx(tensors, rel=0.1)
     assert found.needed / GIB == pytest.approx(reserved, rel=0.1)
 
 
 @pytest.mark.parametrize(("size", "gpus", "tensors"), SHARED)
 def test_what_was_measured_on_several_gpus(size: str, gpus: int, tensors: float) -> None:
-    request = replace(WAN, model=preset(size), gpus=gpus, context=Context(window=21), frames=48, decoder="none")
+    request = replace(WAN, model=preset(size), gpus=gpus, context=Context(window=21), frames=48, decoder=None)
     found = estimate(request)
     assert (found.tensors - found["activations"]) / GIB == pytest.approx(tensors, rel=0.1)
 
@@ -210,14 +212,18 @@ def test_a_rollout_is_within_a_tenth_of_the_allocators_record(change: dict[str, 
     assert real == pytest.approx(expected, rel=0.1), found.parts
 
 
-CODECS: dict[str, Any] = {"wan": VAEConfig(dim=8, z=4), "small": VAEConfig(dim=8, z=4, res_blocks=1), "taehv": "taehv"}
+CODECS: dict[str, Any] = {
+    "wan": VAEConfig(dim=8, z=4),
+    "small": VAEConfig(dim=8, z=4, res_blocks=1),
+    "taehv": TAEHVConfig(),
+}
 
 
 def decoding(name: str, chunk: int, form: Any) -> tuple[Estimate, Any, torch.Tensor]:
     """-> estimate, codec, latents of a chunk."""
     latent = LatentSpec(16 if name == "taehv" else 4, 8, 12)
     model = replace(MODEL, channels=latent.channels)
-    codec = TAEHV() if name == "taehv" else CausalVAE(CODECS[name])
+    codec = build(CODECS[name])
     found = estimate(replace(SMALL, model=model, decoder=CODECS[name], latent=latent, chunk=chunk, form=form))
     return found, codec.requires_grad_(False), torch.zeros(1, chunk, *latent.shape)
 
@@ -267,13 +273,13 @@ def test_what_parts_come_to() -> None:
 
 
 def test_loading_in_fp8_holds_both_types() -> None:
-    found = estimate(replace(WAN, form="fp8", model=preset("wan-14b"), frames=3, decoder="none"))
+    found = estimate(replace(WAN, form="fp8", model=preset("wan-14b"), frames=3, decoder=None))
     both = weight_bytes(preset("wan-14b")) + weight_bytes(preset("wan-14b"), form="fp8")
     assert found.loading == both == found.needed and "loading" in found.table()
 
 
 def test_several_gpus_share_all_but_weights_and_text() -> None:
-    one, two = (estimate(replace(WAN, gpus=n, decoder="none")) for n in (1, 2))
+    one, two = (estimate(replace(WAN, gpus=n, decoder=None)) for n in (1, 2))
     assert (
         two["cache"] * 2 == one["cache"] and two["weights"] == one["weights"] and two["text keys"] == one["text keys"]
     )
@@ -291,7 +297,7 @@ IMPOSSIBLE = [
     ({"chunk": None, "context": Context(window=4)}, "has no window"),
     ({"gpus": 3}, "gpus must divide the 4 heads"),
     ({"latent": LatentSpec(4, 5, 6)}, "sides that the patch"),
-    ({"decoder": "jpeg"}, "decoder must be wan, taehv or none"),
+    ({"decoder": "jpeg"}, "a codec's sizes must be those of wan, taehv.*; got 'jpeg'"),
     ({"form": "fast"}, "form must be one of eager, bf16"),
     ({"dtype": "int8"}, "dtype must be one of float32"),
 ]
@@ -363,7 +369,7 @@ def test_requests_by_name() -> None:
     assert tiny.model == preset("tiny") and tiny.frames == 12 and isinstance(tiny.decoder, VAEConfig)
     assert tiny.dtype == "float32" and tiny.text_encoder == "none" and tiny.chunk == 1 and tiny.steps == 2
     released = request_for("causal-forcing/framewise-2step", decoder="taehv")
-    assert released == replace(WAN, chunk=1, decoder="taehv", steps=2)
+    assert released == replace(WAN, chunk=1, decoder=DECODERS["taehv"], steps=2)
     whole = request_for("wan2.1-t2v-14b", frames=41)
     assert whole.chunk is None and whole.frames == 11 and whole.guided and estimate(whole)["cache"] == 0
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from causalreel import config
+from causalreel.codecs.taehv import TAEHV, TAEHVConfig
 from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.masks import Context
@@ -24,6 +26,7 @@ from causalreel.weights.export import (
     codec_file,
     load_codec,
     load_export,
+    read_codec,
     read_export,
     save_codec,
     save_export,
@@ -213,3 +216,27 @@ def test_impossible_exports_are_refused() -> None:
         small_export(sampling=Sampling(5))
     with pytest.raises(ValueError, match="latent has 4 channels, the model 16"):
         small_export(latent=LatentSpec(4, 4, 4))
+
+
+def test_codecs_of_any_kind_are_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codec = TAEHV(TAEHVConfig(channels=4, encoder_width=8, decoder_widths=(8, 8, 4, 4), blocks=1))
+    save_codec(tmp_path, codec, dtype=torch.float32)
+    loaded, latents = load_codec(tmp_path), torch.randn(1, 2, 4, 2, 2)
+    assert read_codec(tmp_path).kind == "taehv" and torch.equal(loaded.decode(latents), codec.decode(latents))
+    text = (tmp_path / "codec.yaml").read_text()
+    for wrong, said in {
+        "channels: 5": "another codec than the config beside it: channels is 4, not 5",
+        "blocks: 64": "another codec than the config beside it",
+    }.items():
+        name = wrong.split(":")[0]
+        (tmp_path / "codec.yaml").write_text(re.sub(rf"{name}: \d+", wrong, text))
+        with pytest.raises(ValueError, match=said):
+            load_codec(tmp_path)
+    for wrong, said in {"kind: jpeg": "kind must be one of wan, taehv", "kind: wan": "unknown key"}.items():
+        (tmp_path / "codec.yaml").write_text(text.replace("kind: taehv", wrong))
+        with pytest.raises(ValueError, match=said):
+            load_codec(tmp_path)
+    (tmp_path / "codec.yaml").write_text("codec: small\nkind: taehv\n")
+    with pytest.raises(ValueError, match="codec must be a mapping with the keys of TAEHVConfig, got 'small'"):
+        load_codec(tmp_path)

@@ -1,10 +1,11 @@
 """Fast streaming decoding: the same function as a codec's `stream`, rearranged for a GPU and replayed as CUDA graphs.
 
 `fast_decoder` takes a finished codec and leaves it as it is. The rearranged arithmetic is in `codecs.fast_wan` and
-`codecs.fast_taehv`; this file owns what is common: sizes are fixed, state lies in static buffers, the first latent
-frame of a video and a steady one are a graph each. One decoder serves several streams by swapping: the state of the
-stream called last lies in the buffers, the others hold copies, so changing streams costs one copy of the state out and
-one in (about 3 GB moved for the Wan VAE at 480x832, a millisecond). Without CUDA the same code runs without graphs.
+`codecs.fast_taehv`, named by the codec's row in `codecs.kinds`; this file owns what is common: sizes are fixed, state
+lies in static buffers, the first latent frame of a video and a steady one are a graph each. One decoder serves several
+streams by swapping: the state of the stream called last lies in the buffers, the others hold copies, so changing
+streams costs one copy of the state out and one in (about 3 GB moved for the Wan VAE at 480x832, a millisecond). Without
+CUDA the same code runs without graphs.
 """
 
 from __future__ import annotations
@@ -14,29 +15,16 @@ import importlib.util
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from causalreel.codecs.fast_taehv import TAEHVProgram
-from causalreel.codecs.fast_wan import Arithmetic, WanProgram
+from causalreel.codecs.codec import Codec, Program
+from causalreel.codecs.fast_wan import Arithmetic
+from causalreel.codecs.kinds import kind_of
 from causalreel.codecs.passes import Backend
-from causalreel.codecs.taehv import TAEHV
-from causalreel.codecs.wan_vae import CausalVAE
 
 WARMUP = 3
-
-
-class Program(Protocol):
-    """Latents (B,F,C,h,w) -> frames (B,T,3,H,W) in [-1, 1]; fresh: F is 1 and a new video begins.
-
-    Reads and replaces `states`, tensors that stay where they are once a call has made them.
-    """
-
-    states: dict[object, Tensor]
-
-    def __call__(self, latents: Tensor, fresh: bool) -> Tensor: ...
 
 
 class FastDecoder:
@@ -157,7 +145,7 @@ def _benchmarked() -> Iterator[None]:
 
 
 def fast_decoder(
-    codec: CausalVAE | TAEHV,
+    codec: Codec,
     height: int,
     width: int,
     *,
@@ -179,14 +167,10 @@ def fast_decoder(
     latent = codec.geometry.latent_of(height, width)
     on_gpu = device.type == "cuda"
     backend = _backend(on_gpu) if backend is None else backend
-    if not isinstance(codec, (CausalVAE, TAEHV)):
-        raise TypeError(f"codec must be a CausalVAE or a TAEHV, got {type(codec).__name__}")
-    if isinstance(codec, TAEHV):
-        if arithmetic is not None:
-            raise ValueError("arithmetic is for the Wan VAE, this codec is a TAEHV")
-        program: Program = TAEHVProgram(codec, dtype, device, backend)
-    else:
-        program = WanProgram(codec, dtype, device, backend, arithmetic or Arithmetic())
+    make = kind_of(codec.config).program
+    if make is None:
+        raise TypeError(f"{type(codec).__name__} has no fast form")
+    program = make(codec, dtype, device, backend, arithmetic)
     return FastDecoder(
         program, (batch, *latent.shape), device=device, sizes=sizes, graphs=on_gpu if graphs is None else graphs
     )
@@ -201,7 +185,7 @@ def _backend(on_gpu: bool) -> Backend:
 
 
 def fast_stream(
-    codec: CausalVAE | TAEHV,
+    codec: Codec,
     height: int,
     width: int,
     dtype: torch.dtype = torch.bfloat16,

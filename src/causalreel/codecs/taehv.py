@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from causalreel.codecs.codec import Codec
 from causalreel.codecs.wan_vae import FrameConv, History
 from causalreel.types import Geometry
 
@@ -160,18 +161,18 @@ def decoder(config: TAEHVConfig) -> nn.ModuleList:
     return nn.ModuleList([*layers, Rectify(), PlainConv(widths[-1], 3)])
 
 
-class TAEHV(nn.Module):
+class TAEHV(Codec):
     """Video (B,T,3,H,W) in [-1, 1] <-> normalised Wan latents (B,F,C,h,w); implements `types.VideoCodec`.
 
     Networks with less growth than `pooling`, or without all doublings, decode to previews: fewer or smaller frames.
     """
 
+    config: TAEHVConfig
+
     def __init__(self, config: TAEHVConfig = TAEHVConfig()) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, config.geometry)
         self.encoder = encoder(config)
         self.decoder = decoder(config)
-        self.geometry = config.geometry
 
     @property
     def dropped(self) -> int:
@@ -199,13 +200,7 @@ class TAEHV(nn.Module):
         released code leaves the number of frames, and so this choice, to its caller.
         """
         times, size = math.prod(self.config.pooling), 2 ** len(self.config.pooling)
-        if video.ndim != 5 or video.shape[2] != 3:
-            raise ValueError(f"video has shape {tuple(video.shape)}, expected (B,T,3,H,W)")
-        frames, height, width = video.shape[1], *video.shape[-2:]
-        if frames < 1 or (frames - 1) % times:
-            raise ValueError(f"video has {frames} frames, expected 1 + {times}n")
-        if min(height, width) < size or height % size or width % size:
-            raise ValueError(f"video is {height}x{width} pixels, expected multiples of {size}")
+        self.check_video(video, Geometry(self.config.channels, size, times))  # a preview's encoder is the whole one
         whole = torch.cat([video[:, :1].expand(-1, times - 1, -1, -1, -1), video], 1)
         return self.all_latents((whole + 1) / 2)
 
@@ -221,13 +216,6 @@ class TAEHV(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
-
-    def check_latents(self, latents: Tensor) -> None:
-        """ValueError unless latents are (B,F,C,h,w) with this codec's channels."""
-        if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != self.config.channels:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}, expected (B,F,{self.config.channels},h,w), F >= 1"
-            )
 
 
 def shown(pixels: Tensor) -> Tensor:

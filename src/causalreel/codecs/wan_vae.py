@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from causalreel.codecs.codec import Codec
 from causalreel.types import Geometry
 
 History = dict[nn.Module, Tensor]
@@ -294,23 +295,19 @@ class Decoder(nn.Module):
         return self.head["2"](F.silu(self.head["0"](x)), history)
 
 
-class CausalVAE(nn.Module):
-    """Video (B,T,3,H,W) in [-1, 1] <-> normalised latents (B,F,C,h,w), T = 1 + temporal * (F-1).
+class CausalVAE(Codec):
+    """Video (B,T,3,H,W) in [-1, 1] <-> normalised latents (B,F,C,h,w), T = 1 + temporal * (F-1)."""
 
-    Implements `types.VideoCodec`. `encode` and `decode` follow the caller's grad mode; streams take no gradient.
-    """
-
+    config: VAEConfig
     latent_mean: Tensor
     latent_std: Tensor
 
     def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, config.geometry)
         self.encoder = Encoder(config)
         self.conv1 = Pointwise(2 * config.z, 2 * config.z)
         self.conv2 = Pointwise(config.z, config.z)
         self.decoder = Decoder(config)
-        self.geometry = config.geometry
         self.register_buffer("latent_mean", torch.zeros(config.z), persistent=False)
         self.register_buffer("latent_std", torch.ones(config.z), persistent=False)
         self.set_statistics(config.latent_mean, config.latent_std)
@@ -339,19 +336,19 @@ class CausalVAE(nn.Module):
     def forward(self, video: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct a whole clip: video (B,T,3,H,W) -> its reconstruction, not clamped, and the latents' mean and
         log-variance (B,F,h,w,z). With `noise` (B,F,h,w,z) the latents are a sample, without it their mean."""
-        self._check_video(video, first=True)
+        self.check_video(video)
         mean, log_variance = self.posterior(video)
         z = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
         return self.pixels(z), mean, log_variance
 
     def encode(self, video: Tensor) -> Tensor:
         """Video (B,T,3,H,W) in [-1, 1] -> latents (B,F,C,h,w), the normalised posterior mean, float32."""
-        self._check_video(video, first=True)
+        self.check_video(video)
         return self._normalised(self.posterior(video)[0])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B,F,C,h,w) -> video (B,T,3,H,W) in [-1, 1], float32, the whole clip at once."""
-        self._check_latents(latents)
+        self.check_latents(latents)
         return self.pixels(self._raw(latents)).clamp(-1, 1)
 
     def stream(self) -> DecodeStream:
@@ -368,21 +365,6 @@ class CausalVAE(nn.Module):
     def _raw(self, latents: Tensor) -> Tensor:
         return latents.movedim(2, -1).float() * self.latent_std.float() + self.latent_mean.float()  # (B,F,h,w,z)
 
-    def _check_video(self, video: Tensor, *, first: bool) -> None:
-        t, s = self.geometry.temporal, self.geometry.spatial
-        if video.ndim != 5 or video.shape[2] != 3:
-            raise ValueError(f"video has shape {tuple(video.shape)}, expected (B,T,3,H,W)")
-        frames, height, width = video.shape[1], *video.shape[-2:]
-        if frames < 1 or frames % t != (1 % t if first else 0):
-            allowed = f"1 + {t}n" if first else f"a multiple of {t}, because the stream has begun"
-            raise ValueError(f"video has {frames} frames, expected {allowed}")
-        if height < s or width < s or height % s or width % s:
-            raise ValueError(f"video is {height}x{width} pixels, expected multiples of {s}")
-
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != self.config.z:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (B,F,{self.config.z},h,w), F >= 1")
-
 
 class DecodeStream:
     """One video being decoded: latents (B,F,C,h,w) in order -> frames (B,T,3,H,W) in [-1, 1].
@@ -397,7 +379,7 @@ class DecodeStream:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        self._codec._check_latents(latents)
+        self._codec.check_latents(latents)
         return self._codec.pixels(self._codec._raw(latents), self._history).clamp(-1, 1)
 
 
@@ -410,7 +392,7 @@ class EncodeStream:
 
     @torch.no_grad()
     def __call__(self, video: Tensor) -> Tensor:
-        self._codec._check_video(video, first=not self._history)
+        self._codec.check_video(video, has_begun=bool(self._history))
         return self._codec._normalised(self._codec.posterior(video, self._history)[0])
 
 
@@ -422,7 +404,7 @@ def latent_statistics(codec: CausalVAE, videos: Iterable[Tensor]) -> tuple[tuple
     """
     count, total, squares = 0, torch.zeros(codec.config.z).double(), torch.zeros(codec.config.z).double()
     for video in videos:
-        codec._check_video(video, first=True)
+        codec.check_video(video)
         mean = codec.posterior(video)[0].flatten(0, -2).double()  # (B*F*h*w,z)
         count += mean.shape[0]
         total, squares = total + mean.sum(0).cpu(), squares + mean.square().sum(0).cpu()

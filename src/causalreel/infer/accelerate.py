@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from causalreel.codecs.codec import Codec
 from causalreel.codecs.fast_decode import FastDecoder, fast_decoder
-from causalreel.codecs.taehv import TAEHV
-from causalreel.codecs.wan_vae import CausalVAE
+from causalreel.codecs.kinds import kind_of
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import TwoCodecs
 from causalreel.parallel import fast
@@ -52,10 +52,10 @@ def accelerate(pipeline: Pipeline, *, precision: str = "bf16", graphs: bool = Tr
 def _fast_decoders(pipeline: Pipeline) -> Callable[[int], DecodeStream] | None:
     """What opens fast streams, one decoder per number of clips; None for codecs that have no fast form."""
     codec = pipeline.codec.decoder if isinstance(pipeline.codec, TwoCodecs) else pipeline.codec
-    if not isinstance(codec, (CausalVAE, TAEHV)):
+    if not isinstance(codec, Codec) or (kind := kind_of(codec.config)).program is None:
         return None
     chunk = pipeline.sampling.chunk or 1
-    sizes = (chunk, 1) if isinstance(codec, TAEHV) and chunk > 1 else (1,)
+    sizes = (chunk, 1) if kind.joins and chunk > 1 else (1,)
     made: dict[int, FastDecoder] = {}
 
     def open_stream(clips: int) -> DecodeStream:

@@ -11,14 +11,11 @@ R rows, S tokens of a latent frame, E width of the network, H width of its feed-
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-import torch
-
-from causalreel.codecs.taehv import TAEHV, Enlarge, MemoryBlock
-from causalreel.codecs.wan_vae import CausalConv, CausalVAE, FrameConv, Upsample, VAEConfig, vae_config
+from causalreel.codecs.kinds import kind_of
+from causalreel.codecs.wan_vae import vae_config
 from causalreel.nn.attention import FLEX_MIN_TOKENS
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
@@ -74,8 +71,10 @@ class Request:
     """Type of weights, cache and arithmetic, where it is not e4m3."""
     gpus: int = 1
     """GPUs that share the stream; the estimate is for the first, which decodes."""
-    decoder: Literal["wan", "taehv", "none"] | VAEConfig = "wan"
-    """What makes pixels; none: another device does."""
+    decoder: Any | None = field(default_factory=lambda: vae_config("wan2.1"))
+    """Sizes of the codec that makes pixels, of any kind (`codecs.kinds`); None: another device does."""
+    decoders: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
+    """What else could make them: its name, and its sizes."""
     text_encoder: Literal["cpu", "gpu", "none"] = "cpu"
     """Where UMT5-XXL (bfloat16) stays; none: the model has another, small one."""
 
@@ -90,8 +89,8 @@ class Request:
             raise ValueError(f"form must be one of {', '.join(get_args(Form))}, got {self.form!r}")
         if self.dtype not in WIDTHS:
             raise ValueError(f"dtype must be one of {', '.join(WIDTHS)}, got {self.dtype!r}")
-        if not isinstance(self.decoder, VAEConfig) and self.decoder not in ("wan", "taehv", "none"):
-            raise ValueError(f"decoder must be wan, taehv or none, got {self.decoder!r}")
+        if self.decoder is not None:
+            kind_of(self.decoder)
         if self.chunk is None and (window is not None or self.frames is None):
             raise ValueError("a model that makes whole clips has no window and no endless clips")
         if self.frames is None and window is None:
@@ -361,65 +360,19 @@ def recording_bytes(request: Request) -> int:
 # ----------------------------------------------------------------------------------------------------------- decoder
 
 
-@dataclass(frozen=True)
-class _Codec:
-    """Facts of a codec, counted on the meta device; numbers and not bytes."""
-
-    parameters: int
-    """Encoder included."""
-    decoder: int
-    """Of them the decoder's."""
-    state: int
-    """What a stream remembers, for each latent pixel, without the last convolution's."""
-    last: int
-    """Channels that the last convolution reads, at full resolution: the largest activation there is."""
-    spatial: int
-    temporal: int
-    """Pixels a side, and frames, of a latent one."""
-
-
-@lru_cache(maxsize=16)
-def _codec(decoder: str | VAEConfig) -> _Codec:
-    with torch.device("meta"):
-        config = vae_config("wan2.1") if isinstance(decoder, str) else decoder
-        codec = TAEHV() if decoder == "taehv" else CausalVAE(config)
-    if isinstance(codec, TAEHV):
-        layers, last = list(codec.decoder), codec.config.decoder_widths[-1]
-    else:
-        layers = [codec.decoder.conv1, *codec.decoder.middle, *codec.decoder.upsamples]
-        last = codec.config.dim * codec.config.multipliers[0]
-    side, state = 1, 0
-    for layer in layers:
-        convolutions = [part for part in layer.modules() if isinstance(part, CausalConv)]
-        state += side**2 * sum(2 * part.in_channels for part in convolutions)  # two frames of what each reads
-        if isinstance(layer, MemoryBlock):
-            first = next(part for part in layer.modules() if isinstance(part, FrameConv))  # reads a frame and the last
-            state += side**2 * first.in_channels // 2
-        side *= 2 if isinstance(layer, Upsample) or (isinstance(layer, Enlarge) and layer.is_used) else 1
-    own, decoding = (sum(part.numel() for part in module.parameters()) for module in (codec, codec.decoder))
-    return _Codec(own, decoding, state, last, side, codec.geometry.temporal)
-
-
 def _decoder_parts(request: Request) -> Iterator[Part]:
     weights = state = workspace = 0
-    if request.decoder != "none":
-        codec, is_tiny, is_fast = _codec(request.decoder), request.decoder == "taehv", request.form != "eager"
+    if request.decoder is not None:
+        kind, is_fast, geometry = kind_of(request.decoder), request.form != "eager", request.decoder.geometry
+        is_fast = is_fast and kind.program is not None
         frames = request.chunk or request.window
-        frames = 1 if is_fast and not is_tiny else frames  # latent ones in a call
+        frames = 1 if is_fast and not kind.joins else frames  # latent ones in a call
+        takes = kind.memory(request.decoder, frames=frames, width=request.width, is_fast=is_fast)
         latents = request.batch * request.latent.height * request.latent.width
-        pixels = latents * codec.spatial**2
-        if is_tiny:  # growth: its result in either order, and enlarged frames, half as many; fast: phases, result
-            copies, tensors, remembered = 1, 2 if is_fast else 2.5, 0
-        elif is_fast:  # a kernel of 27 taps is 36 for Winograd and 9 for a first frame. A residual block's first
-            # convolution: the products before it (2 in size), residual, x, what goes in (2), products (2)
-            copies, tensors, remembered = 1.5, 8, 2 * 3 * 4 // request.width
-        else:  # its second convolution: x, first result, normed, that behind two frames, three taps side by side
-            copies, tensors, remembered = 0, 7 + 2 / (codec.temporal * frames), 2 * codec.last
-        weights = round((codec.parameters + (copies * codec.decoder if is_fast else 0)) * request.width)
-        state = (latents * codec.state + pixels * remembered) * request.width
-        workspace = round(tensors * frames * codec.temporal * pixels * codec.last * request.width)
+        weights, state, workspace = round(takes.weights), round(latents * takes.state), round(latents * takes.workspace)
         if is_fast:  # each recording keeps its result: a first latent's, one's, a chunk's; float32, three colours
-            workspace += 12 * pixels * (1 + codec.temporal * (1 + (frames if frames > 1 else 0)))
+            calls = geometry.first + geometry.temporal * (1 + (frames if frames > 1 else 0))
+            workspace += 12 * latents * geometry.spatial**2 * calls
     yield "decoder weights", weights, "the codec, its encoder included, and its kernels rearranged where it is fast"
     yield "decoder state", state, "what a decode stream remembers between calls"
     yield "decoder workspace", workspace, "the rest of a call of the decoder at its widest"

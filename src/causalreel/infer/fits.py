@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -29,6 +31,10 @@ def check(request: Request, free: int, *, where: str = "the GPU") -> Estimate:
     )
 
 
+def _decoding(request: Request, decoder: Any | None) -> Estimate:
+    return _smallest(replace(request, decoder=decoder))
+
+
 def _smallest(request: Request) -> Estimate:
     return min((estimate(replace(request, form=form)) for form in ("eager", "bf16")), key=lambda found: found.least)
 
@@ -38,8 +44,8 @@ def _savings(request: Request, found: Estimate) -> Iterator[tuple[str, int]]:
     window = request.context.window or request.frames or 0
     half = replace(request.context, window=max(window // 2, request.context.sink + (request.chunk or 0), 1))
     changes: dict[str, Callable[[], Estimate]] = {
-        "--decoder taehv": lambda: _smallest(replace(request, decoder="taehv")),
-        "another GPU for decoding (--decode-device)": lambda: _smallest(replace(request, decoder="none")),
+        **{f"--decoder {name}": partial(_decoding, request, sizes) for name, sizes in request.decoders},
+        "another GPU for decoding (--decode-device)": partial(_decoding, request, None),
         "the text encoder on the CPU": lambda: _smallest(replace(request, text_encoder="cpu")),
         f"a window of {half.window} latent frames": lambda: _smallest(replace(request, context=half)),
         "a batch of 1": lambda: _smallest(replace(request, batch=1)),

@@ -18,7 +18,7 @@ from causalreel.foreign import shown
 from causalreel.infer.estimate import Request, weight_bytes
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.released import Choices, load_released
+from causalreel.infer.released import DECODERS, Choices, load_released
 from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.nn.presets import PRESETS, ModelConfig
 from causalreel.text.tiny import TinyTextEncoder
@@ -156,7 +156,7 @@ def _check_memory(ask: Callable[[], Request], device: torch.device) -> None:
 def _check_released(export: Export, device: torch.device, *, decoder: Literal["wan", "taehv"], gpus: int) -> None:
     """As `_check_memory`, for a clip as long as those of training."""
     asked = _asked_by(export, export.sampling) | {"context": export.context, "frames": export.frames}
-    _check_memory(lambda: Request(**asked, decoder=decoder, gpus=gpus), device)
+    _check_memory(lambda: Request(**asked, **_decoding(decoder), gpus=gpus), device)
 
 
 def _asked_by(export: Export, sampling: Sampling) -> dict[str, Any]:
@@ -168,6 +168,13 @@ def _asked_by(export: Export, sampling: Sampling) -> dict[str, Any]:
         "steps": _count(sampling),
         "guided": sampling.guidance != 1,
     }
+
+
+def _decoding(decoder: str) -> dict[str, Any]:
+    """The fields of a `Request` that say what makes the pixels of a released model."""
+    if decoder not in (*DECODERS, "none"):
+        raise ValueError(f"decoder must be {', '.join(DECODERS)} or none, got {decoder!r}")
+    return {"decoder": DECODERS.get(decoder), "decoders": tuple(DECODERS.items())}
 
 
 def request_for(
@@ -191,7 +198,7 @@ def request_for(
     name = "causal-forcing/chunkwise" if size is not None else model
     known = profile(name, steps=steps, chunk=chunk, height=height, width=width)
     export, context = known.export, known.export.context
-    asked = _asked_by(export, known.sampling) | {"decoder": decoder}
+    asked = _asked_by(export, known.sampling) | _decoding(decoder)
     if size is not None:
         asked["model"] = size
     elif str(model) not in MODELS:
@@ -199,7 +206,7 @@ def request_for(
         if options.get("text_encoder") is not None:
             raise ValueError(f"text_encoder: only for released models, not {str(model)!r}, whose own is small")
         own = read_codec(codec_file(find(model, steps=steps, chunk=chunk), export.codec)).codec
-        asked |= {"decoder": decoder if decoder == "none" else own, "text_encoder": "none"}
+        asked |= {"decoder": None if decoder == "none" else own, "decoders": (), "text_encoder": "none"}
         asked["dtype"] = "float32" if options.get("form") == "eager" else "bfloat16"  # as weights are left, or made
     context = context if window is None else replace(context, window=window)
     if frames == 0:

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from causalreel.codecs.codec import Codec
+from causalreel.codecs.kinds import build
+from causalreel.codecs.taehv import TAEHVConfig
+from causalreel.codecs.wan_vae import vae_config
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt
 from causalreel.nn.denoiser import DiTDenoiser
@@ -28,6 +32,9 @@ from causalreel.weights.layouts import keys_of, read_network
 from causalreel.weights.registry import MODELS, ReleasedModel, owner_of
 
 log = logging.getLogger(__name__)
+
+DECODERS = {"wan": vae_config("wan2.1"), "taehv": TAEHVConfig()}
+"""What makes pixels of Wan's latents: name -> sizes."""
 
 RANDOM = "random"
 """What `weights` is for a model with random weights."""
@@ -69,8 +76,8 @@ def load_released(
             f"{model.name} is made by a rolling window of chunks at rising noise levels, which is not supported yet; "
             f"causalreel convert reads its file"
         )
-    if choices.decoder not in ("wan", "taehv"):
-        raise ValueError(f"decoder must be wan or taehv, got {choices.decoder!r}")
+    if choices.decoder not in DECODERS:
+        raise ValueError(f"decoder must be {' or '.join(DECODERS)}, got {choices.decoder!r}")
     export = model.export(height=choices.height, width=choices.width)
     sampling = adapt(export.sampling, steps=steps, chunk=chunk)
     if sampling != export.sampling:
@@ -136,27 +143,21 @@ def _codec(decoder: str, files: ModelFiles | None, device: torch.device, dtype: 
     codec = _random_codec(decoder) if files is None else _read_codec(decoder, files.codec)
     placed = codec.requires_grad_(False).eval().to(device, dtype)
     if files is None or files.encoder is None:
-        return placed  # type: ignore[return-value] - a module that is a VideoCodec
+        return placed
     encoder = files.encoder
-    return TwoCodecs(placed, lambda: _read_codec("wan", encoder).to(device, dtype))  # type: ignore[arg-type]
+    return TwoCodecs(placed, lambda: _read_codec("wan", encoder).to(device, dtype))
 
 
-def _read_codec(decoder: str, path: Path) -> nn.Module:
+def _read_codec(decoder: str, path: Path) -> Codec:
     from causalreel.weights.codecs import load_taehv, load_wan_vae
 
     return load_wan_vae(path) if decoder == "wan" else load_taehv(path)
 
 
-def _random_codec(decoder: str) -> nn.Module:
+def _random_codec(decoder: str) -> Codec:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if decoder == "wan":
-            from causalreel.codecs.wan_vae import CausalVAE, vae_config
-
-            return CausalVAE(vae_config("wan2.1"))
-        from causalreel.codecs.taehv import TAEHV
-
-        return TAEHV()
+        return build(DECODERS[decoder])
 
 
 def _text(export: Export, files: ModelFiles | None, choices: Choices, device: torch.device) -> TextEncoder:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from causalreel import config as configs
-from causalreel.codecs.wan_vae import CausalVAE
+from causalreel.codecs.codec import Codec
 from causalreel.data.manifest import NULL
 from causalreel.data.prepare import read_info
 from causalreel.data.shards import caption_place, load_prepared, shards
@@ -53,7 +53,7 @@ class Ingredients:
     """What its rows hold: latents or trajectories."""
     spec: LatentSpec
     frames: int
-    codec: CausalVAE
+    codec: Codec
     null: Tensor
     """The unconditional text (1,K,E)."""
     roles: dict[str, DiTDenoiser]

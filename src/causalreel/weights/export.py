@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from causalreel import config
-from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
+from causalreel.codecs.codec import Codec
+from causalreel.codecs.kinds import KINDS, build, kind_of
 from causalreel.files import write_text
 from causalreel.flow import warp_steps
 from causalreel.folders import claim
@@ -131,10 +132,23 @@ class Export:
 class CodecExport:
     """Everything but the weights that it takes to use a codec."""
 
-    codec: VAEConfig
+    codec: Any
     """Sizes and latent statistics."""
+    kind: str = "wan"
+    """What kind of codec it is, a key of codecs.kinds.KINDS."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: recipe, commit, seed, metrics."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {shown(self.kind)!r}")
+        sizes = KINDS[self.kind].sizes
+        if isinstance(self.codec, dict):
+            object.__setattr__(self, "codec", config.build(sizes, self.codec, "codec"))
+        if not isinstance(self.codec, sizes):
+            raise ValueError(
+                f"codec must be a mapping with the keys of {sizes.__name__}, got {shown(self.codec, 60)!r}"
+            )
 
 
 def save_export(
@@ -142,7 +156,7 @@ def save_export(
     denoiser: DiTDenoiser,
     export: Export,
     *,
-    codec: CausalVAE | None = None,
+    codec: Codec | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """Write an export into `folder`, which is made if need be; each file is whole or absent, the config comes last.
@@ -259,7 +273,7 @@ def _metrics(scores: Path, label: str | None) -> dict[str, Any]:
 
 def save_codec(
     path: str | Path,
-    codec: CausalVAE,
+    codec: Codec,
     provenance: Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype = torch.float16,
@@ -267,16 +281,19 @@ def save_codec(
     """Write a codec into a folder, or as a .safetensors file with its config beside it; -> the .safetensors file."""
     path = _codec_path(path)
     write_tensors(path, _cast(codec, dtype), {"format": "causalreel-codec"})
-    write_text(path.with_suffix(".yaml"), config.dump(CodecExport(codec.config, dict(provenance or {}))))
+    write_text(
+        path.with_suffix(".yaml"),
+        config.dump(CodecExport(codec.config, kind_of(codec.config).name, dict(provenance or {}))),
+    )
     return path
 
 
-def load_codec(path: str | Path) -> CausalVAE:
+def load_codec(path: str | Path) -> Codec:
     """A saved codec (its folder or its .safetensors file) in float32 on the CPU, in evaluation mode."""
     path, sizes = find_codec(path), read_codec(path).codec
     check_codec(sizes, read_header(path), path)
     with without_initialisation():
-        codec = CausalVAE(sizes)
+        codec = build(sizes)
     _fill(codec, read_tensors(path), source=str(path))
     return codec.requires_grad_(False).eval()
 

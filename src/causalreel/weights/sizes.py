@@ -6,12 +6,10 @@ A network is built from its config before the weights fill it, so a config of a 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from causalreel.codecs.wan_vae import VAEConfig
+from causalreel.codecs.kinds import kind_of
 from causalreel.headers import Header
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.identify import LAYERS, config_of, describe, size_in_words, visible
@@ -55,21 +53,8 @@ def check_model(config: ModelConfig, header: Header, path: Path) -> None:
         raise ValueError(f"{path} is of another model size than the config beside it: {differing}; {describe(shapes)}")
 
 
-def check_codec(config: VAEConfig, header: Header, path: Path) -> None:
-    """As `check_model`, for a codec."""
-    shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in header.entries.items()}
-    widths = {shape[0] for shape in shapes.values() if shape}
-    wanted = {"dim": config.dim, "z": config.z}
-    found = {
-        "dim": next(iter(shapes.get("encoder.conv1.weight", ())), None),
-        "z": next(iter(shapes.get("conv2.weight", ())), None),
-    }
-    for name, value in wanted.items():
-        if found[name] != value:
-            raise ValueError(
-                f"{path} is of another codec than the config beside it: {name} is {found[name]}, not {value}"
-            )
-    layers = len(config.multipliers) * config.res_blocks
-    absent = [m for m in config.multipliers if m < 1 or m * config.dim not in widths]
-    if absent or layers > len(shapes) or math.prod((config.res_blocks, config.dim, config.z)) < 1:
-        raise ValueError(f"{path} is of another codec than the config beside it: multipliers {config.multipliers}")
+def check_codec(config: Any, header: Header, path: Path) -> None:
+    """As `check_model`, for a codec of any kind."""
+    told = kind_of(config).differs(config, {name: entry.shape for name, entry in header.entries.items()})
+    if told is not None:
+        raise ValueError(f"{path} is of another codec than the config beside it: {told}")
