@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from by_hand import Read, frames_at, from_scratch
 from causalreel import config
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.infer.live import ENDLESS, Live, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
 from causalreel.nn.denoiser import DiTDenoiser, Guided
-from causalreel.nn.dit import TIME_SCALE, sinusoid
 from causalreel.nn.masks import Context, frames_of, reading
 from causalreel.nn.presets import ModelConfig
-from causalreel.nn.rope import rope_table, rotate
 from causalreel.nn.static_cache import StaticCache
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.rollout import Call, KeyedNoise, Part, chunked, collect, fuse, rollout
@@ -58,61 +57,26 @@ def run(net, cache, chunk: int, *, change=iter, inner: DiTDenoiser | None = None
 # ---- from scratch
 
 
-@torch.no_grad()
-def from_scratch(net: DiTDenoiser, chunk: int) -> Tensor:
-    """The same video by hand: every layer's unrotated keys of all finished frames, read at positions counted here."""
-    model, policy, noise, done = net.model, net.context, KeyedNoise([1, 2], SPEC), []
-    assert policy.window is not None and policy.last_position is not None
-    past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.blocks]  # per layer, per frame (B,S,N,D)
-    read = model.embed_text(given().text)
+def by_hand(net: DiTDenoiser, chunk: int) -> Tensor:
+    """The same video: unrotated keys of all finished frames, read at positions counted here."""
+    policy = net.context
+    assert isinstance(policy, Context) and policy.window is not None and policy.last_position is not None
+    first, recent, sink = policy.last_position + 1 - chunk, policy.window - policy.sink - chunk, policy.sink
 
-    def evaluate(x: Tensor, sigma: float, start: int, keep: bool) -> Tensor:
-        levels = torch.full(x.shape[:2], sigma)
-        time = model.time_embedding(sinusoid(levels, CONFIG.freq_dim).float())
-        time6 = model.time_projection(time).unflatten(-1, (6, -1))
-        first = policy.last_position + 1 - chunk
-        recent = policy.window - policy.sink - chunk
-        frames = [f for f in range(start) if f < policy.sink or f >= start - recent]
+    def read(layer: int, start: int) -> Read:
+        frames = [f for f in range(start) if f < sink or f >= start - recent]
         positions = [max(0, first - len(frames) + i) for i in range(len(frames))]
-        own = tuple(range(first, first + chunk))
-        tables = [rope_table(at, 2, 2, 16, x.device) for at in (own, (*positions, *own))]
-        y = model.tokens(x, {})
-        for layer, block in enumerate(model.blocks):
-            shift, scale, gate, shift2, scale2, gate2 = (block.modulation + time6).unbind(2)
-            z = nn.functional.layer_norm(y, y.shape[-1:], eps=CONFIG.eps) * (1 + scale[:, :, None]) + shift[:, :, None]
-            q, (k, v) = block.self_attn.query(z.flatten(1, 2)), block.self_attn.key_value(z.flatten(1, 2))
-            keys = torch.cat([*(past[layer][f][0] for f in frames), k], 1)
-            values = torch.cat([*(past[layer][f][1] for f in frames), v], 1)
-            heads = [part.transpose(1, 2) for part in (rotate(q, *tables[0]), rotate(keys, *tables[1]), values)]
-            seen = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-            y = y + gate[:, :, None] * block.self_attn.o(seen).view_as(y)
-            heads = [part.transpose(1, 2) for part in (block.cross_attn.query(block.norm3(y).flatten(1, 2)),)]
-            text = [part.transpose(1, 2) for part in block.cross_attn.key_value(read)]
-            seen = nn.functional.scaled_dot_product_attention(heads[0], *text).transpose(1, 2).flatten(2)
-            y = y + block.cross_attn.o(seen).view_as(y)
-            z = nn.functional.layer_norm(y, y.shape[-1:], eps=CONFIG.eps)
-            y = y + gate2[:, :, None] * block.ffn(z * (1 + scale2[:, :, None]) + shift2[:, :, None])
-            if keep:
-                past[layer] += zip(k.chunk(chunk, 1), v.chunk(chunk, 1), strict=True)
-        return model.latents(y, time, 2, 2)
+        return frames_at(frames, positions, list(range(first, first + chunk)))
 
-    for start in range(0, FRAMES, chunk):
-        x = noise.initial(start, chunk)
-        for step, sigma in enumerate(SIGMAS):
-            x = x - sigma * evaluate(x, sigma, start, False)
-            if step + 1 < len(SIGMAS):
-                x = (1 - SIGMAS[step + 1]) * x + SIGMAS[step + 1] * noise.renoise(start, chunk, step + 1)
-        done.append(x)
-        evaluate(x, 0.0, start, True)
-    assert TIME_SCALE == 1000
-    return torch.cat(done, 1)
+    noise = KeyedNoise([1, 2], SPEC)
+    return from_scratch(net, given(), noise, chunk=chunk, frames=FRAMES, sigmas=SIGMAS, read=read)
 
 
 @pytest.mark.parametrize("chunk", POLICIES)
 def test_re_indexed_positions_are_those_counted_by_hand_in_every_cache(chunk: int) -> None:
     policy = POLICIES[chunk]
     net, fast = denoiser(policy), accelerate(denoiser(policy).requires_grad_(False))
-    expected = from_scratch(net, chunk)
+    expected = by_hand(net, chunk)
     assert isinstance(fast.run, FastDiT)
     for change in (iter, fuse):
         close(run(net, net.new_cache(), chunk, change=change), expected)

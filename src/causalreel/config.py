@@ -294,15 +294,21 @@ def _convert_union(value: Any, kinds: tuple[Any, ...], place: str) -> Any:
 
 
 def _choose(value: Mapping[str, Any], candidates: Sequence[type], place: str) -> type:
-    """The dataclass whose Literal fields (its tag, such as `kind: Literal["dmd"] = "dmd"`) agree with `value`."""
+    """The dataclass whose Literal fields (its tag, such as `kind: Literal["dmd"] = "dmd"`) agree with `value`; the one
+    that has none where `value` has no tag."""
     tags: dict[str, list[Any]] = {}
     fitting: list[type] = []
+    plain: list[type] = []
     for cls in candidates:
         literals = {k: typing.get_args(t) for k, t in _field_types(cls).items() if typing.get_origin(t) is Literal}
         for key, choices in literals.items():
             tags.setdefault(key, []).extend(choices)
         if literals and all(key in value and value[key] in choices for key, choices in literals.items()):
             fitting.append(cls)
+        if not literals:
+            plain.append(cls)
+    if not fitting and not tags.keys() & value.keys():  # the one without a tag, if there is one
+        fitting = plain
     if len(fitting) != 1:
         expected = "; ".join(f"{key}: {' | '.join(map(repr, dict.fromkeys(c)))}" for key, c in tags.items())
         raise ValueError(f"{place}: one key must choose the variant: {expected or 'none of them has a tag'}")

@@ -28,6 +28,8 @@ class Conditioning:
     """Name -> (B,F,...), such as cameras or actions. The network decides which names it takes."""
     prompts: tuple[int, ...] | None = None
     """With P texts: which of them each of the F frames reads."""
+    cuts: tuple[bool, ...] | None = None
+    """Of each frame whether a new scene begins with its chunk; None: nowhere. Some context policies use it."""
     prepared: Any = None
     """Private to the denoiser that made it: what it keeps of the text between calls."""
 
@@ -44,7 +46,7 @@ class Conditioning:
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """Every tensor changed; what a denoiser prepared is left out."""
         fields = {name: change(value) for name, value in self.fields.items()}
-        return Conditioning(change(self.text), fields, self.prompts)
+        return Conditioning(change(self.text), fields, self.prompts, self.cuts)
 
     def __getitem__(self, rows: slice | Tensor) -> Conditioning:
         """Some rows of the batch."""
@@ -56,19 +58,20 @@ class Conditioning:
 
     def frames(self, start: int, stop: int) -> Conditioning:
         """That of the frames start .. stop. Frames beyond the last one read the last text; fields must reach there."""
-        if not self.fields and self.prompts is None:
+        if not self.fields and self.prompts is None and self.cuts is None:
             return self
         for name, value in self.fields.items():
             if value.shape[1] < stop:
                 raise ValueError(f"field {name!r} has {value.shape[1]} frames, the call needs {start} to {stop}")
         fields = {name: value[:, start:stop] for name, value in self.fields.items()}
         prompts = self.prompts and tuple(self.prompts[min(f, len(self.prompts) - 1)] for f in range(start, stop))
-        return replace(self, fields=fields, prompts=prompts)
+        cuts = self.cuts and tuple(f < len(self.cuts) and self.cuts[f] for f in range(start, stop))
+        return replace(self, fields=fields, prompts=prompts, cuts=cuts)
 
     def twice(self) -> Conditioning:
         """All frames two times, one after the other: for a pass over clean frames and noisy ones."""
         fields = {name: torch.cat([value, value], dim=1) for name, value in self.fields.items()}
-        return replace(self, fields=fields, prompts=self.prompts and 2 * self.prompts)
+        return replace(self, fields=fields, prompts=self.prompts and 2 * self.prompts, cuts=self.cuts and 2 * self.cuts)
 
     def paired(self, negative: Conditioning) -> Conditioning:
         """[these rows; as many that read the negative's text]: for guidance. Fields stay, unless the negative has them.
@@ -93,6 +96,8 @@ class Conditioning:
         found = {"text": self.text, **{f"field.{name}": value for name, value in self.fields.items()}}
         if self.prompts is not None:
             found["prompts"] = torch.tensor(self.prompts).expand(len(self), -1)
+        if self.cuts is not None:
+            found["cuts"] = torch.tensor(self.cuts).expand(len(self), -1)
         return found
 
     @staticmethod
@@ -100,7 +105,8 @@ class Conditioning:
         """What `named` took apart; other names are left alone."""
         fields = {name.removeprefix("field."): value for name, value in tensors.items() if name.startswith("field.")}
         prompts = tuple(tensors["prompts"][0].tolist()) if "prompts" in tensors else None
-        return Conditioning(tensors["text"], fields, prompts)
+        cuts = tuple(tensors["cuts"][0].tolist()) if "cuts" in tensors else None
+        return Conditioning(tensors["text"], fields, prompts, cuts)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
-from causalreel.nn.masks import Context
+from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.presets import ModelConfig
 from causalreel.rollout import Call
 
@@ -111,7 +111,8 @@ def measure(pipeline: Pipeline, prompts: Sequence[str], *, frames: int | None = 
     alone = statistics.median(_latents(pipeline, prompts, frames, wait) for _ in range(runs))
     pixels = len(prompts) * pipeline.codec.geometry.frames_of(plan.frames)
     gaps = [[b - a for a, b in pairwise(run.times)] or run.times for run in stepped]
-    fill = (plan.context.span(plan.frames) or 0) / (plan.context.window or plan.frames)
+    chunk = plan.sampling.chunk or plan.frames
+    fill = (plan.context.span(plan.frames, chunk) or 0) / (plan.context.most_seen(chunk) or plan.frames)
     return Speed(
         first_frame_latency_s=statistics.median(run.times[0] - run.text for run in flowing),
         first_frame_latency_with_text_s=statistics.median(run.times[0] for run in flowing),
@@ -190,7 +191,7 @@ def _operations(pipeline: Pipeline, plan: Schedule) -> float:
     return rows * sum(operations(call, config, tokens, plan.context) for call in plan.plan())
 
 
-def operations(call: Call, config: ModelConfig, tokens: int, context: Context) -> float:
+def operations(call: Call, config: ModelConfig, tokens: int, context: ContextPolicy) -> float:
     """Multiplications and additions of one denoiser call, `tokens` a frame: linear layers, text and self-attention.
 
     Text keys, embeddings and the head are left out: together below 1 %.
@@ -200,7 +201,7 @@ def operations(call: Call, config: ModelConfig, tokens: int, context: Context) -
     visible, end = 0, call.start
     for size in call.sizes:
         end += size
-        seen = context.span(end) or 0
+        seen = context.span(end, size) or 0
         visible += size * tokens * seen * tokens
     attention = 4 * config.dim * config.layers * (visible + queries * config.text_length)
     return 2 * queries * weights + attention
@@ -229,7 +230,7 @@ def _conditions(pipeline: Pipeline, plan: Schedule) -> dict[str, Any]:
         "latent_frames": plan.frames,
         "chunk": plan.sampling.chunk,
         "steps": steps,
-        "window": plan.context.window,
+        "window": plan.context.most_seen(plan.sampling.chunk or plan.frames),
         "device": device_name(pipeline.device),
         "torch": str(torch.__version__),
         **gpu_facts(pipeline.device),

@@ -17,11 +17,12 @@ from typing import Any, Literal, get_args
 from causalreel.codecs.kinds import kind_of
 from causalreel.codecs.wan_vae import vae_config
 from causalreel.nn.attention import FLEX_MIN_TOKENS
-from causalreel.nn.masks import Context
+from causalreel.nn.caches import static_kind
+from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rope_table
 from causalreel.nn.split_attention import parts_of
-from causalreel.nn.static_cache import StaticCache
 from causalreel.text.umt5 import UMT5Sizes
 from causalreel.types import LatentSpec
 
@@ -54,7 +55,7 @@ class Request:
     """Shape of one latent frame."""
     chunk: int | None = 3
     """Latent frames made together; None: the whole clip at once, without a cache."""
-    context: Context = Context()
+    context: ContextPolicy = Context()
     """What a chunk sees."""
     frames: int | None = 21
     """Latent frames of a clip; None: endless, which needs a window."""
@@ -79,7 +80,7 @@ class Request:
     """Where UMT5-XXL (bfloat16) stays; none: the model has another, small one."""
 
     def __post_init__(self) -> None:
-        latent, window = self.latent, self.context.window
+        latent, window = self.latent, self.context.most_seen(self.chunk or 1)
         sizes = {"chunk": self.chunk, "window": window, "latent frames": self.frames, "steps": self.steps}
         sizes |= {"batch": self.batch, "gpus": self.gpus, "latent height": latent.height, "latent width": latent.width}
         for name, size in sizes.items():
@@ -96,8 +97,7 @@ class Request:
         if self.frames is None and window is None:
             raise ValueError("an endless clip needs a window, got neither frames nor window")
         if self.chunk is not None:
-            if window is not None and window < self.context.sink + self.chunk:
-                raise ValueError(f"window must hold the sink and the chunk's {self.chunk} frames, got {window}")
+            self.context.check(self.chunk)
             if self.frames is not None and self.frames % self.chunk:
                 raise ValueError(
                     f"frames must be a multiple of the chunk's {self.chunk}, got {self.frames} latent frames"
@@ -126,7 +126,7 @@ class Request:
     @property
     def window(self) -> int:
         """Latent frames that the last chunk sees, its own included."""
-        return self.context.span(self.frames) or 0
+        return self.context.span(self.frames, self.chunk or 1) or 0
 
     @property
     def fresh(self) -> int:
@@ -137,7 +137,8 @@ class Request:
     @property
     def kept(self) -> int:
         """Latent frames in a growing cache during that call."""
-        return self.window if self.frames is None else min(self.frames - self.fresh, self.window)
+        held = self.context.most_held(self.chunk or 1) or self.window
+        return held if self.frames is None else min(self.frames - self.fresh, held)
 
     @property
     def read(self) -> int:
@@ -157,9 +158,10 @@ class Request:
         if self.form == "eager" or self.chunk is None:
             return None
         frames = None if self.frames is not None and self.frames > self.window else self.frames
-        if not StaticCache.fits(self.context, self.chunk, frames):
+        kind = static_kind(self.context)
+        if kind is None or not kind.fits(self.context, self.chunk, frames):
             return None
-        return StaticCache.places(self.context, self.chunk, frames)
+        return kind.places(self.context, self.chunk, frames)
 
     @property
     def width(self) -> int:
@@ -315,7 +317,8 @@ def _eager_call(request: Request, lent: int) -> int:
     attention = lent + 3 * unit + mask + (9 * unit if request.gpus > 1 else 0)  # y, q, result; q, k, v exchanged
     commit = 0
     if request.chunk is not None:  # what is made permanent is copied, and the call's own is held till the end
-        stays = request.context.window is None or request.kept + request.chunk <= request.window
+        is_bounded = request.context.most_seen(request.chunk) is not None
+        stays = not is_bounded or request.kept + request.chunk <= request.window
         commit = cache_bytes(request, request.chunk) if stays else lent
     return max(ffn, attention, commit)
 

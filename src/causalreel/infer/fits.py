@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from causalreel.infer.estimate import GIB, Estimate, Request, estimate
+from causalreel.nn.policies.window import Context
 
 
 def check(request: Request, free: int, *, where: str = "the GPU") -> Estimate:
@@ -39,15 +40,22 @@ def _smallest(request: Request) -> Estimate:
     return min((estimate(replace(request, form=form)) for form in ("eager", "bf16")), key=lambda found: found.least)
 
 
+def _with(request: Request, context: Context) -> Request:
+    if not isinstance(request.context, Context):
+        raise ValueError(f"{request.context} has no window to be halved")
+    return replace(request, context=context)
+
+
 def _savings(request: Request, found: Estimate) -> Iterator[tuple[str, int]]:
     """Single changes of a request that take less, and what is needed with them; the largest saving first."""
-    window = request.context.window or request.frames or 0
-    half = replace(request.context, window=max(window // 2, request.context.sink + (request.chunk or 0), 1))
+    window = request.context.most_seen(request.chunk or 1) or request.frames or 0
+    half = request.context if isinstance(request.context, Context) else Context(window)  # the latter is not offered
+    half = replace(half, window=max(window // 2, half.sink + (request.chunk or 0), 1))
     changes: dict[str, Callable[[], Estimate]] = {
         **{f"--decoder {name}": partial(_decoding, request, sizes) for name, sizes in request.decoders},
         "another GPU for decoding (--decode-device)": partial(_decoding, request, None),
         "the text encoder on the CPU": lambda: _smallest(replace(request, text_encoder="cpu")),
-        f"a window of {half.window} latent frames": lambda: _smallest(replace(request, context=half)),
+        f"a window of {half.window} latent frames": lambda: _smallest(_with(request, half)),
         "a batch of 1": lambda: _smallest(replace(request, batch=1)),
         "--precision fp8-attention": lambda: estimate(replace(request, form="fp8-attention")),
         f"{2 * request.gpus} GPUs": lambda: _smallest(replace(request, gpus=2 * request.gpus)),

@@ -21,7 +21,8 @@ from causalreel.infer.models import TEXT_ENCODERS
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
 from causalreel.infer.wording import full_prompt
-from causalreel.nn.masks import Context
+from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.window import Context
 from causalreel.rollout import Call, KeyedNoise
 from causalreel.types import Chunk, Conditioning, NoiseSource
 from causalreel.vocabulary import SLOTS, SYNONYMS
@@ -60,7 +61,7 @@ class Policy:
     """Of a segment, what it keeps of the one before it included."""
     keep: int
     """Frames that a new segment reads again: at the end of a segment and when a prompt is recomputed."""
-    context: Context = Context()
+    context: ContextPolicy = Context()
 
     @staticmethod
     def of(export: Export, sampling: Sampling, kind: PolicyKind | None = None, keep: int | None = None) -> Policy:
@@ -81,7 +82,7 @@ class Policy:
         if kind == "renew":
             return Policy(kind, trained, keep, export.context)
         context = export.context.bounded(trained)
-        length = POSITIONS if context.last_position is None else ENDLESS
+        length = ENDLESS if context.is_endless else POSITIONS
         return Policy(kind, max(length, trained) // chunk * chunk, keep, context)
 
 

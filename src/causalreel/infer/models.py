@@ -20,6 +20,8 @@ from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import DECODERS, Choices, load_released
 from causalreel.infer.schedule import Schedule, adapt, schedule
+from causalreel.nn.policies.registry import described
+from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import PRESETS, ModelConfig
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.types import Geometry
@@ -208,7 +210,9 @@ def request_for(
         own = read_codec(codec_file(find(model, steps=steps, chunk=chunk), export.codec)).codec
         asked |= {"decoder": None if decoder == "none" else own, "decoders": (), "text_encoder": "none"}
         asked["dtype"] = "float32" if options.get("form") == "eager" else "bfloat16"  # as weights are left, or made
-    context = context if window is None else replace(context, window=window)
+    if window is not None and not isinstance(context, Context):
+        raise ValueError(f"window: the context policy of {name} has none, it is {described(context)}")
+    context = replace(context, window=window) if window is not None and isinstance(context, Context) else context
     if frames == 0:
         context = context.bounded(export.frames)
         asked["frames"] = None

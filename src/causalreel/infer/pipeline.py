@@ -16,8 +16,8 @@ from torch import Tensor
 
 from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.infer.wording import full_prompt
+from causalreel.nn.caches import growing_cache
 from causalreel.nn.denoiser import DiTDenoiser, Guided
-from causalreel.nn.kv_cache import KVCache
 from causalreel.parallel.fast import FastDiT
 from causalreel.rollout import Call, KeyedNoise, rollout
 from causalreel.solvers import SOLVERS
@@ -198,7 +198,7 @@ class Pipeline:
     def _new_cache(self, plan: Schedule, chunk: int, batch: int) -> Cache:
         fast, latent = self.denoiser.run, self.export.latent
         if not isinstance(fast, FastDiT):
-            return KVCache(self.export.model.layers, plan.context)
+            return growing_cache(plan.context, self.export.model.layers)
         size = (latent.height, latent.width)
         how = {"chunk": chunk, "frames": plan.frames, "prefix": plan.prefix, "batch": batch}
         return fast.new_cache(plan.context, size=size, **how)

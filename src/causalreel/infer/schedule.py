@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 
 from causalreel.flow import sigma_grid, warp_steps
-from causalreel.nn.masks import Context
+from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.window import Context
 from causalreel.rollout import Plan, chunked, fuse
 from causalreel.solvers import unipc_sigmas
 from causalreel.types import Geometry
@@ -24,7 +25,7 @@ class Schedule:
     frames: int
     prefix: int
     sampling: Sampling
-    context: Context = Context()
+    context: ContextPolicy = Context()
     """The context policy."""
 
     def plan(self, *, fused: bool = True) -> Plan:
@@ -92,7 +93,7 @@ def schedule(
     trained: int,
     frames: int | None = None,
     prefix: int = 0,
-    context: Context = Context(),
+    context: ContextPolicy = Context(),
 ) -> Schedule:
     """Check a request for `frames` pixel frames (None: a training clip's) behind `prefix` given latent frames.
 
@@ -114,6 +115,7 @@ def schedule(
             f"a frame-wise model (chunk 1) takes any prefix"
         )
     unit = chunk or 1
+    context.check(unit)
     if frames is None:
         wanted = max(trained // unit * unit, prefix + unit)
         return Schedule(wanted, prefix, sampling, context)

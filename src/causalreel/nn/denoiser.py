@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from causalreel.flow import guide
+from causalreel.nn.caches import growing_cache
 from causalreel.nn.dit import CallText, DiT, TextKeys
 from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, Frame, frames_of, reading
+from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.presets import ModelConfig
 from causalreel.types import Cache, Conditioning, Denoiser, ReplayCache
 
@@ -28,7 +30,7 @@ class DiTDenoiser(nn.Module):
         self,
         config: ModelConfig,
         *,
-        context: Context = Context(),
+        context: ContextPolicy = Context(),
         backend: str = "auto",
         compute: torch.dtype | None = None,
     ) -> None:
@@ -44,7 +46,7 @@ class DiTDenoiser(nn.Module):
 
     def new_cache(self) -> KVCache:
         """An empty context for one rollout."""
-        return KVCache(self.config.layers, self.context)
+        return growing_cache(self.context, self.config.layers)
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """The same conditioning for many calls without gradient: its text keys are kept from the first one on."""
@@ -62,7 +64,8 @@ class DiTDenoiser(nn.Module):
     ) -> Tensor:
         """One call: bidirectional (no sizes), chunk-causal over its own frames (sizes), or behind a cache."""
         sizes = (x.shape[1],) if sizes is None else tuple(sizes)
-        return self._call(x, sigma, conditioning, frames_of(sizes, start=start), cache)
+        queries = frames_of(sizes, start=start, cuts=conditioning.cuts or ())
+        return self._call(x, sigma, conditioning, queries, cache)
 
     def teacher_forced(
         self,
@@ -86,7 +89,8 @@ class DiTDenoiser(nn.Module):
             )
         sigma = sigma.expand(-1, frames)
         clean_sigma = torch.zeros_like(sigma) if clean_sigma is None else clean_sigma.expand(-1, frames)
-        both = frames_of(sizes, stream=0) + frames_of(sizes, stream=1)
+        cuts = conditioning.cuts or ()
+        both = frames_of(sizes, stream=0, cuts=cuts) + frames_of(sizes, stream=1, cuts=cuts)
         with self._precision(x.device):
             return (self.run or self.model)(
                 torch.cat([clean.to(x.dtype), x], dim=1),
@@ -104,7 +108,7 @@ class DiTDenoiser(nn.Module):
         """Keys and values of a whole clip (B,F,C,H,W), chunk-causal, without gradient: for `behind`."""
         cache = KVCache(self.config.layers, self.context, keep_all=True)
         sigma = torch.zeros_like(clean[:, :, 0, 0, 0]) if clean_sigma is None else clean_sigma
-        self._call(clean, sigma, conditioning, frames_of(sizes), cache)
+        self._call(clean, sigma, conditioning, frames_of(sizes, cuts=conditioning.cuts or ()), cache)
         cache.commit(clean.shape[1])
         return cache
 
@@ -115,7 +119,8 @@ class DiTDenoiser(nn.Module):
 
         The numbers of `teacher_forced`, but the context is constant: no gradient, and no work when it is used again.
         """
-        return self._call(x, sigma, conditioning, frames_of(sizes, stream=1), context)
+        queries = frames_of(sizes, stream=1, cuts=conditioning.cuts or ())
+        return self._call(x, sigma, conditioning, queries, context)
 
     def _call(
         self, x: Tensor, sigma: Tensor, conditioning: Conditioning, queries: tuple[Frame, ...], cache: Cache | None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from causalreel.nn.masks import Context, Frame, Reading, finished, reading
+from causalreel.nn.policies.interface import ContextPolicy, advance
 
 
 @runtime_checkable
@@ -33,12 +34,12 @@ class FrameCache(Protocol):
 
 
 class KVCache:
-    """Context of one rollout (any batch); `context` says how many frames a chunk sees, and so how many stay.
+    """Context of one rollout (any batch); `context` says which frames a chunk sees, and so which stay.
 
     keep_all: never evict, for a whole clip's context that chunks of every age read in one call.
     """
 
-    def __init__(self, layers: int, context: Context, *, keep_all: bool = False) -> None:
+    def __init__(self, layers: int, context: ContextPolicy, *, keep_all: bool = False) -> None:
         self.context, self.keep_all = context, keep_all
         self.frames: tuple[Frame, ...] = ()
         self.keys: list[Tensor | None] = [None] * layers  # (B, frames*S, N, D) each
@@ -57,9 +58,12 @@ class KVCache:
                 f"but the cache ends at frame {self.frames[-1].chunk_end}"
             )
         self._call, self._tokens = queries, tokens
-        kept = self.context.visible(self.frames, queries[0].chunk_end)
+        kept = list(range(len(self.frames)))
+        if isinstance(self.context, Context):
+            kept = self.context.visible(self.frames, queries[0].chunk_end)
         self._visible = [slice(a * tokens, (b + 1) * tokens) for a, b in _runs(kept)]
-        return reading(queries, (*(self.frames[i] for i in kept), *queries), self.context)
+        seen = tuple(self.frames[i] for i in kept)
+        return reading(queries, seen + queries, self.context, () if self.keep_all else seen)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Fresh k, v (B,L,N,D) of the announced call -> visible context with them behind it."""
@@ -77,8 +81,11 @@ class KVCache:
         if not 0 < frames <= len(self._call):
             raise ValueError(f"commit takes 1 to {len(self._call)} frames of the latest call, got {frames}")
         everything = self.frames + finished(self._call[:frames])
-        kept = self.context.visible(everything, everything[-1].chunk_end)
-        kept = list(range(len(everything))) if self.keep_all else kept
+        kept = list(range(len(everything)))
+        if not self.keep_all:
+            stay = advance(self.context, self.frames, everything[len(self.frames) :])
+            places = {frame.index: place for place, frame in enumerate(everything)}
+            kept = [places[frame.index] for frame in stay]
         spans = [slice(a * self._tokens, (b + 1) * self._tokens) for a, b in _runs(kept)]
         for layer, (k, v) in self._fresh.items():
             new = frames * self._tokens

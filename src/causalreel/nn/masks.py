@@ -1,8 +1,8 @@
 """Who sees whom: one rule over per-frame facts, for every use of the network.
 
-A frame knows its absolute index, the chunk it belongs to and its stream: 0 for frames that serve as context for later
-ones, 1 for the noisy half of teacher forcing, which nobody else sees. Bidirectional, diffusion forcing, teacher
-forcing, cached and fused inference are this rule with other facts.
+Bidirectional, diffusion forcing, teacher forcing, cached and fused inference are one rule with other facts: a chunk
+sees itself and what the context policy (`nn.policies`) leaves of the chunks before it. Where frames are read at their
+own index that is a mask; else it is said chunk by chunk.
 Causal Forcing (arXiv 2602.02214), section 2 and figure 3.
 """
 
@@ -11,76 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Frame:
-    """What the rule knows of a frame; chunk = [chunk_start, chunk_end) in absolute latent frames."""
-
-    index: int
-    chunk_start: int
-    chunk_end: int
-    stream: int = 0
-
-
-@dataclass(frozen=True)
-class Context:
-    """The context policy: what stays of the past, what a chunk sees of it, and at which positions it is read.
-
-    One object for caches, masks, schedules, estimates, training and live streams; all arithmetic of windows and sinks
-    is here. With `last_position` keys are stored before their rotation, because where they are read changes.
-    """
-
-    window: int | None = None
-    """Latent frames a chunk sees, its own and the sink included; None: all."""
-    sink: int = 0
-    """First frames of the video that stay visible for ever."""
-    last_position: int | None = None
-    """Rotary position of every chunk's last frame, its context right before it without gaps, and at 0 where that would
-    be below; positions then never grow. None: every frame is at its absolute index."""
-
-    def __post_init__(self) -> None:
-        if self.sink < 0 or (self.window is not None and self.window <= self.sink):
-            raise ValueError(
-                f"window must exceed sink, and sink be at least 0; got window={self.window}, sink={self.sink}"
-            )
-        if self.last_position is not None and self.last_position < 0:
-            raise ValueError(f"last_position must be at least 0, got {self.last_position}")
-
-    def first_visible(self, chunk_end: int) -> int:
-        """Oldest frame, beside the sink, that a chunk ending at `chunk_end` sees."""
-        return 0 if self.window is None else max(0, chunk_end - (self.window - self.sink))
-
-    def keeps(self, frame: int, chunk_end: int) -> bool:
-        """Whether a chunk ending at `chunk_end` sees this earlier frame."""
-        return frame < self.sink or frame >= self.first_visible(chunk_end)
-
-    def visible(self, frames: Sequence[Frame], chunk_end: int) -> list[int]:
-        """Which of these earlier frames a chunk ending at `chunk_end` sees: their places in the sequence."""
-        return [place for place, frame in enumerate(frames) if self.keeps(frame.index, chunk_end)]
-
-    def span(self, frames: int | None) -> int | None:
-        """Most frames seen at once in a clip of `frames` latent frames; None if neither it nor the window ends."""
-        return min((n for n in (self.window, frames) if n is not None), default=None)
-
-    def bounded(self, frames: int) -> Context:
-        """The same with a window of so many frames, if it has none."""
-        return self if self.window is not None else replace(self, window=frames)
-
-    def positions(self, seen: int, own: int) -> tuple[int, ...]:
-        """Positions of `seen` context frames in order and of the chunk's `own` frames behind them, where re-indexed."""
-        assert self.last_position is not None
-        if own > self.last_position + 1:
-            raise ValueError(
-                f"last_position must leave room for a chunk of {own} frames, got {self.last_position}; "
-                f"allowed is {own - 1} and more"
-            )
-        last = self.last_position + 1
-        return tuple(max(0, position) for position in range(last - own - seen, last))
+from causalreel.nn.policies.interface import ContextPolicy, Frame, advance, chunks_of
+from causalreel.nn.policies.window import Context
 
 
 @dataclass(frozen=True)
@@ -98,11 +34,15 @@ class FrameMask:
         return _dense(self, tokens, device)
 
 
-def frames_of(sizes: Sequence[int], *, start: int = 0, stream: int = 0) -> tuple[Frame, ...]:
-    """The facts of neighbouring chunks of these sizes, the first at absolute frame `start`."""
+def frames_of(sizes: Sequence[int], *, start: int = 0, stream: int = 0, cuts: Sequence[bool] = ()) -> tuple[Frame, ...]:
+    """The facts of neighbouring chunks of these sizes, the first at absolute frame `start`.
+
+    cuts: of each frame whether it begins a new scene; its whole chunk then does.
+    """
     found: list[Frame] = []
     for size in sizes:
-        found += [Frame(i, start, start + size, stream) for i in range(start, start + size)]
+        cut = any(cuts[len(found) : len(found) + size])
+        found += [Frame(i, start, start + size, stream, cut) for i in range(start, start + size)]
         start += size
     return tuple(found)
 
@@ -153,20 +93,35 @@ class Reading:
 
 
 @lru_cache(maxsize=4096)
-def reading(queries: tuple[Frame, ...], keys: tuple[Frame, ...], context: Context) -> Reading:
-    """What a call over `queries` reads of `keys`, in whatever order these lie. ValueError as of `frame_mask`."""
-    mask = frame_mask(queries, keys, context)
-    if context.last_position is None:
-        return Reading(tuple(frame.index for frame in queries), mask)
+def reading(
+    queries: tuple[Frame, ...], keys: tuple[Frame, ...], policy: ContextPolicy, held: tuple[Frame, ...] = ()
+) -> Reading:
+    """What a call over `queries` reads of `keys`, in whatever order these lie; ValueError where a chunk does not fit.
+
+    held: those of the keys that the policy has left of earlier commits, in its order; the other context among the keys
+    is taken as committed chunk by chunk.
+    """
+    if isinstance(policy, Context) and policy.is_absolute:
+        return Reading(tuple(frame.index for frame in queries), frame_mask(queries, keys, policy))
+    if policy.selects:
+        raise ValueError(
+            f"the context policy {policy} looks at what frames hold, so it works chunk by chunk behind its own cache "
+            f"only: not in one pass over a clip, nor in calls of several chunks"
+        )
+    place = {(frame.stream, frame.index): i for i, frame in enumerate(keys)}
+    known = {frame.index for frame in held}
+    chunks = chunks_of(sorted((f for f in keys if f.stream == 0 and f.index not in known), key=lambda f: f.index))
+    coming = list(chunks)
     groups, positions, top = [], [], 0
-    for (start, end, _), chunk in groupby(queries, lambda frame: (frame.chunk_start, frame.chunk_end, frame.stream)):
-        rows = list(chunk)
-        seen = [place for place, key in enumerate(keys) if sees(rows[0], key, context)]
-        seen.sort(key=lambda place: keys[place].index)
-        here = context.positions(len(seen) - (end - start), end - start)
-        groups.append(Group((top, top + len(rows)), tuple(seen), here))
-        positions += here[-len(rows) :]
-        top += len(rows)
+    for chunk in chunks_of(queries):
+        policy.check(chunk[0].chunk_end - chunk[0].chunk_start)
+        past = [frame for one in coming if one[0].chunk_end <= chunk[0].chunk_start for frame in one]
+        view = policy.view(advance(policy, held, past), chunk)
+        own = tuple(place[frame.stream, frame.index] for frame in chunk)
+        seen = tuple(place[0, frame.index] for frame in view.frames)
+        groups.append(Group((top, top + len(chunk)), (*seen, *own), (*view.positions, *view.own)))
+        positions += view.own
+        top += len(chunk)
     return Reading(tuple(positions), None, tuple(groups))
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from causalreel.nn.masks import Context, Frame, Reading, reading
+from causalreel.nn.policies.interface import ContextPolicy, advance
 
 
 @dataclass(frozen=True)
@@ -131,16 +132,16 @@ class StaticCache:
     fit; `fits` asks before, `places` says how large the memory must be.
     """
 
-    def __init__(self, context: Context, *, chunk: int, frames: int | None, memory: CacheMemory) -> None:
+    def __init__(self, context: ContextPolicy, *, chunk: int, frames: int | None, memory: CacheMemory) -> None:
         if not self.fits(context, chunk, frames):
             raise ValueError(
                 f"a static cache needs a finite window or length, and chunks that divide window - sink; got "
-                f"window={context.window}, sink={context.sink}, frames={frames}, chunk={chunk}"
+                f"{context}, frames={frames}, chunk={chunk}"
             )
         if memory.frames != self.places(context, chunk, frames):
             raise ValueError(f"memory must have {self.places(context, chunk, frames)} frames, got {memory.frames}")
         self.context, self.chunk, self.memory, self.tokens = context, chunk, memory, memory.tokens
-        self.window = context.span(frames) or 0
+        self.window = context.span(frames, chunk) or 0
         self._front = memory.frames - self.window
         """Places for a chunk that leaves; none if the window never overflows."""
         self._away: tuple[Tensor, ...] | None = None
@@ -151,15 +152,17 @@ class StaticCache:
         self._commits: dict[int, tuple[int, int] | None] = {}
 
     @staticmethod
-    def places(context: Context, chunk: int, frames: int | None) -> int:
+    def places(context: ContextPolicy, chunk: int, frames: int | None) -> int:
         """Latent frames that the memory must hold: a video that never fills the window needs no room to leave by."""
-        window = context.span(frames)
+        window = context.span(frames, chunk)
         assert window is not None
         return window if frames == window else window + chunk
 
     @staticmethod
-    def fits(context: Context, chunk: int, frames: int | None, prefix: int = 0) -> bool:
+    def fits(context: ContextPolicy, chunk: int, frames: int | None, prefix: int = 0) -> bool:
         """Whether such a rollout, behind so many given frames, can use a static cache."""
+        if not isinstance(context, Context):
+            return False
         if context.window is not None and prefix + chunk > context.window:
             return False  # the given frames are read in one call that does not fit
         window = context.span(frames) or 0
@@ -224,8 +227,7 @@ class StaticCache:
         move = self._commits[frames]
         if move is not None:
             self._copy(*move)
-        everything = (*self.frames, *self._queries[:frames])
-        self.frames = tuple(everything[i] for i in self.context.visible(everything, everything[-1].chunk_end))
+        self.frames = advance(self.context, self.frames, self._queries[:frames])
         self._queries, self._commits, self.call = (), {}, None
 
     # ---- sharing the memory ----
@@ -269,16 +271,22 @@ class StaticCache:
 
     @property
     def _ring(self) -> int:
-        return self.window - self.context.sink - self.chunk
+        return self.window - self._sink - self.chunk
+
+    @property
+    def _sink(self) -> int:
+        assert isinstance(self.context, Context)
+        return self.context.sink
 
     def _place(self, frame: int) -> int:
         """Where a committed frame lies."""
         if frame < self.window - self.chunk:
             return self._front + frame
-        return self.chunk + self.context.sink + (frame - self.context.sink) % self._ring
+        return self.chunk + self._sink + (frame - self._sink) % self._ring
 
     def _in_ring(self, start: int) -> tuple[Frame, ...]:
         """Frames in sink and ring when the next chunk starts at `start`, in the order of their places."""
+        assert isinstance(self.context, Context)
         kept = self.context.visible(self.frames, start + self.chunk)
         return tuple(sorted((self.frames[i] for i in kept), key=lambda f: self._place(f.index)))
 

@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causalreel.nn import kernels
+from causalreel.nn.caches import growing_cache, static_kind
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import Block, CallText, DiT, KeyValue, SelfAttention, TextRun, read_text
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
-from causalreel.nn.kv_cache import FrameCache, KVCache
+from causalreel.nn.kv_cache import FrameCache
 from causalreel.nn.linear import effective
-from causalreel.nn.masks import Context, FrameMask, Reading
+from causalreel.nn.masks import FrameMask, Reading
+from causalreel.nn.paged_cache import PagedCache
+from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.rope import rotate
 from causalreel.nn.split_attention import attend_plain, attend_split, copies_for
 from causalreel.nn.static_cache import CacheMemory, StaticCache
@@ -135,7 +138,14 @@ class FastDiT:
         self._is_released = True
 
     def new_cache(
-        self, context: Context, *, chunk: int, frames: int | None, batch: int, size: tuple[int, int], prefix: int = 0
+        self,
+        context: ContextPolicy,
+        *,
+        chunk: int,
+        frames: int | None,
+        batch: int,
+        size: tuple[int, int],
+        prefix: int = 0,
     ) -> FrameCache:
         """A cache for a rollout over latents of `size` (H,W): static where that works, else one that grows.
 
@@ -143,16 +153,15 @@ class FastDiT:
         `frames`, which the first call reads.
         """
         config, exchange = self.model.config, self.model.exchange
-        if not StaticCache.fits(context, chunk, frames, prefix):
-            if self.precision == "fp8-attention":
-                log.warning(
-                    "window %s and chunks of %d fit no static cache: attention in bfloat16", context.window, chunk
-                )
-            return KVCache(config.layers, context)
+        static, is_packed = static_kind(context), self.precision == "fp8-attention"
+        if static is None or not static.fits(context, chunk, frames, prefix) or (is_packed and static is PagedCache):
+            if is_packed:
+                log.warning("%s and chunks of %d fit no static cache: attention in bfloat16", context, chunk)
+            return growing_cache(context, config.layers)
         tokens = size[0] * size[1] // config.patch**2
-        key = (StaticCache.places(context, chunk, frames), batch, tokens)
+        key = (static.places(context, chunk, frames), batch, tokens)
         if key not in self._memories:
-            kind = PackedMemory if self.precision == "fp8-attention" else CacheMemory
+            kind = PackedMemory if is_packed else CacheMemory
             self._memories[key] = kind(
                 layers=config.layers,
                 heads=config.heads if exchange is None else config.heads // exchange.size,
@@ -163,7 +172,7 @@ class FastDiT:
                 dtype=self.model.dtype,
                 device=self.model.device,
             )
-        return StaticCache(context, chunk=chunk, frames=frames, memory=self._memories[key])
+        return static(context, chunk=chunk, frames=frames, memory=self._memories[key])
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.masks import Context
+from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.presets import ModelConfig
 from causalreel.rollout import chunk_sizes
 from causalreel.types import Conditioning
@@ -99,7 +100,7 @@ class Case:
             eps=model.get("eps", 1e-6),
         )
 
-    def network(self, role: str = "generator", context: Context = Context()) -> DiTDenoiser:
+    def network(self, role: str = "generator", context: ContextPolicy = Context()) -> DiTDenoiser:
         """A network of the case's size with the weights that this role has, read by their official names."""
         net = DiTDenoiser(self.size(), context=context, backend="sdpa")
         load_file_into(net.model, str(self.folder / f"{self._weights(role)}.safetensors"))

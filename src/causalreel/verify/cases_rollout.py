@@ -1,10 +1,10 @@
-"""c4, c5 and c17: rollouts through the cache, call by call."""
+"""c4 and c5: rollouts through the cache, call by call."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,7 @@ from torch import Tensor
 from causalreel.flow import warp_steps
 from causalreel.nn.denoiser import Guided
 from causalreel.nn.kv_cache import KVCache
-from causalreel.nn.masks import Context
-from causalreel.nn.rope import rope_table, rotate
+from causalreel.nn.masks import frames_of
 from causalreel.rollout import Call, chunk_sizes, chunked, collect, rollout
 from causalreel.solvers import unipc, unipc_sigmas
 from causalreel.types import Conditioning
@@ -34,7 +33,7 @@ class Watch:
 
     def observe(self, call: Call, x: Tensor, velocity: Tensor) -> None:
         now = self.cache.copy()
-        kept = now.context.visible(now.frames, call.start + call.frames)
+        kept = now.context.view(now.frames, frames_of([call.frames], start=call.start)).frames
         self.calls.append(call)
         self.caches.append(now)
         self.local_frames.append(len(kept) + call.frames)
@@ -98,40 +97,6 @@ def many_step(case: Case, found: Findings) -> None:
     found.add("out.states_after_step", states)
     rows = latents.shape[0]
     _cache(case, found, watch, {"_cond": slice(0, rows), "_uncond": slice(rows, None)})
-
-
-def policies(case: Case) -> Callable[[Case, Findings], None] | None:
-    """c17: context policies of another implementation, of which windows and re-indexed positions are ours too."""
-    how = case.config["policy_parameters"]
-    is_plain = case.config["policy"] == "infinity_rope" and not how["flush_interval_blocks"] + how["rope_cut_delta"]
-    if case.config["policy"] != "sliding_window" and not is_plain:
-        return None
-    return _policy
-
-
-@torch.no_grad()
-def _policy(case: Case, found: Findings) -> None:
-    """Their windows count blocks before the current one, and the first noise level is below 1."""
-    how, chunk = case.config["policy_parameters"], case.chunk
-    kept, last = how.get("window_blocks") or how["cache_blocks"], how["f_limit"] - 1 if "f_limit" in how else None
-    net = case.network(context=Context((kept + 1) * chunk, how["sink_blocks"] * chunk, last))
-    levels = case.config["sigmas"][:-1]
-    case = replace(case, tensors={**case.tensors, "in.noise": case.tensors["in.noise"] * levels[0]})
-    student = Released(net, tell=lambda sigma: (1000 * sigma.double()).float().double() / 1000)
-    watch, latents = _generate(case, student, case.conditioning(), levels=tuple(levels))
-    found.add("out.latents", latents)
-    frames = watch.cache.frames
-    stays = net.context.visible(frames, latents.shape[1] + chunk)
-    rows, columns = (side // net.config.patch for side in latents.shape[-2:])
-    at = tuple(frame.index for frame in frames)
-    cos, sin = rope_table(at, rows, columns, net.config.dim // net.config.heads, latents.device)
-    for name in [name for name in case.tensors if name.startswith("out.layer")]:
-        layer, kind = name.removeprefix("out.layer").split("_")[::2]
-        stored = (watch.cache.keys if kind == "k" else watch.cache.values)[int(layer)]
-        assert stored is not None
-        if kind == "k" and last is None:  # our keys are stored rotated, theirs are not
-            stored = rotate(stored, cos, -sin)
-        found.add(name, stored.unflatten(1, (len(frames), -1))[:, stays].flatten(1, 2))
 
 
 def warped(steps: list[float], shift: float) -> Tensor:

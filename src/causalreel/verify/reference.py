@@ -159,6 +159,17 @@ class RecordedNoise:
             raise ValueError(f"{len(self.rest)} recorded draws were not used: the plan makes fewer moves than recorded")
 
 
+class Scaled:
+    """A NoiseSource whose initial noise is multiplied: the input of a sampler that begins below noise level 1."""
+
+    def __init__(self, noise: RecordedNoise, scale: float) -> None:
+        self.noise, self.scale = noise, scale
+        self.renoise = noise.renoise
+
+    def initial(self, start: int, frames: int) -> Tensor:
+        return self.noise.initial(start, frames).double() * self.scale
+
+
 def score_time(draw: Tensor, shift: float) -> Tensor:
     """Integers 0..999 -> the times at which the scores are asked, clamped, float32."""
     low, high = (1000 * sigma for sigma in SCORE_SIGMA_RANGE)

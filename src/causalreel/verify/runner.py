@@ -15,6 +15,7 @@ from causalreel.verify import (
     cases_control,
     cases_lora,
     cases_network,
+    cases_policies,
     cases_rollout,
     cases_schedule,
     cases_text,
@@ -38,7 +39,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c12": lambda case: cases_text.umt5,
     "c13": lambda case: cases_text.cleaning,
     "c14": cases_checkpoints.handler,
-    "c17": cases_rollout.policies,
+    "c17": cases_policies.handler,
     "c20": lambda case: cases_lora.loras,
     "c21": lambda case: cases_control.controls,
 }

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.masks import Context
+from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.layouts import Network, check_finite, check_fits, check_heads, load_strictly, read_network
 
 
-def empty_denoiser(config: ModelConfig, *, context: Context = Context(), backend: str = "auto") -> DiTDenoiser:
+def empty_denoiser(config: ModelConfig, *, context: ContextPolicy = Context(), backend: str = "auto") -> DiTDenoiser:
     """A denoiser whose parameters have shapes and no storage (meta device)."""
     with torch.device("meta"):
         return DiTDenoiser(config, context=context, backend=backend)
@@ -30,7 +31,7 @@ def load_denoiser(
     config: ModelConfig,
     *,
     which: str | None = None,
-    context: Context = Context(),
+    context: ContextPolicy = Context(),
     backend: str = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
@@ -53,7 +54,7 @@ def load_denoiser(
 def random_denoiser(
     config: ModelConfig,
     *,
-    context: Context = Context(),
+    context: ContextPolicy = Context(),
     backend: str = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,

@@ -33,7 +33,7 @@ from causalreel.foreign import read_json, shown
 from causalreel.headers import read_header
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
-from causalreel.nn.masks import Context
+from causalreel.nn.policies.registry import AnyPolicy
 from causalreel.nn.presets import ModelConfig
 from causalreel.types import LatentSpec
 from causalreel.weights.files import read_tensors, write_tensors
@@ -104,7 +104,7 @@ class Export:
     """The network."""
     sampling: Sampling
     """How to sample from it."""
-    context: Context
+    context: AnyPolicy
     """The context policy: how much of the past a chunk was trained to see, and at which positions."""
     frames: int
     """Latent frames of a training clip."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from causalreel.codecs.wan_vae import vae_config
-from causalreel.nn.masks import Context
+from causalreel.nn.policies.registry import AnyPolicy
+from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import PRESETS
 from causalreel.types import LatentSpec
 from causalreel.weights.export import Export, Sampling
@@ -52,7 +53,7 @@ class ReleasedModel:
     """Its size, a key of nn.presets.PRESETS."""
     sampling: Sampling
     """How it is sampled."""
-    context: Context = EVERYTHING
+    context: AnyPolicy = EVERYTHING
     """What a chunk sees; longer clips than the training's get a window of that length."""
     frames: int = 21
     """Latent frames of a training clip."""

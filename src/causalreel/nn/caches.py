@@ -1,0 +1,25 @@
+"""Which cache a context policy works in."""
+
+from __future__ import annotations
+
+from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.paged_cache import PagedCache
+from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.window import Context
+from causalreel.nn.static_cache import StaticCache
+
+
+def growing_cache(policy: ContextPolicy, layers: int) -> KVCache:
+    """An empty cache for one rollout of a network with so many blocks."""
+    return KVCache(layers, policy)
+
+
+def static_kind(policy: ContextPolicy) -> type[StaticCache] | None:
+    """What holds such a rollout in memory that never moves, if its `fits` says so; None: nothing does.
+
+    Only windows and sinks at absolute positions are recorded as CUDA graphs. Re-indexed ones, rolling sink and
+    infinity-RoPE are evaluated kernel by kernel, and policies that look at what frames hold need a growing cache.
+    """
+    if policy.selects:
+        return None
+    return StaticCache if isinstance(policy, Context) else PagedCache

@@ -1,0 +1,204 @@
+"""Context policies: a rollout equals one from scratch over keys positioned by hand, in every cache and in training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from by_hand import Read, frames_at, from_scratch
+from causalreel import config
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.kv_cache import KVCache
+from causalreel.nn.masks import frames_of
+from causalreel.nn.policies.infinity_rope import InfinityRope
+from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.registry import POLICIES, described, policy_from
+from causalreel.nn.policies.rolling_sink import RollingSink
+from causalreel.nn.policies.window import Context
+from causalreel.nn.presets import ModelConfig
+from causalreel.nn.static_cache import StaticCache
+from causalreel.parallel.fast import FastDiT, accelerate
+from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
+from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
+from causalreel.types import Conditioning, LatentSpec
+from causalreel.weights.export import Export, Sampling
+
+CONFIG = ModelConfig(dim=48, ffn_dim=80, heads=3, layers=2, text_dim=64, text_length=16, freq_dim=32, channels=16)
+SPEC, SIGMAS = LatentSpec(16, 4, 4), (1.0, 0.6)
+
+
+def denoiser(policy: ContextPolicy) -> DiTDenoiser:
+    torch.manual_seed(0)
+    net = DiTDenoiser(CONFIG, context=policy)
+    nn.init.normal_(net.model.head.head.weight, std=0.2)
+    return net.requires_grad_(False)
+
+
+def given(cuts: tuple[bool, ...] | None = None) -> Conditioning:
+    return Conditioning(torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(5)), cuts=cuts)
+
+
+def noise() -> KeyedNoise:
+    return KeyedNoise([1, 2], SPEC)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    assert (a - b).abs().max() < 2e-5 * b.abs().max()
+
+
+@torch.no_grad()
+def run(net: DiTDenoiser, cache, chunk: int, frames: int, *, change=iter, cuts=None) -> Tensor:
+    plan, told = change(chunked([chunk] * (frames // chunk), SIGMAS)), net.prepare(given(cuts))
+    return collect(rollout(net, plan, conditioning=told, noise=noise(), cache=cache))
+
+
+# ---- what a chunk of two frames sees, said by hand: its first frame -> the context, in order
+
+ROLLING = {0: [], 2: [0, 1], 4: [0, 1, 2, 3], 6: [0, 1, 2, 3, 4, 5], 8: [2, 3, 4, 5, 6, 7], 10: [4, 5, 0, 1, 8, 9]}
+ROLLING |= {12: [5, 4, 3, 2, 10, 11], 14: [3, 2, 1, 0, 12, 13], 16: [1, 0, 5, 4, 14, 15], 18: [0, 1, 2, 3, 16, 17]}
+"""A bank of three chunks, of which two are read, one further each time; then backwards, then forwards again."""
+
+FLUSHED = {0: [], 2: [0, 1], 4: [0, 1, 2, 3], 6: [0, 1, 2, 3, 4, 5], 8: [0, 1, 6, 7], 10: [0, 1, 6, 7, 8, 9]}
+FLUSHED |= {12: [0, 1, 10, 11], 14: [0, 1, 10, 11, 12, 13], 16: [0, 1, 14, 15]}
+"""A cache of three chunks, one of them the sink; every fourth chunk flushes, and a scene begins at frame 10."""
+
+
+def rolling_sink(layer: int, start: int) -> Read:
+    frames = ROLLING[start]
+    return frames_at(frames, list(range(start - len(frames), start)), [start, start + 1])
+
+
+def infinity_rope(layer: int, start: int) -> Read:
+    frames, moved = FLUSHED[start], 9 if start == 10 else 0
+    return frames_at(frames, [max(0, p) for p in range(4 - len(frames), 4)], [4 + moved, 5 + moved])
+
+
+def re_indexed(layer: int, start: int) -> Read:
+    frames = [f for f in range(start) if f < 2 or f >= start - 4]
+    return frames_at(frames, [max(0, p) for p in range(5 - len(frames), 5)], [5, 6])
+
+
+def sink(layer: int, start: int) -> Read:
+    frames = [f for f in range(start) if f < 2 or f >= start - 4]
+    return frames_at(frames, frames, [start, start + 1])
+
+
+def full(layer: int, start: int) -> Read:
+    return frames_at(list(range(start)), list(range(start)), [start, start + 1])
+
+
+CASES: dict[str, tuple[ContextPolicy, Callable[[int, int], Read], int, tuple[bool, ...] | None]] = {
+    "full": (Context(), full, 12, None),
+    "sink": (Context(8, 2), sink, 14, None),
+    "re-indexed": (Context(8, 2, 6), re_indexed, 14, None),
+    "rolling-sink": (RollingSink(sink_chunks=2, recent_chunks=1), rolling_sink, 20, None),
+    "infinity-rope": (
+        InfinityRope(cache_chunks=3, sink_chunks=1, last_position=5, flush_every=4, cut_shift=9),
+        infinity_rope,
+        18,
+        tuple(frame in (10, 11) for frame in range(18)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rollout_is_the_one_by_hand_in_every_cache(name: str) -> None:
+    policy, read, frames, cuts = CASES[name]
+    net, fast = denoiser(policy), accelerate(denoiser(policy))
+    expected = from_scratch(net, given(), noise(), chunk=2, frames=frames, sigmas=SIGMAS, read=read)
+    assert isinstance(fast.run, FastDiT)
+    for change in (iter, fuse):
+        for one in (net, fast):
+            close(run(one, one.new_cache(), 2, frames, change=change, cuts=cuts), expected)
+            length = frames if policy.most_seen(2) is None else None
+            cache = fast.run.new_cache(policy, chunk=2, frames=length, batch=2, size=(4, 4))
+            assert isinstance(cache, StaticCache)
+            close(run(one, cache, 2, frames, change=change, cuts=cuts), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_sees_what_inference_sees(name: str) -> None:
+    policy, _, frames, cuts = CASES[name]
+    net, sizes = denoiser(policy), [2] * (frames // 2)
+    expected = run(net, net.new_cache(), 2, frames, cuts=cuts)
+    plan = list(training_plan(sizes, SIGMAS, [1, 1]))
+    record = record_rollout(net, plan, told=given(cuts), noise=noise(), cache=net.new_cache(), keep_caches=True)
+    close(record.latents, expected)
+    with torch.no_grad():
+        close(torch.cat([one() for one in replay_passes(net, record, given(cuts))], 1), expected)
+        close(parallel_pass(net, record, given(cuts)), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "full"])
+def test_what_is_held_is_flat(name: str) -> None:
+    """After ten windows as much as after two, and as much as the policy says."""
+    policy = CASES[name][0]
+    cache, held = KVCache(2, policy), []
+    for start in range(0, 200, 2):
+        read = cache.begin(frames_of([2], start=start), 1)
+        assert not policy.is_endless or max(read.positions) < 50
+        for layer in range(2):
+            cache.extend(layer, torch.zeros(1, 2, 1, 2), torch.zeros(1, 2, 1, 2))
+        cache.commit(2)
+        held.append(sum(keys.shape[1] for keys in cache.keys if keys is not None) // 2)
+    most = policy.most_held(2)
+    assert most is not None and max(held[100 - 20 :]) == max(held[:20]) <= most
+
+
+# ---- names, numbers, files
+
+
+def test_a_policy_is_read_from_its_name_and_numbers() -> None:
+    assert policy_from("full") == Context()
+    assert policy_from("rolling-sink:sink_chunks=3, recent_chunks=2") == RollingSink(sink_chunks=3, recent_chunks=2)
+    assert policy_from("infinity-rope:shifts_single_frames=false", frames=9).last_position == 8
+    assert policy_from("sink", frames=12, chunk=2) == Context(12, 2)
+    for name in POLICIES:
+        for frames, chunk in ((21, 3), (6, 1), (12, 3)):
+            policy = policy_from(name, frames=frames, chunk=chunk)
+            assert policy_from(described(policy), frames=frames, chunk=chunk) == policy
+            seen = policy.most_seen(chunk)
+            assert seen is None or seen <= max(frames, 3 * chunk)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rollingsink", "policy must be one of .* got 'rollingsink'; did you mean 'rolling-sink'"),
+        ("", "policy must be one of"),
+        ("window:size=4", "policy window takes window=..., sink=.*; got 'size=4'"),
+        ("window:window=x", "window must be a whole number, got 'x'"),
+        ("sink:window=3,sink=3", "window must exceed sink"),
+        ("sink:window=4,sink=2", "window must hold the sink and the chunk's 3 frames"),
+        ("rolling-sink:sink_chunks=0", "at least 1"),
+        ("infinity-rope:cache_chunks=1", "cache_chunks must exceed sink_chunks"),
+        ("infinity-rope:last_position=1", "room for a chunk of 3 frames"),
+        ("infinity-rope:shifts_single_frames=2", "must be true or false"),
+    ],
+)
+def test_a_wrong_policy_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        policy_from(text)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("policy", [CASES[name][0] for name in CASES], ids=list(CASES))
+def test_exports_name_the_policy_and_its_numbers(policy: ContextPolicy) -> None:
+    card = Export("policies", CONFIG, Sampling(chunk=2), policy, 6, 16.0, SPEC)  # type: ignore[arg-type]
+    written = config.dump(card)
+    assert config.loads(written, Export) == card
+    if isinstance(policy, Context):
+        assert config.dump(policy).split() == [
+            *("window:", str(policy.window or "null"), "sink:", str(policy.sink), "last_position:"),
+            str(policy.last_position or "null"),
+        ]
+    else:
+        assert f"policy: {described(policy).partition(':')[0]}" in written
+        wrong = written.replace("policy: ", "policy: x")
+        with pytest.raises(ValueError, match="context: one key must choose the variant: policy: 'rolling-sink'"):
+            config.loads(wrong, Export)
+    assert all(field.default is not dataclasses.MISSING for field in dataclasses.fields(policy))  # type: ignore[arg-type]
