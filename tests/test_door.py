@@ -418,7 +418,9 @@ def test_every_message_costs_and_who_goes_on_is_closed(pipeline: Pipeline) -> No
             seen = until(
                 socket,
                 lambda m: (
-                    "70000" in m.get("message", "") or "65536" in m.get("message", "") or "8192" in m.get("message", "")
+                    "70000" in m.get("message", "")
+                    or "65536" in m.get("message", "")
+                    or "8,192" in m.get("message", "")
                 ),
             )
             assert sum(m["type"] in ("pong", "error") for m in seen) == 4

@@ -18,9 +18,10 @@ from causalreel import cli
 from causalreel.cli.flags import ModelFlags
 from causalreel.data import colour
 from causalreel.data.video_in import read_video
+from causalreel.infer.commands import Close, Field, Pause, Prompt, Rate, Restart, Step, Steps, parse_line
 from causalreel.infer.models import profile
 from causalreel.serve.frames import H264Encoder, codec_string, pipe, stills, write_mp4
-from causalreel.serve.play import Timed, Typed, parse_line, play, read_script
+from causalreel.serve.play import Timed, Typed, play, read_script
 from causalreel.serve.session import Options, Session
 from causalreel.weights import export as exports
 from test_infer import PROMPTS, pipeline
@@ -128,12 +129,12 @@ def test_scripts(tmp_path: Path) -> None:
         b'{"time": 3, "text": "a circle"}\n{"time": 4, "command": "image", "image": "a.png"}\n'
     )
     *found, pictured = read_script(path, small)
-    assert found == [
-        Timed(1.0, "steps", {"steps": 1}),
-        Timed(2.5, "prompt", {"text": "a red circle", "mode": "recompute", "chunks": 4}),
-        Timed(3.0, "prompt", {"text": "a circle", "mode": "recompute", "chunks": 4}),
+    assert [(timed.time_s, timed.command) for timed in found] == [
+        (1.0, Steps(1)),
+        (2.5, Prompt("a red circle", "recompute", 4)),
+        (3.0, Prompt("a circle", "recompute", 4)),
     ]
-    assert pictured.arguments["image"].shape == (3, 64, 64) and pictured.time_s == 4
+    assert pictured.command.picture.shape == (64, 64, 3) and pictured.time_s == 4
     for line, message in [
         ("soon a red circle", 'expected "12.5 prompt text"'),
         ("2.5", 'expected "12.5 prompt text"'),
@@ -143,8 +144,9 @@ def test_scripts(tmp_path: Path) -> None:
         ('{"time": true, "text": "a circle"}', "a time must be"),
         ('{"time": "2", "text": "a circle"}', "a time must be"),
         ('{"command": "pause"}', "there is no time"),
-        ("{", "this is not JSON"),
-        ("{" + "[" * 100_000, "this is not JSON"),
+        ("{", "the line is no JSON"),
+        ("{" + "[" * 100_000, "the line has more than 8,192 values"),
+        ("{" + "[" * 8000, "the line is n"),
         ("2 a red sqare", "unknown word 'sqare'"),
         ('{"time": 1, "command": "jump"}', "name must be one of prompt, pause"),
         ('{"time": 1, "command": ["pause"]}', "name must be one of"),
@@ -166,27 +168,38 @@ def test_scripts(tmp_path: Path) -> None:
 
 
 def test_typed_lines() -> None:
-    assert parse_line(" a red circle \n") == ("prompt", {"text": "a red circle"})
+    assert parse_line(" a red circle \n") == Prompt("a red circle") == parse_line("/prompt a red circle")
     assert parse_line("\n") is None
-    assert parse_line("/fade a red circle") == ("prompt", {"text": "a red circle", "mode": "fade"})
-    assert parse_line("/step 3") == ("step", {"chunks": 3}) and parse_line("/step") == ("step", {})
-    assert parse_line("/restart 7") == ("restart", {"seed": 7}) and parse_line("/fps 7.5") == ("fps", {"fps": 7.5})
-    assert parse_line("/steps 2") == ("steps", {"steps": 2}) and parse_line("/close") == ("close", {})
-    for line in ("/pause now", "/steps two"):
-        with pytest.raises(ValueError):
+    assert parse_line("/fade a red circle") == Prompt("a red circle", "fade")
+    assert parse_line("/step 3") == Step(3) and parse_line("/step") == Step()
+    assert parse_line("/restart 7") == Restart(7) and parse_line("/fps 7.5") == Rate(7.5)
+    assert parse_line("/restart 7 a red  circle") == Restart(7, "a red  circle")
+    assert parse_line("/steps 2") == Steps(2) and parse_line("/close") == Close()
+    assert parse_line("/field speed [0.5, 1]") == Field("speed", [0.5, 1])
+    assert parse_line('{"name": "prompt", "text": "a circle", "chunks": 9}') == Prompt("a circle", chunks=9)
+    for line, message in [
+        ("/pause now", "pause takes no arguments; got 'now'"),
+        ("/steps two", "steps must be a whole number from 1 to 100, got 'two'"),
+        ("/fps 8 9", "fps takes fps; got '9'"),
+        ("/restart a red circle", "seed must be a whole number from 0 to 9007199254740991, got 'a'"),
+        ("/fade", "text must be a text that is not empty, got ''"),
+        ("/jump 1", "name must be one of prompt, pause, .*, got 'jump'"),
+        ("{", "the line is no JSON"),
+    ]:
+        with pytest.raises(ValueError, match=message):
             parse_line(line)
 
 
 def test_play_obeys_the_script_at_its_time_and_stops_at_the_frame() -> None:
     one = Session(pipeline(TWO_STEP), Options(PROMPTS[0], fps=4))
-    script = [Timed(1.3, "prompt", {"text": PROMPTS[1]})]
+    script = [Timed(1.3, Prompt(PROMPTS[1]))]
     made = list(play(one, frames=12, script=script))
     assert [len(chunk.frames) for chunk in made] == [1, 4, 4, 3]
     assert [chunk.prompt for chunk in made] == [PROMPTS[0], PROMPTS[0], PROMPTS[0], PROMPTS[1]]  # frame 9 is at 2.25 s
     assert made[3].commands[0].name == "prompt"
     one = Session(pipeline(TWO_STEP), Options(PROMPTS[0]))
     with pytest.raises(ValueError, match="the script pauses the video"):
-        list(play(one, frames=12, script=[Timed(0, "pause")]))
+        list(play(one, frames=12, script=[Timed(0, Pause())]))
 
 
 def test_play_obeys_typed_lines_and_says_what_it_does_not_understand() -> None:

@@ -394,6 +394,11 @@ def test_settings_and_replay(page: Any, server: str, tmp_path: Path) -> None:
     png = io.BytesIO()
     Image.fromarray(to_bytes(picture)[0].numpy()).save(png, "PNG")
     wait_until(lambda: count(page) >= 8, "frames")
+    limits = {
+        name: (page.get_attribute(f"#{name}", "min"), page.get_attribute(f"#{name}", "max"))
+        for name in ("steps", "fps")
+    }
+    assert limits == {"steps": ("1", "100"), "fps": ("0.1", "240")}  # what the server says of its commands
     steps: list[Callable[[], None]] = [
         lambda: (page.fill("#prompt", SECOND), page.select_option("#mode", "fade"), page.click("#send")),
         lambda: (page.fill("#steps", "2"), page.press("#steps", "Enter")),

@@ -253,7 +253,7 @@ def test_what_a_session_holds_stays_flat() -> None:
     for _ in range(20):
         one.next_chunk()
         sizes.append(held_bytes(one, without=(one.pipeline,)))
-    assert max(sizes[10:]) <= max(sizes[:10]) and sizes[9] > sum(p.nbytes for p in one._live._kept)
+    assert max(sizes[10:]) <= max(sizes[:10]) and sizes[9] > sum(p.nbytes for p in one.video.live._kept)
     cache = max(sizes)
     one.close()
     assert held_bytes(one, without=(one.pipeline,)) < cache / 4
@@ -323,7 +323,7 @@ def test_a_failure_ends_one_session_with_a_message(
         ended = bad.pull(after, PATIENCE_S)
         after = ended.sequence if isinstance(ended, Emitted) else after
     assert ended.is_error and ended.reason.startswith(message) and "secret" not in ended.reason
-    assert bad.session.closed and bad.session._live is None
+    assert bad.session.closed and bad.session.video.live is None
     assert len(take(good, 8)) == 8 and scheduler.facts()["sessions"] == 1
 
 

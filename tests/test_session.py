@@ -143,7 +143,7 @@ def test_steps_frame_rate_and_size() -> None:
     pictures(one, 1)
     one.command("steps", steps=3)
     pictures(one, 1)
-    assert one.state()["steps"] == 3 and one._live.sampling.steps == pytest.approx((1000, 2000 / 3, 1000 / 3))
+    assert one.state()["steps"] == 3 and one.video.live.sampling.steps == pytest.approx((1000, 2000 / 3, 1000 / 3))
     two = session(Sampling(2))
     assert [len(frames) for frames in pictures(two, 3)] == [5, 8, 8]
 
@@ -186,7 +186,7 @@ def test_close() -> None:
     pictures(one, 1)
     one.command("close")
     one.command("prompt", text=PROMPTS[1])
-    assert one.next_chunk() is None and one.closed and one._live is None and one.prompt == PROMPTS[0]
+    assert one.next_chunk() is None and one.closed and one.video.live is None and one.prompt == PROMPTS[0]
     with pytest.raises(ValueError, match="is closed"):
         one.command("pause")
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from causalreel.cli.flags import ModelFlags, ending, pixel_scale
-from causalreel.cli.parsing import FRAMES, SEED, Range
+from causalreel.cli.parsing import FRAMES, Range
+from causalreel.infer.commands import RATE, SEED, STEPS, Close, Options, Pause, Resume, Step
+from causalreel.infer.values import Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,15 +38,17 @@ class Stream(ModelFlags):
     """Play an endless video whose prompt changes on the way, in a window or into a file or pipe.
 
     Without -o it plays in a window (space pauses, r restarts, q closes). With --stdin a typed line is the next prompt;
-    /switch, /recompute or /fade and a prompt say how. /pause, /resume, /close, /step N, /restart SEED, /steps N and
-    /fps N are the other commands.
+    /switch, /recompute or /fade and a prompt say how. The other live commands are a slash, their name and what they
+    take, such as /step 3 or /restart 7; /help lists them.
     """
 
     prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = "a large red circle moves right"
     """What to show first."""
-    seed: Annotated[int, SEED] = 0
+    seed: Annotated[int, Range(SEED.least, SEED.most)] = 0
     """Of the noise, and of what a prompt leaves open."""
-    fps: Annotated[float | None, Range(0.1, 240)] = None
+    steps: Annotated[int | None, Range(STEPS.least, STEPS.most)] = None
+    """Denoising steps per chunk; default: the model's."""
+    fps: Annotated[float | None, Range(RATE.least, RATE.most)] = None
     """Pixel frames per second; default: the model's."""
     frames: Annotated[int | None, FRAMES] = None
     """Pixel frames to make; default: no end."""
@@ -73,7 +77,7 @@ def stream(args: Stream) -> int:
     from causalreel.infer.inputs import read_picture
     from causalreel.serve.memory import steady_heap
     from causalreel.serve.play import Typed, Window, play
-    from causalreel.serve.session import Options, Session
+    from causalreel.serve.session import Session
 
     with ending(), contextlib.ExitStack() as stack:
         _check_stream(args)
@@ -101,7 +105,6 @@ def stream(args: Stream) -> int:
 def _check_stream(args: Stream) -> None:
     """What can be refused without knowing the model."""
     from causalreel.data.video import OUTPUT_SUFFIXES, check_target
-    from causalreel.serve.commands import LEAST_FPS, MOST_FPS, MOST_SEED, MOST_STEPS, integer, number, text
 
     if args.frames is not None and args.seconds is not None:
         raise ValueError("--frames and --seconds exclude each other")
@@ -111,12 +114,7 @@ def _check_stream(args: Stream) -> None:
             raise ValueError("a file needs an end: --frames, --seconds, or --stdin and /close")
     if args.record is not None:
         check_target(args.record, (".json",))
-    text("the prompt", args.prompt)
-    integer("--seed", args.seed, 0, MOST_SEED)
-    if args.steps is not None:
-        integer("--steps", args.steps, 1, MOST_STEPS)
-    if args.fps is not None:
-        number("--fps", args.fps, LEAST_FPS, MOST_FPS)
+    Text().read("the prompt", args.prompt)
 
 
 def _check_words(args: Stream, profile: Profile, image: Tensor | None) -> list[Timed]:
@@ -127,17 +125,17 @@ def _check_words(args: Stream, profile: Profile, image: Tensor | None) -> list[T
     Policy.of(profile.export, profile.sampling, args.policy)
     understand(profile.export, [args.prompt], image)
     script = [] if args.script is None else read_script(args.script, profile)
-    if image is not None or any(timed.arguments.get("image") is not None for timed in script):
+    if image is not None or any(timed.command.picture is not None for timed in script):
         _check_pictures(profile)
     waits = args.stdin or args.output is None
     for index, timed in enumerate(script):
-        if timed.name == "pause" and not waits and not _goes_on(script[index + 1 :]):
+        if isinstance(timed.command, Pause) and not waits and not _goes_on(script[index + 1 :]):
             raise ValueError(f"{args.script}: it pauses the video at {timed.time_s:g} s, and nothing resumes it")
     return script
 
 
 def _goes_on(later: Sequence[Timed]) -> bool:
-    return any(timed.name in ("resume", "step", "close") for timed in later)
+    return any(isinstance(timed.command, Resume | Step | Close) for timed in later)
 
 
 def _check_pictures(profile: Profile) -> None:
@@ -219,7 +217,7 @@ def replay(args: Replay) -> int:
     check_target(args.output, OUTPUT_SUFFIXES)
     flags = dataclasses.replace(args, model=args.model or record.model)
     profile = _recorded_profile(flags, record)
-    fps = record.options.get("fps") or profile.export.fps
+    fps = record.options.fps or profile.export.fps
     frames = _frames(args.frames, args.until, "--until", fps)
     with ending():
         pipeline = flags.load()
@@ -228,7 +226,7 @@ def replay(args: Replay) -> int:
         if differences := record.differences(pipeline):
             _say(f"the frames may differ from those recorded: {'; '.join(differences)}")
         most = profile.geometry.frames_of(
-            1 + (session.sampling.chunk or 1) * record.chunks
+            1 + (session.video.sampling.chunk or 1) * record.chunks
         )  # restarts begin with fewer
         chunks = play(session, frames=frames) if frames is not None else session.replayed()
         chunks = (made for made in chunks if made.sequence < record.chunks)
@@ -248,8 +246,8 @@ def _recorded_profile(flags: Replay, record: Record) -> Profile:
             raise
         raise ValueError(f"{flags.file} was recorded with {record.model[:80]!r}; give --model: {error}") from None
     try:
-        wanted = {key: record.options.get(key) for key in ("steps", "chunk")}
-        profile = dataclasses.replace(profile, sampling=adapt(profile.sampling, **wanted))
+        sampling = adapt(profile.sampling, steps=record.options.steps, chunk=record.options.chunk)
+        profile = dataclasses.replace(profile, sampling=sampling)
         record.fits(profile.size)
         if record.pictures:
             _check_pictures(profile)
@@ -282,7 +280,7 @@ def _write(
 
 
 def _watched(chunks: Iterator[Emitted], frames: int | None) -> Iterator[Tensor]:
-    """The chunks' frames (t,H,W,3), with how far they are told: on a terminal in a line that changes."""
+    """The chunks' frames (t,H,W,3), with progress: on a terminal in a line that changes."""
     is_terminal, said, count = sys.stderr.isatty(), time.perf_counter(), 0
     try:
         for made in chunks:

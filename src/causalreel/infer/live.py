@@ -3,7 +3,7 @@
 It is made of *segments*: rollouts of finite length, each beginning with the last latents of the one before it, read
 again at positions 0.. (prefix commits of the plan, which join its first denoising call). So positions stay in a known
 range, and memory and the time of a chunk stay flat for ever. Noise is keyed by (seed, frame of the stream): what is
-shown is a function of the seed and of what was told at which chunk, not of time.
+shown is a function of the seed and of what changed before which chunk, not of time.
 
 Pixels, threads and sessions are not its business: see `serve.session`.
 """
@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from causalreel.infer.commands import MODES, Mode
 from causalreel.infer.models import TEXT_ENCODERS
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
@@ -29,8 +30,6 @@ from causalreel.vocabulary import SLOTS, SYNONYMS
 from causalreel.weights.export import Export, Sampling
 
 PolicyKind = Literal["renew", "slide"]
-Mode = Literal["switch", "recompute", "fade"]
-MODES: tuple[str, ...] = get_args(Mode)
 
 DEFAULT_POLICIES: dict[str, PolicyKind] = {"tiny": "renew"}
 """Family of models -> the policy that measured better; the others slide, as the released code for long videos does."""
@@ -65,7 +64,7 @@ class Policy:
 
     @staticmethod
     def of(export: Export, sampling: Sampling, kind: PolicyKind | None = None, keep: int | None = None) -> Policy:
-        """The policy for a model: its family's kind and that kind's share of a training clip kept, unless told."""
+        """The policy for a model: its family's kind and that kind's share of a training clip kept, unless given."""
         chunk = sampling.chunk
         if chunk is None:
             raise ValueError(f"a live stream needs an autoregressive model; {export.name} generates whole clips")

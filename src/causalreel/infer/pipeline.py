@@ -43,6 +43,11 @@ class Pipeline:
         """Height and width of its videos, in pixels."""
         return self.codec.geometry.size_of(self.export.latent)
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields of the conditioning that its network takes."""
+        return self.denoiser.model.fields
+
     def schedule(
         self,
         *,

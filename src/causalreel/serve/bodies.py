@@ -11,13 +11,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from causalreel.foreign import parse_json
+from causalreel.infer import values
+from causalreel.infer.commands import COMMANDS, MOST_VALUES
 from causalreel.serve.guard import SMALL, too_large
 from causalreel.serve.safety import ApiError
-from causalreel.serve.wire import COMMANDS, ErrorView, Record, SessionRequest, VideoRequest, bounded, parse_object
+from causalreel.serve.wire import ErrorView, Record, SessionRequest, VideoRequest
 
 Model = TypeVar("Model", bound=BaseModel)
 FIELDS = 16
@@ -35,8 +38,8 @@ async def read_model(request: Request, model: type[Model]) -> Model: ...
 async def read_model(request: Request, model: None) -> dict[str, Any]: ...
 async def read_model(request: Request, model: type[Model] | None) -> Model | dict[str, Any]:
     """The body as `model`, or as the fields of a JSON object if that is None; ValidationError or ApiError."""
-    told = request.headers.get("content-type", "")
-    kind, charset = told.partition(";")[0].strip().lower(), CHARSET.search(told)
+    content_type = request.headers.get("content-type", "")
+    kind, charset = content_type.partition(";")[0].strip().lower(), CHARSET.search(content_type)
     takes_forms = model is not None and "image" in model.model_fields
     if kind != "application/json" and not (takes_forms and kind == "multipart/form-data"):
         ways = "application/json or multipart/form-data" if takes_forms else "application/json"
@@ -46,7 +49,7 @@ async def read_model(request: Request, model: type[Model] | None) -> Model | dic
     body, work = await request.body(), request.app.state.service.work
     if kind == "application/json":
         return await work(_read_json, body, model)
-    boundary = BOUNDARY.search(told)
+    boundary = BOUNDARY.search(content_type)
     if boundary is None:
         raise ApiError(400, "invalid_request", "the content type of a form must name its boundary")
     assert model is not None
@@ -62,16 +65,12 @@ async def read_json(request: Request) -> bytes:
 
 def _read_json(body: bytes, model: type[Model] | None) -> Model | dict[str, Any]:
     try:
-        text = bounded(body.decode("utf-8"))
-        found = parse_object(text) if model is None else model.model_validate_json(text, strict=True)
+        fields = parse_json(body.decode("utf-8"), "the body", items=MOST_VALUES)
     except UnicodeDecodeError as error:
         raise ApiError(400, "invalid_request", "the body must be UTF-8") from error
-    except RecursionError as error:
-        raise ApiError(400, "invalid_request", "the body must be JSON") from error
     except ValueError as error:
-        if isinstance(error, ValidationError):
-            raise
-        raise ApiError(400, "invalid_request", f"the body {error}") from error
+        raise ApiError(400, "invalid_request", str(error)) from error
+    found = fields if model is None else model.model_validate(fields, strict=True)
     picture = found.get("image") if isinstance(found, dict) else getattr(found, "image", None)
     if len(body) - (len(picture) if isinstance(picture, str) else 0) > SMALL:
         raise too_large(SMALL)
@@ -193,9 +192,16 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
             form = {**schema["properties"], "image": {"type": "string", "format": "binary"}}
             schemas[f"{model.__name__}Form"] = {**schema, "title": f"{model.__name__}Form", "properties": form}
         schemas["Record"] = Record.model_json_schema(ref_template=REFERENCE)
-        command = COMMANDS.json_schema(ref_template=REFERENCE)
-        schemas |= command.pop("$defs")
-        schemas["CommandRequest"] = command
+        for name, kind in COMMANDS.items():
+            schema = values.schema(kind)
+            schema["properties"] = {"name": {"type": "string", "const": name}} | schema["properties"]
+            about = {"title": f"{kind.__name__}Command", "description": " ".join((kind.__doc__ or "").split())}
+            schemas[about["title"]] = about | schema | {"required": ["name", *schema.get("required", ())]}
+        every = {name: REFERENCE.format(model=f"{kind.__name__}Command") for name, kind in COMMANDS.items()}
+        schemas["CommandRequest"] = {
+            "oneOf": [{"$ref": place} for place in every.values()],
+            "discriminator": {"propertyName": "name", "mapping": every},
+        }
         for unused in ("HTTPValidationError", "ValidationError"):  # the framework's own, which no answer has
             schemas.pop(unused, None)
         for operation in (operation for path in document["paths"].values() for operation in path.values()):

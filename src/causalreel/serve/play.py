@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from causalreel.files import read_lines
+from causalreel.foreign import parse_json
+from causalreel.infer.commands import MOST_VALUES, Command, Prompt, Steps, describe, parse, parse_line
 from causalreel.infer.inputs import read_picture
-from causalreel.infer.live import MODES, understand
+from causalreel.infer.live import understand
 from causalreel.infer.models import Profile
 from causalreel.infer.schedule import adapt
-from causalreel.serve.commands import check, text
+from causalreel.infer.values import Reads, Text
 from causalreel.serve.records import MAX_COMMANDS
 from causalreel.serve.session import Emitted, Session
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Timed:
     """A command at a time of the video, in seconds from its first frame."""
 
     time_s: float
-    name: str
-    arguments: dict[str, Any] = field(default_factory=dict)
+    command: Command
 
 
 MOST_BYTES = 4 << 20
 """Of a script."""
+MOST_TIME_S = 1e9
+LINE = 'expected "12.5 prompt text" or a JSON object with time and command'
 
 
 def read_script(path: Path, profile: Profile) -> list[Timed]:
@@ -46,13 +48,16 @@ def read_script(path: Path, profile: Profile) -> list[Timed]:
         raise FileNotFoundError(f"no script at {path}")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has more than {MOST_BYTES >> 20} MiB: it is no script")
-    found = []
+    found, picture = [], picture_file(path.parent, profile.size)
     for row, line in enumerate(read_lines(path), start=1):
         if not line or line.startswith("#"):
             continue
         try:
-            timed = _timed(line)
-            found.append(replace(timed, arguments=_checked(timed, path.parent, profile)))
+            timed = _timed(line, picture)
+            understand(profile.export, timed.command.prompts)
+            if isinstance(timed.command, Steps):
+                adapt(profile.sampling, steps=timed.command.steps)
+            found.append(timed)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}:{row}: {error}") from None
     if len(found) > MAX_COMMANDS:
@@ -60,41 +65,28 @@ def read_script(path: Path, profile: Profile) -> list[Timed]:
     return sorted(found, key=lambda timed: timed.time_s)
 
 
-def _checked(timed: Timed, folder: Path, profile: Profile) -> dict[str, Any]:
-    """The command's arguments as a session takes them."""
-    told = check(timed.name, timed.arguments)
-    for prompt in (told.get("text"), told.get("prompt")):
-        if prompt is not None:
-            understand(profile.export, [prompt])
-    if timed.name == "steps":
-        adapt(profile.sampling, steps=told["steps"])
-    if told.get("image") is not None:
-        picture = folder / text("image", told["image"])
-        told["image"] = read_picture(picture, profile.size)[0]
-    return told
+def picture_file(folder: Path, size: tuple[int, int]) -> Reads:
+    """What reads pictures that are named by their paths from a folder, cut to the size (height, width)."""
+    return lambda name: read_picture(folder / Text().read("image", name), size)[0]
 
 
-LINE = 'expected "12.5 prompt text" or a JSON object with time and command'
-
-
-def _timed(line: str) -> Timed:
-    if line.startswith("{"):
+def _timed(line: str, picture: Reads) -> Timed:
+    if not line.startswith("{"):
+        time_s, _, words = line.partition(" ")
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{LINE}; this is not JSON") from None
-        if "time" not in entry:
-            raise ValueError(f"{LINE}; there is no time")
-        name = entry.pop("command", "prompt")
-        return Timed(_time(entry.pop("time")), name, entry)
-    time_s, _, words = line.partition(" ")
-    try:
-        seconds = float(time_s)
-    except ValueError:
-        raise ValueError(f"{LINE}; got {line!r:.80}") from None
-    if not words.strip():
-        raise ValueError(f"{LINE}; got {line!r:.80}")
-    return Timed(_time(seconds), "prompt", {"text": words.strip()})
+            seconds = float(time_s)
+        except ValueError:
+            raise ValueError(f"{LINE}; got {line!r:.80}") from None
+        if not words.strip():
+            raise ValueError(f"{LINE}; got {line!r:.80}")
+        return Timed(_time(seconds), Prompt(Text().read("text", words.strip())))
+    entry = parse_json(line, "the line", items=MOST_VALUES)
+    if "time" not in entry:
+        raise ValueError(f"{LINE}; there is no time")
+    time_s = _time(entry.pop("time"))
+    if "command" in entry:
+        entry["name"] = entry.pop("command")
+    return Timed(time_s, parse({"name": Prompt.name, **entry}, picture=picture))
 
 
 def _time(value: Any) -> float:
@@ -102,35 +94,6 @@ def _time(value: Any) -> float:
     if not is_number or not 0 <= value <= MOST_TIME_S:
         raise ValueError(f"{LINE}; a time must be a number of seconds from 0 to {MOST_TIME_S:g}, got {value!r:.40}")
     return float(value)
-
-
-MOST_TIME_S = 1e9
-
-
-def parse_line(line: str) -> tuple[str, dict[str, Any]] | None:
-    """A typed line -> command and arguments, None if it is empty. A line without a slash is a prompt.
-
-    /switch TEXT, /recompute TEXT, /fade TEXT, /pause, /resume, /step [N], /restart [SEED], /steps N, /fps N, /close.
-    """
-    line = line.strip()
-    if not line.startswith("/"):
-        return ("prompt", {"text": line}) if line else None
-    name, _, rest = line[1:].partition(" ")
-    rest = rest.strip()
-    if name in MODES:
-        return "prompt", {"text": rest, "mode": name}
-    values: dict[str, tuple[str, Callable[[str], Any]]] = {
-        "step": ("chunks", int),
-        "restart": ("seed", int),
-        "steps": ("steps", int),
-        "fps": ("fps", float),
-    }
-    if name in values and rest:
-        key, read = values[name]
-        return name, {key: read(rest)}
-    if rest:
-        raise ValueError(f"/{name} takes nothing behind it, got {rest!r}")
-    return name, {}
 
 
 class Typed:
@@ -165,15 +128,18 @@ def play(
 ) -> Iterator[Emitted]:
     """Yield chunks until `frames` pixel frames are made (the last chunk cut there; None: until close).
 
-    script: commands that take effect at the first chunk border at or behind their time. typed: refused lines are told
-    to `say`, and so is each command that took effect. realtime: no chunk before its time of showing. idle: called again
+    script: commands that take effect at the first chunk border at or behind their time; ValueError at once for those
+    that the model cannot obey. typed: what is wrong with a line goes to `say`, and so does each command that took
+    effect. realtime: no chunk before its time of showing. idle: called again
     and again while the video is paused; a pause that neither it nor `typed` can end is a ValueError.
     """
     waiting, begun = list(script), time.monotonic()
+    for timed in waiting:
+        timed.command.check(session.video)
     while not session.closed and (frames is None or session.frames < frames):
         while waiting and waiting[0].time_s <= session.frames / session.fps:
             timed = waiting.pop(0)
-            session.command(timed.name, **timed.arguments)
+            session.command(timed.command)
         for line in () if typed is None else typed.lines():
             _obey(session, line, say)
         made = session.next_chunk()
@@ -197,11 +163,15 @@ def _cut(made: Emitted, frames: int) -> Emitted:
 
 
 def _obey(session: Session, line: str, say: Callable[[str], None]) -> None:
+    if line.strip() == "/help":
+        for one in describe():
+            say(f"{one['typed']}: {one['about']}")
+        return
     try:
-        command = parse_line(line)
+        command = parse_line(line, picture=picture_file(Path(), session.pipeline.size))
         if command is not None:
-            session.command(command[0], **command[1])
-    except ValueError as error:
+            session.command(command)
+    except (ValueError, OSError) as error:
         say(f"not understood: {error}")
 
 

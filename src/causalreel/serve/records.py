@@ -9,8 +9,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -18,15 +17,17 @@ import torch
 from torch import Tensor
 
 from causalreel import __version__
+from causalreel.infer import values
+from causalreel.infer.commands import Close, Command, Options, parse
 from causalreel.infer.live import PolicyKind
-from causalreel.serve.commands import LEAST_FPS, MOST_FPS, MOST_SEED, MOST_STEPS, check, integer, number, text
+from causalreel.infer.values import Text, Whole
 
 if TYPE_CHECKING:
     from causalreel.infer.pipeline import Pipeline
 
 FORMAT = "causalreel-session/1"
 MAX_COMMANDS = 10_000
-"""Commands that a session keeps, for its record; superseded ones do not count, and `ALWAYS` are taken beyond them."""
+"""Commands that a session keeps, for its record; superseded ones do not count, and some are taken beyond them."""
 MAX_PICTURES = 64
 """Pictures among them."""
 MOST_CHUNKS = 1 << 27
@@ -41,40 +42,40 @@ MOST_PIXELS = 1 << 26
 KEYS = {"format", "model", "policy", "options", "commands", "chunks"}
 MADE_BY = ("version", "torch", "device", "size", "weights")
 """What else the frames depend on; files of earlier versions leave it out."""
-OPTIONS = ("prompt", "seed", "steps", "chunk", "fps", "image")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recorded:
     """A command and the chunk before which it took effect."""
 
     at: int
-    name: str
-    arguments: dict[str, Any]
+    command: Command
+    number: int = 0
+    """Its number in the session that recorded it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
-    """A record that has been checked; pictures are (H,W,3) uint8."""
+    """A record that has been checked."""
 
     model: str
     policy: PolicyKind
-    options: dict[str, Any]
-    """The fields of `session.Options`."""
+    options: Options
     commands: tuple[Recorded, ...]
     chunks: int
     made_by: dict[str, str] = field(default_factory=dict)
 
     @property
     def pictures(self) -> list[Tensor]:
-        given = [self.options.get("image"), *(one.arguments.get("image") for one in self.commands)]
+        """(H,W,3) uint8 each."""
+        given = [self.options.image, *(one.command.picture for one in self.commands)]
         return [picture for picture in given if picture is not None]
 
     @property
     def prompts(self) -> list[str]:
         """Every prompt in it once, in order."""
-        told = [one.arguments.get("text") or one.arguments.get("prompt") for one in self.commands]
-        return list(dict.fromkeys([self.options["prompt"], *filter(None, told)]))
+        later = (text for one in self.commands for text in one.command.prompts)
+        return list(dict.fromkeys([self.options.prompt, *later]))
 
     def fits(self, size: tuple[int, int]) -> None:
         """ValueError unless its pictures are of the video's size (height, width)."""
@@ -117,6 +118,32 @@ def fingerprint(network: torch.nn.Module) -> str | None:
     return found.hexdigest()
 
 
+def fold(log: list[Recorded], entry: Recorded) -> None:
+    """Append a command that took effect to a log of them; what it supersedes goes.
+
+    Superseded is what came at the same chunk border and shows in no chunk, since the later command alone leads to the
+    same: a replay of the log makes the same frames.
+    """
+    command = entry.command
+    while (place := _last(log, entry.at, command.side)) is not None:
+        merged = command.supersede(log[place].command)
+        if merged is None:
+            break
+        command = merged
+        del log[place]
+    log.append(replace(entry, command=command))
+
+
+def _last(log: list[Recorded], at: int, side: str) -> int | None:
+    """Where the last command of a side stands that took effect at this border."""
+    for place in range(len(log) - 1, -1, -1):
+        if log[place].at != at:
+            return None
+        if log[place].command.side == side:
+            return place
+    return None
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
@@ -154,29 +181,22 @@ def checked_record(value: Any) -> Record:
     _keys("the record", value, needed=KEYS, allowed=KEYS | set(MADE_BY))
     if value["policy"] not in get_args(PolicyKind):
         raise ValueError(f"policy must be one of {', '.join(get_args(PolicyKind))}, got {value['policy']!r:.80}")
-    chunks = integer("chunks", value["chunks"], 0, MOST_CHUNKS)
+    chunks = Whole(0, MOST_CHUNKS).read("chunks", value["chunks"])
     pixels = _Pixels()
     return Record(
-        text("model", value["model"]),
+        Text().read("model", value["model"]),
         value["policy"],
         _options(value["options"], pixels),
         _commands(value["commands"], chunks, pixels),
         chunks,
-        {key: text(key, value[key]) for key in MADE_BY if key in value},
+        {key: Text().read(key, value[key]) for key in MADE_BY if key in value},
     )
 
 
-def _options(value: Any, pixels: _Pixels) -> dict[str, Any]:
-    _keys("options", value, needed={"prompt"}, allowed=set(OPTIONS))
-    checks: dict[str, Callable[[Any], Any]] = {
-        "prompt": lambda given: text("prompt", given),
-        "seed": lambda given: integer("seed", given, 0, MOST_SEED),
-        "steps": lambda given: integer("steps", given, 1, MOST_STEPS),
-        "chunk": lambda given: integer("chunk", given, 1, 1 << 16),
-        "fps": lambda given: number("fps", given, LEAST_FPS, MOST_FPS),
-        "image": pixels.unpack,
-    }
-    return {key: checks[key](given) for key, given in value.items() if given is not None or key == "prompt"}
+def _options(value: Any, pixels: _Pixels) -> Options:
+    _keys("options", value, needed={"prompt"}, allowed={one.name for one in values.parameters(Options)})
+    given = {key: item for key, item in value.items() if item is not None or key == "prompt"}
+    return values.read(Options, given, what="options", picture=pixels.unpack)
 
 
 def _commands(value: Any, chunks: int, pixels: _Pixels) -> tuple[Recorded, ...]:
@@ -186,18 +206,16 @@ def _commands(value: Any, chunks: int, pixels: _Pixels) -> tuple[Recorded, ...]:
     for index, entry in enumerate(value):
         try:
             _keys("it", entry, needed={"at", "name", "arguments"}, allowed={"at", "name", "arguments", "number"})
-            at = integer("at", entry["at"], found[-1].at if found else 0, chunks)
+            at = Whole(found[-1].at if found else 0, chunks).read("at", entry["at"])
             arguments = entry["arguments"]
             if not isinstance(arguments, dict):
                 raise ValueError(f"arguments must be an object, got {arguments!r:.80}")
-            arguments = check(entry["name"], arguments)
-            if arguments.get("image") is not None:
-                arguments["image"] = pixels.unpack(arguments["image"])
-            if entry["name"] == "close" and at < chunks:
+            command = parse({**arguments, "name": entry["name"]}, picture=pixels.unpack)
+            if isinstance(command, Close) and at < chunks:
                 raise ValueError(f"it closes the session at chunk {at} of {chunks}")
         except ValueError as error:
             raise ValueError(f"command {index + 1}: {error}") from None
-        found.append(Recorded(at, entry["name"], arguments))
+        found.append(Recorded(at, command))
     return tuple(found)
 
 
@@ -222,7 +240,7 @@ class _Pixels:
     def unpack(self, packed: Any) -> Tensor:
         """-> (H,W,3) uint8"""
         _keys("a picture", packed, needed={"height", "width", "zlib"}, allowed={"height", "width", "zlib"})
-        height, width = (integer(side, packed[side], 1, 1 << 14) for side in ("height", "width"))
+        height, width = (Whole(1, 1 << 14).read(side, packed[side]) for side in ("height", "width"))
         self.pictures, self.pixels = self.pictures + 1, self.pixels + height * width
         if self.pictures > MAX_PICTURES + 1 or self.pixels > MOST_PIXELS:
             raise ValueError(f"a record holds at most {MAX_PICTURES + 1} pictures of {MOST_PIXELS} pixels together")
@@ -242,11 +260,6 @@ def pack(picture: Tensor) -> dict[str, Any]:
     return {"height": picture.shape[0], "width": picture.shape[1], "zlib": data}
 
 
-def packed(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A command's arguments as JSON takes them."""
-    return {key: pack(value) if isinstance(value, Tensor) else value for key, value in arguments.items()}
-
-
-def pixels(picture: Tensor) -> Tensor:
-    """(H,W,3) uint8 -> (3,H,W) float32 in [-1,1]."""
-    return picture.permute(2, 0, 1).float() / 127.5 - 1
+def packed(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments or options as JSON takes them."""
+    return {key: pack(value) if isinstance(value, Tensor) else value for key, value in given.items()}

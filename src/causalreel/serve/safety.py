@@ -77,8 +77,6 @@ class Settings:
     """Largest request or message; a picture in base64 has to fit."""
     image_pixels: int = 16_000_000
     """Largest picture, width times height, known before it is decoded."""
-    prompt_chars: int = 2000
-    """Longest prompt."""
     video_frames: int = 1000
     """Longest video of a job, pixel frames."""
     queued_videos: int = 16
@@ -99,7 +97,7 @@ class Settings:
             raise ValueError("token must be ASCII, got other characters")
         if self.replica is not None and not REPLICA.fullmatch(self.replica):
             raise ValueError(f"replica must be 1 to 16 small letters and digits, got {self.replica!r}")
-        for name in ("body_bytes", "image_pixels", "prompt_chars", "video_frames", "queued_videos", "kept_videos"):
+        for name in ("body_bytes", "image_pixels", "video_frames", "queued_videos", "kept_videos"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.streams < 1 or self.burst < 1 or not self.requests_per_s > 0:
@@ -139,13 +137,12 @@ class Rates:
             return wait
 
 
-def decode_base64(text: str) -> bytes:
+def decode_base64(text: Any) -> bytes:
     """Base64, or a data: URL of it -> bytes; ValueError."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
     try:
+        text = text.partition(",")[2] if text.startswith("data:") else text
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except (binascii.Error, ValueError, AttributeError) as error:
         raise ValueError("image must be base64 of a PNG, JPEG or WebP file") from error
 
 
@@ -157,17 +154,6 @@ def decode_picture(data: bytes, size: tuple[int, int], *, pixels: int) -> Tensor
     """
     with _decoding:
         return pictures.decode_picture(data, size, formats=FORMATS, pixels=pixels)[0]
-
-
-def is_readable(text: str, limit: int) -> str:
-    """The text if it is a prompt that may be kept, shown and encoded; ValueError."""
-    if not text.strip():
-        raise ValueError("prompt must hold text, got none")
-    if len(text) > limit:
-        raise ValueError(f"prompt must have at most {limit} characters, got {len(text)}")
-    if any(0xD800 <= ord(letter) <= 0xDFFF or (ord(letter) < 32 and letter not in "\t\n\r") for letter in text):
-        raise ValueError("prompt must hold no control characters and no halves of surrogate pairs")
-    return text
 
 
 def token_of(scope: Scope) -> str | None:

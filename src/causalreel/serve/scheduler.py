@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from causalreel.infer.commands import Close, Command
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.memory import free_bytes, held_bytes, process_bytes
@@ -97,11 +98,11 @@ class Handle:
     def id(self) -> str:
         return self.session.id
 
-    def command(self, name: str, **arguments: Any) -> int:
+    def command(self, command: Command | str, **arguments: Any) -> int:
         """As `Session.command`; close takes effect at once."""
         self.seen_s = self._clock()
-        number = self.session.command(name, **arguments)
-        if name == "close":
+        number = self.session.command(command, **arguments)
+        if isinstance(command, Close) or command == Close.name:
             self.close()
         if self.session.paused:
             self.ready_s = self.seen_s
@@ -318,14 +319,14 @@ class Scheduler:
         if self._is_measured:
             return
         height, width = self.pipeline.size
-        chunk = height * width * 3 * (session.sampling.chunk or 1) * self.pipeline.codec.geometry.temporal
+        chunk = height * width * 3 * (session.video.sampling.chunk or 1) * self.pipeline.codec.geometry.temporal
         buffers = chunk * (self.limits.buffer_chunks + self.limits.resume_chunks)
         self.session_bytes = max(self.session_bytes, held_bytes(session, without=(self.pipeline,)) + buffers)
         self._is_measured = session.sequence > self._full_after(session)
 
     def _full_after(self, session: Session) -> int:
         """Chunks after which a session holds as much as it ever will."""
-        return self.pipeline.export.frames // (session.sampling.chunk or 1) + 1
+        return self.pipeline.export.frames // (session.video.sampling.chunk or 1) + 1
 
     # ---- the thread ----
 
@@ -352,7 +353,7 @@ class Scheduler:
             session.next_chunk()
             session.close()
             if self.pipeline.device.type == "cuda":  # the first call of each kind is recorded: not while people watch
-                self._warm_up_early_prompts(prompt, session.policy.keep // (session.sampling.chunk or 1))
+                self._warm_up_early_prompts(prompt, session.video.policy.keep // (session.video.sampling.chunk or 1))
         except Exception:
             log.exception("the model could not be warmed up")
             _free_memory()

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from causalreel.infer import values
+from causalreel.infer.commands import Options, describe, parse
 from causalreel.infer.live import hints, understand
 from causalreel.serve.guard import SMALL
 from causalreel.serve.metrics import Metrics
 from causalreel.serve.records import parse_record
-from causalreel.serve.safety import ApiError, Rates, Settings, decode_base64, decode_picture, is_readable
+from causalreel.serve.safety import ApiError, Rates, Settings, decode_base64, decode_picture
 from causalreel.serve.scheduler import Busy, Handle, Scheduler
-from causalreel.serve.session import Options
-from causalreel.serve.wire import SessionRequest, command_of, parse, plain
+from causalreel.serve.wire import SessionRequest, parse_message, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,14 +71,8 @@ class Service:
     def open(self, request: SessionRequest) -> Handle:
         """Open a session; ApiError 400 for what the model cannot do, 503 when there is no room."""
         try:
-            image = None if request.image is None else self.picture(decode_base64(request.image))
-            options = Options(
-                prompt=self.prompt(request.prompt),
-                seed=request.seed,
-                steps=request.steps,
-                chunk=request.chunk,
-                fps=request.fps,
-                image=image,
+            options = values.read(
+                Options, request.model_dump(exclude={"pace"}), what="a session", picture=self.encoded_picture
             )
             handle = self.scheduler.open(options, pace=request.pace, id=self.new_id())
         except Busy as error:
@@ -91,8 +86,6 @@ class Service:
         """Open a session that plays a record again -> it, and why its frames may differ; errors as for `open`."""
         try:
             record = parse_record(body)
-            for prompt in record.prompts:
-                self.prompt(prompt)
             pipeline = self.scheduler.pipeline
             understand(pipeline.export, record.prompts)
             handle = self.scheduler.open(record, id=self.new_id())
@@ -114,6 +107,7 @@ class Service:
             "fps": pipeline.export.fps,
             "takes_picture": pipeline.sampling.chunk == 1,
             **hints(pipeline.export),
+            "commands": describe(),
         }
 
     def new_id(self) -> str:
@@ -130,22 +124,18 @@ class Service:
 
     def command(self, handle: Handle, fields: dict[str, Any]) -> int:
         """Check a command and hand it over -> its number; ValueError."""
-        name, arguments = command_of(fields)
-        for key in ("text", "prompt"):
-            if key in arguments:
-                arguments[key] = self.prompt(arguments[key])
-        if arguments.get("image") is not None:
-            arguments["image"] = self.picture(decode_base64(arguments["image"]))
-        number = handle.command(name, **arguments)
-        log.info("session %s: %s%s", handle.id, name, self.said(arguments.get("text") or arguments.get("prompt")))
+        command = parse(fields, picture=self.encoded_picture)
+        number = handle.command(command)
+        log.info("session %s: %s%s", handle.id, command.name, self.said(next(iter(command.prompts), None)))
         return number
 
     def state(self, handle: Handle) -> dict[str, Any]:
         """The message that tells a session's state."""
         return {"type": "state", "state": plain(handle.session.state())}
 
-    def prompt(self, text: str) -> str:
-        return is_readable(text, self.settings.prompt_chars)
+    def encoded_picture(self, text: Any) -> Tensor:
+        """Base64, or a data: URL of it -> (3,H,W) in [-1,1]; ValueError."""
+        return self.picture(decode_base64(text))
 
     def picture(self, data: bytes) -> Tensor:
         return decode_picture(data, self.scheduler.pipeline.size, pixels=self.settings.image_pixels)
@@ -192,7 +182,7 @@ class Talk:
                 raise ValueError(
                     f"messages must have at most {self.service.settings.body_bytes} bytes, got {len(text)}"
                 )
-            message = parse(text)
+            message = parse_message(text)
             said = message.pop("id", None)
             said = said if isinstance(said, (int, str)) and len(str(said)) <= 64 else None
             if wait > 0:

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from causalreel.serve.bodies import BODY, DOOR, errors, read_model, takes
 from causalreel.serve.jobs import Jobs, options_of, pack_image
-from causalreel.serve.safety import ApiError, decode_base64
+from causalreel.serve.safety import ApiError
 from causalreel.serve.service import Service
 from causalreel.serve.session import Session
 from causalreel.serve.wire import Deleted, VideoList, VideoRequest, VideoView
@@ -37,8 +37,7 @@ def planned(service: Service, wanted: VideoRequest) -> dict[str, Any]:
     pipeline = scheduler.pipeline
     height, width = pipeline.size
     try:
-        service.prompt(wanted.prompt)
-        image = None if wanted.image is None else service.picture(decode_base64(wanted.image))
+        image = None if wanted.image is None else service.encoded_picture(wanted.image)
         how: dict[str, Any] = {"frames": wanted.frames, "steps": wanted.steps, "chunk": wanted.chunk}
         plan = pipeline.schedule(**how, prefix=0 if image is None else 1)
         frames = pipeline.codec.geometry.frames_of(plan.frames)
@@ -97,13 +96,13 @@ class _File(FileResponse):
     """A file whose refusals have the form of all others."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def told(message: Any) -> None:
+        async def watched(message: Any) -> None:
             if message["type"] == "http.response.start" and message["status"] >= 400:
                 ranges = {k.decode(): v.decode() for k, v in message["headers"] if k == b"content-range"}
                 raise ApiError(message["status"], "invalid_request", "the range must be one of this file", ranges)
             await send(message)
 
-        await super().__call__(scope, receive, told)
+        await super().__call__(scope, receive, watched)
 
 
 @videos.get(

@@ -10,25 +10,23 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from causalreel.serve.commands import LEAST_FPS, MOST_CHUNKS, MOST_FPS, MOST_SEED, MOST_STEPS
+from causalreel.foreign import parse_json
+from causalreel.infer.commands import CHUNK, MOST_VALUES, RATE, SEED, STEPS
 
 if TYPE_CHECKING:
     from causalreel.serve.session import Applied, Emitted
 
 Format = Literal["jpeg", "webp", "h264"]
-Seed = Annotated[int, Field(ge=0, le=MOST_SEED, description="Exact in JavaScript too.")]
-Steps = Annotated[int, Field(ge=1, le=MOST_STEPS, description="Denoising steps per chunk.")]
-Rate = Annotated[float, Field(ge=LEAST_FPS, le=MOST_FPS, allow_inf_nan=False, description="Pixel frames per second.")]
-Size = Annotated[int, Field(ge=1, description="Latent frames made together; the model says how many there can be.")]
-Chunks = Annotated[int, Field(ge=1, le=MOST_CHUNKS)]
+Seed = Annotated[int, Field(ge=SEED.least, le=SEED.most, description=SEED.about)]
+Steps = Annotated[int, Field(ge=STEPS.least, le=STEPS.most, description=STEPS.about)]
+Rate = Annotated[float, Field(ge=RATE.least, le=RATE.most, allow_inf_nan=False, description=RATE.about)]
+Size = Annotated[int, Field(ge=CHUNK.least, description=CHUNK.about)]
 Picture = Annotated[str, Field(description="Base64 or data: URL of a PNG, JPEG or WebP file.")]
 HEAD = 4
 """Bytes of the length of a header."""
-VALUES = 8192
-"""Most values of a JSON text, with some room for prompts: commas and colons in them count too."""
 
 
 class _Model(BaseModel):
@@ -45,6 +43,8 @@ class SessionRequest(_Model):
     fps: Rate | None = None
     pace: Literal["realtime", "max"] = "realtime"
     image: Picture | None = None
+    fields: dict[str, Any] = {}
+    """What the fields of the model's conditioning, if it has any, hold at first."""
 
 
 class VideoRequest(_Model):
@@ -57,64 +57,6 @@ class VideoRequest(_Model):
     steps: Steps | None = None
     chunk: Size | None = None
     image: Picture | None = None
-
-
-class PromptCommand(_Model):
-    """Another prompt: `switch` changes the text alone, `recompute` the context too, `fade` goes over in `chunks`."""
-
-    name: Literal["prompt"]
-    text: str
-    mode: Literal["switch", "recompute", "fade"] = "recompute"
-    chunks: Chunks = 4
-
-
-class PlainCommand(_Model):
-    """pause, resume or close."""
-
-    name: Literal["pause", "resume", "close"]
-
-
-class StepCommand(_Model):
-    """Make so many chunks, then pause."""
-
-    name: Literal["step"]
-    chunks: Chunks = 1
-
-
-class RestartCommand(_Model):
-    """Begin again, with another seed or prompt if given."""
-
-    name: Literal["restart"]
-    seed: Seed | None = None
-    prompt: str | None = None
-
-
-class StepsCommand(_Model):
-    """Denoising steps from now on."""
-
-    name: Literal["steps"]
-    steps: Steps
-
-
-class RateCommand(_Model):
-    """Frames per second from now on."""
-
-    name: Literal["fps"]
-    fps: Rate
-
-
-class ImageCommand(_Model):
-    """Begin again from a picture, or from none if that is null."""
-
-    name: Literal["image"]
-    image: Picture | None
-
-
-CommandRequest = Annotated[
-    PromptCommand | PlainCommand | StepCommand | RestartCommand | StepsCommand | RateCommand | ImageCommand,
-    Field(discriminator="name"),
-]
-COMMANDS: TypeAdapter[Any] = TypeAdapter(CommandRequest)
 
 
 class EndView(BaseModel):
@@ -147,6 +89,17 @@ class ReadyView(BaseModel):
     free_sessions: int
 
 
+class CommandView(BaseModel):
+    """A live command."""
+
+    name: str
+    about: str
+    typed: str
+    """How it is written in a line of text."""
+    arguments: dict[str, Any]
+    """As JSON Schema has them."""
+
+
 class ModelView(BaseModel):
     """The model that this server runs."""
 
@@ -162,6 +115,8 @@ class ModelView(BaseModel):
     """All words that its prompts may use, by what they describe; null: any text."""
     synonyms: dict[str, str]
     """Other spellings of these words."""
+    commands: list[CommandView]
+    """What a session can be told."""
 
 
 class Record(BaseModel):
@@ -257,45 +212,11 @@ def explain(error: Any) -> str:
     return "; ".join(parts).encode("ascii", "backslashreplace").decode("ascii")
 
 
-def command_of(fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A command's JSON -> its name and its arguments, those left out left out; ValueError."""
-    try:
-        command = COMMANDS.validate_python(fields, strict=True)
-    except ValidationError as error:
-        raise ValueError(explain(error)) from error
-    arguments = {key: getattr(command, key) for key in command.model_fields_set if key != "name"}
-    if command.name != "image":  # where no picture is one to choose
-        arguments = {key: value for key, value in arguments.items() if value is not None}
-    return command.name, arguments
-
-
-def bounded(text: str) -> str:
-    """The text if it can be parsed in a few milliseconds, which nothing interrupts; ValueError."""
-    if len(text) > VALUES and sum(text.count(mark) for mark in "[{,:") > VALUES:
-        raise ValueError(f"must hold at most {VALUES} values")
-    return text
-
-
-def parse_object(text: str) -> dict[str, Any]:
-    """JSON -> the fields of an object; ValueError."""
-    bounded(text)
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("must be JSON") from error
-    if not isinstance(fields, dict):
-        raise ValueError("must be a JSON object")
-    return fields
-
-
-def parse(text: str | bytes) -> dict[str, Any]:
+def parse_message(text: str | bytes) -> dict[str, Any]:
     """A client's text message -> its fields; ValueError for anything but a JSON object with a type."""
     if isinstance(text, bytes):
         raise ValueError("messages must be text with JSON, got bytes")
-    try:
-        message = parse_object(text)
-    except ValueError as error:
-        raise ValueError(f"a message {error}") from error
+    message = parse_json(text, "the message", items=MOST_VALUES)
     if not isinstance(message.get("type"), str):
         raise ValueError("messages must be objects with a type")
     return message

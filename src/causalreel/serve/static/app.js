@@ -139,8 +139,17 @@ async function meet() {
   $("model").textContent = now.model.name;
   words.show(now.model);
   picture.allow(now.model.takes_picture);
+  limit(now.model.commands);
   if (!link.has("prompt") && $("prompt").value === FIRST_PROMPT && !now.model.words) {
     $("prompt").value = now.model.examples[0] ?? "";
+  }
+}
+
+/** Give the fields for numbers the limits of the commands that they are sent with. */
+function limit(commands) {
+  for (const [name, about] of commands.flatMap((command) => Object.entries(command.arguments.properties))) {
+    const { minimum, maximum } = about.anyOf?.[0] ?? about;
+    if ($(name)?.type === "number") Object.assign($(name), { min: minimum, max: maximum });
   }
 }
 
