@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from causalreel.train import checkpoint, trainer
+from causalreel.train import checkpoint, state
 from causalreel.train.arithmetic import arithmetic, flushes_denormals
 from causalreel.train.log import NonFiniteError, open_jsonl
 from causalreel.train.optim import OptimiserConfig, clip_gradients, learning_rate
@@ -274,7 +274,7 @@ def test_previews_and_saves_are_named_and_do_not_count_as_speed(
         return real(*args, **kwargs)
 
     real = checkpoint.save
-    monkeypatch.setattr(trainer, "time", clock)
+    monkeypatch.setattr(state, "time", clock)
     monkeypatch.setattr(checkpoint, "save", save)
     config = toy_config(tmp_path, preview_every=4, save_every=5)
     with caplog.at_level(logging.INFO):

@@ -1,4 +1,4 @@
-"""Several processes for one stream: sequence parallelism by exchanging tokens for heads around self-attention.
+"""Several processes for one call: sequence parallelism by exchanging tokens for heads around self-attention.
 
 Every frame's tokens are cut into n equal shares, in their natural order; process r computes share r of everything but
 self-attention. Before attention one all-to-all turns "my tokens, all heads" into "all tokens, my heads", for queries,
@@ -6,11 +6,17 @@ keys and values together; afterwards another turns the result back. So each proc
 behind it holds N/n heads of every frame. Weights, text keys and noise are the same everywhere.
 DeepSpeed Ulysses (arXiv 2309.14509), section 3.
 
-For inference: nothing here carries gradient. Buffers are fresh and nothing waits for the host, so that calls can be
-captured into CUDA graphs with NCCL; the group must have been used once before (`parallel.mesh.join` does that).
+Buffers are fresh and nothing waits for the host, so that calls can be captured into CUDA graphs with NCCL; the group
+must have been used once before (`parallel.mesh.join` does that).
+
+In training every process computes the whole loss of the whole result, and its weights get the gradient of its own
+tokens, times n: the mean over the processes, which sharded networks take (`parallel.sharding`), is the gradient of one
+process. The latents that go in must need no gradient, because each process would know a part of it only.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +37,7 @@ class Ulysses:
 
     def split(self, y: Tensor) -> Tensor:
         """Tokens of all (B,F,S,E) -> of this process (B,F,S/n,E)."""
-        if y.shape[2] % self.size:
+        if y.shape[2] % self.size:  # before anything is exchanged
             raise ValueError(
                 f"{self.size} processes cannot share the {y.shape[2]} tokens of a latent frame equally; "
                 f"the number of processes must divide them"
@@ -40,40 +46,61 @@ class Ulysses:
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of this process, all heads (B,F*S/n,N,D) -> all tokens, heads of this process (B,F*S,N/n,D)."""
-        self._refuse_gradient(q)
         batch, length, heads, width = q.shape
-        share = (batch, frames, length // frames, heads // self.size, width)  # (B,F,S/n,N/n,D)
-        sent = q.new_empty(self.size, 3, *share)  # for each process its heads of my tokens
-        for i, part in enumerate((q, k, v)):
-            cut = part.reshape(batch, frames, length // frames, self.size, heads // self.size, width)
-            sent[:, i].copy_(cut.permute(3, 0, 1, 2, 4, 5))
+        cut = (batch, frames, length // frames, self.size, heads // self.size, width)
+        # For each process its heads of my tokens (n,3,B,F,S/n,N/n,D)
+        sent = torch.stack([part.reshape(cut).permute(3, 0, 1, 2, 4, 5) for part in (q, k, v)], dim=1)
         got = self._exchange(sent)  # from each process its tokens with my heads
         q, k, v = (got[:, i].permute(1, 2, 0, 3, 4, 5).flatten(1, 3) for i in range(3))  # (B,F,n,S/n,N/n,D) -> ...
         return q, k, v
 
     def to_tokens(self, x: Tensor, frames: int) -> Tensor:
         """The way back: (B,F*S,N/n,D) -> (B,F*S/n,N,D)."""
-        self._refuse_gradient(x)
         cut = x.unflatten(1, (frames, self.size, -1))  # (B,F,n,S/n,N/n,D)
         got = self._exchange(cut.permute(2, 0, 1, 3, 4, 5).contiguous())  # from each process its heads of my tokens
         return got.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
 
     def join(self, y: Tensor) -> Tensor:
         """Tokens of this process (B,F,S/n,C) -> of all (B,F,S,C), on every process."""
-        self._refuse_gradient(y)
-        parts = y.new_empty(self.size, *y.shape)
-        dist.all_gather(list(parts.unbind(0)), y.contiguous(), group=self.group)
+        parts: Tensor = _Gather.apply(y.contiguous(), self)  # pyright: ignore[reportAssignmentType]
         return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def _exchange(self, sent: Tensor) -> Tensor:
         """Row r of `sent` goes to process r -> row r of the result comes from process r."""
+        return _Exchange.apply(sent, self.group)  # pyright: ignore[reportReturnType]
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of rows (n,...), which is its own way back."""
+
+    @staticmethod
+    def forward(context: Any, sent: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        context.group = group
         got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=self.group)
+        dist.all_to_all_single(got, sent, group=group)
         return got
 
-    def _refuse_gradient(self, x: Tensor) -> None:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError("a network shared by several processes carries no gradient: call it under torch.no_grad()")
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        sent = gradients[0].contiguous()
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=context.group)
+        return got, None
+
+
+class _Gather(torch.autograd.Function):
+    """(...) of each process -> (n,...) of all. All know the gradient of the whole, so each takes its row, times n."""
+
+    @staticmethod
+    def forward(context: Any, own: Tensor, exchange: Ulysses) -> Tensor:
+        context.exchange = exchange
+        parts = own.new_empty(exchange.size, *own.shape)
+        dist.all_gather(list(parts.unbind(0)), own, group=exchange.group)
+        return parts
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0][context.exchange.rank] * context.exchange.size, None
 
 
 def allowed_sizes(heads: int, tokens: int | None = None) -> list[int]:

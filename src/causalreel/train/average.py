@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from causalreel.parallel.sharding import local
 from causalreel.train.stage import Average
 
 
@@ -51,4 +52,4 @@ class Follower:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    return {name: local(tensor.detach()) for name, tensor in (*module.named_parameters(), *module.named_buffers())}

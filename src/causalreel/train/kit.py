@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from causalreel.flow import shift_sigma
-from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, rollout
+from causalreel.rollout import KeyedNoise, StreamNoise, chunk_sizes, chunked, collect, rollout
 from causalreel.solvers import SOLVERS
 from causalreel.train.stage import Average, StepContext
-from causalreel.types import ClipBatch, Conditioning, Denoiser, VideoCodec
+from causalreel.types import ClipBatch, Conditioning, Denoiser, LatentSpec, VideoCodec
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -63,14 +63,43 @@ class Viewer:
         return self.codec.decode(collect(chunks))
 
 
+# Every draw is that of the whole batch, of which this part takes its rows: see `StepContext`.
+
+
+def gaussian(step: StepContext, purpose: str, rows: int, *shape: int) -> Tensor:
+    """Gaussian noise (rows,...) float32, on the trainer's device."""
+    whole = (rows * step.parts, *shape)
+    return step.mine(torch.randn(whole, generator=step.generator(purpose), device=step.device))
+
+
 def randn(step: StepContext, purpose: str, like: Tensor) -> Tensor:
     """Gaussian noise like `like`, float32."""
-    return torch.randn(like.shape, generator=step.generator(purpose, device=like.device), device=like.device)
+    return gaussian(step, purpose, *like.shape)
 
 
-def uniform(step: StepContext, purpose: str, *shape: int) -> Tensor:
-    """Uniform numbers in (0, 1], on the trainer's device."""
-    return 1 - torch.rand(shape, generator=step.generator(purpose), device=step.device)
+def uniform(step: StepContext, purpose: str, rows: int, *shape: int) -> Tensor:
+    """Uniform numbers (rows,...) in (0, 1], on the trainer's device."""
+    whole = (rows * step.parts, *shape)
+    return step.mine(1 - torch.rand(whole, generator=step.generator(purpose), device=step.device))
+
+
+def integers(step: StepContext, purpose: str, below: int, rows: int, *shape: int) -> Tensor:
+    """Whole numbers (rows,...) below `below`, on the trainer's device."""
+    whole = (rows * step.parts, *shape)
+    return step.mine(torch.randint(below, whole, generator=step.generator(purpose), device=step.device))
+
+
+class RolloutNoise:
+    """`rollout.StreamNoise` of the rows of a part; see types.NoiseSource."""
+
+    def __init__(self, step: StepContext, purpose: str, rows: int, spec: LatentSpec) -> None:
+        self._step, self._whole = step, StreamNoise(rows * step.parts, spec, step.generator(purpose))
+
+    def initial(self, start: int, frames: int) -> Tensor:
+        return self._step.mine(self._whole.initial(start, frames))
+
+    def renoise(self, start: int, frames: int, draw: int) -> Tensor:
+        return self._step.mine(self._whole.renoise(start, frames, draw))
 
 
 def draw_sigmas(step: StepContext, purpose: str, batch: int, sizes: Sequence[int], shift: float) -> Tensor:
@@ -80,8 +109,7 @@ def draw_sigmas(step: StepContext, purpose: str, batch: int, sizes: Sequence[int
 
 def draw_levels(step: StepContext, purpose: str, batch: int, sizes: Sequence[int], levels: Sequence[float]) -> Tensor:
     """-> (B,F): one of `levels` per sample and chunk."""
-    generator = step.generator(purpose)
-    index = torch.randint(len(levels), (batch, len(sizes)), generator=generator, device=step.device)
+    index = integers(step, purpose, len(levels), batch, len(sizes))
     return per_frame(torch.tensor(levels, device=step.device)[index], sizes)
 
 

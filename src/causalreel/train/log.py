@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -30,12 +30,21 @@ class NonFiniteError(FloatingPointError):
     """A loss or a gradient norm is infinite or NaN."""
 
 
-class Window:
-    """The metrics since the last record: tensors as they come, numbers once fetched."""
+class Mean(Protocol):
+    """Each process's numbers -> their means; see `parallel.sharding.Team.mean`."""
 
-    def __init__(self, values: Sequence[tuple[int, str, float]] = ()) -> None:
+    def __call__(self, numbers: Sequence[float], *, is_strict: Sequence[bool]) -> list[float]: ...
+
+
+class Window:
+    """The metrics since the last record: tensors as they come, numbers once fetched.
+
+    mean: over the processes of the run, all of which have the same metrics in the same order.
+    """
+
+    def __init__(self, values: Sequence[tuple[int, str, float]] = (), *, mean: Mean | None = None) -> None:
         self._pending: list[tuple[int, str, Tensor]] = []
-        self._values = list(values)
+        self._values, self._mean = list(values), mean
 
     def add(self, step: int, metrics: Mapping[str, Tensor]) -> None:
         """Keep scalar tensors () of trainer step `step` (0-based) without waiting for them."""
@@ -55,11 +64,14 @@ class Window:
             stacked = torch.stack([self._pending[index][2] for index in indices]).tolist()
             for index, number in zip(indices, stacked, strict=True):
                 numbers[index] = float(number)
+        names = [name.rpartition("/") for _, name, _ in self._pending]
+        is_strict = [metric in ("loss", "grad_norm") for _, _, metric in names]
+        if self._mean is not None:
+            numbers = self._mean(numbers, is_strict=is_strict)
         fetched = [(step, name, n) for (step, name, _), n in zip(self._pending, numbers, strict=True)]
         self._pending.clear()
-        for step, name, number in fetched:
-            role, _, metric = name.rpartition("/")
-            if metric in ("loss", "grad_norm") and not math.isfinite(number):
+        for (step, _, number), (role, _, metric), strict in zip(fetched, names, is_strict, strict=True):
+            if strict and not math.isfinite(number):
                 what = "loss" if metric == "loss" else "gradient norm"
                 raise NonFiniteError(f"step {step + 1}, role {role!r}: the {what} is {number}")
         self._values += fetched

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from causalreel.parallel.sharding import local
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,19 @@ def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
 
 
 class RoleOptimiser:
-    """The optimiser of one trained role. Parameters with `requires_grad=False` are left alone."""
+    """The optimiser of one trained role. Parameters with `requires_grad=False` are left alone.
 
-    def __init__(self, role: str, module: nn.Module, config: OptimiserConfig) -> None:
-        self.role, self.config = role, config
+    norm: the norm () of this process's part of the gradients -> of all, where several processes share the role.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        module: nn.Module,
+        config: OptimiserConfig,
+        norm: Callable[[Tensor], Tensor] = lambda own: own,
+    ) -> None:
+        self.role, self.config, self._norm = role, config, norm
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError(f"role {role!r} has an optimiser but no parameter that requires a gradient")
@@ -69,10 +81,10 @@ class RoleOptimiser:
 
     def step(self, lr: float) -> Tensor:
         """Clip the gradients and update the weights -> gradient norm () before clipping."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         if not gradients:
             raise ValueError(f"role {self.role!r}: the losses of its update reach none of its parameters")
-        norm = clip_gradients(gradients, self.config.clip)
+        norm = clip_gradients(gradients, self.config.clip, self._norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -84,10 +96,15 @@ class RoleOptimiser:
             parameter.grad = None
 
 
-def clip_gradients(gradients: list[Tensor], limit: float) -> Tensor:
-    """Scale gradients in place so that their joint norm is at most `limit` -> the norm () before that."""
+def clip_gradients(
+    gradients: list[Tensor], limit: float, whole: Callable[[Tensor], Tensor] = lambda own: own
+) -> Tensor:
+    """Scale gradients in place so that their joint norm is at most `limit` -> the norm () before that.
+
+    whole: the norm of these gradients -> the joint norm with those that other processes hold.
+    """
     norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
     if limit < math.inf:
         scale = (limit / (norm + 1e-6)).clamp_(max=1.0)
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage, reportCallIssue, reportArgumentType]

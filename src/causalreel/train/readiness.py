@@ -10,9 +10,9 @@ import torch
 
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.shards import layout, shards
-from causalreel.train import trainer
 from causalreel.train.ingredients import gather, missing, networks
 from causalreel.train.stages.causal_ode import CausalODEConfig
+from causalreel.train.state import choose_device, resumable
 from causalreel.weights.build import empty_denoiser
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ def problems(recipe: Recipe) -> list[str]:
     """What would keep the run from its end, one line each; reads all that the run would read."""
     found = missing(recipe)
     try:
-        device = trainer.choose_device(recipe.trainer.device)
+        device = choose_device(recipe.trainer.device)
     except ValueError as error:
         return [*found, f"trainer.{error}"]
     if not found:
         try:
             made = None if recipe.stage == "codec" else gather(recipe, device, is_loaded=False)
-            trainer.resumable(recipe.trainer, recipe, made.contents if made else ())
+            resumable(recipe.trainer, recipe, made.contents if made else ())
         except ValueError as error:
             found.append(str(error))
     if not found:

@@ -44,6 +44,7 @@ from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_
 from causalreel.train.stages.codec import CodecConfig, CodecStage
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
+from causalreel.train.state import choose_device, resumable
 from causalreel.train.stored import Store
 from causalreel.train.trainer import Result, TrainerConfig
 from causalreel.types import Conditioning
@@ -155,7 +156,7 @@ def describe(recipe: Recipe) -> str:
 def run(recipe: Recipe) -> Result:
     """Train and export; the same call again continues. Returns how it ended; the process computes as before then."""
     _check_folder(Path(recipe.trainer.out))
-    device = trainer.choose_device(recipe.trainer.device)
+    device = choose_device(recipe.trainer.device)
     build = _build_codec if recipe.stage == "codec" else _build_denoising
     out = Path(recipe.trainer.out)
     with claim(out, "training"), arithmetic(device):
@@ -203,7 +204,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _build_codec(recipe: Recipe, device: torch.device) -> Prepared:
-    trainer.resumable(recipe.trainer, recipe)
+    resumable(recipe.trainer, recipe)
     codec = tiny_codec(recipe.trainer.seed).to(device)
     if device.type == "cuda":
         codec.forward = torch.autocast("cuda", torch.bfloat16)(torch.compile(codec.forward))  # float32 weights stay
@@ -224,7 +225,7 @@ def _build_codec(recipe: Recipe, device: torch.device) -> Prepared:
 
 def _build_denoising(recipe: Recipe, device: torch.device) -> Prepared:
     made = gather(recipe, device)
-    trainer.resumable(recipe.trainer, recipe, made.contents)  # before anything is made
+    resumable(recipe.trainer, recipe, made.contents)  # before anything is made
     stage, source, exported, sampling = STAGES[recipe.stage](recipe, made, device)
     assert recipe.codec is not None
     codec_folder = recipe.codec

@@ -70,6 +70,7 @@ class ReadsAhead(DataSource, Protocol):
 class Stage(Protocol):
     """Losses over roles.
 
+    `derived`, if a stage has it: networks that are made of roles and are no state, such as a copy in another type.
     Roles with an optimiser in the trainer's config are trained, roles named by `averages` follow, all others are
     frozen. Nothing else may change a role's weights.
     """
@@ -97,6 +98,12 @@ class DataCursor:
             raise ValueError(f"data source: got {rows} rows, at least 1 is needed")
         self.rows, self.seed, self.position = rows, seed, position
         self._orders: dict[int, Tensor] = {}
+
+    def copy(self) -> DataCursor:
+        """Another one at the same position."""
+        other = DataCursor(self.rows, self.seed, self.position)
+        other._orders = self._orders
+        return other
 
     def take(self, size: int) -> Tensor:
         """The next `size` row indices (size,), continuing into the next epoch; advances the position."""
@@ -127,13 +134,21 @@ class DataCursor:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a stage gets in each step: the 0-based step number, random generators and data."""
+    """What a stage gets in each step: the 0-based step number, random generators and data.
+
+    A batch may be cut into equal parts, which other processes have or which follow each other in this one: then a stage
+    sees one part and draws for it what the whole batch would get, so that the cut changes no number.
+    """
 
     step: int
     seed: int
     source: DataSource
     cursor: DataCursor
     device: torch.device
+    part: int = 0
+    """Which part of every batch this is."""
+    parts: int = 1
+    """Parts of every batch."""
 
     def generator(
         self, purpose: str, *, device: torch.device | str | None = None, step: int | None = None
@@ -146,11 +161,20 @@ class StepContext:
         seed = stable_seed(self.seed, self.step if step is None else step, purpose)
         return torch.Generator(self.device if device is None else device).manual_seed(seed)
 
+    def mine(self, rows: Tensor) -> Tensor:
+        """Rows of a whole batch (B,...) -> those of this part (B/parts,...): every `parts`-th of them."""
+        return rows[self.part :: self.parts]
+
     def batch(self, size: int, kind: type[AnyBatch]) -> AnyBatch:
-        """The next `size` rows at the data position, on the trainer's device; ValueError if of another kind."""
-        indices = self.cursor.take(size)
+        """This part of the next `size` rows, on the trainer's device; ValueError if of another kind."""
+        if size % self.parts:
+            raise ValueError(
+                f"batch: got {size}, which cannot be cut into {self.parts} equal parts (processes with rows of their "
+                f"own, times trainer.accumulate); allowed are multiples of {self.parts}"
+            )
+        indices = self.mine(self.cursor.take(size))
         if isinstance(self.source, ReadsAhead):
-            self.source.expect(torch.cat([indices, self.cursor.peek(size)]))
+            self.source.expect(torch.cat([indices, self.mine(self.cursor.peek(size))]))
         return of_kind(self.source.batch(indices), kind).to(self.device)
 
     def rows(self, rows: range, kind: type[AnyBatch]) -> AnyBatch:

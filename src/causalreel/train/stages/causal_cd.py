@@ -9,13 +9,12 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from causalreel.flow import sigma_grid
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.rollout import chunk_sizes
-from causalreel.train.kit import Viewer, per_frame, randn
+from causalreel.train.kit import Viewer, integers, per_frame, randn
 from causalreel.train.losses import consistency_loss
 from causalreel.train.stage import Average, Loss, StepContext, Update
 from causalreel.types import Conditioning, LatentBatch
@@ -62,8 +61,7 @@ class CausalCD:
         def loss() -> Loss:
             x0 = batch.latents.float()
             last = self.config.grid if self.config.include_last else self.config.grid - 1
-            generator = step.generator("interval")
-            index = torch.randint(last, (len(batch), 1), generator=generator, device=step.device)
+            index = integers(step, "interval", last, len(batch), 1)
             grid = self.grid.to(step.device)
             return consistency_loss(
                 self.student,

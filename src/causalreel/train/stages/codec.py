@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causalreel.codecs.wan_vae import CausalVAE
+from causalreel.train.kit import gaussian, integers
 from causalreel.train.stage import Average, Loss, StepContext, Update
 from causalreel.types import VideoBatch
 
@@ -84,8 +85,7 @@ class CodecStage:
     def loss(self, step: StepContext, video: Tensor) -> Loss:
         """Video (B,T,3,H,W) -> loss and metrics of reconstructing it from sampled latents."""
         config = self.config
-        generator = step.generator("codec posterior", device=video.device)
-        noise = torch.randn(self._latent_shape(video), generator=generator, device=video.device)
+        noise = gaussian(step, "codec posterior", *self._latent_shape(video))
         reconstruction, mean, log_variance = self.roles["codec"](video, noise)
         with torch.autocast(video.device.type, enabled=False):
             difference = reconstruction.float() - video
@@ -115,8 +115,7 @@ class CodecStage:
         if frames < self.config.frames:
             raise ValueError(f"clips have {frames} frames, but config.frames is {self.config.frames}")
         spare = frames - self.config.frames + 1
-        generator = step.generator("codec crop", device=video.device)
-        first = torch.randint(spare, (clips, 1), generator=generator, device=video.device)
+        first = integers(step, "codec crop", spare, clips, 1)
         index = first + torch.arange(self.config.frames, device=video.device)  # (B,T)
         return video[torch.arange(clips, device=video.device)[:, None], index]
 

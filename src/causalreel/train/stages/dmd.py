@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from causalreel.flow import SCORE_SIGMA_RANGE, add_noise, shift_sigma, velocity_to_x0, warp_steps
 from causalreel.nn.denoiser import DiTDenoiser, Guided
-from causalreel.rollout import StreamNoise, chunk_sizes, fuse
-from causalreel.train.kit import EMAConfig, Viewer, draw_index, draw_levels, randn, uniform
+from causalreel.rollout import chunk_sizes, fuse
+from causalreel.train.kit import EMAConfig, RolloutNoise, Viewer, draw_index, draw_levels, randn, uniform
 from causalreel.train.losses import critic_loss, distribution_matching_gradient, surrogate_loss
 from causalreel.train.self_rollout import Record, parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.train.stage import Loss, StepContext, Update
@@ -124,8 +124,9 @@ class DMD:
         for first in range(0, config.critic_updates, share):
             count = min(share, config.critic_updates - first)
             made = self._make(step, step.batch(count * config.batch, LatentBatch), f"critic {first}")
+            rows = len(made.conditioning) // count
             for row in range(count):
-                samples = made if share == 1 else made.rows(row * config.batch, (row + 1) * config.batch)
+                samples = made if share == 1 else made.rows(row * rows, (row + 1) * rows)
                 yield Update("critic", [lambda u=first + row, s=samples: self._critic_loss(step, s, f"critic {u}")])
         yield Update(
             "student", self._student_losses(step, self._make(step, step.batch(config.batch, LatentBatch), "student"))
@@ -171,7 +172,7 @@ class DMD:
             first=config.first_sigmas,
             context_sigma=config.context_sigma,
         )
-        noise = StreamNoise(len(batch), batch.spec, step.generator(f"{purpose} rollout"))
+        noise = RolloutNoise(step, f"{purpose} rollout", len(batch), batch.spec)
         sampler = self._current_sampler()
         with torch.no_grad():
             prepared = sampler.prepare(conditioning)

@@ -1,0 +1,208 @@
+"""A training run in several processes: who has which rows, how networks are shared, what is agreed upon.
+
+Every network is cut over `shard` processes (FSDP2: per block and root), the cuts are repeated in `replicate` groups,
+and `context` neighbours share each row's tokens. Gradients are the mean over all of them, so N processes take the step
+that one process takes on the same batch. One process alone has a `Team` too, which does nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.parallel.ulysses import shard_sequence
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of a launch share the work; their product is the number of processes."""
+
+    shard: int | None = None
+    """Processes that hold each network together; null: all that `replicate` and `context` leave."""
+    replicate: int = 1
+    """Groups with whole networks, such as nodes: only gradients pass between them."""
+    context: int = 1
+    """Processes that share the tokens of each row; must divide the network's heads and a latent frame's tokens."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients are summed over processes."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard", "replicate", "context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, allowed 1 or more")
+
+    def shards(self, processes: int) -> int:
+        """Processes that hold each network together, of a launch of so many; ValueError that says what to change."""
+        others = self.replicate * self.context
+        wanted = None if self.shard is None else self.shard * others
+        if processes % others or wanted not in (None, processes):
+            least = f"a multiple of {others}" if wanted is None else str(wanted)
+            raise ValueError(
+                f"trainer.parallel: shard {self.shard or 'null'} x replicate {self.replicate} x context {self.context} "
+                f"needs {least} processes, this launch has {processes}: start as many with torchrun, or set "
+                f"trainer.parallel.{self._too_large(processes)}"
+            )
+        return processes // others
+
+    def _too_large(self, processes: int) -> str:
+        """The key to change first, with a value that works."""
+        if processes % self.context:
+            return "context=1"
+        return "replicate=1" if processes % (self.replicate * self.context) else "shard=null"
+
+
+class Team:
+    """The processes of a run; made inside `parallel.mesh.join`, or in a process that is alone.
+
+    All of them call the same methods in the same order.
+    """
+
+    def __init__(self, config: ParallelConfig = ParallelConfig(), device: torch.device | None = None) -> None:
+        self.config = config
+        is_joined = dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if is_joined else (0, 1)
+        shards = config.shards(self.size)
+        self.part, self.parts = self.rank // config.context, self.size // config.context
+        """Which rows of a batch are this process's; processes that share tokens have the same."""
+        self.control: dist.ProcessGroup | None = None
+        self.context: dist.ProcessGroup | None = None
+        if not is_joined:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+
+        kind = (device or torch.device("cpu")).type
+        held, names = shards * config.context, ("replicate", "shard")
+        self._mesh = init_device_mesh(kind, (config.replicate, held), mesh_dim_names=names)
+        if config.replicate == 1:
+            self._mesh = self._mesh["shard"]
+        if config.context > 1:
+            grid = init_device_mesh(kind, (self.parts, config.context), mesh_dim_names=("rows", "context"))
+            self.context = grid["context"].get_group()
+        self.control = dist.new_group(backend="gloo")  # of the hosts: waits for no GPU
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    # ---- networks
+
+    def share(self, network: nn.Module) -> None:
+        """Cut a network's parameters over the processes, in place; they become DTensors. Alone: nothing.
+
+        The unit that is gathered is a block of a denoiser, and the rest. Weights are gathered in their own type, so
+        that mixed precision is the same in any number of processes. Every call gives back what it gathered: weights
+        may change between any two calls.
+        """
+        if self.control is None:
+            return
+        if self.context is not None and isinstance(network, DiTDenoiser):
+            shard_sequence(network, self.context)
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # changed by nobody
+        policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, self.config.reduce), cast_forward_inputs=False)
+        root: nn.Module = network
+        if isinstance(network, DiTDenoiser):
+            root = network.model
+            for block in network.model.blocks:
+                fully_shard(block, mesh=self._mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(root, mesh=self._mesh, mp_policy=policy, reshard_after_forward=True)
+
+    def sum_at_end(self, network: nn.Module, is_end: bool) -> None:
+        """Whether the next backward pass of a trained network is the last one of an update: only then gradients are
+        summed over the processes."""
+        root = network.model if isinstance(network, DiTDenoiser) else network
+        if self.control is not None:
+            root.set_requires_gradient_sync(is_end)  # type: ignore[operator]
+
+    def norm(self, local: Tensor) -> Tensor:
+        """Norm () of what this process holds of a network -> of the whole; nothing waits for the GPU."""
+        if self.control is None:
+            return local
+        group = self._mesh["shard"].get_group() if self._mesh.ndim > 1 else self._mesh.get_group()
+        square = local.square()
+        dist.all_reduce(square, group=group)
+        return square.sqrt()
+
+    # ---- what is agreed upon
+
+    def mean(self, numbers: Sequence[float], *, is_strict: Sequence[bool]) -> list[float]:
+        """Each process's numbers -> their means: over the finite ones, but NaN where one is not and `is_strict`."""
+        if self.control is None:
+            return list(numbers)
+        own = torch.tensor(numbers, dtype=torch.float64)
+        finite = own.isfinite()
+        both = torch.stack([torch.where(finite, own, 0.0), finite.double()])
+        dist.all_reduce(both, group=self.control)
+        means = both[0] / both[1]  # NaN where none is finite
+        return torch.where(torch.tensor(is_strict) & (both[1] < self.size), torch.nan, means).tolist()
+
+    def any(self, *facts: bool) -> tuple[bool, ...]:
+        """For each fact, whether it holds in any process."""
+        if self.control is None:
+            return facts
+        found = torch.tensor(facts, dtype=torch.int32)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(map(bool, found.tolist()))
+
+    def gathered(self, value: Value) -> list[Value]:
+        """Everybody's value, by rank."""
+        if self.control is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def first(self, value: Value) -> Value:
+        """The first process's value."""
+        if self.control is None:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0, group=self.control)
+        return held[0]
+
+    def wait(self) -> None:
+        """Until all have come this far."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: the same memory, or the tensor itself where it is not shared."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that the processes share; all of them must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+@torch.no_grad()
+def fill(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor, such as a mapped file's, into one that may be shared: each process reads its part."""
+    if not hasattr(target, "to_local"):
+        target.copy_(source)
+        return
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+    assert all(not isinstance(p, Shard) or p.dim == 0 for p in target.placements)  # type: ignore[attr-defined]
+    local(target).copy_(source[offset[0] : offset[0] + shape[0]] if source.ndim else source)
+
+
+def fill_all(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """`fill` for all of a module's parameters and buffers, which have these names."""
+    for name, target in module.state_dict().items():
+        fill(target, tensors[name])

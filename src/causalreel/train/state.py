@@ -1,0 +1,233 @@
+"""The state of a run: all that a checkpoint holds, and how to get it in and out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from causalreel.config import dump, fixed
+from causalreel.parallel.sharding import Team
+from causalreel.train import checkpoint
+from causalreel.train.average import Follower
+from causalreel.train.contents import Content, fingerprints
+from causalreel.train.log import NonFiniteError, Window, duration
+from causalreel.train.optim import RoleOptimiser, learning_rate
+from causalreel.train.stage import DataCursor, DataSource, Stage, StepContext, Update, stable_seed
+
+if TYPE_CHECKING:
+    from causalreel.train.trainer import PreviewWriter, TrainerConfig
+
+logger = logging.getLogger("causalreel.train")
+
+
+class Run:
+    """The state of a run: all that a checkpoint holds, and how to get it in and out."""
+
+    def __init__(
+        self, stage: Stage, source: DataSource, config: TrainerConfig, recipe: Any, contents: Sequence[Content] = ()
+    ) -> None:
+        self.stage, self.source, self.config, self.recipe = stage, source, config, recipe
+        self.contents = tuple(contents)
+        self._kept: dict[str, str] = {}  # what the checkpoint was made from, where nothing is compared
+        self.device = choose_device(config.device)
+        self.directory = Path(config.out) / "checkpoints"
+        self.step = 0
+        self.team = Team(config.parallel, self.device)
+        self.window = Window(mean=self.team.mean)
+        self.cursor = DataCursor(len(source), config.seed)
+        self.optimisers = self._prepare_roles()
+        self.followers = {
+            role: [Follower(a, stage.roles) for a in stage.averages if a.source == role] for role in stage.roles
+        }
+        self._began = self._saved = time.monotonic()
+        self.aside = 0.0  # seconds of previews and saves
+        self._recorded = (0, 0.0)  # step and seconds of steps at the latest record
+
+    def _prepare_roles(self) -> dict[str, RoleOptimiser]:
+        """Put every role on the device, freeze those that are not trained, make the optimisers of the others."""
+        roles, trained = self.stage.roles, self.config.optimisers
+        _check_names("optimisers", trained, roles)
+        _check_names("averages", {name: 0 for a in self.stage.averages for name in (a.role, a.source)}, roles)
+        followed = [average.role for average in self.stage.averages]
+        for name in followed:
+            if name in trained or followed.count(name) > 1:
+                other = "also has an optimiser" if name in trained else "follows two roles"
+                raise ValueError(f"averages: role {name!r} {other}")
+        for name, module in roles.items():
+            module.to(self.device)
+            if name not in trained:
+                module.requires_grad_(False).eval()
+        for network in (*roles.values(), *getattr(self.stage, "derived", ())):
+            self.team.share(network)
+        norm = self.team.norm
+        return {name: RoleOptimiser(name, roles[name], options, norm) for name, options in trained.items()}
+
+    def contexts(self) -> list[StepContext]:
+        """What the stage is given for each part of the next step; the first moves the data position."""
+        count, step = self.config.accumulate, (self.step, self.config.seed, self.source)
+        first, parts = self.team.part * count, self.team.parts * count
+        cursors = [self.cursor, *(self.cursor.copy() for _ in range(1, count))]
+        return [StepContext(*step, c, self.device, first + i, parts) for i, c in enumerate(cursors)]
+
+    def sum_at_end(self, update: Update, is_end: bool) -> None:
+        """Whether the next backward pass is the last one of the update."""
+        self.team.sum_at_end(self.stage.roles[update.role], is_end)
+
+    def optimiser(self, update: Update) -> RoleOptimiser:
+        """The optimiser of an update's role."""
+        if update.role not in self.optimisers:
+            raise ValueError(f"update: role {update.role!r} has no optimiser; allowed: {', '.join(self.optimisers)}")
+        if not update.losses:
+            raise ValueError(f"update of role {update.role!r}: got no losses, at least one is needed")
+        return self.optimisers[update.role]
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients of all roles, so that a loss on one role leaves nothing behind in another."""
+        for optimiser in self.optimisers.values():
+            optimiser.clear()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, over all resumptions."""
+        return time.monotonic() - self._began
+
+    def record(self) -> dict[str, float | int]:
+        """Close the window: the metrics since the last record. Waits for the GPU; raises NonFiniteError."""
+        means, seconds = self._means(), self.seconds
+        step_before, seconds_before = self._recorded
+        working = seconds - self.aside
+        record: dict[str, float | int] = {"step": self.step, "seconds": seconds, **means}
+        for role, optimiser in self.optimisers.items():
+            record[f"{role}/lr"] = learning_rate(optimiser.config, self.step - 1, self.config.steps)
+        record["steps_per_second"] = (self.step - step_before) / max(working - seconds_before, 1e-9)
+        if self.device.type == "cuda":
+            record["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.window.clear()
+        self._recorded = (self.step, working)
+        return record
+
+    def _means(self) -> dict[str, float]:
+        try:
+            return self.window.means()
+        except NonFiniteError as error:
+            kept = checkpoint.latest(self.directory)
+            rest = f"the last checkpoint is {kept}" if kept else "there is no checkpoint yet"
+            raise NonFiniteError(f"{error}. Training stopped and saved nothing; {rest}") from None
+
+    def preview(self, write: PreviewWriter) -> None:
+        """Let the stage show its progress, without a trace in random state or data position."""
+        began = self._clock()
+        devices = [self.device] if self.device.type == "cuda" else []
+        context = StepContext(self.step, self.config.seed, self.source, self.cursor.copy(), self.device)
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            video = self.stage.preview(context)  # in all processes alike
+        if video is not None and self.team.is_first:
+            place = Path(self.config.out) / "previews"
+            write(video, place, self.step)
+            logger.info("preview of step %d in %s: %.1f s", self.step, place, self._step_aside(began))
+
+    def is_save_due(self) -> bool:
+        """Whether the time between checkpoints is over."""
+        limit = self.config.save_every_seconds
+        return limit is not None and time.monotonic() - self._saved >= limit
+
+    def save(self) -> None:
+        """Write a checkpoint, unless a loss since the last record was not finite."""
+        began = self._clock()
+        self._means()
+        frozen = self.stage.roles.keys() - self.optimisers.keys() - {average.role for average in self.stage.averages}
+        trainer = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "aside": self.aside,
+            "recorded": self._recorded,
+            "window": self.window.fetch(),
+            "rows": self.cursor.rows,
+            "position": self.cursor.position,
+            "optimisers": {role: optimiser.adamw.state_dict() for role, optimiser in self.optimisers.items()},
+            "rng": {"cpu": torch.get_rng_state()},
+        }
+        if self.device.type == "cuda":
+            trainer["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        roles = {role: module.state_dict() for role, module in self.stage.roles.items()}
+        made_from = {**self._kept, **fingerprints(self.contents)}
+        state = checkpoint.State(roles, trainer, dump(self.recipe), fixed(self.recipe), made_from, frozenset(frozen))
+        path = checkpoint.save(self.directory, self.step, state, keep=self.config.keep)
+        self._saved = time.monotonic()
+        logger.info("saved %s: %.1f s", path, self._step_aside(began))
+
+    def _clock(self) -> float:
+        """Now, when the GPU has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+    def _step_aside(self, began: float) -> float:
+        """Seconds since `began`, which do not count as training steps."""
+        seconds = time.monotonic() - began
+        self.aside += seconds
+        return seconds
+
+    def restore(self) -> bool:
+        """Take over the newest checkpoint if there is one; else seed torch and let the averages start as copies."""
+        path = resumable(self.config, self.recipe, self.contents)
+        if path is None:
+            torch.manual_seed(stable_seed(self.config.seed, 0, "global"))
+            for follower in (f for followers in self.followers.values() for f in followers):
+                follower.copy()
+            return False
+        state = checkpoint.load(path, is_checked=self.config.check)
+        self._kept = dict(state.contents)
+        if self.contents and not state.contents:
+            logger.info("%s is older than fingerprints are: data and initial weights cannot be compared with it", path)
+        trainer = state.trainer
+        if state.roles.keys() != self.stage.roles.keys():
+            raise ValueError(
+                f"checkpoint {path} has the roles {sorted(state.roles)}, expected {sorted(self.stage.roles)}"
+            )
+        if trainer["rows"] != self.cursor.rows:
+            raise ValueError(f"checkpoint {path}: the data source had {trainer['rows']} rows, now {self.cursor.rows}")
+        for role, module in self.stage.roles.items():
+            checkpoint.load_strict(module, state.roles[role], f"checkpoint {path}, role {role!r}")
+        for role, optimiser in self.optimisers.items():
+            optimiser.adamw.load_state_dict(trainer["optimisers"][role])
+        torch.set_rng_state(trainer["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in trainer["rng"]:
+            torch.cuda.set_rng_state(trainer["rng"]["cuda"], self.device)
+        self.step, self.cursor.position = trainer["step"], trainer["position"]
+        self.window, self._recorded = Window(trainer["window"], mean=self.team.mean), trainer["recorded"]
+        self._began, self.aside = time.monotonic() - trainer["seconds"], trainer.get("aside", 0.0)
+        logger.info("resumed %s after %s of training", path, duration(trainer["seconds"]))
+        return True
+
+
+def resumable(config: TrainerConfig, recipe: Any, contents: Sequence[Content] = ()) -> Path | None:
+    """The checkpoint that a run would go on from; ValueError if it is of another run or has more steps."""
+    path = checkpoint.latest(Path(config.out) / "checkpoints")
+    if path is None:
+        return None
+    checkpoint.check_same(path, fixed(recipe), contents if config.check else ())
+    done = checkpoint.step_of(path)
+    if done > config.steps:
+        raise ValueError(f"steps: got {config.steps}, but {path} has {done}; ask for {done} or more or use another out")
+    return path
+
+
+def _check_names(what: str, names: dict[str, Any], roles: dict[str, Any]) -> None:
+    for name in names:
+        if name not in roles:
+            raise ValueError(f"{what}: the stage has no role {name!r}; allowed: {', '.join(roles)}")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device; ValueError for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda, but there is no GPU here; allowed: auto, cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
