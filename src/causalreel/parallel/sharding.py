@@ -88,7 +88,9 @@ class Team:
         if config.context > 1:
             grid = init_device_mesh(kind, (self.parts, config.context), mesh_dim_names=("rows", "context"))
             self.context = grid["context"].get_group()
-        self.control = dist.new_group(backend="gloo")  # of the hosts: waits for no GPU
+        control = dist.new_group(backend="gloo")  # of the hosts: waits for no GPU
+        assert isinstance(control, dist.ProcessGroup)
+        self.control = control
 
     @property
     def is_first(self) -> bool:

@@ -74,17 +74,17 @@ class _Exchange(torch.autograd.Function):
     """All-to-all of rows (n,...), which is its own way back."""
 
     @staticmethod
-    def forward(context: Any, sent: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        context.group = group
+    def forward(ctx: Any, sent: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
         got = torch.empty_like(sent)
         dist.all_to_all_single(got, sent, group=group)
         return got
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         sent = gradients[0].contiguous()
         got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=context.group)
+        dist.all_to_all_single(got, sent, group=ctx.group)
         return got, None
 
 
@@ -92,15 +92,15 @@ class _Gather(torch.autograd.Function):
     """(...) of each process -> (n,...) of all. All know the gradient of the whole, so each takes its row, times n."""
 
     @staticmethod
-    def forward(context: Any, own: Tensor, exchange: Ulysses) -> Tensor:
-        context.exchange = exchange
+    def forward(ctx: Any, own: Tensor, exchange: Ulysses) -> Tensor:
+        ctx.exchange = exchange
         parts = own.new_empty(exchange.size, *own.shape)
         dist.all_gather(list(parts.unbind(0)), own, group=exchange.group)
         return parts
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0][context.exchange.rank] * context.exchange.size, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0][ctx.exchange.rank] * ctx.exchange.size, None
 
 
 def allowed_sizes(heads: int, tokens: int | None = None) -> list[int]:
