@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from causalreel.cli.parsing import CHUNK, SIDE, Range
+from causalreel.cli.parsing import CHUNK, LORA, SIDE, Range
 
 if TYPE_CHECKING:
     import torch
@@ -84,9 +84,21 @@ class ModelFlags(ThreadFlag):
     both slightly other videos; eager the plain network."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
+    lora: Annotated[tuple[str, ...], LORA] = ()
+    """LoRA to merge into the weights: FILE or FILE:STRENGTH, a path or OWNER/REPOSITORY[/FILE]; again for each."""
 
-    def load(self, *, device: torch.device | str | None = None, gpus: int = 1, graphs: bool = True) -> Pipeline:
-        """The pipeline. device: in place of the flag. graphs: record calls on a GPU; pays from the second clip on."""
+    def load(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        gpus: int = 1,
+        graphs: bool = True,
+        adjustable: bool = False,
+    ) -> Pipeline:
+        """The pipeline. device: in place of the flag. graphs: record calls on a GPU; pays from the second clip on.
+
+        adjustable: strengths of LoRAs can be changed.
+        """
         from causalreel.infer.accelerate import accelerate
         from causalreel.infer.models import load, network_of
 
@@ -104,6 +116,8 @@ class ModelFlags(ThreadFlag):
             height=self.height,
             width=self.width,
             prompt_cache=cache_folder("prompts"),  # embeddings take seconds to make
+            loras=self.lora,
+            adjustable=adjustable,
         )
         if (precision := self.precision_on(pipeline.device)) == "eager":
             return pipeline

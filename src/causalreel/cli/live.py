@@ -81,7 +81,9 @@ def serve(args: Serve) -> int:
         idle_s=args.idle_s,
     )
     with listen(args.host, args.port) as door, closing(Store(settings.data, replica=args.replica)) as store:
-        pipeline = args.load()  # after all that may be refused at once: a port that is taken, a folder that is not one
+        pipeline = args.load(
+            adjustable=True
+        )  # after all that may be refused at once: a port that is taken, a folder that is not one
         scheduler = Scheduler(pipeline, limits)
         app = create_app(scheduler, settings, store=store)
         host, port = door.getsockname()[:2]

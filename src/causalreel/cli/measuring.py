@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from causalreel.cli.flags import ModelFlags, Precision, ThreadFlag
-from causalreel.cli.parsing import BATCH, CHUNK, FRAMES, SEED, SIDE, Range
+from causalreel.cli.parsing import BATCH, CHUNK, FRAMES, LORA, SEED, SIDE, Range
 
 # ---------------------------------------------------------------------------------------------------------------- bench
 
@@ -84,17 +84,23 @@ class EstimateMemory:
     """Where UMT5-XXL stays; default: cpu. Released models only."""
     gpus: Annotated[int, Range(1, 1024)] = 1
     """GPUs that share the stream; the numbers are of the first, which decodes."""
+    lora: Annotated[tuple[str, ...], LORA] = ()
+    """As of `generate`: checked for whether it fits. Merged into the weights, it takes no memory of the GPU."""
 
 
 def estimate_memory(args: EstimateMemory) -> int:
     from causalreel.infer.estimate import estimate
+    from causalreel.infer.loras import find_loras
     from causalreel.infer.models import request_for
 
     options = dataclasses.asdict(args)
     form = options.pop("precision") or ("bf16" if args.dtype is None else "eager")
     if form != "eager" and args.dtype not in (None, "bfloat16"):
         raise ValueError(f"dtype {args.dtype} is for --precision eager; {form} computes in bfloat16")
-    print(estimate(request_for(options.pop("model"), form=form, **options)).table())
+    loras = options.pop("lora")
+    request = request_for(options.pop("model"), form=form, **options)
+    find_loras(loras, request.model)
+    print(estimate(request).table())
     return 0
 
 

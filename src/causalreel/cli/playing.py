@@ -86,7 +86,7 @@ def stream(args: Stream) -> int:
         image = None if args.image is None else read_picture(args.image, profile.size)[0]
         script = _check_words(args, profile, image)
         frames = _frames(args.frames, args.seconds, "--seconds", args.fps or profile.export.fps)
-        pipeline = args.load()
+        pipeline = args.load(adjustable=True)
         steady_heap()
         options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image)
         session = Session(pipeline, options, policy=args.policy)

@@ -119,6 +119,9 @@ class Live:
         """Latent frames of the stream so far."""
         self.segments = 0
         """Segments begun so far."""
+        self._strengths: dict[str, float] = {}
+        """Of LoRAs, waiting for the next chunk."""
+        self._version = 0 if pipeline.loras is None else pipeline.loras.version
         self._noise = KeyedNoise([seed], pipeline.export.latent, pipeline.device)
         self._conditioning = self._prepare(Conditioning(text.to(pipeline.device), fields or {}))
         """The text in force, and the fields of the last frames."""
@@ -157,9 +160,23 @@ class Live:
             self.sampling = sampling
             self._conditioning = self._prepare(self._conditioning)
 
+    def set_loras(self, strengths: Mapping[str, float]) -> None:
+        """Other strengths of the pipeline's LoRAs, by name, from the next chunk on, in a new segment.
+
+        What was read with the old weights is read again with the new ones, as after `tell` with recompute. The weights
+        are the pipeline's: other streams of it change too, each in a new segment from its next chunk on. ValueError,
+        and nothing changes, for what cannot be set.
+        """
+        loras = self.pipeline.loras
+        if loras is None:
+            raise ValueError(f"{self.pipeline.export.name} was loaded without a LoRA, so that none can be set")
+        loras.check(self._strengths | dict(strengths))
+        self._strengths |= strengths
+
     def next_chunk(self, fields: Mapping[str, Tensor] | None = None) -> Chunk:
         """The next latents (1,F,C,H,W) float32, at their frame of the stream; fields: theirs, name -> (1,F,...)."""
         self._extend(fields or {})
+        self._take_weights()
         if self._fade is not None:
             self._say(self._fade.move())
             self._fade = None if self._fade.is_over else self._fade
@@ -190,6 +207,20 @@ class Live:
         )
         self._begun_with = self.sampling
         self.segments += 1
+
+    def _take_weights(self) -> None:
+        """Merge the strengths that wait; begin anew if the weights are others than those of the chunk before."""
+        loras = self.pipeline.loras
+        if loras is None:
+            return
+        if self._strengths:
+            waiting, self._strengths = self._strengths, {}
+            self._segment = None  # its cache is of no more use, and merging needs room
+            loras.set(waiting)
+        if loras.version != self._version:
+            self._version = loras.version
+            self._segment = None
+            self._conditioning = self._prepare(self._conditioning)
 
     def _say(self, text: Tensor) -> None:
         self._conditioning = self._prepare(replace(self._conditioning, text=text))

@@ -17,6 +17,7 @@ from causalreel.codecs.wan_vae import vae_config
 from causalreel.foreign import shown
 from causalreel.infer.estimate import Request, weight_bytes
 from causalreel.infer.fits import check, require_bfloat16
+from causalreel.infer.loras import Loras, find_loras
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import DECODERS, Choices, load_released
 from causalreel.infer.schedule import Schedule, adapt, schedule
@@ -37,6 +38,7 @@ from causalreel.weights.export import (
     read_codec,
     read_export,
 )
+from causalreel.weights.lora_files import Asked
 from causalreel.weights.registry import MODELS
 
 log = logging.getLogger(__name__)
@@ -64,12 +66,17 @@ def load(
     prompt_cache: Path | None = None,
     before_loading: Callable[[Export, torch.device], None] | None = None,
     gpus: int = 1,
+    loras: Sequence[Asked] = (),
+    adjustable: bool = True,
 ) -> Pipeline:
     """A pipeline for an embedded model (`tiny`, `tiny/frame-1step`, ...), a released one or an export's folder.
 
     steps, chunk: of a family such as `tiny` they choose the variant trained for them; where there is none, the nearest
     one is used with them, which is logged. device: None is CUDA if there is one, else the CPU. gpus: how many processes
     will share the pipeline (`infer.distributed.spread`), for the check of memory.
+
+    loras: adapters to merge into the weights: files, FILE:STRENGTH, or (file, strength); see docs/lora.md. adjustable:
+    keep the weights that they change, so that `Pipeline.set_loras` can set other strengths.
 
     On a CPU the embedded models are fastest with one thread, on a busy machine by far: `torch.set_num_threads(1)`. The
     command line does it; a program's own threads are not touched here.
@@ -79,11 +86,23 @@ def load(
     """
     looks = before_loading or partial(_check_released, decoder=decoder, gpus=gpus)
     choices = Choices(weights, wan_dir, decoder, height, width, which, prompt_cache, looks)
+    sampled: dict[str, Any] = {"steps": steps, "chunk": chunk}
+    found = find_loras(loras, profile(model, **sampled).export.model) if loras else ()
     if str(model) in MODELS:
-        return load_released(MODELS[str(model)], choices, choose_device(device), steps=steps, chunk=chunk)
-    folder = find(model, steps=steps, chunk=chunk)
-    _refuse(model, choices)
-    device = choose_device(device)
+        pipeline = load_released(MODELS[str(model)], choices, choose_device(device), **sampled)
+    else:
+        folder = find(model, **sampled)
+        _refuse(model, choices)
+        pipeline = _load_export(folder, choose_device(device), gpus=gpus, **sampled)
+    if not found:
+        return pipeline
+    return replace(pipeline, loras=Loras(pipeline.denoiser, found, is_adjustable=adjustable))
+
+
+def _load_export(
+    folder: Path, device: torch.device, *, steps: int | Sequence[float] | None, chunk: int | None, gpus: int
+) -> Pipeline:
+    """The pipeline of an export's folder."""
     require_bfloat16(device)
     _check_memory(lambda: request_for(folder, steps=steps, chunk=chunk, gpus=gpus), device)
     denoiser, export = load_export(folder, compute=torch.bfloat16 if device.type == "cuda" else None)

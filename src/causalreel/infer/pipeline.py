@@ -6,7 +6,7 @@ What a clip shows depends on its prompt and seed alone, not on the batch it is i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from causalreel.infer.loras import Loras
 from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.infer.wording import full_prompt
 from causalreel.nn.caches import growing_cache
@@ -37,6 +38,8 @@ class Pipeline:
     device: torch.device
     decoder: Callable[[int], DecodeStream] | None = None
     """What opens a stream of pixels for so many clips; None: the codec's own."""
+    loras: Loras | None = None
+    """What is merged into the denoiser's weights."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -47,6 +50,15 @@ class Pipeline:
     def fields(self) -> frozenset[str]:
         """The fields of the conditioning that its network takes."""
         return self.denoiser.model.fields
+
+    def set_loras(self, strengths: Mapping[str, float]) -> None:
+        """Other strengths of LoRAs that the pipeline was loaded with, by name, from the next call on.
+
+        All streams of the pipeline share its weights. `infer.live.Live` changes them between two chunks.
+        """
+        if self.loras is None:
+            raise ValueError(f"{self.export.name} was loaded without a LoRA, so that none can be set")
+        self.loras.set(strengths)
 
     def schedule(
         self,

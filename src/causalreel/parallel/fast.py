@@ -52,6 +52,10 @@ class Bf16Linear:
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
 
+    def renew(self, weight: Tensor, first: int) -> None:
+        """Weights (O,E) of the outputs from `first` on; they may be shared with the network, which has them then."""
+        self.weight.data[first : first + len(weight)].copy_(weight)
+
     def __call__(self, x: Tensor, row_scale: Tensor | None = None) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
@@ -72,6 +76,19 @@ class FastBlock:
         self.o, self.cross_q, self.cross_o, self.up, self.down = (linear(*effective(layer)) for layer in rest)
         self.q_norm, self.k_norm, self.cross_norm = attn.norm_q.weight, attn.norm_k.weight, cross.norm_q.weight
         self.norm3 = block.norm3.weight.float(), block.norm3.bias.float()
+
+
+PRODUCTS = {
+    "self_attn.q": ("qkv", 0),
+    "self_attn.k": ("qkv", 1),
+    "self_attn.v": ("qkv", 2),
+    "self_attn.o": ("o", 0),
+    "cross_attn.q": ("cross_q", 0),
+    "cross_attn.o": ("cross_o", 0),
+    "ffn.0": ("up", 0),
+    "ffn.2": ("down", 0),
+}
+"""Layer of a block -> the product of FastBlock that it is in, and which of its parts."""
 
 
 def _as_one(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
@@ -136,6 +153,27 @@ class FastDiT:
             for layer in (attn.q, attn.k, attn.v, attn.o, cross.q, cross.o, block.ffn[0], block.ffn[2]):
                 _give_back(layer)
         self._is_released = True
+
+    @torch.no_grad()
+    def renew(self, name: str, value: Tensor) -> None:
+        """A parameter of the network has another value: the same here, in place, so that recordings stay good.
+
+        Modulation that is kept for levels seen before is stale until `forget_levels`.
+        """
+        block, _, inside = name.removeprefix("blocks.").partition(".")
+        if inside == name or not block.isdecimal():
+            return
+        layer, _, leaf = inside.rpartition(".")
+        fast = self.blocks[int(block)]
+        if layer == "norm3":
+            fast.norm3[leaf == "bias"].copy_(value)
+        elif layer in PRODUCTS and leaf == "weight":
+            product, part = PRODUCTS[layer]
+            getattr(fast, product).renew(value, part * len(value))
+
+    def forget_levels(self) -> None:
+        """Compute modulation anew: its weights have changed."""
+        self._levels.clear()
 
     def new_cache(
         self,

@@ -23,6 +23,12 @@ class Fp8Linear:
         self.weight, self.scale = values, scale.t().contiguous()  # (O,E), (1,O)
         self.bias = bias.detach()
 
+    def renew(self, weight: Tensor, first: int) -> None:
+        """Weights (O,E) of the outputs from `first` on, quantised anew in place."""
+        values, scale = quantise_rows(weight.to(self.bias.dtype))
+        self.weight[first : first + len(weight)] = values
+        self.scale[:, first : first + len(weight)] = scale.t()
+
     def __call__(self, x: Tensor, row_scale: Tensor | None = None) -> Tensor:
         assert row_scale is not None and x.dtype == FP8
         if x.is_cuda:

@@ -21,6 +21,8 @@ class Kind:
     marks: tuple[str, ...]
     hint: str
     """What would load it, or that nothing here does."""
+    ends: tuple[str, ...] = ()
+    """Or by how some of its names end."""
 
 
 MERGE = "it changes a base model and is none: merge it into its base model first, with the tool that made it"
@@ -32,7 +34,7 @@ KINDS = (
     Kind("LoHa (LyCORIS)", ("hada_w1", "hada_w2", "hada_t1"), MERGE),
     Kind("OFT (LyCORIS)", ("oft_blocks", "oft_diag", "oft_R"), MERGE),
     Kind("DoRA", ("dora_scale", "lora_magnitude_vector"), LORA),
-    Kind("LoRA", ("lora_A", "lora_B", "lora_down", "lora_up", ".lora.", ".diff_b"), LORA),
+    Kind("LoRA", ("lora_A", "lora_B", "lora_down", "lora_up", ".lora."), LORA, (".diff", ".diff_b", ".diff_m")),
     Kind("an optimiser's state", ("exp_avg", "param_groups"), "give the file of the network itself"),
     Kind("VACE (control) model", ("vace_blocks.", "vace_patch_embedding."), "VACE models are not supported"),
     Kind(
@@ -82,7 +84,12 @@ def guess_layout(names: Iterable[str]) -> str:
 def guess_kind(names: Iterable[str]) -> Kind | None:
     """The kind of file that these names suggest, if it is none of Wan2.1's own."""
     names = list(names)
-    return next((kind for kind in KINDS if any(mark in name for name in names for mark in kind.marks)), None)
+    found = (
+        kind
+        for kind in KINDS
+        if any(name.endswith(kind.ends) or any(mark in name for mark in kind.marks) for name in names)
+    )
+    return next(found, None)
 
 
 SUFFIXES = {

@@ -29,7 +29,7 @@ from causalreel.headers import NAME, read_header
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.diffusers import from_diffusers, to_diffusers
 from causalreel.weights.files import PICKLE_SUFFIXES, read_tensors
-from causalreel.weights.identify import config_of, describe, folder_in_words, guess_layout, size_in_words
+from causalreel.weights.identify import LORA, config_of, describe, folder_in_words, guess_layout, size_in_words
 
 log = logging.getLogger(__name__)
 
@@ -321,6 +321,8 @@ def _refuse_quantised(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _no_generator(nested: list[str]) -> str:
+    if any(key.endswith("_lora") for key in nested):
+        return f"no network in the file but a LoRA ({shown(', '.join(nested), 300)}); {LORA}"
     if "critic" in nested:
         return (
             f"no generator in the file: it has {shown(', '.join(nested), 300)}; a critic scores videos and makes none "
