@@ -58,6 +58,23 @@ def test_every_number_of_every_command_has_a_range_and_odd_ones_are_refused() ->
     assert count > 200
 
 
+ZERO = {
+    "seed": "the first of the seeds",
+    "port": "a free one",
+    "resume_chunks": "nothing is kept for who comes back",
+    "frames of estimate": "endless",
+}
+"""Numbers that may be 0, and what it means."""
+
+
+def test_nothing_of_something_is_refused_where_it_means_nothing() -> None:
+    for name, cls in NAMES.items():
+        for field, (_, bounds) in numbers(cls).items():
+            assert bounds is not None
+            may_be = field in ZERO or f"{field} of {name}" in ZERO
+            assert bounds.least == 0 if may_be else bounds.least > 0, f"{name} --{field}"
+
+
 @pytest.mark.parametrize("name", [name for name, cls in NAMES.items() if numbers(cls)])
 @pytest.mark.parametrize("value", ["-1", "1" * 5000, "abc", ""])
 def test_odd_numbers_are_refused_as_they_are_typed(name: str, value: str) -> None:
@@ -123,6 +140,14 @@ def test_the_parsers_box_is_a_sentence(box: str) -> None:
         (["eval", "--device", "tpu"], "device must be"),
         (["encode", "--codec", "x", "--out", "y", "--device", "xpu"], "device must be"),
         (["serve", "--port", "99999"], "--port must be at most 65,535, got 99999"),
+        (
+            ["serve", "--host", "nowhere.invalid"],
+            "cannot listen on nowhere.invalid port 8000: no address has that name",
+        ),
+        (["serve", "--host", "203.0.113.7"], "203.0.113.7 port 8000: that is no address of this machine; name one"),
+        (["serve", "--host", ""], "host must be an address or a name, got ''; 0.0.0.0 is every address"),
+        (["serve", "--host", "a\0b"], "host must be an address or a name"),
+        (["serve", "--host", "x" * 300], "cannot listen on xxx"),
         (["stream", "--seconds", "inf", "-o", "x.mp4"], "--seconds must be"),
         (["estimate", "--dtype", "float32", "--precision", "bf16"], "dtype float32 is for --precision eager"),
         (["generate", "a cat"], "unknown word 'cat'; the words are size"),

@@ -6,14 +6,18 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from causalreel import cli
-from causalreel.cli.flags import ThreadFlag
+from causalreel.cli import videos
+from causalreel.cli.flags import ModelFlags, ThreadFlag
+from causalreel.data import prepare as preparing
 from causalreel.data.video_in import read_video
+from causalreel.infer import models
 from causalreel.infer.pipeline import Pipeline
 from causalreel.nn.presets import PRESETS
 from causalreel.weights import export as exports
@@ -185,7 +189,115 @@ def test_frames_are_written_as_they_are_made(monkeypatch: pytest.MonkeyPatch) ->
     assert files[0] == 0 and files[-1] == 1
 
 
-def test_bench_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+FOLDERS = [
+    (1, "new/", ["new/0.mp4"]),
+    (1, "a/b/new/", ["a/b/new/0.mp4"]),
+    (1, "there", ["there/0.mp4"]),
+    (1, "there/", ["there/0.mp4"]),
+    (1, "here.mp4", ["here.mp4"]),
+    (2, "new", ["new/0.mp4", "new/1.mp4"]),
+    (2, "a/new/", ["a/new/0.mp4", "a/new/1.mp4"]),
+    (2, "v1.2/", ["v1.2/0.mp4", "v1.2/1.mp4"]),
+    (2, "here.gif", ["here-0.gif", "here-1.gif"]),
+    (2, "there/here.gif", ["there/here-0.gif", "there/here-1.gif"]),
+]
+
+
+@pytest.mark.parametrize(("prompts", "output", "files"), FOLDERS)
+def test_a_folder_is_made_where_one_is_meant_and_said(
+    prompts: int, output: str, files: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slash says a folder, several prompts and no suffix do; what was made is said, and every file."""
+    monkeypatch.setattr(Pipeline, "stream", lambda self, prompts, **request: iter([torch.zeros(1, 4, 3, 32, 32)]))
+    Path("there").mkdir()
+    assert generate(*[RED, BLUE][:prompts], "-o", output) == 0
+    shown, said = capsys.readouterr()
+    assert [line.partition(":")[0] for line in shown.splitlines()] == files
+    assert sorted(str(path) for path in Path().rglob("*.*") if path.is_file()) == files
+    folder = Path(files[0]).parent
+    is_made = folder not in (Path(), Path("there"))
+    assert (f"causalreel: made the folder {folder}\n" in said) == is_made
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("there/no/x.mp4", "cannot write there/no/x.mp4: directory there/no does not exist"),
+        ("file/", "cannot write file/0.mp4: file is a file"),
+        ("file/new/", "cannot write file/new/0.mp4: file is a file"),
+        ("n" * 300 + "/new/", "names have at most 255 bytes here, got 300"),
+        ("no", "path must end in .mp4, .mkv, .mov, .webm, .gif, got 'no'"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    output: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("file").write_text("")
+    Path("there").mkdir()
+    monkeypatch.setattr(ModelFlags, "load", None)
+    assert generate(RED, "-o", output) == 2
+    fails(capsys, message)
+    assert sorted(os.listdir()) == ["file", "there"]
+
+
+def test_a_folder_that_was_made_in_vain_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(self: Pipeline, prompts: str, **request: Any) -> Any:
+        yield torch.zeros(1, 4, 3, 32, 32)
+        if prompts == BLUE:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Pipeline, "stream", stream)
+    assert generate(BLUE, RED, "-o", "a/new/") == 1
+    assert os.listdir() == []
+    assert generate(RED, BLUE, "-o", "a/new/") == 1  # what is finished stays
+    assert [str(path) for path in Path().rglob("*.mp4")] == ["a/new/0.mp4"] and len(os.listdir("a/new")) == 1
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=100.0)
+    clock.perf_counter = lambda: clock.now
+
+    def stream(self: Pipeline, prompts: str, **request: Any) -> Any:
+        for _ in range(8):
+            clock.now += 4
+            yield torch.zeros(1, 4, 3, 32, 32)
+
+    monkeypatch.setattr(Pipeline, "stream", stream)
+    monkeypatch.setattr(videos, "time", clock)
+    assert generate(RED, "-o", "red.mp4") == 0
+    shown, said = capsys.readouterr()
+    lines = [line for line in said.splitlines() if line.startswith("red.mp4")]
+    assert lines == ["red.mp4: 12 frames after 12 s", "red.mp4: 24 frames after 24 s"]
+    assert shown == "red.mp4: 32 frames in 32.00 s, first frame after 4.00 s, 1.0 frames/s\n" and "\r" not in said
+
+
+@pytest.mark.parametrize(("device", "more", "batch"), [("cpu", [], 4), ("cpu", ["--batch", "9"], 9), ("cuda", [], 256)])
+def test_encode_takes_few_clips_at_once_on_a_cpu(
+    device: str, more: list[str], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 at once, as on a GPU, would need 22 GB."""
+    taken: dict[str, Any] = {}
+
+    class Codec:
+        def to(self, device: torch.device) -> Codec:
+            return self
+
+    def prepare(out: Path, codec: Codec, **how: Any) -> Path:
+        taken.update(how)
+        return out
+
+    monkeypatch.setattr(preparing, "prepare", prepare)
+    monkeypatch.setattr(exports, "load_codec", lambda folder: Codec())
+    monkeypatch.setattr(models, "choose_device", lambda *_, **__: torch.device(device))
+    assert cli.main(["encode", "--codec", "tiny", "--out", "data", *more]) == 0
+    assert (taken["batch"], taken["device"].type) == (batch, device)
+
+
+def test_bench_prints_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = tmp_path / "speed.json"
     how = ["bench", "--runs", "1", "--frames", "5", "--batch", "2", "--device", "cpu"]
     assert cli.main([*how, "-o", str(written)]) == 0
@@ -196,6 +308,9 @@ def test_bench_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert cli.main(["bench", "--batch", "0"]) == 2
     fails(capsys, "batch must be at least 1")
+    monkeypatch.setattr(ModelFlags, "load", None)  # said before anything is measured
+    assert cli.main([*how, "-o", str(tmp_path / "no/speed.json")]) == 2
+    fails(capsys, "no does not exist")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in ("generate", "train", "verify"))])

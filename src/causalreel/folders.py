@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 try:
@@ -45,7 +45,7 @@ def claim(folder: str | Path, purpose: str) -> Iterator[bool]:
     if owner == thread:
         yield is_locked
         return
-    made = _make(folder)
+    made = make(folder)
     handle = None
     try:
         handle = _lock(folder, purpose)
@@ -64,16 +64,21 @@ def claim(folder: str | Path, purpose: str) -> Iterator[bool]:
                 with contextlib.suppress(FileNotFoundError):  # the folder may be gone
                     (folder / LOCK).unlink()
                 os.close(handle)
-            with contextlib.suppress(OSError):  # the first that is not empty ends it
-                for path in made:
-                    path.rmdir()
+            unmake(made)
 
 
-def _make(folder: Path) -> list[Path]:
+def make(folder: Path) -> list[Path]:
     """Make the folder and its parents -> those that were not there, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
+
+
+def unmake(made: Sequence[Path]) -> None:
+    """Remove folders that `make` made, as far as nothing is in them."""
+    with contextlib.suppress(OSError):  # the first that is not empty ends it
+        for path in made:
+            path.rmdir()
 
 
 def _lock(folder: Path, purpose: str) -> int | None:

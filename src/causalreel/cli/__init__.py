@@ -174,8 +174,10 @@ def _log_to_stderr() -> None:
 def _one_line(error: BaseException) -> str:
     """What an error says: one line of printable characters, at most `LINE`."""
     text = str(error)
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(error.filename, (str, bytes)) else text
+    if isinstance(error, OSError) and error.strerror:  # the system's number says nothing to a reader
+        text = error.strerror
+        if isinstance(error.filename, (str, bytes)) and error.filename:
+            text = f"{os.fsdecode(error.filename)}: {text}"
     return shown(" ".join(text.split()) or type(error).__name__, LINE)
 
 

@@ -34,9 +34,12 @@ class Bench(ModelFlags):
 def bench(args: Bench) -> int:
     import json
 
+    from causalreel.data.video import check_target
     from causalreel.files import write_text
     from causalreel.infer.bench import measure
 
+    if args.output is not None:
+        check_target(args.output, (args.output.suffix.lower(),))  # before minutes of measuring
     pipeline = args.load()
     speed = measure(pipeline, [args.prompt] * args.batch, frames=args.frames, runs=args.runs)
     print(speed.table())

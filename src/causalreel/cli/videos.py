@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,19 +25,21 @@ if TYPE_CHECKING:
     from causalreel.infer.requests import Wanted
     from causalreel.parallel.mesh import Mesh
 
+log = logging.getLogger("causalreel")
+
 
 @dataclass(frozen=True)
 class Generate(ModelFlags):
     """Make videos from prompts, for example "a large red circle moves right".
 
-    One prompt is written to `output`; several go to output-0.mp4, output-1.mp4 ... or, if `output` is a directory or
-    has no suffix, to 0.mp4, 1.mp4 ... in it.
+    One prompt is written to `output`; several go to output-0.mp4, output-1.mp4 ... If `output` is a folder, ends in a
+    slash or, for several prompts, has no suffix, they go to 0.mp4, 1.mp4 ... in it, and it is made if need be.
     """
 
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]")] = ()
     """What to show; the seed of each further prompt is one higher."""
-    output: Annotated[Path, arg(aliases=["-o"])] = Path("out.mp4")
-    """Video file (.mp4, .mkv, .mov, .webm, .gif), or a directory."""
+    output: Annotated[str, arg(aliases=["-o"], metavar="PATH")] = "out.mp4"
+    """Video file (.mp4, .mkv, .mov, .webm, .gif), or a folder, which a slash at the end says."""
     prompt_file: Path | None = None
     """Text file with one prompt a line, or .jsonl with {"prompt": ..., "image": ..., "seed": ...} a line, besides those
     on the command line."""
@@ -64,18 +69,18 @@ def generate(args: Generate) -> int:
     """Under torchrun all processes make each video together; the first one alone decodes, writes and prints."""
     from causalreel.infer.distributed import processes
 
-    with processes(args.device) as mesh:
-        return _generate(args, mesh)
+    with processes(args.device) as mesh, contextlib.ExitStack() as made:
+        return _generate(args, mesh, made)
 
 
-def _generate(args: Generate, mesh: Mesh | None) -> int:
+def _generate(args: Generate, mesh: Mesh | None, made: contextlib.ExitStack) -> int:
     wanted = _wanted(args)
     from causalreel.data.video import OUTPUT_SUFFIXES, SHEET_SUFFIXES, Spread, check_target, contact_sheet, write_video
     from causalreel.infer.distributed import ahead, spread
 
-    paths = _outputs(args.output, wanted)
+    is_folder, paths = _outputs(args.output, wanted)
     for path in paths:  # before the work and not after it; the writers check again
-        check_target(path, OUTPUT_SUFFIXES, may_make_folder=True)
+        check_target(path, OUTPUT_SUFFIXES, may_make_folder=is_folder)
     if args.sheet is not None:
         check_target(args.sheet, SHEET_SUFFIXES)
     profile = args.profile()
@@ -90,6 +95,8 @@ def _generate(args: Generate, mesh: Mesh | None) -> int:
     pipeline.text.encode(prompts)  # all of them are understood before the first is made
     scale = pixel_scale(pipeline) if args.scale is None else args.scale
     shown: list[Tensor] = []
+    if is_folder and (mesh is None or mesh.rank == 0):
+        made.enter_context(_folder(paths[0].parent))
     for index, (one, path) in enumerate(zip(wanted, paths, strict=True)):
         seed, prefix = _seed(args, index, one), _prefix(args, profile, one, beginning)
         parts = pipeline.stream(one.prompt, frames=frames, seed=seed, prefix=prefix)
@@ -98,7 +105,6 @@ def _generate(args: Generate, mesh: Mesh | None) -> int:
             continue
         parts = parts if args.decode_device is None else ahead(parts)
         clock, sheet = _Clock(path.name), Spread()
-        path.parent.mkdir(exist_ok=True)
         keep = sheet.add if args.sheet is not None else None
         write_video(path, clock.watch(parts, keep), pipeline.export.fps, scale=scale)
         print(f"{path}: {clock.summary()}", flush=True)
@@ -213,16 +219,30 @@ def _check(
         full_prompt(TEXT_ENCODERS[profile.export.text](), one.prompt, seed, None if prefix is None else prefix[-1])
 
 
-def _outputs(output: Path, wanted: Sequence[Wanted]) -> list[Path]:
-    """Where each of the wanted videos goes."""
+def _outputs(output: str, wanted: Sequence[Wanted]) -> tuple[bool, list[Path]]:
+    """Whether the videos go into a folder of their own, and where each of them goes."""
     from causalreel.infer.requests import numbered
 
-    names = numbered(wanted)
-    if output.is_dir() or (len(wanted) > 1 and not output.suffix):
-        return [output / f"{name}.mp4" for name in names]
+    names, path = numbered(wanted), Path(output)
+    is_folder = output.endswith(("/", os.sep)) or path.is_dir() or (len(wanted) > 1 and not path.suffix)
+    if is_folder:
+        return True, [path / f"{name}.mp4" for name in names]
     if len(wanted) == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{name}{output.suffix}") for name in names]
+        return False, [path]
+    return False, [path.with_name(f"{path.stem}-{name}{path.suffix}") for name in names]
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A folder for videos, made if need be; one that was made goes again if nothing is in it at the end."""
+    from causalreel import folders
+
+    if made := folders.make(path):
+        log.info("made the folder %s", path)
+    try:
+        yield
+    finally:
+        folders.unmake(made)
 
 
 def _beginning(args: Generate, profile: Profile, frames: int | None) -> Tensor:

@@ -29,7 +29,7 @@ VP9 = {"deadline": "good", "cpu-used": "4", "row-mt": "1", "b": "0"}
 def check_target(path: str | os.PathLike[str], suffixes: Sequence[str], *, may_make_folder: bool = False) -> Path:
     """A file that can be written, as a Path, or a ValueError or OSError that says why not; writes nothing.
 
-    may_make_folder: the file's folder need not be there if the folder above it is, because the caller will make it.
+    may_make_folder: the file's folder need not be there, because the caller will make it and those above it.
     """
     target = Path(path)
     if "\0" in str(target):
@@ -37,10 +37,11 @@ def check_target(path: str | os.PathLike[str], suffixes: Sequence[str], *, may_m
     if target.suffix.lower() not in suffixes:
         raise ValueError(f"path must end in {', '.join(suffixes)}, got {target.name!r}")
     folder, names = target.parent, [target.name]
-    if may_make_folder and not folder.exists():
-        folder, names = folder.parent, [folder.name, target.name]
+    while may_make_folder and not os.path.lexists(folder):
+        folder, names = folder.parent, [folder.name, *names]
     if not folder.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: directory {target.parent} does not exist")
+        what = f"{folder} is a file" if folder.is_file() else f"directory {target.parent} does not exist"
+        raise FileNotFoundError(f"cannot write {target}: {what}")
     longest = os.pathconf(folder, "PC_NAME_MAX")
     for name in names:
         if (length := len(os.fsencode(name))) > longest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import signal
@@ -28,15 +29,27 @@ SWITCH_S = 0.001
 and health has to answer."""
 
 
+WHY = {
+    errno.EADDRINUSE: "something else listens there; name another --port, or 0 for a free one",
+    errno.EADDRNOTAVAIL: "that is no address of this machine; name one of its own with --host, or 0.0.0.0 for all",
+    errno.EACCES: "this user may not open that port; name a --port from 1024 on",
+    socket.EAI_NONAME: "no address has that name here; name an address of this machine with --host, such as 127.0.0.1",
+}
+"""What keeps a server from listening, by the system's number, and what helps."""
+
+
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; ValueError for a port that cannot be, OSError for an address that is taken or not here."""
+    """A listening socket; ValueError for what is no host or port, OSError for an address that is taken or not here."""
     if not 0 <= port <= 65535:
         raise ValueError(f"port must be from 0 to 65535, got {port}")
+    if not host.strip() or not host.isprintable():  # an empty one would mean every address
+        raise ValueError(f"host must be an address or a name, got {host!r:.80}; 0.0.0.0 is every address")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise OSError(error.errno, f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+        why = WHY.get(error.errno or 0, str(error.strerror or error).partition(" (while")[0])
+        raise OSError(error.errno, f"cannot listen on {host:.80} port {port}: {why}") from error
 
 
 class Server(uvicorn.Server):
