@@ -14,6 +14,9 @@ from causalreel.nn.rope import rope_table, rotate
 from causalreel.rollout import KeyedNoise
 from causalreel.types import Conditioning
 
+Past = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""(frame, token) -> its key before rotation, and its value (B,N,D)."""
+
 
 @dataclass(frozen=True)
 class Read:
@@ -38,11 +41,15 @@ def from_scratch(
     frames: int,
     sigmas: tuple[float, ...],
     read: Callable[[int, int], Read],
+    remember: Callable[[Past, int], None] = lambda past, start: None,
 ) -> Tensor:
-    """-> latents (B,F,C,4,4) of a chunked rollout; read(layer, start) says what the chunk that starts there sees."""
+    """-> latents (B,F,C,4,4) of a chunked rollout; read(layer, start) says what the chunk that starts there sees.
+
+    remember: called after each commit with a block's keys and values and the next chunk's start, to make up some more.
+    """
     model, config, done = net.model, net.config, []
     width = config.dim // config.heads
-    past: list[dict[tuple[int, int], tuple[Tensor, Tensor]]] = [{} for _ in model.blocks]  # (frame, token) -> (B,N,D)
+    past: list[Past] = [{} for _ in model.blocks]
     text = model.embed_text(given.text)
 
     def turned(keys: Tensor, at: list[tuple[int, int]]) -> Tensor:
@@ -78,6 +85,7 @@ def from_scratch(
             if keep:
                 names = [(start + frame, token) for frame in range(chunk) for token in range(4)]
                 past[layer] |= {name: (k[:, i], v[:, i]) for i, name in enumerate(names)}
+                remember(past[layer], start + chunk)
         return model.latents(y, time, 2, 2)
 
     for start in range(0, frames, chunk):

@@ -9,18 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from by_hand import Read, frames_at, from_scratch
+from by_hand import Past, Read, frames_at, from_scratch
 from causalreel import config
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import frames_of
+from causalreel.nn.policies.deep_forcing import DeepForcing
 from causalreel.nn.policies.infinity_rope import InfinityRope
 from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.memrope import MemRope
 from causalreel.nn.policies.registry import POLICIES, described, policy_from
+from causalreel.nn.policies.relax_forcing import RelaxForcing
 from causalreel.nn.policies.rolling_sink import RollingSink
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.static_cache import StaticCache
+from causalreel.nn.token_cache import TokenCache
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
 from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
@@ -133,6 +137,120 @@ def test_training_sees_what_inference_sees(name: str) -> None:
         close(parallel_pass(net, record, given(cuts)), expected)
 
 
+# ---- policies that look at what frames hold
+
+SELECTING = {
+    "deep-forcing": DeepForcing(sink=2, budget=8, recent=3),
+    "deep-forcing-last-block": DeepForcing(sink=1, budget=6, recent=1, observed=1),
+    "relax-forcing": RelaxForcing(sink=2, budget=8, recent=2, alignment=0.7),
+    "memrope": MemRope(sink=2, local=3, alpha_long=0.2, alpha_short=0.6),
+}
+
+
+class Averages:
+    """The two memories of a block by hand: of what lies between two sink frames and the three newest ones."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, list] = {}
+
+    def __call__(self, past: Past, start: int) -> None:
+        layer = id(past)
+        frames = self.kept.setdefault(layer, [])
+        frames += [start - 2, start - 1]
+        if len(frames) <= 7:
+            return
+        leaving = frames[2:-3]
+        for frame, alpha in ((-1, 0.2), (-2, 0.6)):
+            pairs = [past[f, t] for f in leaving for t in range(4)]
+            mean = [torch.stack([pair[i] for pair in pairs]).mean(0) for i in (0, 1)]
+            old = self.kept.get((layer, frame), mean)
+            self.kept[layer, frame] = [(1 - alpha) * o + alpha * m for o, m in zip(old, mean, strict=True)]
+        for frame in (-1, -2):
+            past |= {(frame, t): tuple(self.kept[layer, frame]) for t in range(4)}
+        self.kept[layer] = [*frames[:2], -1, -2, *frames[-3:]]
+
+
+@torch.no_grad()
+def watched(net: DiTDenoiser, frames: int) -> tuple[Tensor, dict[tuple[int, int], Read], list[TokenCache]]:
+    """A rollout of two samples; what each chunk of the first one saw, as the cache says it; and the caches."""
+    cache, seen, caches = net.new_cache(), {}, []
+    assert isinstance(cache, TokenCache)
+
+    def observe(call, x, velocity) -> None:
+        if (0, call.start) not in seen:
+            caches.append(cache.copy())
+            first = cache.context.first_position(call.start, cache.held)
+            for layer, entries in enumerate(cache.layers):
+                columns = [] if entries is None else [entries.frames[0], entries.tokens[0], entries.positions[0]]
+                rows = list(zip(*(column.tolist() for column in columns), strict=True))
+                seen[layer, call.start] = Read(rows, [first, first + 1])
+
+    told, plan = net.prepare(given()), chunked([2] * (frames // 2), SIGMAS)
+    made = collect(rollout(net, plan, conditioning=told, noise=noise(), cache=cache, observe=observe))
+    return made, seen, caches
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_a_selecting_rollout_is_the_one_by_hand(name: str) -> None:
+    """The choice is taken from the cache; keys, values, memories and positions are not."""
+    net, frames = denoiser(SELECTING[name]), 24
+    made, seen, _ = watched(net, frames)
+    read = lambda layer, start: seen[layer, start]  # noqa: E731
+    how = {"chunk": 2, "frames": frames, "sigmas": SIGMAS, "read": read}
+    remember = Averages() if name == "memrope" else lambda past, start: None
+    expected = from_scratch(net, given()[:1], KeyedNoise([1], SPEC), remember=remember, **how)
+    close(made[:1], expected)
+    fast = accelerate(denoiser(SELECTING[name]))
+    assert isinstance(fast.run, FastDiT)
+    cache = fast.run.new_cache(SELECTING[name], chunk=2, frames=None, batch=2, size=(4, 4))
+    assert isinstance(cache, TokenCache)  # its shape is not steady: no static cache
+    close(run(fast, cache, 2, frames), made)
+    alone = collect(
+        rollout(
+            net,
+            chunked([2] * (frames // 2), SIGMAS),
+            conditioning=given()[1:],
+            noise=KeyedNoise([2], SPEC),
+            cache=net.new_cache(),
+        )
+    )
+    close(made[1:], alone)  # each sample chooses for itself
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_a_selecting_policy_trains_by_replay(name: str) -> None:
+    net, sizes = denoiser(SELECTING[name]), [2] * 8
+    expected = run(net, net.new_cache(), 2, 16)
+    plan = list(training_plan(sizes, SIGMAS, [1, 1]))
+    record = record_rollout(net, plan, told=given(), noise=noise(), cache=net.new_cache(), keep_caches=True)
+    close(record.latents, expected)
+    net.requires_grad_(True)
+    parts = [one() for one in replay_passes(net, record, given())]
+    close(torch.cat(parts, 1), expected)
+    sum(part.square().mean() for part in parts).backward()
+    assert all(p.grad is not None for p in net.model.blocks[0].self_attn.parameters())
+    with pytest.raises(ValueError, match="chunk by chunk behind its own cache only"):
+        parallel_pass(net, record, given())
+    with pytest.raises(ValueError, match="needs calls of one chunk"):
+        run(net, net.new_cache(), 2, 8, change=fuse)
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_a_selection_keeps_what_it_must_and_stays_flat(name: str) -> None:
+    policy = SELECTING[name]
+    _, _, caches = watched(denoiser(policy), 60)
+    most = policy.most_held(2)
+    assert [cache.held for cache in caches[10:]] == [most] * len(caches[10:])
+    for cache in caches[10:]:
+        for entries in cache.layers:
+            assert entries is not None and entries.keys.shape[1] == len(entries) == 4 * (most or 0)
+            sink, newest = entries.frames[:, : 4 * policy.sink], entries.frames[:, -4:]
+            assert set(sink.flatten().tolist()) == set(range(policy.sink)) and (newest == cache.end - 1).all()
+            assert (entries.positions >= 0).all() and entries.positions.max() < max(cache.end, most or 0) + 2
+            if policy.is_endless:
+                assert entries.positions[0].tolist() == [p for p in range(most or 0) for _ in range(4)]
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "full"])
 def test_what_is_held_is_flat(name: str) -> None:
     """After ten windows as much as after two, and as much as the policy says."""
@@ -178,6 +296,9 @@ def test_a_policy_is_read_from_its_name_and_numbers() -> None:
         ("infinity-rope:cache_chunks=1", "cache_chunks must exceed sink_chunks"),
         ("infinity-rope:last_position=1", "room for a chunk of 3 frames"),
         ("infinity-rope:shifts_single_frames=2", "must be true or false"),
+        ("deep-forcing:budget=3,sink=2,recent=2", "budget must hold sink and recent"),
+        ("relax-forcing:alignment=1.5", "alignment must be from 0 to 1"),
+        ("memrope:alpha_long=-1", "alpha_long must be from 0 to 1"),
     ],
 )
 def test_a_wrong_policy_is_one_line(text: str, message: str) -> None:
@@ -186,7 +307,7 @@ def test_a_wrong_policy_is_one_line(text: str, message: str) -> None:
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
 
 
-@pytest.mark.parametrize("policy", [CASES[name][0] for name in CASES], ids=list(CASES))
+@pytest.mark.parametrize("policy", [*(case[0] for case in CASES.values()), *SELECTING.values()], ids=str)
 def test_exports_name_the_policy_and_its_numbers(policy: ContextPolicy) -> None:
     card = Export("policies", CONFIG, Sampling(chunk=2), policy, 6, 16.0, SPEC)  # type: ignore[arg-type]
     written = config.dump(card)

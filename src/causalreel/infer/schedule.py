@@ -39,7 +39,7 @@ class Schedule:
             first=first_noise_levels(self.sampling),
             prefix=[chunk] * (self.prefix // chunk),
         )
-        return fuse(plan) if fused else plan
+        return fuse(plan) if fused and not self.context.selects else plan
 
 
 def even_steps(count: int) -> tuple[float, ...]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.paged_cache import PagedCache
 from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.selecting import SelectingPolicy
 from causalreel.nn.policies.window import Context
 from causalreel.nn.static_cache import StaticCache
+from causalreel.nn.token_cache import TokenCache
 
 
-def growing_cache(policy: ContextPolicy, layers: int) -> KVCache:
+def growing_cache(policy: ContextPolicy, layers: int) -> KVCache | TokenCache:
     """An empty cache for one rollout of a network with so many blocks."""
-    return KVCache(layers, policy)
+    return TokenCache(layers, policy) if isinstance(policy, SelectingPolicy) else KVCache(layers, policy)
 
 
 def static_kind(policy: ContextPolicy) -> type[StaticCache] | None:

@@ -17,6 +17,7 @@ from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, Frame, frames_of, reading
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.presets import ModelConfig
+from causalreel.nn.token_cache import TokenCache
 from causalreel.types import Cache, Conditioning, Denoiser, ReplayCache
 
 
@@ -44,7 +45,7 @@ class DiTDenoiser(nn.Module):
     def config(self) -> ModelConfig:
         return self.model.config
 
-    def new_cache(self) -> KVCache:
+    def new_cache(self) -> KVCache | TokenCache:
         """An empty context for one rollout."""
         return growing_cache(self.context, self.config.layers)
 

@@ -24,6 +24,7 @@ from causalreel.nn.kv_cache import FrameCache
 from causalreel.nn.masks import Reading
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rope_table, rotate
+from causalreel.nn.token_cache import TokenCache
 from causalreel.types import Conditioning
 
 TIME_SCALE = 1000.0
@@ -151,12 +152,17 @@ class SelfAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A block's q, k, v (B,L,N,D) of the call's tokens -> what its queries read (B,L,N,D).
 
-        q is rotated; k too, unless keys are stored before their rotation (`Reading.groups`).
+        q is rotated; k too, unless keys are stored before their rotation (`Reading.turns_keys`).
         """
         frames, tokens = len(self.reading.positions), self.size[0] * self.size[1]
         if self.exchange is not None:
             q, k, v = self.exchange.to_heads(q, k, v, frames)
-        if self.cache is not None:
+        if self.reading.by_token:
+            assert isinstance(self.cache, TokenCache)
+            if self.exchange is not None:
+                raise ValueError(f"{self.cache.context} works on one device: it looks at what all heads hold")
+            k, v = self.cache.read(layer, q, k, v, self.size)
+        elif self.cache is not None:
             k, v = self.cache.extend(layer, k, v)
         if self.reading.groups:
             attended = self._by_groups(q, k, v, tokens)
@@ -233,7 +239,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, time: Tensor, text: CallText, attention: SelfAttention) -> Tensor:
         """x (B,F,S,E), time (B,F,6,E) -> x (B,F,S,E)."""
         attended = attention(
-            self.layer, *self.before_attention(x, time, attention.cos, attention.sin, not attention.reading.groups)
+            self.layer, *self.before_attention(x, time, attention.cos, attention.sin, attention.reading.turns_keys)
         )
         return self.after_attention(x, attended, time, text.of_block(self.layer, self.cross_attn.key_value))
 

@@ -90,6 +90,13 @@ class Reading:
     """None where every query sees every key."""
     groups: tuple[Group, ...] = ()
     """Where keys are stored before their rotation: chunk by chunk what is read, instead of the mask."""
+    by_token: bool = False
+    """The cache knows the position of every key, and turns them itself (`nn.token_cache`)."""
+
+    @property
+    def turns_keys(self) -> bool:
+        """Whether keys are rotated before they are stored."""
+        return not self.groups and not self.by_token
 
 
 @lru_cache(maxsize=4096)

@@ -35,8 +35,8 @@ def rope_table(
 
 
 def _angles(positions: Tensor, pairs: int) -> Tensor:
-    frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
-    return positions.double()[:, None] * frequency
+    frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64, device=positions.device) / max(pairs, 1))
+    return positions.double()[..., None] * frequency
 
 
 def _to(x: Tensor, device: torch.device) -> Tensor:
@@ -48,3 +48,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B,L,N,D), cos, sin (L,1,D/2) -> x with neighbouring channels rotated as pairs."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B,L,N,D/2)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def token_table(positions: Tensor, tokens: Tensor, size: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
+    """positions, tokens (B,L) of single tokens, rows and columns of a frame -> cos, sin (B,L,1,D/2) float32.
+
+    The rows of `rope_table` for entries that come from anywhere.
+    """
+    pairs, spatial = head_dim // 2, head_dim // 6
+    sides = ((positions, pairs - 2 * spatial), (tokens // size[1], spatial), (tokens % size[1], spatial))
+    turns = torch.cat([_angles(*side) for side in sides], dim=-1).unsqueeze(2)
+    return turns.cos().float(), turns.sin().float()

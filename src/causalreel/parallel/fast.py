@@ -237,7 +237,7 @@ class FastDiT:
         cos, sin = self.model.rotation(reading.positions, *size, x.device)  # (L,1,D/2)
         rotation = cos.squeeze(1), sin.squeeze(1)
         with torch.cuda.device_of(x):  # Triton starts kernels on the current device
-            if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache) and not reading.groups:
+            if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache) and reading.turns_keys:
                 return self.graphs(x, levels, rotation, text, fields, reading, cache)
             return self.evaluate(x, levels, rotation, text, fields, reading, cache)
 
@@ -324,7 +324,7 @@ class FastDiT:
         exchange, frames, tokens = self.model.exchange, shape[1], size[0] * size[1]
         qkv = block.qkv(z, scale).view(shape[0], frames * shape[2], -1)
         weights = (block.q_norm, block.k_norm, *rotation)
-        if reading.groups:
+        if not reading.turns_keys:
             out = self._by_groups(layer, qkv, block, rotation, reading, cache, size)
             return kernels.quantise_rows(out) if self.quantised else (out, None)
         if isinstance(cache, StaticCache) and isinstance(cache.memory, PackedMemory):

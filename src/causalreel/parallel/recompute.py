@@ -73,6 +73,6 @@ def _whole(
         return plain(x, time, text, attention)
     if attention.cache is None:
         return checkpoint(plain, x, time, text, attention, use_reentrant=False, preserve_rng_state=False)
-    cos, sin, turns_keys = attention.cos, attention.sin, not attention.reading.groups
+    cos, sin, turns_keys = attention.cos, attention.sin, attention.reading.turns_keys
     attended = attention(block.layer, *_again(block.before_attention)(x, time, cos, sin, turns_keys))
     return _again(block.after_attention)(x, attended, time, text.of_block(block.layer, block.cross_attn.key_value))

@@ -11,11 +11,16 @@ from torch import Tensor
 
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import frames_of
+from causalreel.nn.policies.deep_forcing import DeepForcing
 from causalreel.nn.policies.infinity_rope import InfinityRope
 from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.memrope import MemRope
+from causalreel.nn.policies.relax_forcing import RelaxForcing
 from causalreel.nn.policies.rolling_sink import RollingSink
+from causalreel.nn.policies.selecting import Entries
 from causalreel.nn.policies.window import Context
-from causalreel.nn.rope import rope_table, rotate
+from causalreel.nn.rope import rope_table, rotate, token_table
+from causalreel.nn.token_cache import TokenCache
 from causalreel.rollout import Call, chunked, collect, rollout
 from causalreel.types import Conditioning
 from causalreel.verify.case import Case, Findings
@@ -51,7 +56,19 @@ POLICIES: dict[str, Make] = {
         cut_shift=n["rope_cut_delta"],
         shifts_single_frames=n["rope_cut_single_frame"],
     ),
+    "deep_forcing": lambda n, first, chunk: DeepForcing(
+        sink=n["sink_frames"], budget=n["budget_frames"], recent=n["recent_frames"], observed=n["observation_layers"]
+    ),
+    "memrope": lambda n, first, chunk: MemRope(
+        sink=n["sink_frames"], local=n["local_frames"], alpha_long=n["alpha_long"], alpha_short=n["alpha_short"]
+    ),
+    "relax_forcing": lambda n, first, chunk: RelaxForcing(
+        sink=n["sink_frames"], budget=n["budget_frames"], recent=n["recent_frames"], alignment=n["alignment_weight"]
+    ),
 }
+
+MEMORIES = {-1: "mem_long", -2: "mem_short"}
+"""What the recorded cases call frames that are made up."""
 
 
 def handler(case: Case) -> Callable[[Case, Findings], None] | None:
@@ -62,8 +79,10 @@ def handler(case: Case) -> Callable[[Case, Findings], None] | None:
 class Seen:
     """What every chunk of a rollout saw, as the recorded cases say it."""
 
-    cache: KVCache
+    cache: KVCache | TokenCache
     policy: ContextPolicy
+    found: Findings
+    cuts: tuple[bool, ...] = ()
     blocks: list[dict[str, Any]] = field(default_factory=list)
     last: int = -1
 
@@ -72,13 +91,39 @@ class Seen:
             self.add(call.start, call.frames, bool(self.cuts and self.cuts[call.start]))
             self.last = call.start
 
-    cuts: tuple[bool, ...] = ()
-
     def add(self, start: int, size: int, cut: bool = False) -> None:
-        view = self.policy.view(self.cache.frames, frames_of([size], start=start, cuts=[cut] * size))
-        seen = {"frames": [frame.index for frame in view.frames], "positions": list(view.positions)}
-        own = {"current_frames": list(range(start, start + size)), "current_positions": list(view.own)}
-        self.blocks.append({"block": len(self.blocks)} | seen | own)
+        """A chunk, before which the cache is as it is now."""
+        if isinstance(self.cache, KVCache):
+            view = self.policy.view(self.cache.frames, frames_of([size], start=start, cuts=[cut] * size))
+            seen: dict[str, Any] = {"frames": [frame.index for frame in view.frames], "positions": list(view.positions)}
+            own = list(view.own)
+        else:
+            self._scores(len(self.blocks) - 1)
+            first = self.cache.context.first_position(start, self.cache.held)
+            seen, own = _entries(self.cache), list(range(first, first + size))
+        told = {"current_frames": list(range(start, start + size)), "current_positions": own}
+        self.blocks.append({"block": len(self.blocks)} | seen | told)
+
+    def _scores(self, block: int) -> None:
+        assert isinstance(self.cache, TokenCache)
+        if scores := self.cache.state.pop("scores", None):
+            self.found.add(
+                f"out.selection_scores.block{block:02d}", torch.cat(scores) if len(scores) > 1 else scores[0][0]
+            )
+
+
+def _entries(cache: TokenCache) -> dict[str, Any]:
+    """What the first sample holds: tokens of every block where they choose for themselves, else frames."""
+    layers = []
+    for entries in cache.layers:
+        names = ("frames", "tokens", "positions")
+        found = {name: [] if entries is None else getattr(entries, name)[0].tolist() for name in names}
+        layers.append(found)
+    if isinstance(cache.context, DeepForcing):
+        return {"layers": layers}
+    step = len(layers[0]["frames"]) // max(cache.held, 1) or 1
+    frames = [MEMORIES.get(frame, frame) for frame in layers[0]["frames"][::step]]
+    return {"frames": frames, "positions": layers[0]["positions"][::step]}
 
 
 @torch.no_grad()
@@ -93,7 +138,7 @@ def policies(case: Case, found: Findings) -> None:
     student = Released(net, tell=lambda sigma: (1000 * sigma.double()).float().double() / 1000)
     noise = RecordedNoise(case.tensors["in.noise"], [draw for _, draw in case.draws("renoise")])
     cache = net.new_cache()
-    seen = Seen(cache, policy, cuts=conditioning.cuts or ())
+    seen = Seen(cache, policy, found, conditioning.cuts or ())
     plan = chunked(sizes, tuple(levels), commit_last=True)
     how: dict[str, Any] = {"conditioning": conditioning, "cache": cache, "observe": seen.observe}
     found.add("out.latents", collect(rollout(student, plan, noise=Scaled(noise, levels[0]), **how)))
@@ -102,17 +147,34 @@ def policies(case: Case, found: Findings) -> None:
     seen.blocks[-1] |= {"not_generated": True}
     for got, wanted in zip(seen.blocks, case.extra["context"], strict=True):
         found.add_exact(f"extra.context of block {got['block']}", got, wanted)
-    grid = tuple(side // net.config.patch for side in case.tensors["in.noise"].shape[-2:])
+    rows, columns = (side // net.config.patch for side in case.tensors["in.noise"].shape[-2:])
     for name in [name for name in case.tensors if name.startswith("out.layer")]:
         layer, kind = name.removeprefix("out.layer").split("_")[::2]
-        stored = (cache.keys if kind == "k" else cache.values)[int(layer)]
-        assert stored is not None
-        at = tuple(frame.index for frame in cache.frames)
-        if kind == "k" and policy.is_absolute:  # our keys are stored rotated, theirs are not
-            cos, sin = rope_table(at, *grid, net.config.dim // net.config.heads, stored.device)
-            stored = rotate(stored, cos, -sin)
-        read = [at.index(frame) for frame in seen.blocks[-1]["frames"]]
-        found.add(name, stored.unflatten(1, (len(at), -1))[:, read].flatten(1, 2))
+        found.add(name, _stored(cache, policy, int(layer), kind, seen.blocks[-1], (rows, columns)))
+
+
+def _stored(
+    cache: KVCache | TokenCache,
+    policy: ContextPolicy,
+    layer: int,
+    kind: str,
+    seen: dict[str, Any],
+    size: tuple[int, int],
+) -> Tensor:
+    """Keys or values of a block, in the order of the next chunk's context, as the released code stores them."""
+    if isinstance(cache, TokenCache):  # theirs are rotated, except with memory frames; ours never
+        entries = cache.layers[layer]
+        assert isinstance(entries, Entries)
+        if kind == "v" or isinstance(policy, MemRope):
+            return entries.values if kind == "v" else entries.keys
+        return rotate(entries.keys, *token_table(entries.positions, entries.tokens, size, entries.keys.shape[-1]))
+    stored = (cache.keys if kind == "k" else cache.values)[layer]
+    assert stored is not None
+    at = tuple(frame.index for frame in cache.frames)
+    if kind == "k" and policy.is_absolute:  # ours are stored rotated, theirs are not
+        cos, sin = rope_table(at, *size, stored.shape[-1], stored.device)
+        stored = rotate(stored, cos, -sin)
+    return stored.unflatten(1, (len(at), -1))[:, [at.index(frame) for frame in seen["frames"]]].flatten(1, 2)
 
 
 def _conditioning(case: Case, sizes: list[int]) -> Conditioning:

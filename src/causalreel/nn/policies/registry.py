@@ -8,17 +8,28 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from causalreel.foreign import shown
+from causalreel.nn.policies.deep_forcing import DeepForcing
 from causalreel.nn.policies.infinity_rope import InfinityRope
 from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.memrope import MemRope
+from causalreel.nn.policies.relax_forcing import RelaxForcing
 from causalreel.nn.policies.rolling_sink import RollingSink
 from causalreel.nn.policies.window import Context
 from causalreel.spelling import nearest
 
-AnyPolicy = Context | RollingSink | InfinityRope
+AnyPolicy = Context | RollingSink | InfinityRope | DeepForcing | MemRope | RelaxForcing
 """What an export may name: its key `policy` chooses, and `Context` where there is none."""
 
 Fit = Callable[[int, int], dict[str, Any]]
 """Latent frames of a training clip and of a chunk -> the numbers with which a policy sees about as much."""
+
+
+def _chosen(frames: int, chunk: int) -> dict[str, Any]:
+    """A chunk sees a training clip's length: a third of what stays is the sink, the newest chunk and one in three."""
+    budget = max(frames - chunk, chunk + 2)
+    recent = max(budget // 4, chunk)
+    return {"budget": budget, "recent": recent, "sink": min(budget // 3, budget - recent)}
+
 
 POLICIES: dict[str, tuple[type[ContextPolicy], Fit]] = {
     "full": (Context, lambda frames, chunk: {}),
@@ -30,6 +41,9 @@ POLICIES: dict[str, tuple[type[ContextPolicy], Fit]] = {
         InfinityRope,
         lambda frames, chunk: {"cache_chunks": max(frames // chunk - 1, 2), "last_position": frames - 1},
     ),
+    "deep-forcing": (DeepForcing, _chosen),
+    "memrope": (MemRope, lambda frames, chunk: {"sink": chunk, "local": max(frames - 2 * chunk - 2, 1)}),
+    "relax-forcing": (RelaxForcing, _chosen),
 }
 """Name -> class, and the numbers that it has for a model unless others are given."""
 
