@@ -12,11 +12,13 @@ from torch import Tensor
 
 from causalreel import cli, load
 from causalreel.infer.accelerate import accelerate
+from causalreel.infer.commands import Options, parse_line
 from causalreel.infer.live import Live, Policy, encode_prompt
 from causalreel.infer.loras import Loras
 from causalreel.infer.pipeline import Pipeline
 from causalreel.nn.dit import DiT
 from causalreel.parallel import fast
+from causalreel.serve.session import Session
 from causalreel.weights.lora import changed, read_lora
 from causalreel.weights.lora_files import read_loras
 from test_infer import PROMPTS, pipeline
@@ -156,6 +158,25 @@ def test_a_sum_that_is_not_finite_leaves_what_was() -> None:
         made.set_loras({"a": 0.5, "b": 99.0})
     assert all(torch.equal(value, before[name]) for name, value in made.denoiser.state_dict().items())
     assert made.loras.strengths == {"a": 1.0, "b": 0.0}
+
+
+def test_a_session_is_told_strengths() -> None:
+    """By the command; a replay begins and changes alike."""
+    made = small((A, 0.0))
+    session = Session(made, Options(PROMPTS[0], 3))
+    first = [session.next_chunk() for _ in range(2)]
+    with pytest.raises(ValueError, match="no LoRA called 'b'; there are a"):
+        session.command("lora", lora="b", strength=1.0)
+    session.command(parse_line("/lora a 0.5"))
+    changed_ = session.next_chunk()
+    assert made.loras.strengths == {"a": 0.5} and all(first)
+    session.command("lora", lora="a", strength=0)
+    session.next_chunk()
+    assert made.loras.strengths == {"a": 0.0}
+    again = [emitted.frames for emitted in Session.replay(small((A, 0.0)), session.record())]
+    assert torch.equal(again[2], changed_.frames)
+    with pytest.raises(ValueError, match="loaded without a LoRA"):
+        Session(small(), Options(PROMPTS[0], 3)).command("lora", lora="a", strength=1.0)
 
 
 # ---- models by name, and the commands

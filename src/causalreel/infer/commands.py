@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from causalreel.foreign import parse_json
 from causalreel.infer import values
-from causalreel.infer.values import Choice, Name, Number, Numbers, NumbersByName, Picture, Reads, Text, Whole
+from causalreel.infer.values import Choice, Name, Number, Numbers, NumbersByName, Picture, Reads, Text, Whole, Word
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -277,6 +277,25 @@ class Field(Command):
 
 
 @dataclass(frozen=True)
+class LoRA(Command):
+    """The strength of a LoRA that the model was loaded with, 0 for without it; every session of the model changes."""
+
+    name: ClassVar[str] = "lora"
+    lora: Annotated[str, Word("Its name: its file's, without the suffix.")]
+    strength: Annotated[float, Number(-100, 100, "How much it counts.")]
+
+    @property
+    def side(self) -> str:
+        return f"lora {self.lora}"
+
+    def check(self, video: LiveVideo) -> None:
+        video.check_lora(self.lora, self.strength)
+
+    def apply(self, video: LiveVideo) -> None:
+        video.pipeline.set_loras({self.lora: self.strength})
+
+
+@dataclass(frozen=True)
 class Close(Command):
     """End it."""
 
@@ -289,7 +308,7 @@ class Close(Command):
 
 
 COMMANDS: dict[str, type[Command]] = {
-    kind.name: kind for kind in (Prompt, Pause, Resume, Step, Restart, Steps, Rate, Image, Field, Close)
+    kind.name: kind for kind in (Prompt, Pause, Resume, Step, Restart, Steps, Rate, Image, Field, LoRA, Close)
 }
 """Name -> the command. What is entered here is taken by every way in, and described."""
 

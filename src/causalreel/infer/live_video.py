@@ -131,6 +131,12 @@ class LiveVideo:
         """What a field holds from the next chunk on."""
         self.fields = {**self.fields, name: torch.tensor(value, dtype=torch.float32)}
 
+    def check_lora(self, name: str, strength: float) -> None:
+        """ValueError unless the model was loaded with this LoRA and can have it at this strength."""
+        if self.pipeline.loras is None:
+            raise ValueError("this model was loaded without a LoRA, so that none can be set")
+        self.pipeline.loras.check({name: strength})
+
     def _fields_of(self, frames: int) -> dict[str, Tensor]:
         """Name -> (1,frames,...): what is in force, for frames to be made."""
         return {name: value.expand(1, frames, *value.shape) for name, value in self.fields.items()}

@@ -88,6 +88,21 @@ class Name(Kind):
 
 
 @dataclass(frozen=True)
+class Word(Kind):
+    """A name of something that the user has, such as a file's: no spaces, nothing that cannot be printed."""
+
+    about: str = ""
+
+    def read(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or not 0 < len(value) <= 80 or not value.isprintable() or " " in value:
+            raise ValueError(f"{name} must be a name without spaces, got {shown(value)}")
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "minLength": 1, "maxLength": 80}
+
+
+@dataclass(frozen=True)
 class Whole(Kind):
     """A whole number, both ends included."""
 
