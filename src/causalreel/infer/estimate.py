@@ -288,6 +288,7 @@ def cache_bytes(request: Request, frames: int, *, packed: bool = False) -> int:
     in blocks of 128."""
     rows = frames * request.tokens
     both, width = (rows + -(-rows // 128) * 128, 1) if packed else (2 * rows, request.width)
+    width *= request.model.attention_heads // request.model.heads  # a head that sees through cameras beside each
     return request.model.layers * request.rows * both * request.model.dim // request.gpus * width
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from causalreel.flow import guide
 from causalreel.nn.caches import growing_cache
-from causalreel.nn.dit import CallText, DiT, TextKeys
+from causalreel.nn.camera import network
+from causalreel.nn.dit import CallText, TextKeys
 from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, Frame, frames_of, reading
 from causalreel.nn.policies.interface import ContextPolicy
@@ -36,7 +37,7 @@ class DiTDenoiser(nn.Module):
         compute: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.model = DiT(config)
+        self.model = network(config)
         self.context, self.backend, self.compute = context, backend, compute
         self.run: Callable[..., Tensor] | None = None
         """What evaluates the network in its place, if anything: see `parallel.graphs`."""

@@ -148,6 +148,8 @@ class SelfAttention:
     """Rows and columns of a frame's tokens."""
     exchange: TokenExchange | None
     backend: str
+    views: object | None = None
+    """Cameras of the frames (`camera.Views`), for blocks that see through them: each head then has a twin behind it."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A block's q, k, v (B,L,N,D) of the call's tokens -> what its queries read (B,L,N,D).
@@ -177,8 +179,15 @@ class SelfAttention:
             rows = q[:, group.rows[0] * tokens : group.rows[1] * tokens]
             keys, values = (x.unflatten(1, (-1, tokens))[:, list(group.keys)].flatten(1, 2) for x in (k, v))
             table = rope_table(group.positions, *self.size, q.shape[-1], q.device)
-            parts.append(attend(rows, rotate(keys, *table), values, None, tokens, backend=self.backend))
+            parts.append(attend(rows, self._turned(keys, table), values, None, tokens, backend=self.backend))
         return torch.cat(parts, dim=1)
+
+    def _turned(self, keys: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """Keys (B,L,N,D) rotated; twin heads are not, because they know no positions."""
+        if self.views is None:
+            return rotate(keys, *table)
+        plain, camera = keys.unflatten(2, (-1, 2)).unbind(3)
+        return torch.stack([rotate(plain, *table), camera], dim=3).flatten(2, 3)
 
 
 def sinusoid(sigma: Tensor, width: int) -> Tensor:
@@ -220,16 +229,23 @@ class Attention(nn.Module):
         """x (B,L,E) -> keys, values (B,L,N,D)."""
         return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
 
+    def output(self, attended: Tensor) -> Tensor:
+        """attended (B,L,N,D) -> (B,L,E)."""
+        return self.o(attended.flatten(2))
+
 
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward, the first and last modulated per frame."""
+
+    attention_type = Attention
+    """Of its self-attention."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         dim = config.dim
         self.layer, self.eps = layer, config.eps
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
-        self.self_attn = Attention(config)
+        self.self_attn = self.attention_type(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
         self.cross_attn = Attention(config)
         self.ffn = nn.Sequential(
@@ -255,7 +271,7 @@ class Block(nn.Module):
     def after_attention(self, x: Tensor, attended: Tensor, time: Tensor, text: Sequence[TextRun]) -> Tensor:
         """x (B,F,S,E), attended (B,F*S,N,D) -> x (B,F,S,E)."""
         _, _, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)  # (B,F,E) each
-        x = x + gate1.unsqueeze(2) * self.self_attn.o(attended.flatten(2)).view_as(x)
+        x = x + gate1.unsqueeze(2) * self.self_attn.output(attended).view_as(x)
         q = self.cross_attn.query(self.norm3(x).flatten(1, 2))
         read = read_text(_attend_text, q, text)
         x = x + self.cross_attn.o(read.flatten(2)).view_as(x)
@@ -291,6 +307,8 @@ class DiT(nn.Module):
     fields: frozenset[str] = frozenset()
     """Names of the fields it takes; others are refused."""
 
+    block_type: type[Block] = Block
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -302,7 +320,9 @@ class DiT(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config, layer) for layer in range(config.layers)))
+        self.blocks = cast(
+            "Sequence[Block]", nn.ModuleList(self.block_type(config, layer) for layer in range(config.layers))
+        )
         self.head = Head(config)
         self.initialise()
 
@@ -367,7 +387,8 @@ class DiT(nn.Module):
         text.embed(self.embed_text, len(self.blocks))
         time, time6 = self.time_levels(sigma, conditioning.fields)
         rotation = self.rotation(reading.positions, height, width, x.device)
-        attention = SelfAttention(*rotation, reading, cache, (height, width), self.exchange, backend)
+        views = self.views(conditioning.fields)
+        attention = SelfAttention(*rotation, reading, cache, (height, width), self.exchange, backend, views)
         y = self.tokens(x, conditioning.fields)
         for block in self.blocks:
             y = block(y, time6, text, attention)
@@ -389,8 +410,16 @@ class DiT(nn.Module):
 
     def time_levels(self, sigma: Tensor, fields: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """sigma (B,F) -> its embedding (B,F,E) for the head, and the blocks' modulation (B,F,6,E)."""
-        time = self.time_embedding(sinusoid(sigma, self.config.freq_dim).to(self.device, self.dtype))  # (B,F,E)
+        time = self.embed_time(sigma, fields)
         return time, self.time_projection(time).unflatten(-1, (6, -1))
+
+    def embed_time(self, sigma: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """sigma (B,F) -> its embedding (B,F,E)."""
+        return self.time_embedding(sinusoid(sigma, self.config.freq_dim).to(self.device, self.dtype))
+
+    def views(self, fields: Mapping[str, Tensor]) -> object | None:
+        """The cameras that heads see through, of a network that has such heads."""
+        return None
 
     def rotation(
         self, positions: tuple[int, ...], height: int, width: int, device: torch.device

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+Camera: TypeAlias = Literal["none", "prope", "embedded"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,28 @@ class ModelConfig:
     """Height and width of the latent patch that makes one token."""
     eps: float = 1e-6
     """Epsilon of every norm."""
+    camera: Camera = "none"
+    """How cameras enter: by heads that see through them (PRoPE), or added to the noise level's embedding."""
+    actions: int = 0
+    """Numbers that say what is pressed in a frame, added to the noise level's embedding; 0: it takes none."""
+
+    @property
+    def attention_heads(self) -> int:
+        """Heads that attend and are cached: with PRoPE each has a twin."""
+        return self.heads * (2 if self.camera == "prope" else 1)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
+            if name not in ("camera", "actions") and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"dim / heads must be an even whole number, got dim={self.dim}, heads={self.heads}")
+        if self.camera not in get_args(Camera):
+            raise ValueError(f"camera must be one of {', '.join(get_args(Camera))}, got {self.camera!r}")
+        if self.camera == "prope" and self.dim // self.heads % 4:
+            raise ValueError(f"with PRoPE dim / heads must be a multiple of 4, got {self.dim // self.heads}")
+        if not 0 <= self.actions <= 4096:
+            raise ValueError(f"actions must be 0 to 4096, got {self.actions}")
 
 
 PRESETS = {

@@ -512,5 +512,9 @@ def accelerate(denoiser: DiTDenoiser, *, precision: str = "bf16", graphs: bool =
             f"accelerate needs weights in the type of the arithmetic; they are {denoiser.model.dtype}, "
             f"computed in {denoiser.compute}: call denoiser.to({denoiser.compute}) first"
         )
+    if denoiser.config.camera == "prope":
+        raise ValueError(
+            "accelerate computes no heads that see through cameras (camera: prope): call the plain network"
+        )
     denoiser.run = FastDiT(denoiser.model, precision=precision, graphs=graphs)
     return denoiser

@@ -83,7 +83,15 @@ class Case:
         return Context(window if window > 0 else None, int(self.get("sink_size", default=0)) if sink else 0)
 
     def conditioning(self, name: str = "in.prompt_embeds") -> Conditioning:
-        return Conditioning(self.tensors[name].float())
+        return Conditioning(self.tensors[name].float(), self.cameras())
+
+    def cameras(self) -> dict[str, Tensor]:
+        """The fields of a case with cameras; of any other none."""
+        if "in.viewmats" not in self.tensors:
+            return {}
+        matrices = self.tensors["in.Ks"]
+        rows = [matrices[..., 0, 0], matrices[..., 1, 1], matrices[..., 0, 2], matrices[..., 1, 2]]
+        return {"w2c": self.tensors["in.viewmats"], "intrinsics": torch.stack(rows, dim=-1)}
 
     def size(self) -> ModelConfig:
         """The size of the case's networks."""
@@ -98,6 +106,7 @@ class Case:
             freq_dim=model.get("freq_dim", 256),
             channels=model.get("in_dim", 16),
             eps=model.get("eps", 1e-6),
+            camera="prope" if "in.viewmats" in self.tensors else "none",
         )
 
     def network(self, role: str = "generator", context: ContextPolicy = Context()) -> DiTDenoiser:

@@ -15,6 +15,7 @@ from causalreel.control.benchmarks import output_name
 from causalreel.control.poses import Array
 from causalreel.control.sessions import TimedSession, parse_session, read_sessions
 from causalreel.foreign import parse_json
+from causalreel.verify import cases_network, cases_rollout, cases_training
 from causalreel.verify.case import Case, Findings
 
 FLOAT32 = 1e-6
@@ -26,6 +27,17 @@ MINWM_INTRINSICS = {  # the first version keeps them in float32
     "v0.1": (float(np.float32(0.5050505)), float(np.float32(0.89786756)), 0.5, 0.5),
     "v0.2": (0.5, 0.5, 0.5, 0.5),
 }
+
+
+def cameras(case: Case) -> Callable[[Case, Findings], None] | None:
+    """c9: which part of it a case is, from what it holds."""
+    if "strings" in case.extra:
+        return pose_strings
+    if "in.noise" in case.tensors:
+        return cases_rollout.few_step
+    if case.draws():
+        return cases_training.flow_matching
+    return cases_network.teacher_forcing if "in.clean" in case.tensors else cases_network.bidirectional
 
 
 def pose_strings(case: Case, found: Findings) -> None:

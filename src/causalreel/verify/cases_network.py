@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from causalreel.nn.masks import Context, Frame, frame_mask, frames_of
+from causalreel.types import Conditioning
 from causalreel.verify.case import Case, Findings
 from causalreel.verify.reference import Released, Table
 
@@ -19,6 +20,7 @@ def bidirectional(case: Case, found: Findings) -> None:
     net = Released(case.network())
     found.add("out.flow_pred", net(x, sigma, case.conditioning()))
     _clean_estimates(case, found, net)
+    found.add("out.flow_pred_without_camera", lambda: net(x, sigma, Conditioning(case.conditioning().text)))
     for name in [name for name in case.tensors if name.startswith("in.prompt_embeds_")]:
         suffix = name.removeprefix("in.prompt_embeds_")
         velocity = net(x, sigma, case.conditioning(name))

@@ -165,13 +165,15 @@ def _calls(case: Case, found: Findings, student: Released, watch: Watch) -> None
 def _cache(case: Case, found: Findings, watch: Watch, rows: dict[str, slice]) -> None:
     """`out.layer<n>_cache_<k|v>_<final|after_frame<f>><row>`: contents of the cache (B,tokens,N,D)."""
     for name in [name for name in case.tensors if name.startswith("out.layer")]:
-        match = re.fullmatch(r"out\.layer(\d+)_cache_([kv])_(?:final|after_frame(\d+))(_cond|_uncond|)", name)
-        if not match or match[4] not in rows:
+        match = re.fullmatch(r"out\.layer(\d+)(_camera)?_cache_([kv])_(?:final|after_frame(\d+))(_cond|_uncond|)", name)
+        if not match or match[5] not in rows:
             continue
-        cache = watch.cache if match[3] is None else watch.after_frame(int(match[3]))
+        cache = watch.cache if match[4] is None else watch.after_frame(int(match[4]))
         if cache is not None:
-            stored = (cache.keys if match[2] == "k" else cache.values)[int(match[1])]
+            stored = (cache.keys if match[3] == "k" else cache.values)[int(match[1])]
             assert stored is not None
+            if case.cameras():  # every head is followed by the one that sees through the camera
+                stored = stored[:, :, (1 if match[2] else 0) :: 2]
             # A chunk may reach beyond the frame that the name gives, and a buffer be recorded before it is full.
-            stored = stored[rows[match[4]], : case.tensors[name].shape[1]]
+            stored = stored[rows[match[5]], : case.tensors[name].shape[1]]
             found.add(name, F.pad(stored, (0, 0, 0, 0, 0, case.tensors[name].shape[1] - stored.shape[1])))

@@ -33,7 +33,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c5": lambda case: cases_rollout.many_step,
     "c6": lambda case: cases_schedule.schedules,
     "c7": cases_training.handler,
-    "c9": lambda case: cases_control.pose_strings if "strings" in case.extra else None,
+    "c9": cases_control.cameras,
     "c10": lambda case: cases_codec.wan_vae,
     "c11": lambda case: cases_codec.taehv,
     "c12": lambda case: cases_text.umt5,

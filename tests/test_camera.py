@@ -1,0 +1,250 @@
+"""Cameras and actions in the network: the laws hold with them, and without them the network is what it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from causalreel.control.poses import turn_right
+from causalreel.control.strings import latent_poses, view_matrices
+from causalreel.nn.camera import Views, network, seen
+from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.masks import Context
+from causalreel.nn.presets import ModelConfig
+from causalreel.parallel.compile import compile_blocks
+from causalreel.parallel.fast import accelerate
+from causalreel.parallel.recompute import recompute_blocks
+from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, fuse, rollout
+from causalreel.train.losses import teacher_forcing_loss
+from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
+from causalreel.types import Conditioning, LatentSpec
+
+PLAIN = ModelConfig(dim=48, ffn_dim=80, heads=3, layers=2, text_dim=16, text_length=8, freq_dim=32, channels=4)
+PROPE = replace(PLAIN, camera="prope")
+EMBEDDED = replace(PLAIN, camera="embedded", actions=5)
+SPEC, FRAMES, CHUNK, BATCH = LatentSpec(4, 4, 4), 6, 2, 2
+LEVELS = (1.0, 0.7, 0.3)
+
+
+def denoiser(config: ModelConfig = PROPE, context: Context = Context(), seed: int = 0) -> DiTDenoiser:
+    """A network none of whose parts is zero."""
+    torch.manual_seed(seed)
+    net = DiTDenoiser(config, context=context, backend="sdpa")
+    for name, parameter in net.named_parameters():
+        if "prope_o" in name or "embedding.2" in name or name.endswith("head.head.weight"):
+            nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def poses(frames: int = FRAMES) -> Tensor:
+    """Two walks (2,F,4,4)."""
+    walks = [latent_poses(text, "minwm", latents=frames) for text in ("l*3,w*9", "w*2,i*2,d*9")]
+    return torch.stack([torch.from_numpy(view_matrices(walk)).float() for walk in walks])
+
+
+def given(config: ModelConfig = PROPE, frames: int = FRAMES) -> Conditioning:
+    generator = torch.Generator().manual_seed(5)
+    fields = {}
+    if config.camera != "none":
+        fields = {"w2c": poses(frames), "intrinsics": torch.tensor([0.6, 0.9, 0.5, 0.5]).expand(BATCH, frames, 4)}
+    if config.actions:
+        fields["actions"] = torch.randn(BATCH, frames, config.actions, generator=generator)
+    return Conditioning(torch.randn(BATCH, 5, config.text_dim, generator=generator), fields)
+
+
+def noise(seed: int = 1, frames: int = FRAMES) -> Tensor:
+    return torch.randn(BATCH, frames, *SPEC.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rolled_out(net: DiTDenoiser | Guided, conditioning: Conditioning, plan, *, cached: bool = True) -> Tensor:
+    with torch.no_grad():
+        source = KeyedNoise(range(BATCH), SPEC)
+        cache = net.new_cache() if cached else None
+        return collect(rollout(net, plan, conditioning=conditioning, noise=source, cache=cache))
+
+
+def close(a: Tensor, b: Tensor, limit: float = 2e-5) -> None:
+    assert (a - b).abs().max() < limit * b.abs().max()
+
+
+both = pytest.mark.parametrize("config", [PROPE, EMBEDDED], ids=["prope", "embedded"])
+
+
+# ---- laws ------------------------------------------------------------------------------------------------------------
+
+
+@both
+@torch.no_grad()
+def test_cached_calls_are_the_masked_pass(config: ModelConfig) -> None:
+    net, conditioning, sizes = denoiser(config), given(config), chunk_sizes(FRAMES, CHUNK)
+    clean, x, sigma = noise(2), noise(3), torch.full((1, FRAMES), 0.6)
+    whole = net.teacher_forced(x, sigma, conditioning, clean=clean, sizes=sizes)
+    cache, parts = net.new_cache(), []
+    for start in range(0, FRAMES, CHUNK):
+        here, piece = slice(start, start + CHUNK), conditioning.frames(start, start + CHUNK)
+        parts.append(net(x[:, here], sigma[:, here], piece, sizes=(CHUNK,), start=start, cache=cache))
+        net(clean[:, here], torch.zeros(1, CHUNK), piece, sizes=(CHUNK,), start=start, cache=cache)
+        cache.commit(CHUNK)
+    close(torch.cat(parts, dim=1), whole)
+
+
+@both
+@pytest.mark.parametrize("context", [Context(), Context(4, 1), Context(4, 2, 3)], ids=["full", "window", "re-indexed"])
+def test_fused_plans_are_plain_ones(config: ModelConfig, context: Context) -> None:
+    net, conditioning = denoiser(config, context), given(config)
+
+    def plan():
+        return chunked(chunk_sizes(FRAMES, CHUNK), LEVELS)
+
+    close(rolled_out(net, conditioning, fuse(plan())), rolled_out(net, conditioning, plan()))
+
+
+@both
+def test_replayed_gradient_is_the_parallel_one(config: ModelConfig) -> None:
+    net, conditioning = denoiser(config), given(config)
+    plan = list(training_plan(chunk_sizes(FRAMES, CHUNK), LEVELS, [2, 1]))
+    source = KeyedNoise(range(BATCH), SPEC)
+    record = record_rollout(net, fuse(plan), told=conditioning, noise=source, cache=net.new_cache(), keep_caches=True)
+    aim, found = noise(7), []
+    for passes in (
+        lambda: [parallel_pass(net, record, conditioning)],
+        lambda: replay_passes(net, record, conditioning),
+    ):
+        net.zero_grad()
+        pieces = passes() if callable(passes) else passes
+        start = 0
+        for piece in pieces:
+            latents = piece() if callable(piece) else piece
+            (latents * aim[:, start : start + latents.shape[1]]).sum().backward()
+            start += latents.shape[1]
+        found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert (gradient - found[1][name]).abs().max() <= 1e-4 * max(gradient.abs().max(), 1e-2), name
+
+
+@torch.no_grad()
+def test_a_common_world_transform_changes_nothing() -> None:
+    net, conditioning = denoiser(), given()
+    moved = torch.eye(4)
+    moved[:3, :3], moved[:3, 3] = torch.from_numpy(turn_right(0.7)).float(), torch.tensor([0.3, -0.2, 0.5])
+    elsewhere = replace(conditioning, fields={**conditioning.fields, "w2c": conditioning.fields["w2c"] @ moved})
+    sigma = torch.full((1, 1), 0.5)
+    close(net(noise(), sigma, elsewhere), net(noise(), sigma, conditioning))
+
+
+@torch.no_grad()
+def test_cameras_matter_and_only_from_their_frame_on() -> None:
+    net, conditioning = denoiser(), given()
+    w2c = conditioning.fields["w2c"].clone()
+    w2c[:, 4, :3, 3] += 0.5
+    changed = replace(conditioning, fields={**conditioning.fields, "w2c": w2c})
+    sizes, sigma = chunk_sizes(FRAMES, CHUNK), torch.full((1, FRAMES), 0.5)
+    a, b = (net(noise(), sigma, one, sizes=sizes) for one in (conditioning, changed))
+    assert torch.equal(a[:, :4], b[:, :4])
+    assert (a[:, 4:] - b[:, 4:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", [PROPE, EMBEDDED, replace(PLAIN, actions=3)], ids=["prope", "embedded", "actions"])
+@torch.no_grad()
+def test_a_branch_that_starts_at_zero_is_the_model_without_it(config: ModelConfig) -> None:
+    torch.manual_seed(3)
+    plain = DiTDenoiser(PLAIN, backend="sdpa")
+    nn.init.normal_(plain.model.head.head.weight, std=0.2)
+    net = DiTDenoiser(config, backend="sdpa")
+    missing = net.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing
+    assert all("prope_o" in name or "camera_emb" in name or "action_emb" in name for name in missing)
+    sigma = torch.full((1, 1), 0.5)
+    conditioning = given(config)
+    close(net(noise(), sigma, conditioning), plain(noise(), sigma, Conditioning(conditioning.text)), 1e-6)
+    assert torch.equal(
+        net(noise(), sigma, Conditioning(conditioning.text)), plain(noise(), sigma, Conditioning(conditioning.text))
+    )
+
+
+@both
+def test_guidance_keeps_cameras(config: ModelConfig) -> None:
+    net, conditioning = denoiser(config), given(config)
+    negative = Conditioning(torch.zeros(1, 5, PLAIN.text_dim))
+    guided = Guided(net, negative, 3.0)
+    sigma = torch.full((BATCH, 1), 0.5)
+    with torch.no_grad():
+        rows = [
+            net(noise(), sigma, replace(conditioning, text=text)) for text in (conditioning.text, conditioning.text * 0)
+        ]
+        close(guided(noise(), sigma, conditioning), rows[1] + 3.0 * (rows[0] - rows[1]))
+
+
+@both
+def test_it_trains_recomputed_as_plain(config: ModelConfig) -> None:
+    found = []
+    for mode in ("none", "full"):
+        net = denoiser(config)
+        recompute_blocks(net, mode)
+        sizes, sigma = chunk_sizes(FRAMES, CHUNK), torch.full((BATCH, FRAMES), 0.6)
+        how = {"sigma": sigma, "noise": noise(9), "weight": torch.ones_like(sigma), "sizes": sizes}
+        teacher_forcing_loss(net, noise(2), given(config), **how).backward()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+    for (name, a), b in zip(found[0].items(), found[1].values(), strict=True):
+        assert a is not None, name
+        assert b is not None, name
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    branch = "prope_o" if config.camera == "prope" else "camera_embedding"
+    assert all(a.abs().max() > 0 for name, a in found[0].items() if branch in name and a is not None)
+
+
+# ---- faster forms, and what is refused -------------------------------------------------------------------------------
+
+
+def test_the_light_form_is_accelerated() -> None:
+    net, conditioning = denoiser(EMBEDDED), given(EMBEDDED)
+
+    def plan():
+        return fuse(chunked(chunk_sizes(FRAMES, CHUNK), LEVELS))
+
+    plain = rolled_out(net, conditioning, plan())
+    close(rolled_out(accelerate(net), conditioning, plan()), plain)
+
+
+def test_heads_with_cameras_are_refused_by_the_fast_form() -> None:
+    with pytest.raises(ValueError, match="no heads that see through cameras"):
+        accelerate(denoiser())
+    assert compile_blocks(denoiser()).config.attention_heads == 2 * PLAIN.heads
+
+
+def test_what_views_do_is_undone() -> None:
+    views = Views.of(*(given().fields[name] for name in ("w2c", "intrinsics")))
+    x = torch.randn(BATCH, FRAMES * 4, 3, 16)
+    torch.testing.assert_close(seen(seen(x, views.project), views.lift), x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"w2c": poses()}, "a camera is two fields"),
+        ({"w2c": poses(), "intrinsics": torch.ones(BATCH, FRAMES, 3)}, r"must be \(B,F,4\), got \(2,6,3\)"),
+        ({"w2c": poses()[..., :3, :], "intrinsics": torch.ones(BATCH, FRAMES, 4)}, r"must be \(B,F,4,4\)"),
+        ({"w2c": poses(4), "intrinsics": torch.ones(BATCH, FRAMES, 4)}, "is for 4 frames, the call has 6"),
+        ({"actions": torch.ones(BATCH, FRAMES, 4)}, "no use for the field 'actions'"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, Tensor], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        denoiser()(noise(), torch.full((1, 1), 0.5), Conditioning(given().text, fields))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"camera": "plucker"}, "camera must be one of"),
+        ({"actions": -1}, "actions must be"),
+        ({"heads": 8}, "multiple of 4"),
+    ],
+)
+def test_wrong_configs_are_named(wrong: dict[str, object], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        network(replace(PROPE, **wrong))  # pyright: ignore[reportArgumentType]
