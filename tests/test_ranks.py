@@ -1,9 +1,16 @@
-"""Law 10: what shares the rows of a batch changes no number, for every stage."""
+"""Law 10: what shares the rows of a batch changes no number: processes, and parts that follow one another.
+
+The processes are real ones, started once for each number of them, with gloo on the CPU.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +19,16 @@ import torch
 
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.sources import ClipSource
-from causalreel.parallel.sharding import whole
+from causalreel.parallel.sharding import ParallelConfig, whole
 from causalreel.train.stage import DataSource, Stage
 from causalreel.train.stages.codec import CodecConfig, CodecStage
 from causalreel.train.trainer import TrainerConfig, train
+from patience import PATIENCE_S
 from test_stages import OPTIMISER, SELF_ROLLOUT, STAGES, make_dmd
 
+HERE = Path(__file__).resolve()
+SRC = HERE.parents[1] / "src"
+CLOCKS = {"seconds": 0, "steps_per_second": 0}
 DMD = dataclasses.replace(SELF_ROLLOUT, batch=4)
 
 
@@ -38,13 +49,13 @@ CASES: dict[str, Callable[[], tuple[Stage, DataSource]]] = {
 STEPS = 3
 
 
-def run(name: str, out: Path, **changes: object) -> dict[str, object]:
+def run(name: str, out: Path, **changes: object) -> dict:
     """Three steps of a stage -> the records and all roles' weights, whole."""
     torch.manual_seed(0)
     stage, rows = CASES[name]()
     trained = {role: OPTIMISER for role in ("student", "critic", "codec") if role in stage.roles}
-    how = {"device": "cpu", "log_every": 1, "save_every": STEPS, **changes}
-    train(stage, rows, TrainerConfig(out=out, steps=STEPS, optimisers=trained, **how))
+    how = {"device": "cpu", "log_every": 1, "save_every": STEPS, "steps": STEPS, **changes}
+    train(stage, rows, TrainerConfig(out=out, optimisers=trained, **how))
     found = {f"{r}.{n}": whole(t).clone() for r, m in stage.roles.items() for n, t in m.state_dict().items()}
     return {
         "weights": found,
@@ -67,12 +78,161 @@ def assert_close(one: dict, other: dict, name: str) -> None:
         assert (mine - theirs).norm() < 1e-5 * mine.norm(), (name, role)
 
 
+# ---- accumulation
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_two_parts_one_after_the_other_are_the_batch(name: str, tmp_path: Path) -> None:
-    alone, parts = (run(name, tmp_path / str(count), accumulate=count) for count in (1, 2))
-    assert_close(alone, parts, name)
+def test_two_parts_one_after_the_other_are_the_batch(name: str, alone: dict[str, dict], tmp_path: Path) -> None:
+    assert_close(alone[name], run(name, tmp_path, accumulate=2), name)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch: got 8, .*allowed are multiples of 3"):
         run("teacher forcing", tmp_path, accumulate=3)
+
+
+# ---- processes
+
+PARTS = {
+    2: {"rows": ParallelConfig(), "groups": ParallelConfig(replicate=2), "tokens": ParallelConfig(context=2)},
+    4: {"groups": ParallelConfig(replicate=2), "tokens": ParallelConfig(context=2)},
+}
+"""Processes -> ways in which they share the work."""
+FEW = ("teacher forcing", "DMD")
+
+
+def cases(count: int, how: str) -> list[str]:
+    """What is run so: everything by two processes, a part of it by more."""
+    if how == "groups" or count > 2:
+        return list(FEW)
+    return [name for name in CASES if how == "rows" or name != "codec"]
+
+
+def process(folder: str) -> None:
+    """What each of the processes does."""
+    from causalreel.parallel.mesh import join, launch
+
+    where, found = launch(), {}
+    assert where is not None
+    with join(where, "cpu"):
+        for how, parallel in PARTS[where.size].items():
+            for name in cases(where.size, how):
+                found[how, name] = run(name, Path(folder) / how / name, parallel=parallel)
+        for name in FEW:
+            for behind in (False, True):
+                out = Path(folder) / f"stopped-{behind}" / name
+                run(name, out, steps=2, save_every=1, saves_behind=behind)
+                found[f"resumed, {behind}", name] = run(name, out, saves_behind=behind)
+        given = Path(folder) / "given"
+        for out in given.glob("*/*"):
+            found[f"from {out.parent.name}", out.name] = run(out.name, out)
+    torch.save(found, f"{folder}/{where.rank}.pt")
+
+
+def torchrun(count: int, *command: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return subprocess.Popen(
+        [*launcher, *command],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=HERE.parent,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return {name: run(name, tmp_path_factory.mktemp("alone")) for name in CASES}
+
+
+def launched(folder: Path, count: int) -> list[dict]:
+    """What each process found, by rank."""
+    running = torchrun(count, str(HERE), str(folder))
+    output, errors = running.communicate(timeout=PATIENCE_S)
+    assert running.returncode == 0, output + errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("four")
+    return folder, launched(folder, 4)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, four: tuple[Path, list[dict]]) -> tuple[Path, list[dict]]:
+    """Two processes, which also go on with what four and one have begun."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in FEW:
+        run(name, folder / "given" / "one" / name, steps=2)
+        kept = four[0] / "stopped-False" / name
+        shutil.copytree(kept, folder / "given" / "four" / name)
+        shutil.rmtree(folder / "given" / "four" / name / "checkpoints" / "step-00000003")
+    return folder, launched(folder, 2)
+
+
+@pytest.mark.parametrize("how", PARTS[2])
+def test_two_processes_are_one(how: str, two: tuple[Path, list[dict]], alone: dict[str, dict]) -> None:
+    for found in two[1]:
+        for name in cases(2, how):
+            assert_close(alone[name], found[how, name], f"{how}, {name}")
+
+
+@pytest.mark.parametrize("how", PARTS[4])
+def test_four_processes_are_one(how: str, four: tuple[Path, list[dict]], alone: dict[str, dict]) -> None:
+    for name in cases(4, how):
+        assert_close(alone[name], four[1][0][how, name], f"{how}, {name}")
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("name", FEW)
+def test_resumed_is_uninterrupted_bit_for_bit(name: str, behind: bool, two: tuple[Path, list[dict]]) -> None:
+    """Law 9, in as many processes; also where checkpoints are written while training goes on."""
+    for found in two[1]:
+        whole, parts = found["rows", name], found[f"resumed, {behind}", name]
+        for key, value in whole["weights"].items():
+            assert torch.equal(value, parts["weights"][key]), key
+        assert [{**r, **CLOCKS} for r in whole["records"]] == [{**r, **CLOCKS} for r in parts["records"]]
+
+
+@pytest.mark.parametrize("before", ["one", "four"])
+def test_two_processes_go_on_with_what_others_began(
+    before: str, two: tuple[Path, list[dict]], alone: dict[str, dict]
+) -> None:
+    for name in FEW:
+        assert_close(alone[name], two[1][0][f"from {before}", name], f"from {before}, {name}")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_one_process_goes_on_with_what_two_began(
+    name: str, two: tuple[Path, list[dict]], alone: dict[str, dict], tmp_path: Path
+) -> None:
+    shutil.copytree(two[0] / "stopped-True" / name, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000003")
+    assert_close(alone[name], run(name, tmp_path / "run"), name)
+
+
+def test_frozen_roles_are_linked(two: tuple[Path, list[dict]]) -> None:
+    places = sorted((two[0] / "stopped-False" / "DMD" / "checkpoints").iterdir())
+    files = [sorted((place / "frozen").iterdir()) for place in places]
+    assert len(files) == 2 and len(files[0]) > 1
+    assert all(a.samefile(b) for a, b in zip(*files, strict=True))
+
+
+def test_a_damaged_part_is_named(two: tuple[Path, list[dict]], tmp_path: Path) -> None:
+    shutil.copytree(two[0] / "stopped-False" / "DMD", tmp_path / "run")
+    part = sorted((tmp_path / "run" / "checkpoints" / "step-00000003").glob("__1_*.distcp"))[0]
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=rf"{part.name} is damaged.*delete .*step-00000003 to go on from step-00000002"
+    ):
+        run("DMD", tmp_path / "run", steps=4)
+
+
+if __name__ == "__main__":
+    process(sys.argv[1])

@@ -75,7 +75,11 @@ class Team:
         self.part, self.parts = self.rank // config.context, self.size // config.context
         """Which rows of a batch are this process's; processes that share tokens have the same."""
         self.control: dist.ProcessGroup | None = None
+        """Of the hosts, waiting for no GPU; None in a process that is alone."""
+        self.saving: dist.ProcessGroup | None = None
+        """The same for a thread that writes checkpoints."""
         self.context: dist.ProcessGroup | None = None
+        """Of the processes that share tokens with this one."""
         if not is_joined:
             return
         from torch.distributed.device_mesh import init_device_mesh
@@ -88,9 +92,7 @@ class Team:
         if config.context > 1:
             grid = init_device_mesh(kind, (self.parts, config.context), mesh_dim_names=("rows", "context"))
             self.context = grid["context"].get_group()
-        control = dist.new_group(backend="gloo")  # of the hosts: waits for no GPU
-        assert isinstance(control, dist.ProcessGroup)
-        self.control = control
+        self.control, self.saving = _hosts(), _hosts()
 
     @property
     def is_first(self) -> bool:
@@ -178,6 +180,12 @@ class Team:
         """Until all have come this far."""
         if self.control is not None:
             dist.barrier(group=self.control)
+
+
+def _hosts() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def local(tensor: Tensor) -> Tensor:

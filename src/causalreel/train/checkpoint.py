@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from causalreel.files import remove_folder, replacing_folder
 from causalreel.foreign import read_json
 from causalreel.hashed import sha256_of, write_pickle, write_tensors, write_text
+from causalreel.parallel.sharding import fill
 from causalreel.train.contents import Content, compare
 from causalreel.weights.files import read_tensors
 from causalreel.weights.pickles import read_pickle
@@ -45,11 +46,14 @@ class State:
     """What the run is made from, part -> fingerprint; empty in older checkpoints."""
     frozen: frozenset[str] = frozenset()
     """Roles that are the same as in the directory's previous checkpoint."""
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    """What optimisers hold of each parameter, by "role.adamw/parameter/kind", where processes share it; else it is in
+    `trainer`."""
 
 
 def save(directory: Path, step: int, state: State, *, keep: int | None = None) -> Path:
     """Write the checkpoint of `step` completed steps, then delete all but the newest `keep`."""
-    final, previous = directory / f"step-{step:08}", _complete(directory)
+    final, previous = directory / f"step-{step:08}", complete(directory)
     if final in previous:
         raise ValueError(f"checkpoint: {final} exists already")
     try:
@@ -57,18 +61,24 @@ def save(directory: Path, step: int, state: State, *, keep: int | None = None) -
         with replacing_folder(final) as temporary:
             _write(temporary, step, state, previous[-1] if previous else None)
     except OSError as error:
-        rest = f"{previous[-1]} is intact" if previous else "there is no earlier one"
-        raise OSError(f"checkpoint {final} could not be written ({error}); {rest}") from error
+        raise not_written(final, error) from error
     if keep is not None:
-        for old in _complete(directory)[:-keep]:
+        for old in complete(directory)[:-keep]:
             remove_folder(old)
     return final
 
 
+def not_written(final: Path, error: OSError) -> OSError:
+    """The error for a checkpoint that could not be written: which, why, and what there is instead."""
+    former = latest(final.parent)
+    rest = f"{former} is intact" if former else "there is no earlier one"
+    return OSError(f"checkpoint {final} could not be written ({error}); {rest}")
+
+
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
-    complete = _complete(directory)
-    return complete[-1] if complete else None
+    found = complete(directory)
+    return found[-1] if found else None
 
 
 def load(path: Path, *, device: str = "cpu", is_checked: bool = True) -> State:
@@ -78,19 +88,28 @@ def load(path: Path, *, device: str = "cpu", is_checked: bool = True) -> State:
     """
     manifest = _manifest(path)
     if is_checked:
-        _verify(path, manifest.get("sha256", {}))
+        verify(path, manifest.get("sha256", {}))
     files = {role: path / f"{role}.safetensors" for role in manifest["roles"]}
-    try:
-        trainer = read_pickle(path / "trainer.pt", mmap=False)
-    except ValueError as error:
-        raise _spoiled(path, str(error)) from error
     return State(
         roles={role: _load_tensors(file, device) for role, file in files.items()},
-        trainer=trainer,
+        trainer=load_trainer(path),
         config=(path / "config.yaml").read_text(encoding="utf-8"),
         fixed=manifest["fixed"],
         contents=manifest.get("contents", {}),
     )
+
+
+def load_trainer(path: Path) -> dict[str, Any]:
+    """Of a checkpoint, what is no role."""
+    try:
+        return read_pickle(path / "trainer.pt", mmap=False)
+    except ValueError as error:
+        raise _spoiled(path, str(error)) from error
+
+
+def contents_of(path: Path) -> dict[str, str]:
+    """What a checkpoint was made from."""
+    return _manifest(path).get("contents", {})
 
 
 def check_same(path: Path, fixed: Mapping[str, Any], contents: Sequence[Content] = ()) -> None:
@@ -113,7 +132,10 @@ def check_same(path: Path, fixed: Mapping[str, Any], contents: Sequence[Content]
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Load weights into a module, naming the first key that is missing, unexpected or of another shape."""
+    """Load weights into a module, whole or this process's part of it.
+
+    ValueError naming the first key that is missing, unexpected or of another shape.
+    """
     wanted = module.state_dict()
     for problem, keys in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())):
         if keys:
@@ -122,27 +144,37 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> 
         if (tensor.shape, tensor.dtype) != (tensors[key].shape, tensors[key].dtype):
             got, expected = ((tuple(t.shape), t.dtype) for t in (tensors[key], tensor))
             raise ValueError(f"{name}: {key} is {got}, expected {expected}")
-    module.load_state_dict(dict(tensors), strict=True)
+    for key, tensor in wanted.items():
+        fill(tensor, tensors[key])
 
 
 def _write(directory: Path, step: int, state: State, previous: Path | None) -> None:
     hashes: dict[str, str] = {}
-    before = _hashes(previous) if previous else {}
+    before = hashes_of(previous) if previous else {}
     for role, tensors in state.roles.items():
         file = directory / f"{role}.safetensors"
         known = before.get(file.name) if role in state.frozen else None
-        if known and previous and _link(previous / file.name, file):
+        if known and previous and link(previous / file.name, file):
             hashes[file.name] = known
         else:
             hashes[file.name] = write_tensors(file, tensors)
-    hashes["trainer.pt"] = write_pickle(directory / "trainer.pt", state.trainer)
-    hashes["config.yaml"] = write_text(directory / "config.yaml", state.config)
+    seal(directory, step, state, hashes)
+
+
+def seal(directory: Path, step: int, state: State, hashes: Mapping[str, str]) -> None:
+    """Write what is no tensor of a role, and the manifest of all files; hashes: of the files that are there."""
+    hashes = {
+        **hashes,
+        "trainer.pt": write_pickle(directory / "trainer.pt", state.trainer),
+        "config.yaml": write_text(directory / "config.yaml", state.config),
+    }
+    files = [path for path in directory.rglob("*") if path.is_file()]
     manifest = {
         "step": step,
         "roles": list(state.roles),
         "fixed": dict(state.fixed),
         "contents": dict(state.contents),
-        "bytes": {name: (directory / name).stat().st_size for name in hashes},
+        "bytes": {path.relative_to(directory).as_posix(): path.stat().st_size for path in files},
         "sha256": hashes,
     }
     sealed = {**manifest, "seal": _seal(manifest)}
@@ -155,7 +187,7 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _hashes(path: Path) -> dict[str, str]:
+def hashes_of(path: Path) -> dict[str, str]:
     """The hashes of a checkpoint's files; none where it is damaged or older than hashes are."""
     try:
         return _manifest(path).get("sha256", {})
@@ -170,7 +202,8 @@ def _load_tensors(file: Path, device: str) -> dict[str, Tensor]:
         raise _spoiled(file.parent, str(error)) from error
 
 
-def _link(source: Path, target: Path) -> bool:
+def link(source: Path, target: Path) -> bool:
+    """A hard link to a file -> whether there is one now."""
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links, or the previous run did not have the role
@@ -198,7 +231,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verify(path: Path, hashes: Mapping[str, str]) -> None:
+def verify(path: Path, hashes: Mapping[str, str]) -> None:
     """ValueError naming the first file whose contents are not those that were written."""
     for name, expected in hashes.items():
         if sha256_of(path / name) != expected:
@@ -207,7 +240,7 @@ def _verify(path: Path, hashes: Mapping[str, str]) -> None:
 
 def _spoiled(path: Path, what: str) -> ValueError:
     """The error for a damaged checkpoint: what is wrong, and how to go on without it."""
-    earlier = [other for other in _complete(path.parent) if step_of(other) < step_of(path)] if _is_named(path) else []
+    earlier = [other for other in complete(path.parent) if step_of(other) < step_of(path)] if _is_named(path) else []
     rest = f"go on from {earlier[-1].name}" if earlier else "start again"
     return ValueError(f"checkpoint: {what}; delete {path} to {rest}")
 
@@ -221,7 +254,7 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _complete(directory: Path) -> list[Path]:
+def complete(directory: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
     found: Iterable[Path] = directory.iterdir() if directory.is_dir() else ()
     return sorted((path for path in found if _is_named(path) and path.is_dir()), key=step_of)

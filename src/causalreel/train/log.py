@@ -66,7 +66,7 @@ class Window:
                 numbers[index] = float(number)
         names = [name.rpartition("/") for _, name, _ in self._pending]
         is_strict = [metric in ("loss", "grad_norm") for _, _, metric in names]
-        if self._mean is not None:
+        if self._mean is not None and numbers:
             numbers = self._mean(numbers, is_strict=is_strict)
         fetched = [(step, name, n) for (step, name, _), n in zip(self._pending, numbers, strict=True)]
         self._pending.clear()

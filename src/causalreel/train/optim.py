@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from causalreel.parallel.sharding import local
+from causalreel.parallel.sharding import fill, local
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class RoleOptimiser:
             if parameter.dtype != torch.float32:
                 raise ValueError(f"role {role!r}: {name} is {parameter.dtype}; trained weights must be torch.float32")
         self.parameters = [parameter for _, parameter in named]
+        self.names = [name for name, _ in named]
         options = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         self.adamw = torch.optim.AdamW(self.parameters, lr=config.lr, fused=True, **options)
 
@@ -89,6 +90,35 @@ class RoleOptimiser:
             group["lr"] = lr
         self.adamw.step()
         return norm
+
+    def moments(self) -> dict[str, Tensor]:
+        """What AdamW holds of each parameter, by "parameter/kind"."""
+        held = zip(self.names, self.parameters, strict=True)
+        return {f"{name}/{kind}": value for name, p in held for kind, value in self.adamw.state.get(p, {}).items()}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Take over `AdamW.state_dict()` of one process, also where several share the parameters."""
+        if not any(hasattr(parameter, "to_local") for parameter in self.parameters):
+            self.adamw.load_state_dict(state)
+            return
+        found = {
+            f"{self.names[place]}/{kind}": value
+            for place, held in state["state"].items()
+            for kind, value in held.items()
+        }
+        for name, tensor in self.make_moments(found).items():
+            fill(tensor, found[name])
+
+    def make_moments(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Room for these of them, by the names of `moments`, to be filled; ValueError for another parameter's."""
+        places = dict(zip(self.names, self.parameters, strict=True))
+        for name, kind in (whole.rsplit("/", 1) for whole in names):
+            if name not in places:
+                raise ValueError(f"role {self.role!r}: there is no trained parameter {name!r}")
+            p = places[name]
+            made = torch.zeros((), device=p.device) if kind == "step" else torch.zeros_like(p, requires_grad=False)
+            self.adamw.state[p][kind] = made
+        return self.moments()
 
     def clear(self) -> None:
         """Drop the gradients."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from causalreel.config import dump, fixed
 from causalreel.parallel.sharding import Team
-from causalreel.train import checkpoint
+from causalreel.train import checkpoint, sharded
 from causalreel.train.average import Follower
 from causalreel.train.contents import Content, fingerprints
 from causalreel.train.log import NonFiniteError, Window, duration
@@ -38,6 +39,7 @@ class Run:
         self.directory = Path(config.out) / "checkpoints"
         self.step = 0
         self.team = Team(config.parallel, self.device)
+        self.saver = self._make_saver()
         self.window = Window(mean=self.team.mean)
         self.cursor = DataCursor(len(source), config.seed)
         self.optimisers = self._prepare_roles()
@@ -66,6 +68,14 @@ class Run:
             self.team.share(network)
         norm = self.team.norm
         return {name: RoleOptimiser(name, roles[name], options, norm) for name, options in trained.items()}
+
+    def _make_saver(self) -> sharded.Saver | None:
+        """What writes checkpoints where several processes share the roles."""
+        if self.team.control is None:
+            return None
+        config = self.config
+        how = {"keep": config.keep, "is_hashed": config.check, "is_behind": config.saves_behind}
+        return sharded.Saver(self.directory, self.team, **how)
 
     def contexts(self) -> list[StepContext]:
         """What the stage is given for each part of the next step; the first moves the data position."""
@@ -149,17 +159,40 @@ class Run:
             "window": self.window.fetch(),
             "rows": self.cursor.rows,
             "position": self.cursor.position,
-            "optimisers": {role: optimiser.adamw.state_dict() for role, optimiser in self.optimisers.items()},
-            "rng": {"cpu": torch.get_rng_state()},
         }
-        if self.device.type == "cuda":
-            trainer["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        moments = {}
+        if self.saver is None:
+            trainer["optimisers"] = {role: optimiser.adamw.state_dict() for role, optimiser in self.optimisers.items()}
+            trainer["rng"] = self._random_state()
+        else:
+            moments = self._moments()
+            trainer["rngs"] = self.team.gathered(self._random_state())
         roles = {role: module.state_dict() for role, module in self.stage.roles.items()}
         made_from = {**self._kept, **fingerprints(self.contents)}
-        state = checkpoint.State(roles, trainer, dump(self.recipe), fixed(self.recipe), made_from, frozenset(frozen))
-        path = checkpoint.save(self.directory, self.step, state, keep=self.config.keep)
+        facts = (dump(self.recipe), fixed(self.recipe), made_from, frozenset(frozen), moments)
+        state = checkpoint.State(roles, trainer, *facts)
+        if self.saver is None:
+            path = checkpoint.save(self.directory, self.step, state, keep=self.config.keep)
+        else:
+            path = self.saver.save(self.step, state)
         self._saved = time.monotonic()
         logger.info("saved %s: %.1f s", path, self._step_aside(began))
+
+    def end(self) -> None:
+        """Wait for a checkpoint that is still being written."""
+        if self.saver is not None:
+            self.saver.finish()
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _moments(self) -> dict[str, Tensor]:
+        """What all optimisers hold, by "role.adamw/parameter/kind"."""
+        found = self.optimisers.items()
+        return {f"{role}.adamw/{name}": value for role, o in found for name, value in o.moments().items()}
 
     def _clock(self) -> float:
         """Now, when the GPU has done what it was given."""
@@ -181,29 +214,54 @@ class Run:
             for follower in (f for followers in self.followers.values() for f in followers):
                 follower.copy()
             return False
-        state = checkpoint.load(path, is_checked=self.config.check)
-        self._kept = dict(state.contents)
-        if self.contents and not state.contents:
+        self._kept = checkpoint.contents_of(path)
+        if self.contents and not self._kept:
             logger.info("%s is older than fingerprints are: data and initial weights cannot be compared with it", path)
-        trainer = state.trainer
-        if state.roles.keys() != self.stage.roles.keys():
-            raise ValueError(
-                f"checkpoint {path} has the roles {sorted(state.roles)}, expected {sorted(self.stage.roles)}"
-            )
+        trainer = self._read_shards(path) if sharded.is_sharded(path) else self._read_whole(path)
         if trainer["rows"] != self.cursor.rows:
             raise ValueError(f"checkpoint {path}: the data source had {trainer['rows']} rows, now {self.cursor.rows}")
-        for role, module in self.stage.roles.items():
-            checkpoint.load_strict(module, state.roles[role], f"checkpoint {path}, role {role!r}")
-        for role, optimiser in self.optimisers.items():
-            optimiser.adamw.load_state_dict(trainer["optimisers"][role])
-        torch.set_rng_state(trainer["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in trainer["rng"]:
-            torch.cuda.set_rng_state(trainer["rng"]["cuda"], self.device)
+        self._set_random_state(trainer)
         self.step, self.cursor.position = trainer["step"], trainer["position"]
         self.window, self._recorded = Window(trainer["window"], mean=self.team.mean), trainer["recorded"]
         self._began, self.aside = time.monotonic() - trainer["seconds"], trainer.get("aside", 0.0)
         logger.info("resumed %s after %s of training", path, duration(trainer["seconds"]))
         return True
+
+    def _read_whole(self, path: Path) -> dict[str, Any]:
+        """A checkpoint of one process, into one or several -> what is no tensor of a role."""
+        state = checkpoint.load(path, is_checked=self.config.check)
+        if state.roles.keys() != self.stage.roles.keys():
+            raise ValueError(
+                f"checkpoint {path} has the roles {sorted(state.roles)}, expected {sorted(self.stage.roles)}"
+            )
+        for role, module in self.stage.roles.items():
+            checkpoint.load_strict(module, state.roles[role], f"checkpoint {path}, role {role!r}")
+        for role, optimiser in self.optimisers.items():
+            optimiser.take(state.trainer["optimisers"][role])
+        return state.trainer
+
+    def _read_shards(self, path: Path) -> dict[str, Any]:
+        """A checkpoint of several processes, into as many or others; -> as `_read_whole`."""
+        if self.config.check:
+            sharded.verify(path, self.team)
+        names = [name.split(".adamw/", 1) for name in sharded.moments_in(path)]
+        for role, optimiser in self.optimisers.items():
+            optimiser.make_moments(name for owner, name in names if owner == role)
+        roles = {role: module.state_dict() for role, module in self.stage.roles.items()}
+        tensors = {f"{role}/{name}": tensor for role, held in roles.items() for name, tensor in held.items()}
+        sharded.read_into(path, {**tensors, **self._moments()}, self.team)
+        return checkpoint.load_trainer(path)
+
+    def _set_random_state(self, trainer: dict[str, Any]) -> None:
+        """This process's, or one of its own where another number of processes wrote the checkpoint."""
+        states = trainer["rngs"] if "rngs" in trainer else [trainer["rng"]]
+        if len(states) != self.team.size:
+            torch.manual_seed(stable_seed(self.config.seed, trainer["step"], "global"))
+            return
+        state = states[self.team.rank]
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
 
 
 def resumable(config: TrainerConfig, recipe: Any, contents: Sequence[Content] = ()) -> Path | None:

@@ -65,6 +65,8 @@ class TrainerConfig:
     """Whether the contents of data, weights and checkpoints are hashed and compared, about a second per GB."""
     parallel: ParallelConfig = field(default=ParallelConfig(), metadata=FREE)
     """How the processes of a launch (torchrun) share the work."""
+    saves_behind: bool = field(default=False, metadata=FREE)
+    """Whether several processes go on training while a checkpoint is written; its tensors are copied to the host."""
     accumulate: int = field(default=1, metadata=FREE)
     """Parts, one after the other, in which a process takes its rows of each batch: less memory, the same step."""
 
@@ -146,9 +148,13 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
                 run.preview(write_preview)
             if run.step % config.save_every == 0 or is_save_due or is_last or is_stopping:
                 run.save()
+            elif run.saver is not None:
+                run.saver.poll()
             if is_stopping and not is_last:
+                run.end()
                 logger.info("stopped after step %d; run the same command again to go on", run.step)
                 return Result(run.step, is_interrupted=True)
+        run.end()
     return Result(run.step)
 
 
