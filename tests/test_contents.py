@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from causalreel import cli, hashed
 from causalreel.data import prepare
 from causalreel.fingerprint import fingerprint
+from causalreel.nn.masks import Context
+from causalreel.nn.presets import preset
 from causalreel.train import checkpoint, stored
 from causalreel.train import run as runs
+from causalreel.train.contents import facts_of
 from causalreel.weights import export
 from causalreel.weights.export import load_export, read_export, save_export
 from test_run import CD, DATA, FROM_BASE, SMALL, made, place, reel, refused  # noqa: F401 - fixtures
@@ -274,3 +278,24 @@ def test_stopped_while_writing_and_started_again_is_uninterrupted(
     reel(*(part.replace("new", "whole") if part in ("new", "trainer.out=new") else part for part in command))
     one, two = load_file(made), load_file(made.replace("new", "whole"))
     assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_a_network_without_cameras_is_known_as_before_there_were_any() -> None:
+    before = """dim: 64
+ffn_dim: 128
+heads: 2
+layers: 2
+text_dim: 64
+text_length: 16
+freq_dim: 64
+channels: 16
+patch: 2
+eps: 1.0e-06
+window: null
+sink: 0
+last_position: null
+"""
+    size = preset("tiny-smoke")
+    assert facts_of(size, Context()) == before
+    assert facts_of(replace(size, camera="prope"), Context()) != before
+    assert facts_of(replace(size, actions=3), Context()) != before

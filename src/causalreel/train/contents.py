@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from causalreel import config as configs
+
+LATER = ("camera: none\n", "actions: 0\n")
+"""Lines of a network's size that are newer than fingerprints: what does not have these is known as before."""
 
 
 @dataclass(frozen=True)
@@ -31,3 +37,9 @@ def compare(contents: Iterable[Content], kept: Mapping[str, str], where: str) ->
                 f"{content.what}: {content.place} is not what {where} was made from "
                 f"({before[:12]} there, {content.fingerprint[:12]} here); give it the same or use another out"
             )
+
+
+def facts_of(size: Any, context: Any) -> str:
+    """What decides a network beside its weights, as text for a fingerprint: its ModelConfig and its context policy."""
+    lines = configs.dump(size).splitlines(keepends=True)
+    return "".join(line for line in lines if line not in LATER) + configs.dump(context)

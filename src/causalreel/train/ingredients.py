@@ -27,7 +27,7 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.presets import ModelConfig, preset
 from causalreel.rollout import chunk_sizes
 from causalreel.text.tiny import TinyTextEncoder
-from causalreel.train.contents import Content
+from causalreel.train.contents import Content, facts_of
 from causalreel.train.stage import DataSource
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.types import Conditioning, LatentSpec
@@ -278,7 +278,4 @@ def _check_codec_of_data(data: Path, codec: Path) -> None:
 
 
 def _content(role: str, place: Path, net: DiTDenoiser) -> Content:
-    later = ("camera: none\n", "actions: 0\n")  # networks that take neither are known as before there was either
-    size = "".join(line for line in configs.dump(net.config).splitlines(keepends=True) if line not in later)
-    facts = size + configs.dump(net.context)
-    return Content(f"init.{role}", str(place), fingerprint(net.model.state_dict(), facts))
+    return Content(f"init.{role}", str(place), fingerprint(net.model.state_dict(), facts_of(net.config, net.context)))
