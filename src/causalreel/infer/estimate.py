@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from causalreel.codecs.kinds import kind_of
 from causalreel.codecs.wan_vae import vae_config
-from causalreel.nn.attention import FLEX_MIN_TOKENS
+from causalreel.nn.attention import LONG_TOKENS
 from causalreel.nn.caches import static_kind
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.window import Context
@@ -149,7 +149,7 @@ class Request:
     def mask_rows(self) -> int:
         """Queries of its mask where attention gets one as a tensor: in short calls of two chunks, eagerly."""
         queries = self.fresh * self.tokens
-        is_dense = self.form == "eager" and self.chunk not in (None, self.fresh) and queries < FLEX_MIN_TOKENS
+        is_dense = self.form == "eager" and self.chunk not in (None, self.fresh) and queries < LONG_TOKENS
         return queries if is_dense else 0
 
     @property

@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from causalreel.nn.masked_attention import attend_pieces
 from causalreel.nn.masks import FrameMask
-from causalreel.nn.split_attention import attend_split
+from causalreel.nn.split_attention import attend_split, has_cudnn_attention
 
 log = logging.getLogger(__name__)
 
 Attend = Callable[[Tensor, Tensor, Tensor, FrameMask | None, int], Tensor]
 """q (B,Lq,N,D), k, v (B,Lk,N,D), frame mask, tokens per frame -> (B,Lq,N,D)."""
 
-FLEX_MIN_TOKENS = 4096
-"""Below this many queries a dense mask is cheap and block sparsity saves nothing."""
+LONG_TOKENS = 4096
+"""Below this many queries a dense mask is cheap and sparsity saves nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(_sdpa, lambda mask, dtype, device: True),
     # no gradient; see nn.split_attention
     "split": Backend(_split, lambda mask, dtype, device: not torch.is_grad_enabled()),
+    # float16, bfloat16, on the CPU float32 too; see nn.masked_attention
+    "pieces": Backend(attend_pieces, lambda mask, dtype, device: dtype.itemsize <= (2 if device.type == "cuda" else 4)),
     # flex_attention has no backward on the CPU; there it is for comparison without gradient only.
     "flex": Backend(_flex, lambda mask, dtype, device: device.type == "cuda" or not torch.is_grad_enabled()),
 }
@@ -84,10 +87,13 @@ def _announce(name: str, device: str) -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask | None, tokens: int, *, backend: str = "auto") -> Tensor:
-    """q (B,Lq,N,D), k, v (B,Lk,N,D) -> (B,Lq,N,D). `auto`: flex for long masked sequences on CUDA, else sdpa."""
+    """q (B,Lq,N,D), k, v (B,Lk,N,D) -> (B,Lq,N,D).
+
+    `auto`: sdpa, but for long masked sequences on CUDA `pieces` where cuDNN's kernel runs, else `flex`.
+    """
     if backend == "auto":
-        is_long = mask is not None and q.is_cuda and q.shape[1] >= FLEX_MIN_TOKENS
-        backend = "flex" if is_long else "sdpa"
+        is_long = mask is not None and q.is_cuda and q.shape[1] >= LONG_TOKENS
+        backend = "sdpa" if not is_long else "pieces" if has_cudnn_attention(q) else "flex"
         _announce(backend, q.device.type)
     elif backend not in BACKENDS:
         raise ValueError(f"attention backend must be auto or one of {', '.join(BACKENDS)}; got {backend!r}")

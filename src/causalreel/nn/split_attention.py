@@ -262,7 +262,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def attend_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B,Lq,N,D), k, v (B,Lk,N,D) -> (B,Lq,N,D), no mask, by the fastest kernel there is."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,N,L,D)
-    if not _has_cudnn_attention(q):
+    if not has_cudnn_attention(q):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0].transpose(1, 2)
 
@@ -271,7 +271,7 @@ def attend_with_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """q (B,Lq,N,D), k, v (B,Lk,N,D) -> out (B,Lq,N,D) and the natural log-sum-exp (B,N,Lq) of its scores."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,N,L,D)
     ops = torch.ops.aten
-    if _has_cudnn_attention(q):
+    if has_cudnn_attention(q):
         out, lse = ops._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
         lse = lse.view(lse.shape[:3])
     elif q.is_cuda:
@@ -281,7 +281,32 @@ def attend_with_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse
 
 
-def _has_cudnn_attention(q: Tensor) -> bool:
+def gradients_with_sum(
+    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, all (B,L,N,D), for that of `out` (B,Lq,N,D), by the kernels of `attend_with_sum`.
+
+    These may be some of the keys that `out` and `lse` (B,N,Lq) were made of: then the gradients are their share.
+    """
+    q, k, v, gradient, out = (x.transpose(1, 2) for x in (q, k, v, gradient, out))  # (B,N,L,D)
+    ops, lengths = torch.ops.aten, (q.shape[2], k.shape[2])
+    if has_cudnn_attention(q):
+        seed = torch.empty((), dtype=torch.long, device=q.device)  # of dropout, which there is none of
+        shares = ops._scaled_dot_product_cudnn_attention_backward(
+            *(gradient, q, k, v, out, lse.unsqueeze(-1), seed, seed), *(None, None, None), *lengths, 0.0, False
+        )
+    elif q.is_cuda:
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        shares = ops._scaled_dot_product_flash_attention_backward(
+            *(gradient, q, k, v, out, lse, None, None), *lengths, 0.0, False, seed, seed
+        )
+    else:
+        shares = ops._scaled_dot_product_flash_attention_for_cpu_backward(gradient, q, k, v, out, lse, 0.0, False)
+    q, k, v = (x.transpose(1, 2) for x in shares)
+    return q, k, v
+
+
+def has_cudnn_attention(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _is_hopper_or_later(q.device)
 
 
