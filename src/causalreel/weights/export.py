@@ -389,5 +389,7 @@ def _type_name(dtype: torch.dtype) -> str:
 def _identity(export: Export) -> str:
     """A hash of what fixes the meaning of the weights; sampling and provenance may be edited by hand."""
     facts = {"name": export.name, "text": export.text}
-    text = repr(facts) + config.dump(export.model) + config.dump(export.latent)
+    later = ("camera: none\n", "actions: 0\n")  # networks that take neither are known as before there was either
+    size = "".join(line for line in config.dump(export.model).splitlines(keepends=True) if line not in later)
+    text = repr(facts) + size + config.dump(export.latent)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
