@@ -67,7 +67,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     small = {"wan-1.3b": SMALL, "wan-14b": LARGE}
     monkeypatch.setattr(registry, "PRESETS", small)
     monkeypatch.setattr(identify, "PRESETS", small)
-    monkeypatch.setattr(building, "_random_codec", lambda decoder: codec())
+    monkeypatch.setattr(building, "random_codec", lambda decoder: codec())
     texts, umt5, codecs = types.ModuleType("umt5"), types.ModuleType("umt5"), Codecs()
     texts.Placement = lambda device: device  # type: ignore[attr-defined]
     umt5.load_text_encoder = text_encoder  # type: ignore[attr-defined]

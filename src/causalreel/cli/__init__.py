@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeAlias
 
 from tyro.conf import subcommand
 
+from causalreel.cli.data import Import, import_data
 from causalreel.cli.files import Convert, ExportModel, Models, convert, export_model, models
 from causalreel.cli.flags import ending, own_threads
 from causalreel.cli.live import Serve, serve
@@ -38,6 +39,7 @@ Command: TypeAlias = (
     | Annotated[Replay, subcommand("replay")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Encode, subcommand("encode")]
+    | Annotated[Import, subcommand("import")]
     | Annotated[Evaluate, subcommand("eval")]
     | Annotated[ExportModel, subcommand("export")]
     | Annotated[Convert, subcommand("convert")]
@@ -54,6 +56,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Replay: replay,
     Train: train,
     Encode: encode,
+    Import: import_data,
     Evaluate: evaluate,
     ExportModel: export_model,
     Convert: convert,

@@ -69,6 +69,13 @@ class Shard:
             raise damaged(self.path, f"'{name}_rows' does not add up to the {total:,} rows of '{name}'")
         return found
 
+    def clip(self, row: int) -> Tensor:
+        """The latents or trajectory of a row, for who reads few or one after the other."""
+        assert self.kind is not None
+        size = self.dtype.itemsize * int(np.prod(self.shape))
+        at = self.start + self.entries[self.kind].start + row * size
+        return torch.from_numpy(np.fromfile(self.path, np.uint8, size, offset=at)).view(self.dtype).view(self.shape)
+
 
 def read_shard(path: Path) -> Shard:
     """A shard's header, checked; ValueError if training could not use it."""

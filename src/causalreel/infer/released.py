@@ -140,7 +140,7 @@ def _denoiser(
 
 
 def _codec(decoder: str, files: ModelFiles | None, device: torch.device, dtype: torch.dtype) -> VideoCodec:
-    codec = _random_codec(decoder) if files is None else _read_codec(decoder, files.codec)
+    codec = random_codec(decoder) if files is None else _read_codec(decoder, files.codec)
     placed = codec.requires_grad_(False).eval().to(device, dtype)
     if files is None or files.encoder is None:
         return placed
@@ -154,7 +154,7 @@ def _read_codec(decoder: str, path: Path) -> Codec:
     return load_wan_vae(path) if decoder == "wan" else load_taehv(path)
 
 
-def _random_codec(decoder: str) -> Codec:
+def random_codec(decoder: str) -> Codec:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build(DECODERS[decoder])

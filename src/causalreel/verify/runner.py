@@ -13,6 +13,7 @@ from causalreel.verify import (
     cases_checkpoints,
     cases_codec,
     cases_control,
+    cases_data,
     cases_lora,
     cases_network,
     cases_policies,
@@ -39,9 +40,11 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c12": lambda case: cases_text.umt5,
     "c13": lambda case: cases_text.cleaning,
     "c14": cases_checkpoints.handler,
+    "c15": lambda case: cases_data.lmdb,
     "c17": cases_policies.handler,
     "c20": lambda case: cases_lora.loras,
     "c21": lambda case: cases_control.controls,
+    "c23": lambda case: cases_data.foreign,
 }
 """Family of a case, the beginning of its name -> what checks it; None where nothing does."""
 
