@@ -18,6 +18,7 @@ from causalreel.cli.flags import ModelFlags, ThreadFlag
 from causalreel.data import prepare as preparing
 from causalreel.data.video_in import read_video
 from causalreel.infer import models
+from causalreel.infer.clips import ClipRequest
 from causalreel.infer.pipeline import Pipeline
 from causalreel.nn.presets import PRESETS
 from causalreel.weights import export as exports
@@ -65,9 +66,9 @@ def test_options_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     stream = Pipeline.stream
 
-    def spy(self, prompts, **request):
-        seen.append((self.export.name, prompts, request["frames"], request["seed"]))
-        return stream(self, prompts, **request)
+    def spy(self, request: ClipRequest):
+        seen.append((self.export.name, request.prompts, request.frames, request.seed))
+        return stream(self, request)
 
     monkeypatch.setattr(Pipeline, "stream", spy)
     assert generate(RED, BLUE, "-o", "a.gif", "--seed", "3", "--frames", "13", "--chunk", "4") == 0
@@ -241,9 +242,9 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
 
 
 def test_a_folder_that_was_made_in_vain_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stream(self: Pipeline, prompts: str, **request: Any) -> Any:
+    def stream(self: Pipeline, request: ClipRequest) -> Any:
         yield torch.zeros(1, 4, 3, 32, 32)
-        if prompts == BLUE:
+        if request.prompts == BLUE:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Pipeline, "stream", stream)

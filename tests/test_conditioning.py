@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.sources import LatentSource
+from causalreel.infer.clips import ClipRequest
 from causalreel.infer.live import Live, Policy, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.nn.denoiser import DiTDenoiser, Guided
@@ -263,3 +264,29 @@ def test_conditioning_survives_files() -> None:
     again = Conditioning.from_named({"states": torch.zeros(1), **whole.named()})
     assert torch.equal(again.text, texts) and torch.equal(again.fields["speed"], whole.fields["speed"])
     assert again.prompts == whole.prompts and Conditioning.from_named(given().named()).prompts is None
+
+
+@torch.no_grad()
+def test_a_field_goes_from_a_request_into_a_clip() -> None:
+    """Frame by frame, the given ones included; a request that leaves it out is refused by name."""
+    pipe, prompts = pipeline(), ["a large red square moves right", "a small blue circle moves left"]
+    speed = torch.randn(2, FRAMES, generator=torch.Generator().manual_seed(2))
+    request = ClipRequest(prompts, seed=3, fields={"speed": speed})
+    made = torch.cat([chunk.latents for chunk in pipe.latents(request)], 1)
+    for frame in (0, 4):
+        other = speed.clone()
+        other[:, frame] += 1
+        again = torch.cat([chunk.latents for chunk in pipe.latents(request, fields={"speed": other})], 1)
+        assert first_difference(again, made) == frame
+    one = ClipRequest(prompts[1], seed=4, fields={"speed": speed[1:]})
+    close(torch.cat([chunk.latents for chunk in pipe.latents(one)], 1), made[1:])
+    height, width = pipe.size
+    behind = pipe.generate(request, prefix=torch.zeros(3, height, width))
+    assert behind.shape[1] == pipe.geometry.frames_of(FRAMES)
+    for fields, message in [
+        ({}, "fields must be those of the model, speed; got none"),
+        ({"speed": speed, "camera": speed}, "fields must be those of the model, speed; got camera, speed"),
+        ({"speed": speed[:, 1:]}, rf"the field 'speed' must be \(2,{FRAMES},...\), a value for each latent frame; got"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe.stream(request, fields=fields)

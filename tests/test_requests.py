@@ -14,6 +14,7 @@ from PIL import Image, features
 
 from causalreel import cli
 from causalreel.data.video import write_video
+from causalreel.infer.clips import ClipRequest
 from causalreel.infer.inputs import fit, read_picture
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.requests import Wanted, numbered, read_pairs, read_prompts
@@ -180,8 +181,8 @@ def test_pictures_keep_their_size_unless_asked() -> None:
 def spy_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, torch.Tensor | None]]:
     seen = []
 
-    def stream(self, prompt, **request):
-        seen.append((prompt, request["seed"], request["prefix"]))
+    def stream(self, request: ClipRequest):
+        seen.append((request.prompts, request.seed, request.prefix))
         yield torch.zeros(1, 5, 3, 32, 32)
 
     monkeypatch.setattr(Pipeline, "stream", stream)

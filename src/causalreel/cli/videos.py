@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from causalreel.cli.parsing import FRAMES, SEED, Range
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from causalreel.infer.clips import ClipRequest
     from causalreel.infer.models import Profile
     from causalreel.infer.requests import Wanted
     from causalreel.parallel.mesh import Mesh
@@ -77,6 +79,7 @@ def _generate(args: Generate, mesh: Mesh | None, made: contextlib.ExitStack) -> 
     wanted = _wanted(args)
     from causalreel.data.video import OUTPUT_SUFFIXES, SHEET_SUFFIXES, Spread, check_target, contact_sheet, write_video
     from causalreel.infer.distributed import ahead, spread
+    from causalreel.infer.models import encoder_of
 
     is_folder, paths = _outputs(args.output, wanted)
     for path in paths:  # before the work and not after it; the writers check again
@@ -86,8 +89,9 @@ def _generate(args: Generate, mesh: Mesh | None, made: contextlib.ExitStack) -> 
     profile = args.profile()
     frames = _frames(args, profile)
     beginning = None if args.video is None else _beginning(args, profile, frames)
-    for index, one in enumerate(wanted):
-        _check(args, profile, frames, one, _seed(args, index, one), beginning)  # before anything is loaded
+    requests = [partial(_request, args, profile, frames, beginning, *item) for item in enumerate(wanted)]
+    for request in requests:  # before anything is loaded; pictures are read again, and not all of them kept
+        request().check(profile, encoder_of(profile.export))
     device, gpus = (None, 1) if mesh is None else (mesh.device, mesh.size)
     pipeline = args.load(device=device, gpus=gpus, graphs=len(wanted) > 1)
     pipeline = spread(pipeline, mesh, decode_device=args.decode_device)
@@ -97,9 +101,8 @@ def _generate(args: Generate, mesh: Mesh | None, made: contextlib.ExitStack) -> 
     shown: list[Tensor] = []
     if is_folder and (mesh is None or mesh.rank == 0):
         made.enter_context(_folder(paths[0].parent))
-    for index, (one, path) in enumerate(zip(wanted, paths, strict=True)):
-        seed, prefix = _seed(args, index, one), _prefix(args, profile, one, beginning)
-        parts = pipeline.stream(one.prompt, frames=frames, seed=seed, prefix=prefix)
+    for request, path in zip(requests, paths, strict=True):
+        parts = pipeline.stream(request())
         if mesh is not None and mesh.rank > 0:
             collections.deque(parts, maxlen=0)  # its share of the work; there are no frames in them
             continue
@@ -193,30 +196,16 @@ def _frames(args: Generate, profile: Profile) -> int | None:
     return profile.geometry.frames_of(latent)
 
 
-def _seed(args: Generate, index: int, one: Wanted) -> int:
-    return args.seed + index if one.seed is None else one.seed
-
-
-def _prefix(args: Generate, profile: Profile, one: Wanted, beginning: Tensor | None) -> Tensor | None:
-    """The frames (T,3,H,W) that a video starts with, if any."""
+def _request(
+    args: Generate, profile: Profile, frames: int | None, beginning: Tensor | None, index: int, one: Wanted
+) -> ClipRequest:
+    """A video that is asked for; beginning (T,3,H,W): that of all of them, if they have one."""
     from causalreel.data.pictures import read_picture
+    from causalreel.infer.clips import ClipRequest
 
     picture = one.image or args.image
-    return beginning if picture is None else read_picture(picture, profile.size, args.fit)
-
-
-def _check(
-    args: Generate, profile: Profile, frames: int | None, one: Wanted, seed: int, beginning: Tensor | None
-) -> None:
-    """ValueError if a video cannot be made, as far as that can be known without the model's weights."""
-    from causalreel.infer.models import TEXT_ENCODERS
-    from causalreel.infer.wording import full_prompt
-
-    prefix = _prefix(args, profile, one, beginning)
-    given = 0 if prefix is None else len(prefix)
-    profile.schedule(frames, profile.geometry.latents_of(given) if given else 0)
-    if profile.export.text in TEXT_ENCODERS:
-        full_prompt(TEXT_ENCODERS[profile.export.text](), one.prompt, seed, None if prefix is None else prefix[-1])
+    prefix = beginning if picture is None else read_picture(picture, profile.size, args.fit)
+    return ClipRequest(one.prompt, frames, args.seed + index if one.seed is None else one.seed, prefix=prefix)
 
 
 def _outputs(output: str, wanted: Sequence[Wanted]) -> tuple[bool, list[Path]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from causalreel.infer.commands import MODES, Mode
-from causalreel.infer.models import TEXT_ENCODERS
+from causalreel.infer.models import TEXT_ENCODERS, encoder_of
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
 from causalreel.infer.wording import full_prompt
@@ -279,8 +279,8 @@ class _Shifted:
 
 def understand(export: Export, prompts: Sequence[str], picture: Tensor | None = None) -> None:
     """ValueError for a prompt that `encode_prompt` would refuse, known without the model; picture: as there."""
-    if export.text in TEXT_ENCODERS:
-        encoder = TEXT_ENCODERS[export.text]()
+    encoder = encoder_of(export)
+    if encoder is not None:
         for prompt in prompts:
             encoder.encode([full_prompt(encoder, prompt, 0, picture)])
 

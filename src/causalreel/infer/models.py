@@ -25,7 +25,7 @@ from causalreel.nn.policies.registry import described
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import PRESETS, ModelConfig
 from causalreel.text.tiny import TinyTextEncoder
-from causalreel.types import Geometry
+from causalreel.types import Geometry, TextEncoder
 from causalreel.weights import export as exports
 from causalreel.weights.export import (
     ALIASES,
@@ -44,6 +44,11 @@ from causalreel.weights.registry import MODELS
 log = logging.getLogger(__name__)
 
 TEXT_ENCODERS = {"tiny": TinyTextEncoder}
+
+
+def encoder_of(export: Export) -> TextEncoder | None:
+    """The text encoder of a model, where it needs no files: what its prompts may say is known without weights."""
+    return TEXT_ENCODERS[export.text]() if export.text in TEXT_ENCODERS else None
 
 
 def variants() -> dict[str, Path]:

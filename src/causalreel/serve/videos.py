@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
 
+from causalreel.infer.clips import ClipRequest
 from causalreel.serve.bodies import BODY, DOOR, errors, read_model, takes
 from causalreel.serve.jobs import Jobs, options_of, pack_image
 from causalreel.serve.safety import ApiError
@@ -38,9 +39,8 @@ def planned(service: Service, wanted: VideoRequest) -> dict[str, Any]:
     height, width = pipeline.size
     try:
         image = None if wanted.image is None else service.encoded_picture(wanted.image)
-        how: dict[str, Any] = {"frames": wanted.frames, "steps": wanted.steps, "chunk": wanted.chunk}
-        plan = pipeline.schedule(**how, prefix=0 if image is None else 1)
-        frames = pipeline.codec.geometry.frames_of(plan.frames)
+        request = ClipRequest(wanted.prompt, wanted.frames, wanted.seed, wanted.steps, wanted.chunk, image)
+        frames = pipeline.geometry.frames_of(request.check(pipeline, pipeline.text).plan.frames)
         if frames > limit:
             raise ValueError(f"frames must be at most {limit}, got {frames}")
         row = {

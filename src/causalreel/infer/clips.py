@@ -1,0 +1,130 @@
+"""A request for clips: the same object from the command line, the API and Python down to the rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from causalreel.infer.schedule import Schedule, adapt, schedule
+from causalreel.infer.wording import full_prompt
+from causalreel.types import Geometry, TextEncoder
+from causalreel.weights.export import Export, Sampling
+
+
+class Model(Protocol):
+    """What a request is checked against: a `models.Profile`, or a `pipeline.Pipeline`, whose weights are there too."""
+
+    @property
+    def export(self) -> Export: ...
+    @property
+    def sampling(self) -> Sampling: ...
+    @property
+    def geometry(self) -> Geometry: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ClipRequest:
+    """Clips of one length to be made together, one for each prompt."""
+
+    prompts: str | Sequence[str]
+    frames: int | None = None
+    """Pixel frames of n latent frames with n a multiple of the chunk; None: as long as a training clip. A longer clip
+    streams on with a window of the training clip's length, so its cost per chunk stays flat."""
+    seed: int | Sequence[int] = 0
+    """Of the first prompt, the others count up from it; or one for each prompt. It also decides what a prompt leaves
+    open (see `TextEncoder.complete`)."""
+    steps: int | Sequence[float] | None = None
+    """Denoising steps per chunk, a number (4: 1000, 750, 500, 250) or a list; None: the model's own."""
+    chunk: int | None = None
+    """Latent frames made together; None: the model's own."""
+    prefix: Tensor | None = None
+    """The clip's first frames, (3,H,W), (T,3,H,W) or (B,T,3,H,W) in [-1,1]: one picture is image-to-video, more is
+    continuation. It is encoded, decoded again and yielded first, and counts in `frames`."""
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    """For models whose conditioning has fields: name -> (B,F,...) or (1,F,...), a value for each of the F latent frames
+    of the clip, those of the prefix included."""
+    fused: bool = True
+    """Fewer, larger denoiser calls with the same result."""
+    ahead: bool = True
+    """On a GPU, make the next chunk while one is decoded and looked at."""
+
+    @staticmethod
+    def of(prompts: ClipRequest | str | Sequence[str], **more: Any) -> ClipRequest:
+        """A request as it is, with other values for some of its fields, or one made of its fields."""
+        return replace(prompts, **more) if isinstance(prompts, ClipRequest) else ClipRequest(prompts, **more)
+
+    def check(self, model: Model, encoder: TextEncoder | None) -> CheckedClips:
+        """All that can be known before anything is made; ValueError for what cannot be. encoder: None, where the words
+        are not looked at."""
+        prompts = [self.prompts] if isinstance(self.prompts, str) else list(self.prompts)
+        if not prompts:
+            raise ValueError("prompts must hold at least one prompt, got none")
+        seeds = _seeds(self.seed, len(prompts))
+        given = None if self.prefix is None else _as_batch(self.prefix, len(prompts))
+        if given is not None and tuple(given.shape[-2:]) != model.size:
+            raise ValueError(f"the prefix must be {_by(model.size)} pixels, got {_by(given.shape[-2:])}")
+        length = 0 if given is None else model.geometry.latents_of(given.shape[1], name="the prefix")
+        sampling = adapt(model.sampling, steps=self.steps, chunk=self.chunk)
+        how: dict[str, Any] = {"trained": model.export.frames, "context": model.export.context}
+        plan = schedule(sampling, model.geometry, **how, frames=self.frames, prefix=length)
+        if encoder is not None:
+            pictures = [None] * len(prompts) if given is None else given[:, -1]
+            words = zip(prompts, seeds, pictures, strict=True)
+            prompts = [full_prompt(encoder, prompt, seed, picture) for prompt, seed, picture in words]
+        return CheckedClips(prompts, seeds, plan, given)
+
+    def fields_of(self, known: frozenset[str], frames: int) -> dict[str, Tensor]:
+        """Name -> (B,F,...) for a model that has the fields `known`; ValueError unless all of them are given for all
+        latent frames."""
+        rows = 1 if isinstance(self.prompts, str) else len(self.prompts)
+        if self.fields.keys() != known:
+            needed, got = (", ".join(sorted(names)) or "none" for names in (known, self.fields))
+            raise ValueError(f"fields must be those of the model, {needed}; got {got}")
+        for name, value in self.fields.items():
+            if value.ndim < 2 or value.shape[0] not in (1, rows) or value.shape[1] != frames:
+                raise ValueError(
+                    f"the field {name!r} must be ({rows},{frames},...), a value for each latent frame; got "
+                    f"{tuple(value.shape)}"
+                )
+        return {name: value.expand(rows, *value.shape[1:]) for name, value in self.fields.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedClips:
+    """What a request comes to."""
+
+    prompts: list[str]
+    """As the model reads them: complete, where an encoder was asked."""
+    seeds: list[int]
+    plan: Schedule
+    prefix: Tensor | None
+    """Pixels (B,T,3,H,W) that the clips begin with."""
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, int):
+        return [seed + i for i in range(count)]
+    if len(seed) != count:
+        raise ValueError(f"seed must be one number or one for each of the {count} prompts, got {len(seed)}")
+    return list(seed)
+
+
+def _as_batch(prefix: Tensor, count: int) -> Tensor:
+    """(3,H,W), (T,3,H,W) or (B,T,3,H,W) -> (count,T,3,H,W)."""
+    if prefix.ndim not in (3, 4, 5) or prefix.shape[-3] != 3:
+        raise ValueError(f"the prefix must be (3,H,W), (T,3,H,W) or (B,T,3,H,W), got {tuple(prefix.shape)}")
+    if not prefix.is_floating_point():
+        raise ValueError(f"the prefix must be floating point in [-1, 1], got {prefix.dtype}")
+    batch = prefix[(None,) * (5 - prefix.ndim)]  # (1 or B,T,3,H,W)
+    if batch.shape[0] not in (1, count):
+        raise ValueError(f"the prefix must be one clip or one for each of the {count} prompts, got {batch.shape[0]}")
+    return batch.expand(count, -1, -1, -1, -1)
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(str(side) for side in size)
