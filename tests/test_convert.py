@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,12 +202,12 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
 def test_a_full_disk_leaves_nothing(
     target: str, to: str, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(tensors: object, path: Path, *rest: object) -> None:
-        Path(path).write_bytes(b"half")
+    def full(*content_and_path: Any) -> None:
+        next(one for one in content_and_path if isinstance(one, Path)).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     write_tensors("source.safetensors", state)
-    monkeypatch.setattr("causalreel.weights.files.save_file", full)
+    monkeypatch.setattr("causalreel.hashed.write_tensors", full)
     monkeypatch.setattr("causalreel.weights.files.torch.save", full)
     with pytest.raises(OSError):
         convert("source.safetensors", target, to, heads=2)

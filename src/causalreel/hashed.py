@@ -23,6 +23,12 @@ _NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
 }
 """Types by their names in .safetensors files."""
 
@@ -63,11 +69,18 @@ def write_text(path: Path, text: str) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """A .safetensors file; tensors that share memory, such as tied weights, are written each. -> its hash."""
+    """A .safetensors file, of the same bytes whenever tensors and metadata are the same -> its hash.
+
+    Tensors that share memory, such as tied weights, are written each. ValueError for a type that the format lacks.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in ordered:
+        if tensor.dtype not in _NAMES:
+            raise ValueError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}, which .safetensors files cannot hold"
+            )
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

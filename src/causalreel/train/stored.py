@@ -53,6 +53,7 @@ class Store:
                 raise ValueError(
                     f"{file} holds {len(rows['states'])} trajectories, settings.pairs is {count}: use another out"
                 )
+            shutil.rmtree(self.out / "trajectories", ignore_errors=True)  # a run may have been stopped before this
             return rows
         if file.is_file():
             log.info("%s is made again: %s", file, reason)

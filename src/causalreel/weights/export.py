@@ -27,10 +27,11 @@ from causalreel import config
 from causalreel.codecs.codec import Codec
 from causalreel.codecs.kinds import KINDS, build, kind_of
 from causalreel.files import write_text
+from causalreel.fingerprint import fingerprint
 from causalreel.flow import warp_steps
 from causalreel.folders import claim
 from causalreel.foreign import read_json, shown
-from causalreel.headers import read_header
+from causalreel.headers import Header, read_header
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
 from causalreel.nn.policies.registry import AnyPolicy
@@ -118,6 +119,8 @@ class Export:
     """The text encoder's name."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: recipe, commit, seed, metrics."""
+    weights: str = field(default="", compare=False)
+    """A hash of the weights beside it, which their file holds too; empty in older exports."""
 
     def __post_init__(self) -> None:
         if self.frames < 1 or (self.sampling.chunk is not None and self.frames % self.sampling.chunk):
@@ -138,6 +141,8 @@ class CodecExport:
     """What kind of codec it is, a key of codecs.kinds.KINDS."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: recipe, commit, seed, metrics."""
+    weights: str = field(default="", compare=False)
+    """A hash of the weights beside it, which their file holds too; empty in older exports."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -161,17 +166,21 @@ def save_export(
 ) -> Path:
     """Write an export into `folder`, which is made if need be; each file is whole or absent, the config comes last.
 
+    What is stopped in between is no export, or two halves of different ones that refuse to be loaded.
     codec: written beside the model as codec.safetensors, to which the config then refers. -> the folder.
     """
     folder = Path(folder)
     if denoiser.config != export.model:
         raise ValueError(f"export.model differs from the saved network's config: {export.model}, {denoiser.config}")
     with claim(folder, "export"):
+        cast = _cast(denoiser.model, dtype)
+        beside = () if codec is None else (fingerprint(codec.state_dict()),)
+        export = dataclasses.replace(export, weights=fingerprint(cast, *beside)[:16])
+        metadata = {"format": "causalreel", "name": export.name, "config_hash": _identity(export)}
+        write_tensors(folder / MODEL, cast, metadata | {"weights": export.weights})
         if codec is not None:
             save_codec(folder / "codec.safetensors", codec)
             export = dataclasses.replace(export, codec="codec.safetensors")
-        metadata = {"format": "causalreel", "name": export.name, "config_hash": _identity(export)}
-        write_tensors(folder / MODEL, _cast(denoiser.model, dtype), metadata)
         write_text(folder / CONFIG, config.dump(export))
     return folder
 
@@ -226,6 +235,7 @@ def load_export(
             f"{path} holds the weights of '{shown(claimed.get('name', 'another model'))}', "
             f"not of '{shown(export.name)}' as {CONFIG} beside it says"
         )
+    _check_pair(header, export.weights, path, folder / CONFIG)
     check_model(export.model, header, path)
     tensors = read_tensors(path)
     with without_initialisation():
@@ -280,22 +290,32 @@ def save_codec(
 ) -> Path:
     """Write a codec into a folder, or as a .safetensors file with its config beside it; -> the .safetensors file."""
     path = _codec_path(path)
-    write_tensors(path, _cast(codec, dtype), {"format": "causalreel-codec"})
-    write_text(
-        path.with_suffix(".yaml"),
-        config.dump(CodecExport(codec.config, kind_of(codec.config).name, dict(provenance or {}))),
-    )
+    cast = _cast(codec, dtype)
+    card = CodecExport(codec.config, kind_of(codec.config).name, dict(provenance or {}), fingerprint(cast)[:16])
+    write_tensors(path, cast, {"format": "causalreel-codec", "weights": card.weights})
+    write_text(path.with_suffix(".yaml"), config.dump(card))
     return path
 
 
 def load_codec(path: str | Path) -> Codec:
     """A saved codec (its folder or its .safetensors file) in float32 on the CPU, in evaluation mode."""
-    path, sizes = find_codec(path), read_codec(path).codec
-    check_codec(sizes, read_header(path), path)
+    path, card = find_codec(path), read_codec(path)
+    sizes, header = card.codec, read_header(path)
+    _check_pair(header, card.weights, path, path.with_suffix(".yaml"))
+    check_codec(sizes, header, path)
     with without_initialisation():
         codec = build(sizes)
     _fill(codec, read_tensors(path), source=str(path))
     return codec.requires_grad_(False).eval()
+
+
+def _check_pair(header: Header, weights: str, path: Path, card: Path) -> None:
+    """ValueError for weights and a config that were written one after the other, and of which one is of before."""
+    if header.metadata.get("weights", weights) != weights:
+        raise ValueError(
+            f"{path} is not what {card.name} beside it was written for: the export was stopped between the two files; "
+            "run what writes it again"
+        )
 
 
 def read_codec(path: str | Path) -> CodecExport:

@@ -7,17 +7,15 @@ memory once, where it goes, and not a second time on the way.
 from __future__ import annotations
 
 import errno
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from causalreel import hashed
 from causalreel.files import replacing
 from causalreel.foreign import ordinary_file, shown
 from causalreel.headers import read_header
@@ -60,16 +58,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a .safetensors file, whole or not at all; its folder is made if need be. OSError, naming it, if not."""
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        try:
-            save_file(ready, partial, dict(metadata or {}))
-        except SafetensorError as error:  # what it makes of a full disk
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        hashed.write_tensors(partial, tensors, metadata)
 
 
 def write_pickle(path: str | Path, content: Mapping[str, Mapping[str, Tensor]]) -> None:
