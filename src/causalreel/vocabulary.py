@@ -21,6 +21,8 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = ("right", "down", "left", "up")
 SPEEDS = ("slowly", "quickly")
 BACKGROUNDS = ("dark", "grey", "light")
+BACKGROUND_RGB = ((18, 18, 24), (122, 122, 126), (240, 240, 240))
+"""Colours 0..255 of each of them."""
 
 SLOTS: dict[str, tuple[str, ...]] = {
     "size": SIZES,

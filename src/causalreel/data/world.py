@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from causalreel.vocabulary import (
+    BACKGROUND_RGB,
     BACKGROUNDS,
     COLORS,
     DIRECTIONS,
@@ -46,8 +47,7 @@ __all__ = [
 ]
 
 COLOR_RGB = ((230, 38, 38), (38, 184, 64), (44, 84, 240), (250, 216, 40), (226, 50, 200), (40, 212, 228))
-BACKGROUND_RGB = ((18, 18, 24), (122, 122, 126), (240, 240, 240))
-"""Colours 0..255 of each word of COLORS and BACKGROUNDS."""
+"""Colours 0..255 of each word of COLORS."""
 
 RADII = (6.5, 10.0)
 """Pixels, for each word of SIZES: a circle's radius; squares have the same area, triangles are a little smaller."""

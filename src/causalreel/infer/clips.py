@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from causalreel.infer.schedule import Schedule, adapt, schedule
-from causalreel.infer.wording import full_prompt
 from causalreel.types import Geometry, TextEncoder
 from causalreel.weights.export import Export, Sampling
 
@@ -75,7 +74,7 @@ class ClipRequest:
         if encoder is not None:
             pictures = [None] * len(prompts) if given is None else given[:, -1]
             words = zip(prompts, seeds, pictures, strict=True)
-            prompts = [full_prompt(encoder, prompt, seed, picture) for prompt, seed, picture in words]
+            prompts = [encoder.complete(prompt, seed, picture) for prompt, seed, picture in words]
         return CheckedClips(prompts, seeds, plan, given)
 
     def fields_of(self, known: frozenset[str], frames: int) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ from causalreel.infer.commands import MODES, Mode
 from causalreel.infer.models import TEXT_ENCODERS, encoder_of
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
-from causalreel.infer.wording import full_prompt
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.window import Context
 from causalreel.rollout import Call, KeyedNoise
@@ -282,7 +281,7 @@ def understand(export: Export, prompts: Sequence[str], picture: Tensor | None = 
     encoder = encoder_of(export)
     if encoder is not None:
         for prompt in prompts:
-            encoder.encode([full_prompt(encoder, prompt, 0, picture)])
+            encoder.encode([encoder.complete(prompt, 0, picture)])
 
 
 EXAMPLES = {
@@ -314,9 +313,9 @@ def hints(export: Export) -> dict[str, Any]:
 def encode_prompt(pipeline: Pipeline, prompt: str, seed: int = 0, picture: Tensor | None = None) -> Tensor:
     """-> text (1,K,E) where the encoder makes it; what the prompt leaves open is drawn by the seed, as in a clip.
 
-    picture (3,H,W): what the stream begins with, if the prompt is the first; see `infer.wording.full_prompt`.
+    picture (3,H,W): what the stream begins with, if the prompt is the first; see `types.TextEncoder.complete`.
 
     `Live` moves it to the pipeline's device, so that a thread that only encodes leaves that device alone.
     """
     with torch.no_grad():
-        return pipeline.text.encode([full_prompt(pipeline.text, prompt, seed, picture)])
+        return pipeline.text.encode([pipeline.text.complete(prompt, seed, picture)])

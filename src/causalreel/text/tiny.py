@@ -12,10 +12,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from causalreel.vocabulary import BACKGROUND_INDEX, SLOTS, WORDS, complete, tokenize
+from causalreel.vocabulary import (
+    BACKGROUND_INDEX,
+    BACKGROUND_RGB,
+    BACKGROUNDS,
+    SLOTS,
+    WORDS,
+    background_of,
+    complete,
+    tokenize,
+)
 
 LENGTH = 16
 WIDTH = 64
+NEAR = 45.0
+"""Levels of 255 by which a background may differ from the world's and still be taken for it."""
 PLACES = [(slot, index) for slot in SLOTS for index in range(BACKGROUND_INDEX + 1)]
 
 
@@ -24,6 +35,18 @@ def code_table() -> Tensor:
     table = [[-1 if (i & j).bit_count() % 2 else 1 for j in range(WIDTH)] for i in range(WIDTH)]
     table[0] = [0] * WIDTH
     return torch.tensor(table, dtype=torch.int8)
+
+
+def background_in(picture: Tensor) -> str | None:
+    """(3,H,W) in [-1,1] -> the tiny world's word for what most of its border shows; None: nothing of that world."""
+    shown = (picture.detach().float().cpu() + 1) * 127.5
+    edges = [shown[:, :2].flatten(1), shown[:, -2:].flatten(1), shown[:, :, :2].flatten(1), shown[:, :, -2:].flatten(1)]
+    border = torch.cat(edges, dim=1)  # (3,n)
+    levels = torch.tensor(BACKGROUND_RGB).float()  # (backgrounds,3)
+    middle = border.median(1).values
+    is_even = ((border - middle[:, None]).abs().amax(0) < NEAR).float().mean() > 0.6
+    distance = (levels - middle).abs().amax(1)
+    return BACKGROUNDS[int(distance.argmin())] if is_even and distance.min() < NEAR else None
 
 
 class TinyTextEncoder:
@@ -41,9 +64,20 @@ class TinyTextEncoder:
         self._place_row = {place: next(rows) for place in PLACES}
         self._codes = code_table().to(device, torch.float32) * 0.5**0.5
 
-    def complete(self, prompt: str, seed: int, *, background: str | None = None) -> str:
-        """The prompt as a full sentence of the tiny world; see `vocabulary.complete`."""
-        return complete(prompt, seed, background=background)
+    def complete(self, prompt: str, seed: int, picture: Tensor | None = None) -> str:
+        """The prompt as a full sentence of the tiny world; see `vocabulary.complete`.
+
+        A picture (3,H,W) settles a background that the prompt leaves open. ValueError if the prompt names another one
+        than the picture shows: the model has never seen a background change.
+        """
+        seen = None if picture is None else background_in(picture)
+        named = background_of(prompt) if seen is not None else None
+        if named not in (None, seen):
+            raise ValueError(
+                f"the prompt asks for a {named} background, but the picture that the video begins with has a {seen} "
+                f"one: {prompt!r}"
+            )
+        return complete(prompt, seed, background=seen)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> text (B,length,width) float32, one row a describing word, zero rows after the last."""
