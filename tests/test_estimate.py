@@ -15,6 +15,7 @@ from causalreel.codecs.fast_decode import fast_decoder
 from causalreel.codecs.kinds import build
 from causalreel.codecs.taehv import TAEHVConfig
 from causalreel.codecs.wan_vae import VAEConfig
+from causalreel.families import FAMILIES, MODELS
 from causalreel.infer import models
 from causalreel.infer.estimate import (
     GIB,
@@ -23,12 +24,10 @@ from causalreel.infer.estimate import (
     cache_bytes,
     estimate,
     text_bytes,
-    umt5_bytes,
     weight_bytes,
 )
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.models import request_for
-from causalreel.infer.released import DECODERS
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import DiT
 from causalreel.nn.masks import Context, _dense
@@ -37,11 +36,12 @@ from causalreel.nn.rope import rope_table
 from causalreel.nn.static_cache import StaticCache
 from causalreel.parallel.fast import FastDiT
 from causalreel.rollout import KeyedNoise, chunked, fuse, rollout
+from causalreel.text.umt5 import UMT5Sizes
 from causalreel.types import Conditioning, LatentSpec
-from causalreel.weights.registry import MODELS
 
 MODEL = ModelConfig(dim=96, ffn_dim=400, heads=4, layers=5, text_dim=8, text_length=4, freq_dim=32, channels=4)
 LATENT = LatentSpec(4, 16, 24)
+WAN21 = FAMILIES["wan21"]
 SMALL = Request(MODEL, LATENT, chunk=2, frames=12, decoder=None, dtype="float32", form="eager", steps=2)
 WAN = Request(preset("wan-1.3b"), LatentSpec(16, 60, 104))
 
@@ -72,7 +72,7 @@ SHARED = [
 
 @pytest.mark.parametrize(("form", "chunk", "steps", "decoder", "tensors", "reserved"), MEASURED)
 def test_what_was_measured(form: Any, chunk: int, steps: int, decoder: str, tensors: float, reserved: float) -> None:
-    found = estimate(replace(WAN, form=form, chunk=chunk, steps=steps, decoder=DECODERS[decoder]))
+    found = estimate(replace(WAN, form=form, chunk=chunk, steps=steps, decoder=WAN21.decoder(decoder).sizes))
     assert found.tensors / GIB == pytest.approx(tensors, rel=0.1)
     assert found.needed / GIB == pytest.approx(reserved, rel=0.1)
 
@@ -102,7 +102,7 @@ def test_weights_are_those_of_the_network(config: ModelConfig, dtype: str) -> No
 
 def test_weights_of_the_full_sizes() -> None:
     assert weight_bytes(preset("wan-1.3b"), "bfloat16") == 2 * 1_418_996_800
-    assert umt5_bytes() == 2 * 5_680_910_336
+    assert UMT5Sizes().bytes == 2 * 5_680_910_336
 
 
 def roll(request: Request, network: DiTDenoiser, observe: Callable[..., None] | None = None) -> Any:
@@ -346,7 +346,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     def looked_at(free: int, device: str = "cuda") -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
         if name in MODELS:
-            models._check_released(MODELS[name].export(), torch.device(device), decoder="wan", gpus=1)
+            models._check_released(WAN21.export(MODELS[name][1]), torch.device(device), decoder="wan", gpus=1)
         else:
             models._check_memory(lambda: request_for(name), torch.device(device))
 
@@ -369,7 +369,7 @@ def test_requests_by_name() -> None:
     assert tiny.model == preset("tiny") and tiny.frames == 12 and isinstance(tiny.decoder, VAEConfig)
     assert tiny.dtype == "float32" and tiny.text_encoder == "none" and tiny.chunk == 1 and tiny.steps == 2
     released = request_for("causal-forcing/framewise-2step", decoder="taehv")
-    assert released == replace(WAN, chunk=1, decoder=DECODERS["taehv"], steps=2)
+    assert released == replace(WAN, chunk=1, decoder=WAN21.decoder("taehv").sizes, steps=2)
     whole = request_for("wan2.1-t2v-14b", frames=41)
     assert whole.chunk is None and whole.frames == 11 and whole.guided and estimate(whole)["cache"] == 0
 

@@ -86,8 +86,9 @@ class Models:
 
 
 def models(args: Models) -> int:
+    from causalreel.families import MODELS
+    from causalreel.families.files import table
     from causalreel.infer.models import variants
-    from causalreel.weights.registry import MODELS, table
 
     if args.names:
         print("\n".join([*variants(), *MODELS]))

@@ -69,8 +69,9 @@ class ModelFlags(ThreadFlag):
     """Released models: top-level key of a .pt file, such as generator_ema; default: the one that the release means."""
     wan_dir: Path | None = None
     """Released models: folder with VAE, text encoder and tokenizer (Wan2.1_VAE.pth ...), and taew2_1.pth."""
-    decoder: Literal["wan", "taehv"] = "wan"
-    """Released models: the model's own VAE, or a tiny one, faster and less exact."""
+    decoder: str | None = None
+    """Released models: what makes the pixels, such as taehv, a tiny codec, faster and less exact; default: the model's
+    own VAE, wan."""
     height: Annotated[int | None, arg(aliases=["--pixel-height"]), SIDE] = None
     """Released models: height in pixels, a multiple of 16; default: the model's 480."""
     width: Annotated[int | None, arg(aliases=["--pixel-width"]), SIDE] = None

@@ -81,7 +81,7 @@ class EstimateMemory:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Type of weights and arithmetic where the precision is eager; default: bfloat16, or float32 for models of one's
     own."""
-    decoder: Literal["wan", "taehv", "none"] = "wan"
+    decoder: str | None = None
     """As of `generate`; none: another GPU makes the pixels."""
     text_encoder: Literal["cpu", "gpu"] | None = None
     """Where UMT5-XXL stays; default: cpu. Released models only."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from causalreel import families
+from causalreel.families import MODELS
+from causalreel.families.files import model_files
 from causalreel.foreign import shown
 from causalreel.hashed import sha256_of
-from causalreel.infer.models import TEXT_ENCODERS, find
+from causalreel.infer.models import find
 from causalreel.infer.released import random_codec
 from causalreel.text.fixed import FixedTextEncoder
 from causalreel.types import TextEncoder, VideoCodec
 from causalreel.weights.export import Export, codec_file, codec_identity, load_codec, read_export
-from causalreel.weights.hub import fetch
-from causalreel.weights.registry import MODELS, TEXT_FILE, TOKENIZER_FILES, VAE_FILE
 
 
 @dataclass(frozen=True)
@@ -55,55 +56,46 @@ def encoders(
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{', '.join(wrong)}: only for released models, not '{shown(model, 60)}'")
         return _of_export(model, device)
-    export = MODELS[model].export(height=height, width=width)
+    family, row = MODELS[model]
+    export, device = family.export(row, height=height, width=width), torch.device(device)
     if is_random:
         network = export.model
         fixed = partial(FixedTextEncoder, network.text_length, network.text_dim, device)
-        return Encoders(export, partial(_placed_random, device), fixed, "random wan2.1", "fixed")
-    places = fetch([VAE_FILE, TEXT_FILE, *TOKENIZER_FILES], wan_dir, model=MODELS[model])
-    vae, text, tokenizer = places[VAE_FILE], places[TEXT_FILE], places[TOKENIZER_FILES[0]].parent
-    from causalreel.weights.umt5 import fingerprint
-
+        return Encoders(
+            export, lambda: random_codec(family.own.sizes).to(device), fixed, f"random {family.name}", "fixed"
+        )
+    files, read, known = (
+        model_files(family, replace(row, files=()), wan_dir=wan_dir),
+        family.own.read,
+        family.text.identity,
+    )
+    codec = files.codec
+    if codec is None or read is None:
+        raise ValueError(f"the codec of {family.name} has no files; random weights need none")
     return Encoders(
         export,
-        partial(_wan_vae, vae, device),
-        partial(_umt5, text, tokenizer, device, prompt_cache),
-        _identity(vae),
-        f"umt5 {fingerprint(text, tokenizer)}",
+        lambda: read(codec).to(device),  # float32: data are made once, and what they lose is lost for every training
+        partial(family.text.open, files.text, device, prompt_cache, True),
+        _identity(codec),
+        family.text.name if known is None else f"{family.text.name} {known(files.text)}",
     )
 
 
 def _of_export(model: str, device: torch.device | str) -> Encoders:
     folder = find(model)
     export = read_export(folder)
-    if export.text not in TEXT_ENCODERS:
-        raise ValueError(f"{folder}: unknown text encoder {export.text!r}; there are {', '.join(TEXT_ENCODERS)}")
-    codec = codec_file(folder, export.codec)
+    family, codec = families.of(export), codec_file(folder, export.codec)
+    if family.text.files:
+        raise ValueError(
+            f"{folder} is a model of {family.name}: name a released one, whose codec and text are the same"
+        )
     return Encoders(
         export,
         lambda: load_codec(codec).to(device),
-        partial(TEXT_ENCODERS[export.text], device),
+        partial(family.encoder, device),
         codec_identity(codec),
         export.text,
     )
-
-
-def _placed_random(device: torch.device | str) -> VideoCodec:
-    return random_codec("wan").requires_grad_(False).eval().to(device)
-
-
-def _wan_vae(path: Path, device: torch.device | str) -> VideoCodec:
-    """In float32: data are made once, and what they lose is lost for every training."""
-    from causalreel.weights.codecs import load_wan_vae
-
-    return load_wan_vae(path).to(device)
-
-
-def _umt5(weights: Path, tokenizer: Path, device: torch.device | str, cache: Path | None) -> TextEncoder:
-    from causalreel.text.umt5 import Placement
-    from causalreel.weights.umt5 import load_text_encoder
-
-    return load_text_encoder(weights, tokenizer, placement=Placement(device=device, offload="keep"), cache=cache)
 
 
 def _identity(path: Path) -> str:

@@ -77,7 +77,9 @@ class Request:
     decoders: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
     """What else could make them: its name, and its sizes."""
     text_encoder: Literal["cpu", "gpu", "none"] = "cpu"
-    """Where UMT5-XXL (bfloat16) stays; none: the model has another, small one."""
+    """Where the text encoder stays; none: the model has one without weights."""
+    text_encoder_bytes: int = UMT5Sizes().bytes
+    """Of its weights."""
 
     def __post_init__(self) -> None:
         latent, window = self.latent, self.context.most_seen(self.chunk or 1)
@@ -267,7 +269,7 @@ def _network_parts(request: Request, weights: int) -> Iterator[Part]:
     yield "tables", table_bytes(request), "rotary positions and attention masks that are kept"
     yield "recordings", recording_bytes(request), "inputs and results of recorded calls"
     if request.text_encoder == "gpu":
-        yield "text encoder", umt5_bytes(), "UMT5-XXL in bfloat16"
+        yield "text encoder", request.text_encoder_bytes, "the text encoder's weights"
     streams = 1 if request.form == "eager" else 3  # chunks are made in one, recorded in another, pixels in a third
     yield "libraries", streams * CUBLAS_WORKSPACE, "cuBLAS's workspaces"
 
@@ -380,10 +382,3 @@ def _decoder_parts(request: Request) -> Iterator[Part]:
     yield "decoder weights", weights, "the codec, its encoder included, and its kernels rearranged where it is fast"
     yield "decoder state", state, "what a decode stream remembers between calls"
     yield "decoder workspace", workspace, "the rest of a call of the decoder at its widest"
-
-
-def umt5_bytes(sizes: UMT5Sizes = UMT5Sizes()) -> int:
-    """The text encoder in bfloat16."""
-    block = 4 * sizes.dim * sizes.attention_dim + 3 * sizes.dim * sizes.ffn_dim
-    block += sizes.buckets * sizes.heads + 2 * sizes.dim  # positions, norms
-    return 2 * (sizes.vocab * sizes.dim + sizes.layers * block + sizes.dim)

@@ -17,21 +17,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from causalreel import families
 from causalreel.infer.commands import MODES, Mode
-from causalreel.infer.models import TEXT_ENCODERS, encoder_of
+from causalreel.infer.models import encoder_of
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.window import Context
 from causalreel.rollout import Call, KeyedNoise
 from causalreel.types import Chunk, Conditioning, NoiseSource
-from causalreel.vocabulary import SLOTS, SYNONYMS
 from causalreel.weights.export import Export, Sampling
 
 PolicyKind = Literal["renew", "slide"]
-
-DEFAULT_POLICIES: dict[str, PolicyKind] = {"tiny": "renew"}
-"""Family of models -> the policy that measured better; the others slide, as the released code for long videos does."""
 
 KEPT: dict[PolicyKind, int] = {"renew": 4, "slide": 2}
 """A new segment keeps the trained length divided by this. For renew a quarter held and followed prompts best, as
@@ -68,7 +65,7 @@ class Policy:
         if chunk is None:
             raise ValueError(f"a live stream needs an autoregressive model; {export.name} generates whole clips")
         if kind is None:
-            kind = DEFAULT_POLICIES.get(export.name.partition("/")[0], "slide")
+            kind = families.of(export).policy
         if kind not in get_args(PolicyKind):
             raise ValueError(f"policy must be one of {', '.join(get_args(PolicyKind))}, got {kind!r}")
         trained = export.frames // chunk * chunk
@@ -284,30 +281,11 @@ def understand(export: Export, prompts: Sequence[str], picture: Tensor | None = 
             encoder.encode([encoder.complete(prompt, 0, picture)])
 
 
-EXAMPLES = {
-    "tiny": (
-        "a large red circle moves right slowly on a dark background",
-        "a blue square moves left",
-        "a small yellow triangle moves up quickly on a light background",
-        "a large green circle moves down and a small magenta square moves right",
-    ),
-    "": (
-        "A red sailing boat drifts across a calm bay at sunset, gentle waves, wide shot",
-        "A cat walks through tall grass towards the camera, soft morning light",
-        "A steam train crosses a stone bridge in the mountains, snow falling",
-    ),
-}
-"""Text encoder -> prompts to begin with; the last row is for those that take any text."""
-
-
 def hints(export: Export) -> dict[str, Any]:
     """examples: prompts to begin with; words: what a prompt may say, None if anything; synonyms: other spellings."""
-    knows_words = export.text in TEXT_ENCODERS
-    return {
-        "examples": list(EXAMPLES["tiny" if knows_words else ""]),
-        "words": {slot: list(words) for slot, words in SLOTS.items()} if knows_words else None,
-        "synonyms": dict(SYNONYMS) if knows_words else {},
-    }
+    text = families.of(export).text
+    words = None if text.words is None else {slot: list(words) for slot, words in text.words.items()}
+    return {"examples": list(text.examples), "words": words, "synonyms": dict(text.synonyms)}
 
 
 def encode_prompt(pipeline: Pipeline, prompt: str, seed: int = 0, picture: Tensor | None = None) -> Tensor:

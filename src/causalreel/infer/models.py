@@ -9,22 +9,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from causalreel.codecs.wan_vae import vae_config
+from causalreel import families
+from causalreel.families import MODELS, Family
+from causalreel.families.family import ReleasedModel
+from causalreel.families.files import model_files
 from causalreel.foreign import shown
 from causalreel.infer.estimate import Request, weight_bytes
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.loras import Loras, find_loras
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.released import DECODERS, Choices, load_released
+from causalreel.infer.released import Choices, choose_dtype, load_released, open_codec, open_text
 from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.nn.policies.registry import described
 from causalreel.nn.policies.window import Context
-from causalreel.nn.presets import PRESETS, ModelConfig
-from causalreel.text.tiny import TinyTextEncoder
+from causalreel.nn.presets import ModelConfig
 from causalreel.types import Geometry, TextEncoder
 from causalreel.weights import export as exports
 from causalreel.weights.export import (
@@ -39,16 +41,14 @@ from causalreel.weights.export import (
     read_export,
 )
 from causalreel.weights.lora_files import Asked
-from causalreel.weights.registry import MODELS
 
 log = logging.getLogger(__name__)
-
-TEXT_ENCODERS = {"tiny": TinyTextEncoder}
 
 
 def encoder_of(export: Export) -> TextEncoder | None:
     """The text encoder of a model, where it needs no files: what its prompts may say is known without weights."""
-    return TEXT_ENCODERS[export.text]() if export.text in TEXT_ENCODERS else None
+    family = families.of(export)
+    return None if family.text.files else family.encoder()
 
 
 def variants() -> dict[str, Path]:
@@ -64,7 +64,7 @@ def load(
     device: torch.device | str | None = None,
     weights: str | Path | None = None,
     wan_dir: str | Path | None = None,
-    decoder: Literal["wan", "taehv"] = "wan",
+    decoder: str | None = None,
     height: int | None = None,
     width: int | None = None,
     which: str | None = None,
@@ -86,7 +86,7 @@ def load(
     On a CPU the embedded models are fastest with one thread, on a busy machine by far: `torch.set_num_threads(1)`. The
     command line does it; a program's own threads are not touched here.
 
-    The other arguments are for released models (`causal-forcing/chunkwise` ..., see `weights.registry.MODELS`) and
+    The other arguments are for released models (`causal-forcing/chunkwise` ..., see `families.MODELS`) and
     explained at `infer.released.Choices`; their files are fetched from the hub where no argument says where they are.
     """
     looks = before_loading or partial(_check_released, decoder=decoder, gpus=gpus)
@@ -94,26 +94,38 @@ def load(
     sampled: dict[str, Any] = {"steps": steps, "chunk": chunk}
     found = find_loras(loras, profile(model, **sampled).export.model) if loras else ()
     if str(model) in MODELS:
-        pipeline = load_released(MODELS[str(model)], choices, choose_device(device), **sampled)
+        pipeline = load_released(*MODELS[str(model)], choices, choose_device(device), **sampled)
     else:
         folder = find(model, **sampled)
-        _refuse(model, choices)
-        pipeline = _load_export(folder, choose_device(device), gpus=gpus, **sampled)
+        _refuse(model, choices, _family(folder))
+        pipeline = _load_export(folder, choices, choose_device(device), gpus=gpus, **sampled)
     if not found:
         return pipeline
     return replace(pipeline, loras=Loras(pipeline.denoiser, found, is_adjustable=adjustable))
 
 
 def _load_export(
-    folder: Path, device: torch.device, *, steps: int | Sequence[float] | None, chunk: int | None, gpus: int
+    folder: Path,
+    choices: Choices,
+    device: torch.device,
+    *,
+    steps: int | Sequence[float] | None,
+    chunk: int | None,
+    gpus: int,
 ) -> Pipeline:
-    """The pipeline of an export's folder."""
+    """The pipeline of an export's folder. Files that its family shares are found as those of released models."""
+    family, decoder = _family(folder), choices.decoder
     require_bfloat16(device)
     _check_memory(lambda: request_for(folder, steps=steps, chunk=chunk, gpus=gpus), device)
+    files = None
+    if family.text.files:
+        own = ReleasedModel(str(folder), "", (), None, "", read_export(folder).sampling)
+        files = model_files(family, own, weights=folder, wan_dir=choices.wan_dir, decoder=decoder)
     denoiser, export = load_export(folder, compute=torch.bfloat16 if device.type == "cuda" else None)
-    if export.text not in TEXT_ENCODERS:
-        raise ValueError(f"{folder}: unknown text encoder {export.text!r}; there are {', '.join(TEXT_ENCODERS)}")
-    codec = load_codec(codec_file(folder, export.codec))
+    if files is not None and (decoder is not None or export.codec in family.decoders):
+        codec = open_codec(family, family.decoder(decoder), files, device, choose_dtype(device))
+    else:
+        codec = load_codec(codec_file(folder, export.codec)).to(device)
     if codec.geometry.channels != export.latent.channels:
         raise ValueError(
             f"{folder}: the codec has {codec.geometry.channels} channels, the model {export.latent.channels}"
@@ -121,14 +133,16 @@ def _load_export(
     sampling = adapt(export.sampling, steps=steps, chunk=chunk)
     if sampling != export.sampling:
         log.info("%s was trained for %s; now using %s", export.name, _describe(export.sampling), _describe(sampling))
-    return Pipeline(
-        denoiser.to(device),
-        export,
-        sampling,
-        codec.to(device),
-        TEXT_ENCODERS[export.text](device),
-        device,
-    )
+    text = open_text(family, export, files, choices.prompt_cache, device)
+    return Pipeline(denoiser.to(device), export, sampling, codec, text, device)
+
+
+def _family(folder: Path) -> Family:
+    """The family of an export; ValueError, naming the folder, if there is none such."""
+    try:
+        return families.of(read_export(folder))
+    except ValueError as error:
+        raise ValueError(f"{error}" if str(folder) in str(error) else f"{folder}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -162,12 +176,19 @@ def profile(
 ) -> Profile:
     """What `load` would load, from its config alone."""
     if str(model) in MODELS:
-        export, codec = MODELS[str(model)].export(height=height, width=width), vae_config("wan2.1")
+        family, row = MODELS[str(model)]
+        export, geometry = family.export(row, height=height, width=width), family.geometry
     else:
         folder = find(model, steps=steps, chunk=chunk)
         export = read_export(folder)
-        codec = read_codec(codec_file(folder, export.codec)).codec
-    return Profile(export, adapt(export.sampling, steps=steps, chunk=chunk), codec.geometry)
+        geometry = _codec_sizes(folder, export).geometry
+    return Profile(export, adapt(export.sampling, steps=steps, chunk=chunk), geometry)
+
+
+def _codec_sizes(folder: Path, export: Export) -> Any:
+    """Sizes of the codec that an export names: its family's, or one that was saved."""
+    released = _family(folder).decoders.get(export.codec)
+    return released.sizes if released and released.file else read_codec(codec_file(folder, export.codec)).codec
 
 
 def _check_memory(ask: Callable[[], Request], device: torch.device) -> None:
@@ -179,10 +200,10 @@ def _check_memory(ask: Callable[[], Request], device: torch.device) -> None:
         check(request, free, where=torch.cuda.get_device_name(device))
 
 
-def _check_released(export: Export, device: torch.device, *, decoder: Literal["wan", "taehv"], gpus: int) -> None:
+def _check_released(export: Export, device: torch.device, *, decoder: str | None, gpus: int) -> None:
     """As `_check_memory`, for a clip as long as those of training."""
     asked = _asked_by(export, export.sampling) | {"context": export.context, "frames": export.frames}
-    _check_memory(lambda: Request(**asked, **_decoding(decoder), gpus=gpus), device)
+    _check_memory(lambda: Request(**asked, **_decoding(families.of(export), decoder), gpus=gpus), device)
 
 
 def _asked_by(export: Export, sampling: Sampling) -> dict[str, Any]:
@@ -196,11 +217,12 @@ def _asked_by(export: Export, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def _decoding(decoder: str) -> dict[str, Any]:
-    """The fields of a `Request` that say what makes the pixels of a released model."""
-    if decoder not in (*DECODERS, "none"):
-        raise ValueError(f"decoder must be {', '.join(DECODERS)} or none, got {decoder!r}")
-    return {"decoder": DECODERS.get(decoder), "decoders": tuple(DECODERS.items())}
+def _decoding(family: Family, decoder: str | None) -> dict[str, Any]:
+    """The fields of a `Request` that say what makes the pixels and reads the prompt of a released model."""
+    sizes = None if decoder == "none" else family.decoder(decoder).sizes
+    others = tuple((name, other.sizes) for name, other in family.decoders.items() if other != family.own)
+    text = {"text_encoder_bytes": family.text.bytes} if family.text.files else {"text_encoder": "none"}
+    return {"decoder": sizes, "decoders": others, **text}
 
 
 def request_for(
@@ -212,7 +234,7 @@ def request_for(
     steps: int | Sequence[float] | None = None,
     chunk: int | None = None,
     window: int | None = None,
-    decoder: Literal["wan", "taehv", "none"] = "wan",
+    decoder: str | None = None,
     **options: Any,
 ) -> Request:
     """What a video of `model` (as for `load`, or wan-1.3b and wan-14b) asks of memory; None: its own choice.
@@ -220,19 +242,23 @@ def request_for(
     height, width and frames are pixels and pixel frames, the latter 0 where the clip does not end; window is latent
     frames; options: fields of `infer.estimate.Request`. ValueError as for `load` and for what they would refuse.
     """
-    size = PRESETS.get(str(model)) if str(model).startswith("wan-") else None
-    name = "causal-forcing/chunkwise" if size is not None else model
+    family = next((family for family in families.FAMILIES.values() if family.models and model in family.presets), None)
+    size = None if family is None else family.presets[str(model)]
+    name = model if family is None else family.models[0].name
     known = profile(name, steps=steps, chunk=chunk, height=height, width=width)
     export, context = known.export, known.export.context
-    asked = _asked_by(export, known.sampling) | _decoding(decoder)
+    family = families.of(export)
+    is_own = str(model) not in MODELS and size is None
+    if is_own:
+        _refuse(model, Choices(decoder=None if decoder == "none" else decoder, height=height, width=width), family)
+        if options.get("text_encoder") is not None and not family.text.files:
+            raise ValueError(f"text_encoder: only for released models, not {str(model)!r}, whose own is small")
+    asked = _asked_by(export, known.sampling) | _decoding(family, decoder)
     if size is not None:
         asked["model"] = size
-    elif str(model) not in MODELS:
-        _refuse(model, Choices(decoder="taehv" if decoder == "taehv" else "wan", height=height, width=width))
-        if options.get("text_encoder") is not None:
-            raise ValueError(f"text_encoder: only for released models, not {str(model)!r}, whose own is small")
-        own = read_codec(codec_file(find(model, steps=steps, chunk=chunk), export.codec)).codec
-        asked |= {"decoder": None if decoder == "none" else own, "decoders": (), "text_encoder": "none"}
+    if is_own:
+        if decoder is None:
+            asked["decoder"] = _codec_sizes(find(model, steps=steps, chunk=chunk), export)
         asked["dtype"] = "float32" if options.get("form") == "eager" else "bfloat16"  # as weights are left, or made
     if window is not None and not isinstance(context, Context):
         raise ValueError(f"window: the context policy of {name} has none, it is {described(context)}")
@@ -250,7 +276,10 @@ def request_for(
 
 def network_of(model: str | Path) -> ModelConfig:
     """The size of the network behind a name or a folder, as for `load`, before anything is loaded."""
-    return MODELS[str(model)].export().model if str(model) in MODELS else read_export(find(model)).model
+    if str(model) in MODELS:
+        family, row = MODELS[str(model)]
+        return family.presets[row.preset]
+    return read_export(find(model)).model
 
 
 def find(model: str | Path, *, steps: int | Sequence[float] | None = None, chunk: int | None = None) -> Path:
@@ -275,9 +304,11 @@ def find(model: str | Path, *, steps: int | Sequence[float] | None = None, chunk
     )
 
 
-def _refuse(model: str | Path, choices: Choices) -> None:
-    """ValueError if something is chosen that only released models have."""
+def _refuse(model: str | Path, choices: Choices, family: Family) -> None:
+    """ValueError if something is chosen that only released models have, or those of a family with files."""
     plain = Choices(prompt_cache=choices.prompt_cache, before_loading=choices.before_loading)
+    if family.text.files:
+        plain = replace(plain, wan_dir=choices.wan_dir, decoder=choices.decoder)
     given = [name for name in vars(choices) if getattr(choices, name) != getattr(plain, name)]
     if given:
         raise ValueError(

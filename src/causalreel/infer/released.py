@@ -10,15 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from causalreel.codecs.codec import Codec
 from causalreel.codecs.kinds import build
-from causalreel.codecs.taehv import TAEHVConfig
-from causalreel.codecs.wan_vae import vae_config
+from causalreel.families import MODELS, owner_of
+from causalreel.families.family import Decoder, Family, ReleasedModel
+from causalreel.families.files import ModelFiles, model_files
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt
 from causalreel.nn.denoiser import DiTDenoiser
@@ -26,15 +27,10 @@ from causalreel.text.fixed import FixedTextEncoder
 from causalreel.types import DecodeStream, TextEncoder, VideoCodec
 from causalreel.weights.build import load_denoiser, random_denoiser
 from causalreel.weights.export import Export
-from causalreel.weights.hub import ModelFiles, model_files
 from causalreel.weights.identify import preset_of, size_in_words
 from causalreel.weights.layouts import keys_of, read_network
-from causalreel.weights.registry import MODELS, ReleasedModel, owner_of
 
 log = logging.getLogger(__name__)
-
-DECODERS = {"wan": vae_config("wan2.1"), "taehv": TAEHVConfig()}
-"""What makes pixels of Wan's latents: name -> sizes."""
 
 RANDOM = "random"
 """What `weights` is for a model with random weights."""
@@ -47,13 +43,13 @@ class Choices:
     weights: str | Path | None = None
     """The DiT's file or folder, of any layout; `random` needs no file at all: for benchmarks."""
     wan_dir: str | Path | None = None
-    """Folder with the VAE, the text encoder and its tokenizer, and taew2_1.pth."""
-    decoder: Literal["wan", "taehv"] = "wan"
-    """wan: the model's own VAE; taehv: a tiny one, faster and less exact."""
+    """Folder with the family's other files: for Wan2.1 the VAE, the text encoder and its tokenizer, and taew2_1.pth."""
+    decoder: str | None = None
+    """What makes the pixels, a name of the family's (`families`), such as taehv, faster and less exact."""
     height: int | None = None
-    """Height of the video in pixels, a multiple of 16."""
+    """Height of the video in pixels, a multiple of what one token covers (16 for Wan2.1)."""
     width: int | None = None
-    """Width of the video in pixels, a multiple of 16."""
+    """Width of the video in pixels, likewise."""
     which: str | None = None
     """Top-level key of a .pt file, such as generator_ema."""
     prompt_cache: Path | None = None
@@ -63,6 +59,7 @@ class Choices:
 
 
 def load_released(
+    family: Family,
     model: ReleasedModel,
     choices: Choices,
     device: torch.device,
@@ -76,23 +73,24 @@ def load_released(
             f"{model.name} is made by a rolling window of chunks at rising noise levels, which is not supported yet; "
             f"causalreel convert reads its file"
         )
-    if choices.decoder not in DECODERS:
-        raise ValueError(f"decoder must be {' or '.join(DECODERS)}, got {choices.decoder!r}")
-    export = model.export(height=choices.height, width=choices.width)
+    decoder = family.decoder(choices.decoder)
+    export = family.export(model, height=choices.height, width=choices.width)
     sampling = adapt(export.sampling, steps=steps, chunk=chunk)
     if sampling != export.sampling:
         log.info("%s was trained for other steps or chunks than those asked for", model.name)
     dtype = choose_dtype(device)
     files = None
     if choices.weights != RANDOM:
-        files = model_files(model, weights=choices.weights, wan_dir=choices.wan_dir, decoder=choices.decoder)
+        how = {"weights": choices.weights, "wan_dir": choices.wan_dir, "decoder": choices.decoder}
+        files = model_files(family, model, **how)
     if choices.before_loading is not None:
         choices.before_loading(export, device)
     denoiser = _denoiser(model, export, choices, files, device, dtype)
-    codec = _codec(choices.decoder, files, device, dtype)
+    codec = open_codec(family, decoder, files, device, dtype)
     if codec.geometry.channels != export.latent.channels:
         raise ValueError(f"the codec has {codec.geometry.channels} channels, {model.name} has {export.latent.channels}")
-    return Pipeline(denoiser, export, sampling, codec, _text(export, files, choices, device), device)
+    text = open_text(family, export, files, choices.prompt_cache, device)
+    return Pipeline(denoiser, export, sampling, codec, text, device)
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:
@@ -128,7 +126,7 @@ def _denoiser(
         raise ValueError(f"{error}{hint}") from None
     preset = preset_of(found)
     if preset is not None and preset != model.preset:
-        names = [name for name, row in MODELS.items() if row.preset == preset]
+        names = [name for name, (_, row) in MODELS.items() if row.preset == preset]
         raise ValueError(
             f"{files.weights} is of another model size: it looks like {size_in_words(found)}, and {model.name} is "
             f"{size_in_words(export.model)}; give --model NAME of that size: {', '.join(names[:3]) or 'there is none'}"
@@ -139,36 +137,33 @@ def _denoiser(
     return load_denoiser(network, export.model, context=export.context, device=device, dtype=dtype)
 
 
-def _codec(decoder: str, files: ModelFiles | None, device: torch.device, dtype: torch.dtype) -> VideoCodec:
-    codec = random_codec(decoder) if files is None else _read_codec(decoder, files.codec)
-    placed = codec.requires_grad_(False).eval().to(device, dtype)
-    if files is None or files.encoder is None:
-        return placed
-    encoder = files.encoder
-    return TwoCodecs(placed, lambda: _read_codec("wan", encoder).to(device, dtype))
+def open_codec(
+    family: Family, decoder: Decoder, files: ModelFiles | None, device: torch.device, dtype: torch.dtype
+) -> VideoCodec:
+    """What makes the pixels, with random weights where there are no files; the family's own codec encodes if it can."""
+    if files is None or files.codec is None or decoder.read is None:
+        return random_codec(decoder.sizes).to(device, dtype)
+    codec = decoder.read(files.codec).requires_grad_(False).eval().to(device, dtype)
+    read, place = family.own.read, files.encoder
+    if place is None or read is None:
+        return codec
+    return TwoCodecs(codec, lambda: read(place).to(device, dtype))
 
 
-def _read_codec(decoder: str, path: Path) -> Codec:
-    from causalreel.weights.codecs import load_taehv, load_wan_vae
-
-    return load_wan_vae(path) if decoder == "wan" else load_taehv(path)
-
-
-def random_codec(decoder: str) -> Codec:
+def random_codec(sizes: Any) -> Codec:
+    """A codec with random weights, always the same ones, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build(DECODERS[decoder])
+        return build(sizes).requires_grad_(False).eval()
 
 
-def _text(export: Export, files: ModelFiles | None, choices: Choices, device: torch.device) -> TextEncoder:
-    if files is None:
+def open_text(
+    family: Family, export: Export, files: ModelFiles | None, cache: Path | None, device: torch.device
+) -> TextEncoder:
+    """The family's text encoder; one that says nothing where it reads files and there are none."""
+    if files is None and family.text.files:
         return FixedTextEncoder(export.model.text_length, export.model.text_dim, device)
-    from causalreel.text.umt5 import Placement
-    from causalreel.weights.umt5 import load_text_encoder
-
-    return load_text_encoder(
-        files.text, files.tokenizer, placement=Placement(device=device), cache=choices.prompt_cache
-    )
+    return family.text.open(() if files is None else files.text, device, cache, False)
 
 
 class TwoCodecs:

@@ -79,6 +79,13 @@ class UMT5Sizes:
     max_distance: int = 128
     """Beyond it all distances share the last bucket."""
 
+    @property
+    def bytes(self) -> int:
+        """Of the encoder in bfloat16."""
+        block = 4 * self.dim * self.attention_dim + 3 * self.dim * self.ffn_dim
+        block += self.buckets * self.heads + 2 * self.dim  # positions, norms
+        return 2 * (self.vocab * self.dim + self.layers * block + self.dim)
+
 
 def build(sizes: UMT5Sizes = UMT5Sizes()) -> nn.Module:
     """The network without storage (on the meta device), in evaluation mode; to be filled by assignment.

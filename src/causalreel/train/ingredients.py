@@ -16,21 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from causalreel import config as configs
+from causalreel import families
 from causalreel.codecs.codec import Codec
 from causalreel.data.manifest import NULL
 from causalreel.data.prepare import read_info
 from causalreel.data.shards import caption_place, load_prepared, shards
 from causalreel.data.sources import LatentSource
 from causalreel.data.streaming import PreparedSet, ShardSource, open_set
+from causalreel.families.family import Family
 from causalreel.fingerprint import fingerprint
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.presets import ModelConfig, preset
 from causalreel.rollout import chunk_sizes
-from causalreel.text.tiny import TinyTextEncoder
 from causalreel.train.contents import Content, facts_of
 from causalreel.train.stage import DataSource
 from causalreel.train.stages.causal_ode import CausalODEConfig
-from causalreel.types import Conditioning, LatentSpec
+from causalreel.types import Conditioning, LatentSpec, TextEncoder
 from causalreel.weights.export import codec_identity, load_codec, load_export, read_codec, read_export
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Ingredients:
     spec: LatentSpec
     frames: int
     codec: Codec
+    family: Family
+    """Of the student."""
     null: Tensor
     """The unconditional text (1,K,E)."""
     roles: dict[str, DiTDenoiser]
@@ -83,7 +86,8 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
     roles = _roles(recipe)
     device = device if is_loaded else torch.device("cpu")
     length = roles["student"].config.text_length
-    source, null, mark = _held(data, device) if data.text_width is None else _streamed(data, device, length)
+    family = _family(recipe)
+    source, null, mark = _held(data, family, device) if data.text_width is None else _streamed(data, device, length)
     for role, net in roles.items():
         _check_fits(role, net, spec, null.shape[2])
     contents: tuple[Content, ...] = ()
@@ -97,7 +101,7 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
         )
     for role, net in roles.items():
         _place(net, compute, device, is_trained=role in recipe.trainer.optimisers)
-    return Ingredients(source, data.kind or "", spec, frames, codec.to(device), null, roles, contents)
+    return Ingredients(source, data.kind or "", spec, frames, codec.to(device), family, null, roles, contents)
 
 
 def wanted_roles(recipe: Recipe) -> tuple[str, ...]:
@@ -190,13 +194,24 @@ def _clips_of(data: PreparedSet, recipe: Recipe) -> tuple[LatentSpec, int]:
     return LatentSpec(*data.shape[-3:]), data.shape[-4]
 
 
-def _held(data: PreparedSet, device: torch.device) -> tuple[DataSource, Tensor, str]:
-    """A set without stored text, whose captions the tiny encoder reads: small, and held on the device whole.
+def _family(recipe: Recipe) -> Family:
+    """The family of the network that is trained."""
+    place = recipe.init.get("student", next(iter(recipe.init.values()), None))
+    return families.of_preset(recipe.model) if place is None else families.of(read_export(place))
+
+
+def _held(data: PreparedSet, family: Family, device: torch.device) -> tuple[DataSource, Tensor, str]:
+    """A set without stored text, whose captions the family's encoder reads: small, and held on the device whole.
 
     -> the source, the unconditional text (1,K,E), the set's fingerprint.
     """
     latents, told = load_prepared(data.folder, rows=data.rows)
-    encoder = TinyTextEncoder()
+    if family.text.files:
+        raise ValueError(
+            f"{data.folder} stores no text, which {family.text.name} would have to read from files again in every run: "
+            f"`causalreel import --model` stores it"
+        )
+    encoder = family.encoder()
     text = _encode(encoder, told, data.folder)
     source = LatentSource(latents.to(device), Conditioning(text.to(device)))
     return source, encoder.null(1).to(device), fingerprint({"latents": latents}, *told)
@@ -218,7 +233,7 @@ def _streamed(data: PreparedSet, device: torch.device, length: int) -> tuple[Dat
     return ShardSource(data, length=length, device=device), null, fingerprint({}, mark, str(data.rows))
 
 
-def _encode(encoder: TinyTextEncoder, told: Sequence[str], data: Path) -> Tensor:
+def _encode(encoder: TextEncoder, told: Sequence[str], data: Path) -> Tensor:
     """The captions (R,K,E); ValueError naming file and line of the first that cannot be read."""
     try:
         return torch.cat([encoder.encode(told[i : i + 4096]) for i in range(0, len(told), 4096)])

@@ -238,12 +238,13 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> Prepared:
             name=f"{recipe.stage}-{Path(recipe.trainer.out).name}",
             model=student.config,
             sampling=sampling,
-            context=student.context,
+            context=student.context,  # type: ignore[arg-type] - an export names every policy that networks have
             frames=made.frames,
-            fps=16,
+            fps=made.family.fps,
             latent=made.spec,
             codec=codec_name(codec_folder, folder),
-            text="tiny",
+            text=made.family.text.name,
+            family=made.family.name,
             provenance=provenance(recipe, made.contents),
         )
         save_export(folder, model, card)

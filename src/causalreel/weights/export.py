@@ -117,6 +117,8 @@ class Export:
     """The codec: an embedded family's name such as tiny, or a path relative to the export's folder, such as `..`."""
     text: str = "tiny"
     """The text encoder's name."""
+    family: str = "tiny"
+    """The family of models, a key of families.FAMILIES."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: recipe, commit, seed, metrics."""
     weights: str = field(default="", compare=False)

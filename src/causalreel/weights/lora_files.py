@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from causalreel.foreign import shown
-from causalreel.weights.hub import EXTRA, HubError, check_connection, download, find
+from causalreel.weights.hub import EXTRA, HubError, HubFile, check_connection, download, find
 from causalreel.weights.lora import CONFIG, TENSOR_FILES, Lora, check_strength, read_lora
-from causalreel.weights.registry import HubFile
 
 Asked = str | Path | tuple[str | Path, float]
 """An adapter: its place, its place and strength in one text, or both."""
