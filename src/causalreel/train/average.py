@@ -15,6 +15,9 @@ class Follower:
     def __init__(self, average: Average, roles: dict[str, nn.Module]) -> None:
         self.average = average
         target, source = _tensors(roles[average.role]), _tensors(roles[average.source])
+        shared = [name for name in target if name in source and target[name].data_ptr() == source[name].data_ptr()]
+        for name in shared:  # a frozen base of adapters, which is one for both
+            del target[name], source[name]
         if (
             differing := {k: v.shape for k, v in target.items()}.items()
             ^ {k: v.shape for k, v in source.items()}.items()

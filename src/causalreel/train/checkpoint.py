@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from causalreel.files import remove_folder, replacing_folder
 from causalreel.foreign import read_json
@@ -131,12 +131,11 @@ def check_same(path: Path, fixed: Mapping[str, Any], contents: Sequence[Content]
     compare(contents, manifest.get("contents", {}), f"checkpoint {path}")
 
 
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Load weights into a module, whole or this process's part of it.
+def load_strict(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: str) -> None:
+    """Load weights into a role's tensors, whole or this process's part of them.
 
     ValueError naming the first key that is missing, unexpected or of another shape.
     """
-    wanted = module.state_dict()
     for problem, keys in (("missing", wanted.keys() - tensors.keys()), ("unexpected", tensors.keys() - wanted.keys())):
         if keys:
             raise ValueError(f"{name}: {len(keys)} {problem} keys, first {min(keys)!r}")

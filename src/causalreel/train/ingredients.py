@@ -28,6 +28,7 @@ from causalreel.fingerprint import fingerprint
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.presets import ModelConfig, preset
 from causalreel.rollout import chunk_sizes
+from causalreel.train.adapters import adapt, read_beginnings, share_bases, tensors_of
 from causalreel.train.contents import Content, facts_of
 from causalreel.train.stage import DataSource
 from causalreel.train.stages.causal_ode import CausalODEConfig
@@ -83,6 +84,7 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
     if (chunk := getattr(recipe.settings, "chunk", None)) is not None:
         chunk_sizes(frames, chunk)
     compute = _compute(recipe, device)
+    adapted = read_beginnings(recipe.lora_init)
     roles = _roles(recipe)
     device = device if is_loaded else torch.device("cpu")
     length = roles["student"].config.text_length
@@ -93,14 +95,21 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
     contents: tuple[Content, ...] = ()
     if recipe.trainer.check:
         _check_codec_of_data(recipe.data, recipe.codec)
+        beginnings = {f"lora_init.{role}": lora for role, lora in adapted.items()}
         contents = (
             Content("data", str(recipe.data), mark),
             Content("codec", str(recipe.codec), fingerprint(codec.state_dict(), configs.dump(codec.config))),
             *(_content(role, recipe.init[role], net) for role, net in roles.items() if role in recipe.init),
+            *(Content(what, lora.source, fingerprint(tensors_of(lora))) for what, lora in beginnings.items()),
             Content("compute", f"arithmetic in {compute}", compute),
         )
+    whole = recipe.trainer.optimisers.keys() - recipe.lora.keys()
+    if recipe.lora:
+        share_bases(roles, {role: Path(place).resolve() for role, place in recipe.init.items()}, whole)
     for role, net in roles.items():
-        _place(net, compute, device, is_trained=role in recipe.trainer.optimisers)
+        _place(net, compute, device, is_trained=role in whole)
+    for role, config in recipe.lora.items():
+        adapt(role, roles[role], config, recipe.trainer.seed, adapted.get(role))
     return Ingredients(source, data.kind or "", spec, frames, codec.to(device), family, null, roles, contents)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from causalreel.flow import shift_sigma
+from causalreel.nn.lora import twin
 from causalreel.rollout import KeyedNoise, StreamNoise, chunk_sizes, chunked, collect, rollout
 from causalreel.solvers import SOLVERS
 from causalreel.train.stage import Average, StepContext
@@ -30,7 +30,7 @@ class EMAConfig:
 
     def follow(self, student: Network) -> tuple[Network, list[Average]]:
         """-> a copy of the student for the role `average`, and that it follows the role `student`."""
-        average = copy.deepcopy(student).requires_grad_(False)
+        average = twin(student).requires_grad_(False)
         return average, [Average("average", "student", self.decay, self.from_step)]
 
 

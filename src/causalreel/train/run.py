@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from causalreel import config as configs
 from causalreel.codecs.tiny import tiny_codec
@@ -24,14 +25,17 @@ from causalreel.codecs.wan_vae import latent_statistics
 from causalreel.config import FREE
 from causalreel.data.prepare import render_clips
 from causalreel.data.sources import ClipSource, TrajectorySource
+from causalreel.files import remove_folder
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
+from causalreel.nn.lora import LoRAConfig
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.graphs import graph_calls
 from causalreel.solvers import unipc_sigmas
 from causalreel.train import trainer
+from causalreel.train.adapters import lora_of
 from causalreel.train.arithmetic import arithmetic
 from causalreel.train.checkpoint import latest
 from causalreel.train.contents import Content, fingerprints
@@ -59,6 +63,7 @@ from causalreel.weights.export import (
     save_codec,
     save_export,
 )
+from causalreel.weights.lora_layouts import write_lora
 
 log = logging.getLogger("causalreel.train")
 
@@ -95,6 +100,12 @@ class Recipe:
     """World of the clips that the codec stage renders."""
     codec: Path | None = field(default=None, metadata=FREE)
     """Codec that made the data, a folder or tiny; used for previews and named in the export."""
+    lora: dict[str, LoRAConfig] = field(default_factory=dict)
+    """Role -> adapters that are trained in place of its weights. Roles that start from one folder share these then."""
+    lora_init: dict[str, Path] = field(default_factory=dict, metadata=FREE)
+    """Role -> LoRA file or folder that its adapters begin as, such as <out>/lora of an earlier run."""
+    lora_merged: bool = field(default=True, metadata=FREE)
+    """Whether the weights with the adapters in them are exported too, beside the adapters."""
     compute: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata=FREE)
     """Arithmetic of the networks; weights stay float32. auto: bfloat16 on the GPU."""
     speed: Literal["plain", "compiled", "graphed"] = field(default="plain", metadata=FREE)
@@ -110,6 +121,12 @@ class Recipe:
             )
         if self.stage == "codec" and self.model != "tiny":
             raise ValueError(f"model: got {self.model!r}, the codec stage trains only 'tiny'")
+        for role in self.lora:
+            if role not in self.trainer.optimisers or self.stage == "codec":
+                raise ValueError(f"lora.{role}: the role has no optimiser that could train adapters")
+        for role in self.lora_init:
+            if role not in self.lora:
+                raise ValueError(f"lora_init.{role}: the role has no adapters; lora.{role} says which")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"rows: got {self.rows}, allowed 1 or more, or null for all")
 
@@ -148,6 +165,7 @@ def describe(recipe: Recipe) -> str:
         f"# stage {recipe.stage}: {s.steps} steps, trained roles: {', '.join(s.optimisers)}",
         *(f"# {role} starts from {path}" for role, path in recipe.init.items()),
         f"# data: {recipe.data or 'clips rendered on the fly'}",
+        *(f"# {role} trains adapters of rank {lora.rank}" for role, lora in recipe.lora.items()),
         f"# checkpoints in {s.out}/checkpoints every {s.save_every} steps; export in {s.out}/export",
     ]
     return "\n".join(lines)
@@ -232,6 +250,10 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> Prepared:
 
     def export(folder: Path) -> None:
         student = made.roles["student"]
+        if "student" in recipe.lora:
+            _export_adapters(stage.roles[exported], recipe, folder.parent / "lora")
+            if not recipe.lora_merged:
+                return
         model = DiTDenoiser(student.config, context=student.context)
         model.load_state_dict(effective_state(stage.roles[exported]))
         card = Export(
@@ -251,6 +273,17 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> Prepared:
         log.info("weights written to %s", folder)
 
     return Prepared(stage, source, export, made.contents)
+
+
+def _export_adapters(net: nn.Module, recipe: Recipe, folder: Path) -> None:
+    """The adapters as peft has them, in a folder of their own, in place of those of an earlier time."""
+    assert isinstance(net, DiTDenoiser)
+    if folder.exists():
+        remove_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    note = {"base": str(recipe.init.get("student", recipe.model))}
+    write_lora(lora_of(net, str(folder)), folder, "peft", note=note)
+    log.info("adapters written to %s", folder)
 
 
 Built = tuple[Stage, DataSource, str, Sampling]

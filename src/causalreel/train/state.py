@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from causalreel.config import dump, fixed
+from causalreel.nn.lora import adapter_state
 from causalreel.parallel.sharding import Team
 from causalreel.train import checkpoint, sharded
+from causalreel.train.adapters import kept
 from causalreel.train.average import Follower
 from causalreel.train.contents import Content, fingerprints
 from causalreel.train.log import NonFiniteError, Window, duration
@@ -64,6 +66,8 @@ class Run:
             module.to(self.device)
             if name not in trained:
                 module.requires_grad_(False).eval()
+        if self.team.size > 1 and any(adapter_state(module) for module in roles.values()):
+            raise ValueError(f"lora: adapters are trained by one process, and this launch has {self.team.size}")
         for network in (*roles.values(), *getattr(self.stage, "derived", ())):
             self.team.share(network)
         norm = self.team.norm
@@ -150,7 +154,7 @@ class Run:
         """Write a checkpoint, unless a loss since the last record was not finite."""
         began = self._clock()
         self._means()
-        frozen = self.stage.roles.keys() - self.optimisers.keys() - {average.role for average in self.stage.averages}
+        frozen = self._frozen()
         trainer = {
             "step": self.step,
             "seconds": self.seconds,
@@ -167,7 +171,7 @@ class Run:
         else:
             moments = self._moments()
             trainer["rngs"] = self.team.gathered(self._random_state())
-        roles = {role: module.state_dict() for role, module in self.stage.roles.items()}
+        roles = dict(kept(self.stage.roles, frozen))
         made_from = {**self._kept, **fingerprints(self.contents)}
         facts = (dump(self.recipe), fixed(self.recipe), made_from, frozenset(frozen), moments)
         state = checkpoint.State(roles, trainer, *facts)
@@ -193,6 +197,10 @@ class Run:
         """What all optimisers hold, by "role.adamw/parameter/kind"."""
         found = self.optimisers.items()
         return {f"{role}.adamw/{name}": value for role, o in found for name, value in o.moments().items()}
+
+    def _frozen(self) -> set[str]:
+        """The roles that nothing changes."""
+        return self.stage.roles.keys() - self.optimisers.keys() - {average.role for average in self.stage.averages}
 
     def _clock(self) -> float:
         """Now, when the GPU has done what it was given."""
@@ -234,8 +242,8 @@ class Run:
             raise ValueError(
                 f"checkpoint {path} has the roles {sorted(state.roles)}, expected {sorted(self.stage.roles)}"
             )
-        for role, module in self.stage.roles.items():
-            checkpoint.load_strict(module, state.roles[role], f"checkpoint {path}, role {role!r}")
+        for role, wanted in kept(self.stage.roles, self._frozen()):
+            checkpoint.load_strict(wanted, state.roles[role], f"checkpoint {path}, role {role!r}")
         for role, optimiser in self.optimisers.items():
             optimiser.take(state.trainer["optimisers"][role])
         return state.trainer
@@ -247,7 +255,7 @@ class Run:
         names = [name.split(".adamw/", 1) for name in sharded.moments_in(path)]
         for role, optimiser in self.optimisers.items():
             optimiser.make_moments(name for owner, name in names if owner == role)
-        roles = {role: module.state_dict() for role, module in self.stage.roles.items()}
+        roles = dict(kept(self.stage.roles, self._frozen()))
         tensors = {f"{role}/{name}": tensor for role, held in roles.items() for name, tensor in held.items()}
         sharded.read_into(path, {**tensors, **self._moments()}, self.team)
         return checkpoint.load_trainer(path)

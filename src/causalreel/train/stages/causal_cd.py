@@ -5,7 +5,6 @@ Causal Forcing++ (arXiv 2605.15141), section 3.2.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from causalreel.flow import sigma_grid
 from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.lora import twin
 from causalreel.rollout import chunk_sizes
 from causalreel.train.kit import Viewer, integers, per_frame, randn
 from causalreel.train.losses import consistency_loss
@@ -47,7 +47,7 @@ class CausalCD:
         self, config: CausalCDConfig, *, student: DiTDenoiser, teacher: DiTDenoiser, null: Tensor, viewer: Viewer
     ) -> None:
         self.config, self.student, self.viewer = config, student, viewer
-        target = copy.deepcopy(student).requires_grad_(False)
+        target = twin(student).requires_grad_(False)
         self.target = target
         self.teacher = Guided(teacher, Conditioning(null), config.guidance)
         self.roles: dict[str, nn.Module] = {"student": student, "target": target, "teacher": teacher}
