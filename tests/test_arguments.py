@@ -24,6 +24,7 @@ NEEDED = {
     "train": ["tiny/base"],
     "encode": ["--codec", "x", "--out", "y"],
     "export": ["a", "b"],
+    "import": ["a", "--out", "y"],
     "convert": ["a", "b", "--to", "wan"],
     "verify": ["x"],
     "replay": ["x"],

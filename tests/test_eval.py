@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from causalreel import cli
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.eval import run as evaluation
+from causalreel.eval.registry import METRICS, clip_scores, metric
 from causalreel.eval.run import COLUMNS, REFERENCES, Row, parse_model, run, table, with_steps
 from causalreel.foreign import read_json
 from causalreel.infer.models import load
@@ -52,9 +55,9 @@ def test_the_table_has_a_row_per_reference_and_model(result: tuple[list[Row], Pa
 
 def test_real_clips_follow_their_captions(result: tuple[list[Row], Path]) -> None:
     real, _, *made = result[0]
-    assert real.scores.follow.mean() >= 0.98 and real.scores.direction.nanmean() >= 0.98
+    assert real.clips["follow"].mean() >= 0.98 and real.clips["direction"].nanmean() >= 0.98
     assert real.seconds == 0 and all(row.seconds > 0 for row in made)
-    assert all(row.scores.follow.mean() < 0.5 for row in made)  # random weights show nothing
+    assert all(row.clips["follow"].mean() < 0.5 for row in made)  # random weights show nothing
 
 
 def test_files_hold_every_clip_and_every_metric(result: tuple[list[Row], Path]) -> None:
@@ -72,7 +75,7 @@ def test_files_hold_every_clip_and_every_metric(result: tuple[list[Row], Path]) 
         assert set(row["follow"]) == {"mean", "stderr", "low", "high", "count"}
     clips = read_tensors(out / "scores.safetensors")
     assert clips["frame-wise/follow"].shape == (4,)
-    assert torch.equal(clips["real clips/follow"], rows[0].scores.follow.float())
+    assert torch.equal(clips["real clips/follow"], rows[0].clips["follow"].float())
 
 
 def test_clips_depend_on_their_number_not_on_the_batch(models: Path) -> None:
@@ -126,3 +129,65 @@ def test_enough_clips_have_a_distance(monkeypatch: pytest.MonkeyPatch, models: P
     rows, _, _ = evaluation.evaluate({"a": load(models / "frame", device="cpu")}, clips=4, seed=7, batch=4)
     assert all(row.frechet is not None and row.frechet > 0 for row in rows)
     assert "n/a" not in table(rows)
+
+
+METRIC_FILE = """
+from causalreel.eval.registry import metric
+
+@metric("brightness")
+def brightness(video, prompts):
+    return video.mean((1, 2, 3, 4))
+
+@metric("words", in_table=False)
+def words(video, prompts):
+    return video.new_tensor([len(prompt.split()) for prompt in prompts])
+"""
+
+
+@pytest.fixture
+def no_metrics() -> Iterator[None]:
+    """What a test enters is gone behind it."""
+    before = dict(METRICS)
+    yield
+    METRICS.clear()
+    METRICS.update(before)
+
+
+def test_a_metric_of_ones_own_is_in_table_and_files(
+    models: Path, tmp_path: Path, no_metrics: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(METRIC_FILE)
+    asked = ["eval", f"a={models / 'frame'}", "--clips", "3", "--device", "cpu", "--metrics", str(tmp_path / "mine.py")]
+    assert cli.main([*asked, "--out", str(tmp_path / "out")]) == 0
+    header, _, real, *_ = capsys.readouterr().out.splitlines()
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    assert names == ["model", *COLUMNS, "brightness", "frechet"]
+    record = read_json(tmp_path / "out" / "scores.json", what="scores")["models"]
+    clips = read_tensors(tmp_path / "out" / "scores.safetensors")
+    for row in record.values():
+        assert row["brightness"]["count"] == 3 and row["words"]["mean"] > 3
+    assert record["real clips"]["brightness"]["mean"] == pytest.approx(clips["real clips/brightness"].mean().item())
+    shown = real.split("|")[names.index("brightness") + 1]
+    assert float(shown) == pytest.approx(record["real clips"]["brightness"]["mean"], abs=1e-3)
+
+
+def test_metrics_that_cannot_be(tmp_path: Path, no_metrics: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, said in {
+        "follow": "there is a metric called 'follow'",
+        "a|b": "small letters",
+        "": "small letters",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            metric(name)
+    metric("flat")(lambda video, prompts: video)
+    with pytest.raises(ValueError, match=r"metric flat must give a tensor \(1,\), .*; got \(1, 2, 3, 8, 8\)"):
+        clip_scores(torch.zeros(1, 2, 3, 8, 8), ["a red circle"])
+    (tmp_path / "none.py").write_text("x = 1\n")
+    for file, said in {
+        "none.py": "enters no metric",
+        "gone.py": "must be a Python file",
+        ".": "must be a Python file",
+    }.items():
+        assert cli.main(["eval", "--metrics", str(tmp_path / file), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causalreel.data.world import COLOR_RGB, WorldConfig, WorldState, captions, render, simulate, specs
-from causalreel.eval.metrics import MetricConfig, Scores, compare, estimate, features, frechet, measure, summarise
+from causalreel.eval.metrics import MetricConfig, Scores, measure
+from causalreel.eval.statistics import compare, estimate, features, frechet, summarise
 
 COUNT = 24
 

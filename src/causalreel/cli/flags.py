@@ -126,8 +126,12 @@ class ModelFlags(ThreadFlag):
 
     def profile(self) -> Profile:
         """What is known of the model before it is loaded."""
+        from causalreel.families import FAMILIES
         from causalreel.infer.models import profile
 
+        names = dict.fromkeys(name for family in FAMILIES.values() for name in family.decoders)
+        if self.decoder is not None and self.decoder not in names:
+            raise ValueError(f"--decoder must be one of {', '.join(names)}, got {self.decoder!r}")
         return profile(self.model, steps=self.steps, chunk=self.chunk, height=self.height, width=self.width)
 
     def precision_on(self, device: torch.device) -> str:

@@ -124,6 +124,8 @@ class Evaluate(ThreadFlag):
     """Which held-out prompts, and the noise."""
     batch: Annotated[int | None, BATCH] = None
     """Clips generated together; default: 128 on a GPU, 8 on a CPU, whose caches are small."""
+    metrics: Path | None = None
+    """Python file with metrics of your own, see docs/evaluation.md; their columns join the table."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
 
@@ -133,7 +135,8 @@ def evaluate(args: Evaluate) -> int:
     from causalreel.infer.models import network_of
 
     args.set_threads([network_of(parse_model(spec)[1]) for spec in args.models], args.device)
-    rows = run(args.models, out=args.out, clips=args.clips, seed=args.seed, batch=args.batch, device=args.device)
+    how = {"clips": args.clips, "seed": args.seed, "batch": args.batch, "device": args.device, "metrics": args.metrics}
+    rows = run(args.models, out=args.out, **how)
     print(table(rows))
     return 0
 

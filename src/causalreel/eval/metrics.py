@@ -24,7 +24,6 @@ from causalreel.data.world import (
     SPEED_PIXELS,
     coverage,
 )
-from causalreel.eval.statistics import Estimate, compare, estimate, features, frechet, summarise
 from causalreel.vocabulary import (
     BACKGROUNDS,
     COLORS,
@@ -37,18 +36,6 @@ from causalreel.vocabulary import (
     ObjectSpec,
     parse_caption,
 )
-
-__all__ = [
-    "Estimate",
-    "MetricConfig",
-    "Scores",
-    "compare",
-    "estimate",
-    "features",
-    "frechet",
-    "measure",
-    "summarise",
-]
 
 _TEMPLATES = [(shape, size) for shape in range(len(SHAPES)) for size in range(len(SIZES))]
 _REACH = 16  # half width of the window around an object; the largest object reaches 14 pixels from its centre

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from causalreel.data.prepare import held_out
 from causalreel.data.video import contact_sheet
-from causalreel.eval.metrics import Scores, measure
+from causalreel.eval import registry
+from causalreel.eval.registry import METRICS, clip_scores
 from causalreel.eval.statistics import FRECHET_CLIPS, features, frechet, summarise
 from causalreel.files import write_text
 from causalreel.folders import claim
@@ -33,7 +34,7 @@ from causalreel.weights.files import write_tensors
 log = logging.getLogger(__name__)
 
 COLUMNS = ("follow", "first", "direction", "speed", "dynamic", "consistency", "turn", "quality", "follow_drift")
-"""Metrics of the printed table; the files hold all of them."""
+"""The tiny world's metrics of the printed table; the files hold all of them."""
 
 REFERENCES = ("real clips", "codec reconstruction")
 """Rows above the models'."""
@@ -44,7 +45,8 @@ class Row:
     """One line of the table."""
 
     label: str
-    scores: Scores
+    clips: dict[str, Tensor]
+    """Metric -> a number of every clip (B,)."""
     frechet: float | None
     """None: there are too few clips for it."""
     seconds: float
@@ -103,7 +105,7 @@ def evaluate(
     rows, shown = [], {}
 
     def add(label: str, video: Tensor, seconds: float) -> None:
-        scores = measure(video, prompts)
+        scores = clip_scores(video, prompts)
         distance = None if is_few else frechet(reference, features(video))
         rows.append(Row(label, scores, distance, seconds))
         shown[label] = video[:8].cpu()
@@ -120,19 +122,25 @@ def evaluate(
     return rows, shown, list(prompts[:8])
 
 
+def columns() -> tuple[str, ...]:
+    """Metrics of the printed table, the set's distance left out."""
+    return (*COLUMNS, *(name for name, one in METRICS.items() if one.in_table))
+
+
 def cells(row: Row) -> dict[str, str]:
     """Column -> what the table prints."""
-    found = summarise(row.scores)
-    return {name: f"{found[name].mean:.3f}" for name in COLUMNS} | {
+    found = summarise(row.clips)
+    return {name: f"{found[name].mean:.3f}" for name in columns()} | {
         "frechet": "n/a" if row.frechet is None else f"{row.frechet:.2f}"
     }
 
 
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table; the standard error of `follow` and `direction` beside their means."""
-    lines = ["| model | " + " | ".join((*COLUMNS, "frechet")) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
+    names = ("model", *columns(), "frechet")
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        found, shown = summarise(row.scores), cells(row)
+        found, shown = summarise(row.clips), cells(row)
         for name in ("follow", "direction"):
             shown[name] += f" ± {found[name].stderr:.3f}"
         lines.append(f"| {row.label} | " + " | ".join(shown.values()) + " |")
@@ -149,17 +157,13 @@ def save(
 ) -> None:
     """Write the folder, which must be there."""
     record = {
-        row.label: {name: _known(dataclasses.asdict(e)) for name, e in summarise(row.scores).items()}
+        row.label: {name: _known(dataclasses.asdict(e)) for name, e in summarise(row.clips).items()}
         | _known({"frechet": row.frechet, "seconds": row.seconds})
         for row in rows
     }
     write_text(out / "scores.json", json.dumps({"facts": facts, "models": record}, indent=1, allow_nan=False))
     write_text(out / "table.md", table(rows) + "\n")
-    clips = {
-        f"{row.label}/{f.name}": getattr(row.scores, f.name).float().contiguous()
-        for row in rows
-        for f in dataclasses.fields(row.scores)
-    }
+    clips = {f"{row.label}/{name}": v.float().contiguous() for row in rows for name, v in row.clips.items()}
     write_tensors(out / "scores.safetensors", clips)
     for label, videos in shown.items():
         name = "".join(c if c.isalnum() else "-" for c in label)
@@ -174,13 +178,17 @@ def run(
     seed: int = 0,
     batch: int | None = None,
     device: str | None = None,
+    metrics: Path | None = None,
 ) -> list[Row]:
     """`causalreel eval`: evaluate and write the folder -> the rows of the table.
 
-    batch: clips made together; None: 128 on a GPU, 8 on a CPU, where larger ones only leave its caches.
+    metrics: a Python file of further ones, see `eval.registry`. batch: clips made together; None: 128 on a GPU, 8 on a
+    CPU, where larger ones only leave its caches.
     """
     if not models:
         raise ValueError("name at least one model: an embedded one such as tiny, or an export folder")
+    if metrics is not None:
+        registry.read(metrics)
     with claim(out, "evaluation"):  # before the work and not after it
         pipelines = load_models(models, device=device)
         is_on_cpu = next(iter(pipelines.values())).device.type == "cpu"

@@ -1,21 +1,19 @@
 """What is computed over sets of clips: means with intervals, paired differences, and the Frechet distance.
 
-Every function takes plain tensors or a dataclass of per-clip tensors such as `eval.metrics.Scores`; NaN marks a clip
-for which a number is undefined and is left out.
+Every function takes plain tensors, or numbers of clips by name, as a mapping or as a dataclass such as
+`eval.metrics.Scores`; NaN marks a clip for which a number is undefined and is left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from causalreel.eval.metrics import Scores
 
 _LAYERS = (((24, 3, 3, 4, 4), 2), ((48, 24, 3, 3, 3), 2), ((32, 48, 3, 3, 3), 2))
 """Weight shape and stride of each layer of the fixed random network."""
@@ -52,22 +50,28 @@ def estimate(values: Tensor, *, resamples: int = 2000, confidence: float = 0.95,
     return Estimate(values.mean().item(), stderr, low, high, count)
 
 
-def summarise(scores: Scores, *, resamples: int = 2000, seed: int = 0) -> dict[str, Estimate]:
+def by_name(scores: Mapping[str, Tensor] | Any) -> Mapping[str, Tensor]:
+    """Numbers of clips (B,) by name, from a dataclass of them as well."""
+    if isinstance(scores, Mapping):
+        return scores
+    return {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
+
+
+def summarise(scores: Mapping[str, Tensor] | Any, *, resamples: int = 2000, seed: int = 0) -> dict[str, Estimate]:
     """Metric name -> Estimate over the clips."""
-    return {
-        f.name: estimate(getattr(scores, f.name), resamples=resamples, seed=seed) for f in dataclasses.fields(scores)
-    }
+    return {name: estimate(values, resamples=resamples, seed=seed) for name, values in by_name(scores).items()}
 
 
-def compare(a: Scores, b: Scores, *, resamples: int = 2000, seed: int = 0) -> dict[str, Estimate]:
+def compare(
+    a: Mapping[str, Tensor] | Any, b: Mapping[str, Tensor] | Any, *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Estimate]:
     """Metric name -> Estimate of a - b, paired: clip i of both answers the same prompt."""
-    if len(a.follow) != len(b.follow):
-        raise ValueError(f"paired scores must have equal length, got {len(a.follow)} and {len(b.follow)}")
-    return summarise(
-        dataclasses.replace(a, **{f.name: getattr(a, f.name) - getattr(b, f.name) for f in dataclasses.fields(a)}),
-        resamples=resamples,
-        seed=seed,
-    )
+    first, second = by_name(a), by_name(b)
+    for name, values in first.items():
+        if len(values) != len(second[name]):
+            raise ValueError(f"paired scores must have equal length, got {len(values)} and {len(second[name])}")
+    differences = {name: values - second[name] for name, values in first.items()}
+    return summarise(differences, resamples=resamples, seed=seed)
 
 
 @torch.no_grad()
