@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random as random_numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from causalreel.weights.lora import (
     is_lora,
     read_lora,
 )
+from causalreel.weights.lora_config import Patterns
 from causalreel.weights.lora_files import parse, read_loras
 from causalreel.weights.lora_layouts import LAYOUTS, write_lora
 from causalreel.weights.lora_names import INSIDE, OUTSIDE, diffusers_name, understand
+from ceilings import examples, work_within
 
 CONFIG = ModelConfig(dim=16, ffn_dim=24, heads=2, layers=2, text_dim=8, text_length=4, freq_dim=16, channels=2)
 
@@ -317,7 +320,8 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "another rank": ({"r": 3}, "has rank 2, and .* says 3"),
     "alpha": ({"r": 2, "lora_alpha": "much"}, "lora_alpha must be a number"),
     "pattern": ({"r": 2, "alpha_pattern": {"(a+)+": 2}}, "too involved"),
-    "many stars": ({"r": 2, "alpha_pattern": {".*.*.*.*x": 2}}, "too involved"),
+    "many stars": ({"r": 2, "alpha_pattern": {".*.*.*x": 2}}, "too involved"),
+    "many expressions": ({"r": 2, "alpha_pattern": {f"blocks.*{i}": 2 for i in range(17)}}, "at most 16 regular"),
     "no pattern": ({"r": 2, "rank_pattern": {"(": 2}}, "too involved or no pattern"),
     "patterns": ({"r": 2, "rank_pattern": [2]}, "rank_pattern must be an object"),
     "pissa": ({"r": 2, "init_lora_weights": "pissa_niter_4"}, "changes the base too"),
@@ -356,6 +360,47 @@ def test_pickles_are_read_as_data_and_for_the_generator() -> None:
         read_lora("cut.pt")
     torch.save(tensors, "flat.pt")
     assert list(read_lora("flat.pt").pairs) == [Q]
+
+
+def test_the_first_pattern_that_fits_counts() -> None:
+    patterns = Patterns({"k": 1, r"blocks\.(0|1)\.self_attn\.q": 2, "self_attn.q": 3, "0.self_attn.v": 4, "v": 5}, "")
+    names = ("blocks.0.cross_attn.k", "blocks.1.self_attn.q", "blocks.2.self_attn.q", "blocks.10.self_attn.v", "x")
+    assert [patterns.find(name, 0) for name in names] == [1, 2, 3, 5, 0]
+    assert patterns.find("blocks.0.self_attn.v", 0) == 4
+
+
+def test_damaged_bytes_are_a_line(place: Path) -> None:
+    """Whatever is changed in a file or its configuration: it is read, or refused by a ValueError of one line."""
+    written("peft")
+    written("longlive")
+    files = {
+        name: Path(name).read_bytes() for name in ("peft/adapter_config.json", "peft/adapter_model.safetensors", "l.pt")
+    }
+    draw = random_numbers.Random(0)
+    for _ in range(examples(60)):
+        name = draw.choice(list(files))
+        data = bytearray(files[name])
+        for _ in range(draw.choice((1, 3, 30))):
+            at = draw.randrange(min(len(data), 4000))
+            data[at : at + draw.choice((0, 1, 1, 2))] = bytes(
+                draw.choices(b'{}[]":,019-.e\0\xff(*+', k=draw.choice((0, 1)))
+            )
+        Path(name).write_bytes(data)
+        for source in ("peft", "l.pt"):
+            try:
+                merged((read_lora(source), 1.0))
+            except ValueError as error:
+                assert "\n" not in str(error)
+        Path(name).write_bytes(files[name])
+
+
+def test_a_small_file_cannot_ask_for_a_large_product() -> None:
+    save_file(
+        {f"{Q}.lora_A.weight": torch.ones(1, 400_000), f"{Q}.lora_B.weight": torch.ones(400_000, 1)}, "w.safetensors"
+    )
+    work = "from causalreel.weights.lora import *\nlora = read_lora('w.safetensors')\n"
+    work += f"try: check_fits(lora, {shapes()!r})\nexcept ValueError as error: print(error)"
+    assert "wider network" in work_within(64, work, setup="import causalreel.weights.lora").output
 
 
 # ---- as it is asked for

@@ -19,12 +19,14 @@ import torch
 
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.sources import ClipSource
+from causalreel.nn.lora import LoRAConfig, adapter_state, adapters, add_lora, twin
 from causalreel.parallel.sharding import ParallelConfig, whole
 from causalreel.train.stage import DataSource, Stage
 from causalreel.train.stages.codec import CodecConfig, CodecStage
+from causalreel.train.stages.dmd import DMD as DMDStage
 from causalreel.train.trainer import TrainerConfig, train
 from patience import PATIENCE_S
-from test_stages import OPTIMISER, SELF_ROLLOUT, STAGES, make_dmd
+from test_stages import NULL, OPTIMISER, SELF_ROLLOUT, STAGES, VIEWER, make_dmd, net, source
 
 HERE = Path(__file__).resolve()
 SRC = HERE.parents[1] / "src"
@@ -38,11 +40,24 @@ def clips() -> tuple[Stage, DataSource]:
     return CodecStage(tiny_codec(0), CodecConfig(batch=4, frames=5, sharpen_from=0)), ClipSource(rows)
 
 
+def adapted() -> tuple[Stage, DataSource]:
+    """DMD whose three networks are one base with adapters of their own, or none."""
+    teacher = net(trained=False)
+    student, critic = twin(teacher), twin(teacher)
+    for network, seed in ((student, 0), (critic, 1)):
+        generator = torch.Generator().manual_seed(seed)
+        add_lora(network.model, LoRAConfig(rank=4), generator)
+        for _, layer in adapters(network.model):  # from 0 on, losses would be differences of nearly equal numbers
+            torch.nn.init.normal_(layer.lora_B, std=0.3, generator=generator)
+    return DMDStage(DMD, student=student, critic=critic, teacher=teacher, null=NULL, viewer=VIEWER), source()
+
+
 CASES: dict[str, Callable[[], tuple[Stage, DataSource]]] = {
     **{name: make for name, make in STAGES.items() if "DMD" not in name and "Caus" not in name and "score" not in name},
     "codec": clips,
     "DMD": lambda: make_dmd(DMD),
     "DMD, replayed": lambda: make_dmd(dataclasses.replace(DMD, student_pass="replay", critic_rollouts=1)),
+    "DMD with adapters": adapted,
     "CausVid": lambda: make_dmd(dataclasses.replace(DMD, samples="data")),
     "causal score distillation": lambda: make_dmd(dataclasses.replace(DMD, samples="teacher_forced")),
 }
@@ -56,7 +71,8 @@ def run(name: str, out: Path, **changes: object) -> dict:
     trained = {role: OPTIMISER for role in ("student", "critic", "codec") if role in stage.roles}
     how = {"device": "cpu", "log_every": 1, "save_every": STEPS, "steps": STEPS, **changes}
     train(stage, rows, TrainerConfig(out=out, optimisers=trained, **how))
-    found = {f"{r}.{n}": whole(t).clone() for r, m in stage.roles.items() for n, t in m.state_dict().items()}
+    states = {role: adapter_state(module) or module.state_dict() for role, module in stage.roles.items()}
+    found = {f"{role}.{n}": whole(t).clone() for role, state in states.items() for n, t in state.items()}
     return {
         "weights": found,
         "records": [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()],
@@ -98,7 +114,7 @@ PARTS = {
     4: {"groups": ParallelConfig(replicate=2), "tokens": ParallelConfig(context=2)},
 }
 """Processes -> ways in which they share the work."""
-FEW = ("teacher forcing", "DMD")
+FEW = ("teacher forcing", "DMD", "DMD with adapters")
 
 
 def cases(count: int, how: str) -> list[str]:

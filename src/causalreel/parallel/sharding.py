@@ -123,11 +123,25 @@ class Team:
                 fully_shard(block, mesh=self._mesh, mp_policy=policy, reshard_after_forward=True)
         fully_shard(root, mesh=self._mesh, mp_policy=policy, reshard_after_forward=True)
 
+    def repeat(self, network: nn.Module) -> None:
+        """Hold a network whole in every process: a frozen base, which several networks may have in common, and
+        adapters, whose gradients `average` makes the same everywhere. Alone: nothing."""
+        if self.context is not None and isinstance(network, DiTDenoiser):
+            shard_sequence(network, self.context)
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """Gradients of repeated networks -> their means over all processes, in place and in one message."""
+        if self.control is None:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat.div_(self.size))
+        torch._foreach_copy_(list(gradients), _cut(flat, gradients))  # pyright: ignore[reportPrivateImportUsage]
+
     def sum_at_end(self, network: nn.Module, is_end: bool) -> None:
         """Whether the next backward pass of a trained network is the last one of an update: only then gradients are
         summed over the processes."""
         root = network.model if isinstance(network, DiTDenoiser) else network
-        if self.control is not None:
+        if hasattr(root, "set_requires_gradient_sync"):
             root.set_requires_gradient_sync(is_end)  # type: ignore[operator]
 
     def norm(self, local: Tensor) -> Tensor:
@@ -186,6 +200,12 @@ def _hosts() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _cut(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A flat tensor in pieces of these shapes."""
+    pieces = flat.split([one.numel() for one in like])
+    return [piece.view_as(one) for piece, one in zip(pieces, like, strict=True)]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class RoleOptimiser:
     """The optimiser of one trained role. Parameters with `requires_grad=False` are left alone.
 
     norm: the norm () of this process's part of the gradients -> of all, where several processes share the role.
+    average: makes gradients those of all processes, in place, where each of these holds the whole role.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class RoleOptimiser:
         module: nn.Module,
         config: OptimiserConfig,
         norm: Callable[[Tensor], Tensor] = lambda own: own,
+        average: Callable[[list[Tensor]], None] = lambda own: None,
     ) -> None:
-        self.role, self.config, self._norm = role, config, norm
+        self.role, self.config, self._norm, self._average = role, config, norm, average
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError(f"role {role!r} has an optimiser but no parameter that requires a gradient")
@@ -85,6 +87,7 @@ class RoleOptimiser:
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         if not gradients:
             raise ValueError(f"role {self.role!r}: the losses of its update reach none of its parameters")
+        self._average(gradients)
         norm = clip_gradients(gradients, self.config.clip, self._norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr

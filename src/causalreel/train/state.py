@@ -66,12 +66,12 @@ class Run:
             module.to(self.device)
             if name not in trained:
                 module.requires_grad_(False).eval()
-        if self.team.size > 1 and any(adapter_state(module) for module in roles.values()):
-            raise ValueError(f"lora: adapters are trained by one process, and this launch has {self.team.size}")
+        are_adapted = any(adapter_state(module) for module in roles.values())
+        share = self.team.repeat if are_adapted else self.team.share
         for network in (*roles.values(), *getattr(self.stage, "derived", ())):
-            self.team.share(network)
-        norm = self.team.norm
-        return {name: RoleOptimiser(name, roles[name], options, norm) for name, options in trained.items()}
+            share(network)
+        how: dict[str, Any] = {"average": self.team.average} if are_adapted else {"norm": self.team.norm}
+        return {name: RoleOptimiser(name, roles[name], options, **how) for name, options in trained.items()}
 
     def _make_saver(self) -> sharded.Saver | None:
         """What writes checkpoints where several processes share the roles."""

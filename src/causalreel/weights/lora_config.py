@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from causalreel.foreign import TEXT_BYTES, parse_json, read_json, shown
 
 PATTERNS = 20_000
 """Of a configuration."""
+
+EXPRESSIONS = 16
+"""Of these that are more than names."""
 
 METADATA = "lora_adapter_metadata"
 """Under which diffusers keeps the configuration in a file's own metadata, with `transformer.` before every name."""
@@ -41,6 +44,32 @@ SPECIAL = re.compile(r"[\\\[\](){}*+?|^$]")
 """Characters that make a pattern more than a name; a dot in a name may stay one."""
 
 
+class Patterns:
+    """Values by pattern; the first pattern that fits a name, or its end behind a dot, counts, as peft has it."""
+
+    def __init__(self, values: Mapping[str, Any], place: str) -> None:
+        if len(values) > PATTERNS:
+            raise ValueError(f"{place} must have at most {PATTERNS:,} patterns, got {len(values):,}")
+        self._plain = {pattern: (order, value) for order, (pattern, value) in enumerate(values.items())}
+        self._special: list[tuple[int, re.Pattern[str], Any]] = []
+        for pattern, (order, value) in self._plain.items():
+            if SPECIAL.search(pattern):
+                self._special.append((order, _compiled(pattern, place), value))
+        if len(self._special) > EXPRESSIONS:
+            raise ValueError(f"{place} must have at most {EXPRESSIONS} regular expressions, got {len(self._special)}")
+
+    def find(self, name: str, otherwise: Any) -> Any:
+        """The value for a layer's name; `otherwise` if no pattern fits."""
+        parts = name.split(".")
+        ends = (".".join(parts[at:]) for at in range(len(parts)))
+        found = [self._plain[end] for end in ends if end in self._plain]
+        found += [(order, value) for order, pattern, value in self._special if pattern.match(name)]
+        return min(found, key=lambda one: one[0])[1] if found else otherwise
+
+
+NONE = Patterns({}, "")
+
+
 @dataclass(frozen=True)
 class Scales:
     """alpha and rank per layer, as a configuration has them; without one every scale is 1."""
@@ -48,8 +77,8 @@ class Scales:
     source: str | None = None
     rank: int = 8
     alpha: float = 8.0
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    alphas: Mapping[str, float] = field(default_factory=dict)
+    ranks: Patterns = NONE
+    alphas: Patterns = NONE
     is_rslora: bool = False
     is_dora: bool = False
 
@@ -57,21 +86,11 @@ class Scales:
         """The scale of a layer (as the file writes it) whose pair has this rank."""
         if self.source is None:
             return 1.0
-        said = _find(self.ranks, name, self.rank)
+        said = self.ranks.find(name, self.rank)
         if said != rank:
             raise ValueError(f"{source}: {shown(name)} has rank {rank}, and {self.source} says {said}")
-        alpha = _find(self.alphas, name, self.alpha)
+        alpha = self.alphas.find(name, self.alpha)
         return alpha / math.sqrt(rank) if self.is_rslora else alpha / rank
-
-
-def _find(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first pattern that fits the name or its end behind a dot, as peft has it."""
-    parts = name.split(".")
-    ends = {".".join(parts[at:]) for at in range(len(parts))}
-    for pattern, value in patterns.items():
-        if pattern in ends or (SPECIAL.search(pattern) and re.match(rf"(.*\.)?({pattern})$", name)):
-            return value
-    return otherwise
 
 
 def read_adapter_config(path: Path) -> Scales:
@@ -112,38 +131,31 @@ def _scales(found: Mapping[str, Any], source: str) -> Scales:
         source,
         8 if rank is None else _rank(rank, "r", source),
         8.0 if alpha is None else _alpha(alpha, "lora_alpha", source),
-        {key: _rank(value, f"rank_pattern {key}", source) for key, value in _patterns(found, "rank_pattern", source)},
-        {
-            key: _alpha(value, f"alpha_pattern {key}", source)
-            for key, value in _patterns(found, "alpha_pattern", source)
-        },
+        _patterns(found, "rank_pattern", source, _rank),
+        _patterns(found, "alpha_pattern", source, _alpha),
         bool(found.get("use_rslora")),
         bool(found.get("use_dora")),
     )
 
 
-def _patterns(found: Mapping[str, Any], name: str, source: str) -> list[tuple[str, Any]]:
+def _patterns(
+    found: Mapping[str, Any], name: str, source: str, read: Callable[[Any, str, str], int | float]
+) -> Patterns:
     patterns = found.get(name) or {}
-    if not isinstance(patterns, dict) or len(patterns) > PATTERNS:
-        raise ValueError(
-            f"{source}: {name} must be an object of at most {PATTERNS:,} numbers, got {shown(patterns, 60)}"
-        )
-    for key in patterns:
-        _check_pattern(key, f"{source}: {name}")
-    return list(patterns.items())
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{source}: {name} must be an object of numbers, got {shown(patterns, 60)}")
+    return Patterns({key: read(value, f"{name} {key}", source) for key, value in patterns.items()}, f"{source}: {name}")
 
 
-def _check_pattern(pattern: str, place: str) -> None:
+def _compiled(pattern: str, place: str) -> re.Pattern[str]:
     """ValueError for a regular expression that is none, or that could take long on a name."""
-    bad = (
-        len(pattern) > 200 or len(re.findall(r"(?<!\\)[*+?{]", pattern)) > 3 or re.search(r"\)[*+?{]|\\[1-9]", pattern)
-    )
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        bad = True
-    if bad:
-        raise ValueError(f"{place} has the pattern '{shown(pattern, 80)}', which is too involved or no pattern")
+    repeats = re.findall(r"(?<!\\)[*+?{]", pattern)
+    if len(pattern) <= 200 and len(repeats) <= 2 and not re.search(r"\)[*+?{]|\\[1-9]|\(\?", pattern):
+        try:
+            return re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, RecursionError, OverflowError):
+            pass
+    raise ValueError(f"{place} has the pattern '{shown(pattern, 80)}', which is too involved or no pattern")
 
 
 def _rank(value: Any, name: str, source: str) -> int:
