@@ -158,7 +158,7 @@ class _Pieces(torch.autograd.Function):
         gradient, out = (_take(x, (cut.order,), tokens) for x in (gradient, out))
         dq = torch.zeros_like(q).expand(len(cut.levels), *q.shape).contiguous()
         dk, dv = _Sum(k, tokens), _Sum(v, tokens)
-        for level, share in zip(cut.levels, dq, strict=True):
+        for level, share in reversed([*zip(cut.levels, dq, strict=True)]):  # what covers all keys comes first
             for piece in level:
                 lent = (_take(x, e, tokens) for x, e in _operands(piece, q, k, v, gradient, out))
                 part_lse = _take(lse.transpose(1, 2), piece.rows, tokens).transpose(1, 2).contiguous()
