@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from causalreel.data.sources import LatentSource, TrajectorySource
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.presets import ModelConfig
+from causalreel.parallel.fast import accelerate
 from causalreel.train.checkpoint import latest
 from causalreel.train.kit import EMAConfig, Viewer
 from causalreel.train.optim import OptimiserConfig
@@ -102,6 +104,9 @@ STAGES = {
     ),
     "DMD": lambda: make_dmd(SELF_ROLLOUT),
     "DMD, replayed": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, student_pass="replay", critic_rollouts=1)),
+    "DMD, repeated samples": lambda: make_dmd(
+        dataclasses.replace(SELF_ROLLOUT, critic_repeats=2, student_samples="critic")
+    ),
     "DMD, shared exits": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, exits="shared")),
     "DMD, last exits": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, exits="last")),
     "CausVid": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, samples="data")),
@@ -170,6 +175,45 @@ def test_student_updates_are_the_same_in_one_pass_and_replayed(tmp_path: Path) -
         found.append(weights(stage))
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_rollouts_through_the_fast_form_follow_the_student(tmp_path: Path) -> None:
+    """Its weights are refreshed where they are: after three updates the student is what plain rollouts make of it."""
+    found, config = [], dataclasses.replace(SELF_ROLLOUT, ema=EMAConfig(0.5))
+    for is_fast in (False, True):
+        stage, rows = make_dmd(config)
+        assert isinstance(stage, DMD)
+        if is_fast:
+            nn.init.normal_(stage.student.model.blocks[0].norm3.bias)
+            stage.sampler = accelerate(copy.deepcopy(stage.student).requires_grad_(False))
+            nn.init.zeros_(stage.student.model.blocks[0].norm3.bias)  # as it is in the other one
+        train(stage, rows, trainer_config(stage, tmp_path / str(is_fast), 3))
+        found.append(weights(stage))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_critic_updates_may_repeat_samples() -> None:
+    made: list[str] = []
+    config = dataclasses.replace(SELF_ROLLOUT, critic_updates=5, critic_repeats=2)
+    stage, rows = make_dmd(config)
+    assert isinstance(stage, DMD)
+    roll_out = stage._make
+    stage._make = lambda step, batch, purpose: made.append(purpose) or roll_out(step, batch, purpose)
+    context = StepContext(0, 0, rows, DataCursor(len(rows), 0), torch.device("cpu"))
+    losses = [update.losses[0]()[0].item() for update in stage.updates(context) if update.role == "critic"]
+    assert len(set(losses)) == len(losses) == 5  # each with noise of its own
+    assert made == ["critic 0", "critic 1", "critic 2", "student"]
+    made.clear()
+    stage.config = dataclasses.replace(config, critic_repeats=5, student_samples="critic")
+    assert [update.role for update in stage.updates(context)] == ["critic"] * 5 + ["student"]
+    assert made == ["critic 0"]
+    with pytest.raises(ValueError, match="student_samples: critic needs critic_rollouts: null"):
+        dataclasses.replace(config, critic_repeats=1, critic_rollouts=2, student_samples="critic")
+    with pytest.raises(ValueError, match="critic_repeats must be 1 to 5, got 6"):
+        dataclasses.replace(config, critic_repeats=6)
+    with pytest.raises(ValueError, match="critic_rollouts must be 1 to 3, got 4"):
+        dataclasses.replace(config, critic_rollouts=4)
 
 
 def test_dmd_moves_the_student_towards_the_teacher(tmp_path: Path) -> None:

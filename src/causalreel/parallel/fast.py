@@ -23,7 +23,7 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import Block, CallText, DiT, KeyValue, SelfAttention, TextRun, read_text
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.kv_cache import FrameCache
-from causalreel.nn.linear import effective
+from causalreel.nn.linear import Adapted, effective
 from causalreel.nn.masks import FrameMask, Reading
 from causalreel.nn.paged_cache import PagedCache
 from causalreel.nn.policies.interface import ContextPolicy
@@ -170,6 +170,24 @@ class FastDiT:
         elif layer in PRODUCTS and leaf == "weight":
             product, part = PRODUCTS[layer]
             getattr(fast, product).renew(value, part * len(value))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """All weights of the network were changed in place: what was made of them is made again, where it is.
+
+        Recordings stay good. ValueError with fp8 products, which are of the weights as they were.
+        """
+        if self.quantised:
+            raise ValueError("fp8 products are copies of the weights they were made of: accelerate the network again")
+        for fast, block in zip(self.blocks, self.model.blocks, strict=True):
+            for held, now in zip(fast.norm3, (block.norm3.weight, block.norm3.bias), strict=True):
+                held.copy_(now)
+            for name, (product, part) in PRODUCTS.items():
+                layer = block.get_submodule(name)
+                if isinstance(layer, Adapted):
+                    weight, _ = layer.merged()
+                    getattr(fast, product).renew(weight, part * len(weight))
+        self.forget_levels()
 
     def forget_levels(self) -> None:
         """Compute modulation anew: its weights have changed."""

@@ -32,6 +32,7 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
 from causalreel.nn.lora import LoRAConfig
 from causalreel.parallel.compile import compile_blocks
+from causalreel.parallel.fast import accelerate
 from causalreel.parallel.graphs import graph_calls
 from causalreel.solvers import unipc_sigmas
 from causalreel.train import trainer
@@ -363,7 +364,8 @@ def _dmd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     viewer = Viewer(made.codec, c.sigmas, chunk=c.chunk, first=c.first_sigmas)
     stage = DMD(c, **made.roles, null=made.null, viewer=viewer)
     if device.type == "cuda" and recipe.speed != "plain" and stage.sampler is not stage.student:
-        compile_blocks(stage.sampler)
+        can_be_fast = stage.sampler.config.camera != "prope" and not torch.distributed.is_initialized()
+        (accelerate if can_be_fast else compile_blocks)(stage.sampler)
     return _compiled(recipe, stage), made.source, "average", sampling
 
 

@@ -12,19 +12,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from causalreel.flow import SCORE_SIGMA_RANGE, add_noise, shift_sigma, velocity_to_x0, warp_steps
 from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.parallel.fast import FastDiT
 from causalreel.rollout import chunk_sizes, fuse
 from causalreel.train.kit import EMAConfig, RolloutNoise, Viewer, draw_index, draw_levels, randn, uniform
 from causalreel.train.losses import critic_loss, distribution_matching_gradient, surrogate_loss
 from causalreel.train.self_rollout import Record, parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.train.stage import Loss, StepContext, Update
-from causalreel.types import Conditioning, Denoise, Denoiser, LatentBatch
+from causalreel.types import Conditioning, Denoise, Denoiser, LatentBatch, ReplayCache
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,12 @@ class DMDConfig:
     """Exit steps of self-rollouts: drawn for each rollout (released), once for all of a cycle, or always the last."""
     critic_updates: int = 5
     """Critic updates per student update."""
+    critic_repeats: int = 1
+    """Critic updates in a row on the same samples, each with its own noise; more than 1 saves rollouts."""
     critic_rollouts: int | None = None
-    """Rollouts that these updates share, each with its own exit step; null: one per update."""
+    """Rollouts that the samples of these updates share, each with its own exit step; null: one for each samples."""
+    student_samples: Literal["fresh", "critic"] = "fresh"
+    """What the student is updated on: samples of its own (released), or the last ones that the critic saw."""
     guidance: float = 4.0
     """Guidance of the teacher, standard convention; the released `guidance_scale: 3` is 4 here."""
     context_sigma: float = 0.0
@@ -60,8 +66,18 @@ class DMDConfig:
     """The average that is exported."""
 
     def __post_init__(self) -> None:
-        if self.critic_rollouts is not None and not 1 <= self.critic_rollouts <= self.critic_updates:
-            raise ValueError(f"critic_rollouts must be 1 to {self.critic_updates}, got {self.critic_rollouts}")
+        if not 1 <= self.critic_repeats <= max(1, self.critic_updates):
+            raise ValueError(f"critic_repeats must be 1 to {self.critic_updates}, got {self.critic_repeats}")
+        if self.critic_rollouts is not None and not 1 <= self.critic_rollouts <= self.critic_samples:
+            raise ValueError(f"critic_rollouts must be 1 to {self.critic_samples}, got {self.critic_rollouts}")
+
+        if self.student_samples == "critic" and self.critic_rollouts not in (None, self.critic_samples):
+            raise ValueError("student_samples: critic needs critic_rollouts: null, so that a rollout is of one batch")
+
+    @property
+    def critic_samples(self) -> int:
+        """Batches of samples that a cycle's critic updates see."""
+        return -(-self.critic_updates // self.critic_repeats)
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -109,7 +125,7 @@ class DMD:
         self._make = {"self_rollout": self._roll_out, "data": self._denoise_data, "teacher_forced": self._behind_data}[
             config.samples
         ]
-        if config.samples == "teacher_forced" and config.critic_rollouts not in (None, config.critic_updates):
+        if config.samples == "teacher_forced" and config.critic_rollouts not in (None, config.critic_samples):
             raise ValueError(
                 "critic_rollouts must be null with samples: teacher_forced, whose scores see each batch's past"
             )
@@ -119,18 +135,20 @@ class DMD:
 
     def updates(self, step: StepContext) -> Iterator[Update]:
         config = self.config
-        rollouts = config.critic_rollouts or config.critic_updates
-        share = -(-config.critic_updates // rollouts)  # critic updates per rollout, rounded up
-        for first in range(0, config.critic_updates, share):
-            count = min(share, config.critic_updates - first)
+        rollouts = config.critic_rollouts or config.critic_samples
+        share = -(-config.critic_samples // rollouts)  # samples per rollout, rounded up
+        updates, made = iter(range(config.critic_updates)), None
+        for first in range(0, config.critic_samples, share):
+            count = min(share, config.critic_samples - first)
             made = self._make(step, step.batch(count * config.batch, LatentBatch), f"critic {first}")
             rows = len(made.conditioning) // count
             for row in range(count):
                 samples = made if share == 1 else made.rows(row * rows, (row + 1) * rows)
-                yield Update("critic", [lambda u=first + row, s=samples: self._critic_loss(step, s, f"critic {u}")])
-        yield Update(
-            "student", self._student_losses(step, self._make(step, step.batch(config.batch, LatentBatch), "student"))
-        )
+                for update in islice(updates, config.critic_repeats):
+                    yield Update("critic", [lambda u=update, s=samples: self._critic_loss(step, s, f"critic {u}")])
+        if made is None or config.student_samples == "fresh":
+            made = self._make(step, step.batch(config.batch, LatentBatch), "student")
+        yield Update("student", self._student_losses(step, made))
 
     def _score_sigma(self, step: StepContext, purpose: str, batch: int) -> Tensor:
         """One level a clip, (B,1), kept where scores say something."""
@@ -181,7 +199,7 @@ class DMD:
             fuse(plan),
             told=prepared,
             noise=noise,
-            cache=sampler.new_cache(),
+            cache=self._cache(sampler, batch),
             keep_caches=config.student_pass == "replay",
         )
         return Samples(record.latents, conditioning, lambda: self._again(record, conditioning), lambda net: net)
@@ -242,7 +260,16 @@ class DMD:
                 own: list[Tensor] = [*self.sampler.parameters()]
                 new: list[Tensor] = [*self.student.parameters()]
                 torch._foreach_copy_(own, new)  # pyright: ignore[reportPrivateImportUsage]
+            if isinstance(self.sampler.run, FastDiT):
+                self.sampler.run.refresh()
         return self.sampler
+
+    def _cache(self, sampler: DiTDenoiser, batch: LatentBatch) -> ReplayCache:
+        """For one rollout; in memory that stays where it is, where calls are recorded and nothing is replayed."""
+        if not isinstance(sampler.run, FastDiT) or self.config.student_pass == "replay":
+            return sampler.new_cache()
+        size, how = batch.spec.shape[1:], {"chunk": self.config.chunk, "frames": batch.frames, "batch": len(batch)}
+        return cast(ReplayCache, sampler.run.new_cache(sampler.context, size=size, **how))
 
     def preview(self, step: StepContext) -> Tensor:
         return self.viewer.show(self.average, step)
