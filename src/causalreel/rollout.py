@@ -8,9 +8,11 @@ Causal Forcing (arXiv 2602.02214), section 2; Self Forcing (arXiv 2506.08009), a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -60,6 +62,11 @@ class Call:
         return sum(part.frames for part in self.parts)
 
     @property
+    def only_commits(self) -> bool:
+        """Nothing in it is denoised."""
+        return self.commit == self.frames and all(part.sigma_next is None for part in self.parts)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """The chunks that attention sees."""
         return (self.frames,) if self.joint else tuple(part.frames for part in self.parts)
@@ -84,35 +91,82 @@ def chunk_sizes(frames: int, chunk: int) -> list[int]:
 
 def chunked(
     sizes: Iterable[int],
-    sigmas: Sequence[float],
+    sigmas: Sequence[float] | Sequence[Sequence[float]],
     *,
     first: Sequence[float] | None = None,
     prefix: Sequence[int] = (),
     context_sigma: float = 0.0,
+    noisy_from: int | None = None,
     commit_last: bool = False,
 ) -> Iterator[Call]:
     """Chunk after chunk: denoise at each of `sigmas` (falling, without the final 0), then commit.
 
-    sizes: frames of each new chunk, possibly endless. first: noise levels of the first generated chunk, if others
-    (Causal Forcing++, 1- and 2-step models). prefix: sizes of given chunks, committed before anything is generated.
-    context_sigma: noise level at which finished frames are written. commit_last: also commit the last chunk, whose
-    context nobody reads in a finite rollout.
+    sizes: frames of each new chunk, possibly endless. sigmas: one list for all chunks, or one for the first generated
+    chunk, the second ... of which the last counts for all further ones. first: noise levels of the first generated
+    chunk, if others (Causal Forcing++, 1- and 2-step models). prefix: sizes of given chunks, committed before anything
+    is generated. context_sigma: noise level at which finished frames are written.
+    noisy_from: chunks from this number on, given ones counted, are written as their last denoising call read them: a
+    call less for each (noisy context, Causal-rCM, arXiv 2606.25473); given ones are noised to the first list's last
+    level. commit_last: also commit the last chunk, whose context nobody reads in a finite rollout.
+    """
+    lists, start, number = _lists(sigmas, first), 0, 0
+    noisy = sys.maxsize if noisy_from is None else noisy_from
+    for size in prefix:
+        yield _commit(start, size, lists[0][-1] if number >= noisy else context_sigma)
+        start, number = start + size, number + 1
+    pending = None
+    for index, size in enumerate(sizes):
+        if pending is not None:
+            yield pending
+        is_noisy = number + index >= noisy
+        for sigma, sigma_next in pairwise((*lists[min(index, len(lists) - 1)], 0.0)):
+            yield Call((Part(start, size, sigma, sigma_next),), commit=size if is_noisy and sigma_next == 0 else 0)
+        pending = None if is_noisy else _commit(start, size, context_sigma)
+        start += size
+    if commit_last and pending is not None:
+        yield pending
+
+
+def _lists(sigmas: Sequence[float] | Sequence[Sequence[float]], first: Sequence[float] | None) -> list[Sequence[float]]:
+    """Noise levels of the first chunk, the second ..., the last list for all further ones."""
+    is_one = isinstance(sigmas[0], float | int)
+    lists = [cast("Sequence[float]", sigmas)] if is_one else list(cast("Sequence[Sequence[float]]", sigmas))
+    return lists if first is None else [first, *lists]
+
+
+def rolling(
+    sizes: Iterable[int],
+    sigmas: Sequence[float],
+    *,
+    prefix: Sequence[int] = (),
+    context_sigma: float = 0.0,
+    commit_last: bool = False,
+) -> Iterator[Call]:
+    """A window of as many chunks as there are noise levels, the oldest at the lowest, all denoised together by a step.
+
+    After each call the oldest chunk, if it is finished, is read again and committed, and a new one of pure noise
+    enters. Arguments as for `chunked`. Rolling Forcing (arXiv 2509.25161); the released code evaluates the first chunk
+    for the cache after every call, unfinished as it is, and writes over that: here it is evaluated once.
     """
     start = 0
     for size in prefix:
         yield _commit(start, size, context_sigma)
         start += size
-    pending = None
-    for index, size in enumerate(sizes):
-        if pending is not None:
-            yield pending
-        levels = first if index == 0 and first is not None else sigmas
-        for sigma, sigma_next in pairwise((*levels, 0.0)):
-            yield Call((Part(start, size, sigma, sigma_next),))
-        pending = _commit(start, size, context_sigma)
-        start += size
-    if commit_last and pending is not None:
-        yield pending
+    waiting, window, steps = iter(sizes), list[tuple[int, int, int]](), (*sigmas, 0.0)
+    while True:
+        entering = next(waiting, None)
+        if entering is not None:
+            window.append((start, entering, 0))
+            start += entering
+        if not window:
+            return
+        yield Call(tuple(Part(at, size, steps[step], steps[step + 1]) for at, size, step in window), joint=True)
+        window = [(at, size, step + 1) for at, size, step in window]
+        at, size, step = window[0]
+        if step == len(sigmas):
+            del window[0]
+            if window or commit_last:
+                yield _commit(at, size, context_sigma)
 
 
 def _commit(start: int, size: int, context_sigma: float) -> Call:
@@ -127,13 +181,14 @@ def fuse(plan: Plan) -> Iterator[Call]:
     """
     held: Call | None = None
     for call in plan:
-        if held is not None and not call.joint and not call.grad and call.start == held.start + held.frames:
+        fits = held is not None and not call.joint and not call.grad and call.start == held.start + held.frames
+        if held is not None and fits and (call.only_commits or not call.commit):
             call = Call(held.parts + call.parts, commit=held.commit + call.commit)
             held = None
         if held is not None:
             yield held
             held = None
-        if call.commit == call.frames and not call.grad:
+        if call.only_commits and not call.grad:
             held = call
         else:
             yield call
@@ -145,7 +200,7 @@ def truncate(plan: Plan, exits: Sequence[int]) -> Iterator[Call]:
     """The training rollout: chunk i leaves after step `exits[i]` (0-based) with its clean estimate and gradient.
 
     The last entry of `exits` counts for all further chunks. Self Forcing (arXiv 2506.08009), algorithm 1: the exit
-    step is drawn by the caller. Plain plans only, one part a call.
+    step is drawn by the caller. Plain plans only, one part a call, and context that is written by calls of its own.
     """
     step: dict[int, int] = {}
     order: dict[int, int] = {}
@@ -154,6 +209,8 @@ def truncate(plan: Plan, exits: Sequence[int]) -> Iterator[Call]:
         if part.sigma_next is None:
             yield call
             continue
+        if call.commit:
+            raise ValueError("a plan with noisy context cannot be cut off: a chunk that leaves early has none")
         chunk = order.setdefault(part.start, len(order))
         now = step.get(part.start, 0)
         step[part.start] = now + 1
@@ -217,6 +274,7 @@ def rollout(
     solver: Solver = renoise,
     cache: Cache | None = None,
     prefix: Tensor | None = None,
+    exact: bool = False,
     observe: Callable[[Call, Tensor, Tensor], None] | None = None,
 ) -> Iterator[Chunk]:
     """Run a plan; yield each chunk (B,F,C,H,W), float32, when it is finished.
@@ -224,23 +282,26 @@ def rollout(
     conditioning: of the clip, of which every call gets the frames that go in; or a function that is asked for those of
     a call before each one, so that a live session can change it between chunks.
     prefix: clean latents (B,P,C,H,W) of the frames that the plan commits before it generates; they are not yielded.
+    exact: what a chunk is between its calls, and the noise levels, are float64, as in Causal-rCM's sampler.
     observe: called with (call, input x (B,F,C,H,W), velocity) after each denoiser call: logs, trajectories, replay.
     """
     frames: dict[int, Tensor] = {}  # state (B,1,C,H,W) of every frame that a later call may still read
     moves: dict[int, Move] = {}
     draws: dict[int, int] = {}
+    state = torch.float64 if exact else torch.float32
     if prefix is not None:
-        frames.update(enumerate(prefix.float().split(1, dim=1)))
+        frames.update(enumerate(prefix.to(state).split(1, dim=1)))
 
     def fresh(part: Part) -> Tensor:
         draws[part.start] = draws.get(part.start, 0) + 1
         return noise.renoise(part.start, part.frames, draws[part.start])
 
     for call in plan:
-        if cache is None and call.commit == call.frames:
+        if cache is None and call.only_commits:
             continue  # nothing to write to
-        x = torch.cat([_input(part, frames, noise, fresh) for part in call.parts], dim=1)
-        sigma = torch.tensor([part.sigma for part in call.parts for _ in range(part.frames)])  # (F,), on the CPU
+        x = torch.cat([_input(part, frames, noise, fresh, state) for part in call.parts], dim=1)
+        levels = [part.sigma for part in call.parts for _ in range(part.frames)]
+        sigma = torch.tensor(levels, dtype=state)  # (F,), on the CPU
         if callable(conditioning):
             given = conditioning(call)
         else:
@@ -248,7 +309,7 @@ def rollout(
         finished = []
         with torch.set_grad_enabled(call.grad and torch.is_grad_enabled()):
             velocity = denoise(
-                x, sigma.expand(x.shape[0], -1), given, sizes=call.sizes, start=call.start, cache=cache
+                x.float(), sigma.expand(x.shape[0], -1), given, sizes=call.sizes, start=call.start, cache=cache
             )  # (B,F,C,H,W)
             if observe is not None:
                 observe(call, x, velocity)
@@ -262,19 +323,25 @@ def rollout(
                 moved = move(x[:, here], velocity[:, here], part.sigma, part.sigma_next, lambda part=part: fresh(part))
                 frames.update(zip(range(part.start, part.end), moved.split(1, dim=1), strict=True))
                 if part.sigma_next == 0:
-                    finished.append(Chunk(part.start, moved))
+                    finished.append(Chunk(part.start, moved.float()))
         if cache is not None and call.commit:
             cache.commit(call.commit)
         _forget(call, finished, frames, moves, draws, keep=cache is not None)
         yield from finished
 
 
-def _input(part: Part, frames: dict[int, Tensor], noise: NoiseSource, fresh: Callable[[Part], Tensor]) -> Tensor:
+def _input(
+    part: Part,
+    frames: dict[int, Tensor],
+    noise: NoiseSource,
+    fresh: Callable[[Part], Tensor],
+    state: torch.dtype,
+) -> Tensor:
     """-> x (B,F,C,H,W) of one part: stored states, new noise, or finished frames at the context sigma."""
     if part.start not in frames:
         if part.sigma_next is None:
             raise ValueError(f"the plan commits frame {part.start}, which is neither given as prefix nor generated")
-        x = noise.initial(part.start, part.frames).float()
+        x = noise.initial(part.start, part.frames).to(state)
         frames.update(zip(range(part.start, part.end), x.split(1, dim=1), strict=True))
         return x
     x = torch.cat([frames[f] for f in range(part.start, part.end)], dim=1)

@@ -1,7 +1,7 @@
 """One move from sigma to sigma_next, given the velocity at sigma.
 
 A solver is a function that makes the move of one chunk (types.Solver): `renoise` and `euler` keep nothing between
-moves, `unipc` (second order) keeps its history in the closure. All arithmetic is float32.
+moves, `unipc` (second order) keeps its history in the closure. Arithmetic is float32, or float64 where the state is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from torch import Tensor
 from causalreel.types import Move
 
 
+def _state(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def renoise() -> Move:
     """The consistency sampler: predict the clean latents, then noise them afresh to the next level.
 
@@ -23,8 +27,9 @@ def renoise() -> Move:
     """
 
     def move(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Callable[[], Tensor]) -> Tensor:
-        x0 = x.float() - sigma * velocity.float()
-        return x0 if sigma_next == 0 else (1 - sigma_next) * x0 + sigma_next * noise().float()
+        x = _state(x)
+        x0 = x - sigma * velocity.to(x.dtype)
+        return x0 if sigma_next == 0 else (1 - sigma_next) * x0 + sigma_next * noise().to(x.dtype)
 
     return move
 
@@ -33,7 +38,8 @@ def euler() -> Move:
     """x + (sigma_next - sigma) velocity: the probability-flow ODE at first order."""
 
     def move(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Callable[[], Tensor]) -> Tensor:
-        return x.float() + (sigma_next - sigma) * velocity.float()
+        x = _state(x)
+        return x + (sigma_next - sigma) * velocity.to(x.dtype)
 
     return move
 
@@ -53,8 +59,8 @@ def unipc() -> Move:
 
     def move(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Callable[[], Tensor]) -> Tensor:
         nonlocal base, last_sigma
-        x = x.float()
-        x0 = x - sigma * velocity.float()
+        x = _state(x)
+        x0 = x - sigma * velocity.to(x.dtype)
         if base is not None:
             x = _correct(base, history, x0, last_sigma, sigma, log_snr(sigma))
         history.append((log_snr(sigma), x0))

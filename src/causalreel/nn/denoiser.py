@@ -66,7 +66,8 @@ class DiTDenoiser(nn.Module):
     ) -> Tensor:
         """One call: bidirectional (no sizes), chunk-causal over its own frames (sizes), or behind a cache."""
         sizes = (x.shape[1],) if sizes is None else tuple(sizes)
-        queries = frames_of(sizes, start=start, cuts=conditioning.cuts or ())
+        done = self.context.tells_done and not bool(sigma.any())
+        queries = frames_of(sizes, start=start, cuts=conditioning.cuts or (), done=done)
         return self._call(x, sigma, conditioning, queries, cache)
 
     def teacher_forced(

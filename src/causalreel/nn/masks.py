@@ -34,7 +34,9 @@ class FrameMask:
         return _dense(self, tokens, device)
 
 
-def frames_of(sizes: Sequence[int], *, start: int = 0, stream: int = 0, cuts: Sequence[bool] = ()) -> tuple[Frame, ...]:
+def frames_of(
+    sizes: Sequence[int], *, start: int = 0, stream: int = 0, cuts: Sequence[bool] = (), done: bool = False
+) -> tuple[Frame, ...]:
     """The facts of neighbouring chunks of these sizes, the first at absolute frame `start`.
 
     cuts: of each frame whether it begins a new scene; its whole chunk then does.
@@ -42,7 +44,7 @@ def frames_of(sizes: Sequence[int], *, start: int = 0, stream: int = 0, cuts: Se
     found: list[Frame] = []
     for size in sizes:
         cut = any(cuts[len(found) : len(found) + size])
-        found += [Frame(i, start, start + size, stream, cut) for i in range(start, start + size)]
+        found += [Frame(i, start, start + size, stream, cut, done) for i in range(start, start + size)]
         start += size
     return tuple(found)
 

@@ -24,7 +24,7 @@ from causalreel.nn.token_cache import TokenCache
 from causalreel.rollout import Call, chunked, collect, rollout
 from causalreel.types import Conditioning
 from causalreel.verify.case import Case, Findings
-from causalreel.verify.reference import RecordedNoise, Released, Scaled
+from causalreel.verify.reference import RecordedNoise, Released, Scaled, in_float32
 
 Numbers = dict[str, Any]
 
@@ -135,12 +135,12 @@ def policies(case: Case, found: Findings) -> None:
     frames = case.tensors["in.noise"].shape[1]
     sizes = [first, *[chunk] * ((frames - first) // chunk)]
     conditioning = _conditioning(case, sizes)
-    student = Released(net, tell=lambda sigma: (1000 * sigma.double()).float().double() / 1000)
+    student = Released(net, tell=in_float32)
     noise = RecordedNoise(case.tensors["in.noise"], [draw for _, draw in case.draws("renoise")])
     cache = net.new_cache()
     seen = Seen(cache, policy, found, conditioning.cuts or ())
     plan = chunked(sizes, tuple(levels), commit_last=True)
-    how: dict[str, Any] = {"conditioning": conditioning, "cache": cache, "observe": seen.observe}
+    how: dict[str, Any] = {"conditioning": conditioning, "cache": cache, "observe": seen.observe, "exact": True}
     found.add("out.latents", collect(rollout(student, plan, noise=Scaled(noise, levels[0]), **how)))
     noise.finish()
     seen.add(frames, chunk)

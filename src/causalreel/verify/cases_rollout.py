@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ def _generate(
         prefix=_prefix_sizes(given, case.chunk),
         commit_last=True,
     )
-    how = {} if solver is None else {"solver": solver}
+    how: dict[str, Any] = {} if solver is None else {"solver": solver}
     chunks = rollout(
         denoise,
         plan,

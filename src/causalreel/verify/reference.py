@@ -59,6 +59,11 @@ def relabel(levels: Sequence[float], times: Sequence[float]) -> Tell:
     return lambda sigma: told[(sigma.double()[..., None] - known).abs().argmin(-1)]
 
 
+def in_float32(sigma: Tensor) -> Tensor:
+    """Tell the network 1000 sigma, rounded to float32 once."""
+    return (1000 * sigma.double()).float().double() / 1000
+
+
 def always(time: Tensor) -> Tell:
     """Tell the network `time` (B,1) in 0..1000, whatever the level of its input."""
     return lambda sigma: (time.double() / 1000).expand(sigma.shape)

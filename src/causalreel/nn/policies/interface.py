@@ -45,6 +45,8 @@ class ContextPolicy:
 
     selects: ClassVar[bool] = False
     """It looks at keys or queries, so that what a chunk sees is not known before the rollout."""
+    tells_done: ClassVar[bool] = False
+    """Finished chunks that are read once more for the cache (`Frame.done`, at noise level 0) see something else."""
 
     @property
     def is_absolute(self) -> bool:

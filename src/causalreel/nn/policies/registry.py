@@ -13,11 +13,12 @@ from causalreel.nn.policies.infinity_rope import InfinityRope
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.memrope import MemRope
 from causalreel.nn.policies.relax_forcing import RelaxForcing
+from causalreel.nn.policies.rolling_forcing import RollingForcing
 from causalreel.nn.policies.rolling_sink import RollingSink
 from causalreel.nn.policies.window import Context
 from causalreel.spelling import nearest
 
-AnyPolicy = Context | RollingSink | InfinityRope | DeepForcing | MemRope | RelaxForcing
+AnyPolicy = Context | RollingSink | InfinityRope | DeepForcing | MemRope | RelaxForcing | RollingForcing
 """What an export may name: its key `policy` chooses, and `Context` where there is none."""
 
 Fit = Callable[[int, int], dict[str, Any]]
@@ -44,6 +45,10 @@ POLICIES: dict[str, tuple[type[ContextPolicy], Fit]] = {
     "deep-forcing": (DeepForcing, _chosen),
     "memrope": (MemRope, lambda frames, chunk: {"sink": chunk, "local": max(frames - 2 * chunk - 2, 1)}),
     "relax-forcing": (RelaxForcing, _chosen),
+    "rolling-forcing": (
+        RollingForcing,
+        lambda frames, chunk: {"window": frames, "sink": chunk, "cache": frames + chunk},
+    ),
 }
 """Name -> class, and the numbers that it has for a model unless others are given."""
 
