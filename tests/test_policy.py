@@ -182,8 +182,6 @@ def test_exports_name_plan_and_policy_and_old_ones_are_read() -> None:
     assert "plan: chunked" in written and "last_position: 6" in written
     old = "\n".join(line for line in written.splitlines() if "plan:" not in line and "last_position" not in line)
     assert config.loads(old, Export) == replace(card, context=replace(card.context, last_position=None))
-    with pytest.raises(ValueError, match="the plan 'rolling' is not supported yet"):
-        Schedule(6, 0, Sampling(chunk=1, plan="rolling")).plan()
 
 
 # ---- joint calls

@@ -153,19 +153,18 @@ def rolling(
         yield _commit(start, size, context_sigma)
         start += size
     waiting, window, steps = iter(sizes), list[tuple[int, int, int]](), (*sigmas, 0.0)
-    while True:
-        entering = next(waiting, None)
+    entering = next(waiting, None)
+    while window or entering is not None:
         if entering is not None:
             window.append((start, entering, 0))
             start += entering
-        if not window:
-            return
+            entering = next(waiting, None)
         yield Call(tuple(Part(at, size, steps[step], steps[step + 1]) for at, size, step in window), joint=True)
         window = [(at, size, step + 1) for at, size, step in window]
         at, size, step = window[0]
         if step == len(sigmas):
             del window[0]
-            if window or commit_last:
+            if window or entering is not None or commit_last:
                 yield _commit(at, size, context_sigma)
 
 

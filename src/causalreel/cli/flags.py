@@ -20,6 +20,7 @@ from causalreel.cli.parsing import CHUNK, LORA, SIDE, Range
 if TYPE_CHECKING:
     import torch
 
+    from causalreel.infer.manner import Manner
     from causalreel.infer.models import Profile
     from causalreel.infer.pipeline import Pipeline
     from causalreel.nn.presets import ModelConfig
@@ -119,6 +120,7 @@ class ModelFlags(ThreadFlag):
             prompt_cache=cache_folder("prompts"),  # embeddings take seconds to make
             loras=self.lora,
             adjustable=adjustable,
+            manner=self.manner(),
         )
         if (precision := self.precision_on(pipeline.device)) == "eager":
             return pipeline
@@ -132,11 +134,40 @@ class ModelFlags(ThreadFlag):
         names = dict.fromkeys(name for family in FAMILIES.values() for name in family.decoders)
         if self.decoder is not None and self.decoder not in names:
             raise ValueError(f"--decoder must be one of {', '.join(names)}, got {self.decoder!r}")
-        return profile(self.model, steps=self.steps, chunk=self.chunk, height=self.height, width=self.width)
+        size: dict[str, int | None] = {"height": self.height, "width": self.width}
+        return profile(self.model, steps=self.steps, chunk=self.chunk, manner=self.manner(), **size)
+
+    def manner(self) -> Manner:
+        """In which other manner than the model's own; see `MannerFlags`."""
+        from causalreel.infer.manner import Manner
+
+        return Manner()
 
     def precision_on(self, device: torch.device) -> str:
         """What the flag comes to: bf16 is for GPUs, a CPU runs the plain network."""
         return "eager" if self.precision == "bf16" and device.type != "cuda" else self.precision
+
+
+@dataclass(frozen=True)
+class MannerFlags(ModelFlags):
+    """And in which manner, where it is not the one that it was trained for."""
+
+    policy: Annotated[str | None, arg(metavar="NAME[:key=value,...]")] = None
+    """What stays of the past and where it is read: full, window, sink, re-indexed, rolling-sink, infinity-rope,
+    deep-forcing, memrope or relax-forcing, with its numbers; see `causalreel policy`. Default: the model's."""
+    plan: Literal["chunked", "rolling"] | None = None
+    """chunked: chunk after chunk; rolling: a window of chunks at rising noise levels. Default: the model's."""
+    any_plan: bool = False
+    """Allow a plan that the model was not trained for."""
+    noisy_context: Annotated[int | None, Range(0, 1_000_000)] = None
+    """Chunks from this number on become context as their last denoising call read them: a call less for each, and
+    another video. Default: the model's."""
+
+    def manner(self) -> Manner:
+        """What is asked for."""
+        from causalreel.infer.manner import Manner
+
+        return Manner(self.policy, self.plan, self.any_plan, self.noisy_context)
 
 
 def cache_folder(name: str) -> Path | None:

@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, Precision, ThreadFlag
+from causalreel.cli.flags import MannerFlags, Precision, ThreadFlag
 from causalreel.cli.parsing import BATCH, CHUNK, FRAMES, LORA, SEED, SIDE, Range
 
 # ---------------------------------------------------------------------------------------------------------------- bench
 
 
 @dataclass(frozen=True)
-class Bench(ModelFlags):
+class Bench(MannerFlags):
     """Time a model: first pixels, chunk latency at the start and with a full window, throughput, memory."""
 
     prompt: str = "a large red circle moves right"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, pixel_scale
+from causalreel.cli.flags import MannerFlags, pixel_scale
 from causalreel.cli.parsing import FRAMES, SEED, Range
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ log = logging.getLogger("causalreel")
 
 
 @dataclass(frozen=True)
-class Generate(ModelFlags):
+class Generate(MannerFlags):
     """Make videos from prompts, for example "a large red circle moves right".
 
     One prompt is written to `output`; several go to output-0.mp4, output-1.mp4 ... If `output` is a folder, ends in a

@@ -126,5 +126,8 @@ def steps_in_words(sampling: Sampling) -> str:
     """4, or 2 (first chunk 4), or 50 UniPC x guidance 3."""
     if sampling.multistep is not None:
         return f"{sampling.multistep} {sampling.solver}, guidance {sampling.guidance:g}"
+    if sampling.levels:
+        lengths = [len(levels) for levels in sampling.levels]
+        return f"{lengths[-1]}" + (f" (first chunk {lengths[0]})" if lengths[0] != lengths[-1] else "")
     first = f" (first chunk {len(sampling.first_steps)})" if sampling.first_steps else ""
     return f"{len(sampling.steps)}{first}"

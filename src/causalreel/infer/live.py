@@ -195,7 +195,9 @@ class Live:
     def _begin(self) -> None:
         self._segment = None  # first of all: its cache's memory is the new one's
         prefix = 0 if self._kept is None else self._kept.shape[1]
-        sampling = self.sampling if self._is_first else replace(self.sampling, first_steps=None)
+        sampling = self.sampling
+        if not self._is_first:
+            sampling = replace(sampling, first_steps=None, levels=sampling.levels[-1:])
         plan = Schedule(self.policy.length, prefix, sampling, self.policy.context)
         self._base = self.frame - prefix
         self._segment = self.pipeline.rollout(

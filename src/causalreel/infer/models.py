@@ -21,9 +21,11 @@ from causalreel.foreign import shown
 from causalreel.infer.estimate import Request, weight_bytes
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.loras import Loras, find_loras
+from causalreel.infer.manner import Manner
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import Choices, choose_dtype, load_released, open_codec, open_text
 from causalreel.infer.schedule import Schedule, adapt, schedule
+from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.registry import described
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
@@ -73,6 +75,8 @@ def load(
     gpus: int = 1,
     loras: Sequence[Asked] = (),
     adjustable: bool = True,
+    policy: str | ContextPolicy | None = None,
+    manner: Manner = Manner(),
 ) -> Pipeline:
     """A pipeline for an embedded model (`tiny`, `tiny/frame-1step`, ...), a released one or an export's folder.
 
@@ -83,6 +87,9 @@ def load(
     loras: adapters to merge into the weights: files, FILE:STRENGTH, or (file, strength); see docs/lora.md. adjustable:
     keep the weights that they change, so that `Pipeline.set_loras` can set other strengths.
 
+    policy: another context policy than the model's, such as "infinity-rope:cache_chunks=5"; see docs/long-video.md.
+    manner: that, and other plans and noisy context, as `infer.manner.Manner`.
+
     On a CPU the embedded models are fastest with one thread, on a busy machine by far: `torch.set_num_threads(1)`. The
     command line does it; a program's own threads are not touched here.
 
@@ -92,6 +99,8 @@ def load(
     looks = before_loading or partial(_check_released, decoder=decoder, gpus=gpus)
     choices = Choices(weights, wan_dir, decoder, height, width, which, prompt_cache, looks)
     sampled: dict[str, Any] = {"steps": steps, "chunk": chunk}
+    manner = manner if policy is None else replace(manner, policy=policy)
+    known = profile(model, **sampled, manner=manner) if manner != Manner() else None  # refused before it is loaded
     found = find_loras(loras, profile(model, **sampled).export.model) if loras else ()
     if str(model) in MODELS:
         pipeline = load_released(*MODELS[str(model)], choices, choose_device(device), **sampled)
@@ -99,6 +108,10 @@ def load(
         folder = find(model, **sampled)
         _refuse(model, choices, _family(folder))
         pipeline = _load_export(folder, choices, choose_device(device), gpus=gpus, **sampled)
+    if known is not None:
+        pipeline.denoiser.context = known.export.context
+        export, sampling = manner.of(pipeline.export, pipeline.sampling)
+        pipeline = replace(pipeline, export=export, sampling=sampling)
     if not found:
         return pipeline
     return replace(pipeline, loras=Loras(pipeline.denoiser, found, is_adjustable=adjustable))
@@ -173,6 +186,7 @@ def profile(
     chunk: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    manner: Manner = Manner(),
 ) -> Profile:
     """What `load` would load, from its config alone."""
     if str(model) in MODELS:
@@ -182,7 +196,8 @@ def profile(
         folder = find(model, steps=steps, chunk=chunk)
         export = read_export(folder)
         geometry = _codec_sizes(folder, export).geometry
-    return Profile(export, adapt(export.sampling, steps=steps, chunk=chunk), geometry)
+    export, sampling = manner.of(export, adapt(export.sampling, steps=steps, chunk=chunk))
+    return Profile(export, sampling, geometry)
 
 
 def _codec_sizes(folder: Path, export: Export) -> Any:
@@ -359,7 +374,7 @@ def _apart(wanted: int | None, trained: int | None) -> float:
 
 
 def _count(sampling: Sampling) -> int:
-    return sampling.multistep or len(sampling.steps)
+    return sampling.multistep or len(sampling.levels[-1] if sampling.levels else sampling.steps)
 
 
 def _describe(sampling: Sampling) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,17 @@ from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.parallel.fast import FastDiT
 from causalreel.rollout import Call, KeyedNoise, rollout
 from causalreel.solvers import SOLVERS
-from causalreel.types import Cache, Chunk, Conditioning, DecodeStream, Geometry, NoiseSource, TextEncoder, VideoCodec
+from causalreel.types import (
+    Cache,
+    Chunk,
+    Conditioning,
+    DecodeStream,
+    Denoise,
+    Geometry,
+    NoiseSource,
+    TextEncoder,
+    VideoCodec,
+)
 from causalreel.weights.export import Export, Sampling
 
 
@@ -142,14 +152,18 @@ class Pipeline:
         """
         sampling = plan.sampling
         rows = batch if sampling.guidance == 1 else 2 * batch
+        denoise: Denoise = self.denoiser_for(sampling)
+        if sampling.levels:
+            noise = _Below(noise, sampling.levels[0][0])
         return rollout(
-            self.denoiser_for(sampling),
+            denoise if sampling.times == "exact" else partial(_told_in_bfloat16, denoise),
             plan.plan(fused=fused),
             conditioning=conditioning,
             noise=noise,
             solver=SOLVERS[sampling.solver],
             cache=None if sampling.chunk is None else self._new_cache(plan, sampling.chunk, rows),
             prefix=prefix,
+            exact=bool(sampling.levels),
         )
 
     def _new_cache(self, plan: Schedule, chunk: int, batch: int) -> Cache:
@@ -159,6 +173,24 @@ class Pipeline:
         size = (latent.height, latent.width)
         how = {"chunk": chunk, "frames": plan.frames, "prefix": plan.prefix, "batch": batch}
         return fast.new_cache(plan.context, size=size, **how)
+
+
+class _Below:
+    """Noise of a sampler that begins below noise level 1: its first input is noise times that level."""
+
+    def __init__(self, noise: NoiseSource, level: float) -> None:
+        self.noise, self.level = noise, level
+
+    def initial(self, start: int, frames: int) -> Tensor:
+        return self.noise.initial(start, frames).double() * self.level
+
+    def renoise(self, start: int, frames: int, draw: int) -> Tensor:
+        return self.noise.renoise(start, frames, draw)
+
+
+def _told_in_bfloat16(denoise: Denoise, x: Tensor, sigma: Tensor, conditioning: Conditioning, **call: Any) -> Tensor:
+    """As `denoise`, with times as Causal-rCM's networks were trained: 1000 sigma rounded to bfloat16."""
+    return denoise(x, (1000 * sigma.double()).bfloat16().double() / 1000, conditioning, **call)
 
 
 class _Ahead:

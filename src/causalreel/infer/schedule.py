@@ -12,7 +12,7 @@ from itertools import repeat
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.window import Context
-from causalreel.rollout import Plan, chunked, fuse
+from causalreel.rollout import Plan, chunked, fuse, rolling
 from causalreel.solvers import unipc_sigmas
 from causalreel.types import Geometry
 from causalreel.weights.export import Sampling
@@ -29,15 +29,17 @@ class Schedule:
     """The context policy."""
 
     def plan(self, *, fused: bool = True) -> Plan:
-        """The calls of the rollout; `fused` says the same in fewer of them. ValueError for a plan that is not there."""
-        if self.sampling.plan != "chunked":
-            raise ValueError(f"the plan {self.sampling.plan!r} is not supported yet; there is chunked")
+        """The calls of the rollout; `fused` says the same in fewer of them."""
         chunk = self.sampling.chunk or self.frames
+        sizes, prefix = repeat(chunk, (self.frames - self.prefix) // chunk), [chunk] * (self.prefix // chunk)
+        if self.sampling.plan == "rolling":
+            return rolling(sizes, noise_levels(self.sampling), prefix=prefix)
         plan = chunked(
-            repeat(chunk, (self.frames - self.prefix) // chunk),
-            noise_levels(self.sampling),
+            sizes,
+            self.sampling.levels or noise_levels(self.sampling),
             first=first_noise_levels(self.sampling),
-            prefix=[chunk] * (self.prefix // chunk),
+            prefix=prefix,
+            noisy_from=self.sampling.noisy_from,
         )
         return fuse(plan) if fused and not self.context.selects else plan
 
@@ -67,11 +69,17 @@ def adapt(sampling: Sampling, *, steps: int | Sequence[float] | None = None, chu
             raise ValueError(f"steps of a many-step model must be a number, got {list(steps)}")
         return replace(sampling, multistep=steps)
     levels = even_steps(steps) if isinstance(steps, int) else tuple(float(s) for s in steps)
+    if sampling.levels:  # the first chunk's, and the others' with as many as are asked for
+        begin = sampling.levels[0][0]
+        further = (begin, *(level for level in warp_steps(levels, sampling.shift) if level < begin))
+        return replace(sampling, levels=tuple(dict.fromkeys((sampling.levels[0], further))))
     return sampling if levels == sampling.steps else replace(sampling, steps=levels, first_steps=None)
 
 
 def noise_levels(sampling: Sampling) -> tuple[float, ...]:
-    """Sigmas at which a chunk is denoised, falling, without the final 0."""
+    """Sigmas at which a chunk is denoised, falling, without the final 0; not the first, where that has others."""
+    if sampling.levels:
+        return sampling.levels[-1]
     if sampling.multistep is None:
         return warp_steps(sampling.steps, sampling.shift)
     if sampling.solver == "unipc":
@@ -81,7 +89,7 @@ def noise_levels(sampling: Sampling) -> tuple[float, ...]:
 
 def first_noise_levels(sampling: Sampling) -> tuple[float, ...] | None:
     """Those of the first generated chunk, if they differ."""
-    if sampling.multistep is not None or sampling.first_steps is None:
+    if sampling.multistep is not None or sampling.first_steps is None or sampling.levels:
         return None
     return warp_steps(sampling.first_steps, sampling.shift)
 

@@ -20,8 +20,9 @@ def static_kind(policy: ContextPolicy) -> type[StaticCache] | None:
     """What holds such a rollout in memory that never moves, if its `fits` says so; None: nothing does.
 
     Only windows and sinks at absolute positions are recorded as CUDA graphs. Re-indexed ones, rolling sink and
-    infinity-RoPE are evaluated kernel by kernel, and policies that look at what frames hold need a growing cache.
+    infinity-RoPE are evaluated kernel by kernel; rolling forcing and policies that look at what frames hold need a
+    cache that grows.
     """
-    if policy.selects:
+    if policy.selects or policy.tells_done:  # the latter's calls are windows of many chunks
         return None
     return StaticCache if isinstance(policy, Context) else PagedCache

@@ -79,7 +79,10 @@ def rolling_forcing(case: Case, found: Findings) -> None:
         noise.observe(call)
 
     how: dict[str, Any] = {"conditioning": case.conditioning(), "cache": cache, "observe": observe}
-    found.add("out.latents", collect(rollout(student, _as_released(plan, levels, initial.shape[1] // chunk), noise=noise, **how)))
+    found.add(
+        "out.latents",
+        collect(rollout(student, _as_released(plan, levels, initial.shape[1] // chunk), noise=noise, **how)),
+    )
     noise.finish()
     middle = [logged for logged, call in zip(student.log, calls, strict=True) if call.joint]
     found.add("out.window_mid.x0", middle[int(case.extra["window_mid_index"])].x0)

@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger(__name__)
 
 
+def _fall(levels: Sequence[float]) -> bool:
+    return bool(levels) and levels[0] <= 1 and levels[-1] > 0 and all(a > b for a, b in pairwise(levels))
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a model was trained to be sampled."""
@@ -78,6 +83,15 @@ class Sampling:
     """Many-step models: this many moves on the solver's own grid instead of `steps` (euler or unipc)."""
     plan: Literal["chunked", "rolling"] = "chunked"
     """chunked: one chunk after the other; rolling: a window of chunks at rising noise levels (Rolling Forcing)."""
+    levels: tuple[tuple[float, ...], ...] = ()
+    """Exact noise levels of the first generated chunk, the second ..., the last list for all further ones, in place of
+    steps, first_steps and shift; the state between the calls of a chunk is then float64, and begins as noise times the
+    first level (Causal-rCM)."""
+    noisy_from: int | None = None
+    """Chunks from this number on, given ones counted, become context as their last denoising call read them (noisy
+    context); null: every finished chunk is read once more, clean."""
+    times: Literal["exact", "bfloat16"] = "exact"
+    """What the network is told of a noise level: itself, or 1000 times it rounded to bfloat16, as it was trained."""
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -90,6 +104,18 @@ class Sampling:
             raise ValueError(
                 f"multistep must be at least 1 with solver euler or unipc; got {self.multistep} with {self.solver}"
             )
+        if not all(_fall(levels) for levels in self.levels):
+            raise ValueError(f"levels must be lists that fall strictly within (0, 1], got {self.levels}")
+        if len({levels[0] for levels in self.levels}) > 1 or (self.levels and self.multistep is not None):
+            raise ValueError("levels must all begin alike, and are not for many-step models")
+        if self.noisy_from is not None and (self.noisy_from < 0 or self.plan != "chunked"):
+            raise ValueError(
+                f"noisy_from must be at least 0 and is for chunked plans; got {self.noisy_from}, {self.plan}"
+            )
+        if self.plan == "rolling" and (
+            self.chunk is None or self.multistep is not None or self.first_steps is not None
+        ):
+            raise ValueError("a rolling plan needs a chunk and one step list for all chunks")
         if self.multistep is None:
             for steps in (self.steps, self.first_steps or self.steps):
                 warp_steps(steps, self.shift)

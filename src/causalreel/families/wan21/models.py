@@ -8,7 +8,7 @@ What no release says is marked as an assumption where it stands.
 from __future__ import annotations
 
 from causalreel.families.family import ReleasedModel
-from causalreel.nn.policies.window import Context
+from causalreel.nn.policies.rolling_forcing import RollingForcing
 from causalreel.weights.export import Sampling
 from causalreel.weights.hub import HubFile
 
@@ -97,8 +97,7 @@ MODELS = (
         "generator_ema",
         "wan-1.3b",
         Sampling(3, FOUR, plan="rolling"),
-        # the rolling attention sees 21 latent frames, the first chunk always among them
-        context=Context(window=21, sink=3),
+        context=RollingForcing(),
     ),
     *_stages("chunkwise", 3),
     *_stages("framewise", 1),
