@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from by_hand import Read, frames_at, from_scratch
 from causalreel import config
 from causalreel.codecs.tiny import tiny_codec
-from causalreel.infer.live import ENDLESS, Live, encode_prompt
+from causalreel.infer.live import ENDLESS, Live, Policy, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
 from causalreel.nn.denoiser import DiTDenoiser, Guided
@@ -141,7 +141,7 @@ def test_a_live_stream_goes_on_for_ever_at_re_indexed_positions(is_fast: bool) -
     pipe = Pipeline(accelerate(net) if is_fast else net, card, card.sampling, tiny_codec(0), text, torch.device("cpu"))
     prompt = encode_prompt(pipe, "a large red square moves right slowly on a dark background")
     with torch.no_grad():
-        live = Live(pipe, prompt, seed=3)
+        live = Live(pipe, prompt, seed=3, policy=Policy.of(card, card.sampling, "slide"))
         assert live.policy.kind == "slide" and live.policy.length == ENDLESS
         shown = torch.cat([live.next_chunk().latents for _ in range(20)], 1)
         assert live.segments == 1
