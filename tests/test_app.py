@@ -216,6 +216,7 @@ def test_a_record_opens_a_session_that_plays_it_again(client: TestClient, pipeli
 def test_the_model_says_what_it_understands(client: TestClient, pipeline: Pipeline) -> None:
     model = client.get("/v1/model").json()
     assert (model["name"], model["width"], model["takes_picture"]) == (pipeline.export.name, 64, True)
+    assert model["loras"] == {}
     assert model["words"]["shape"] == ["circle", "square", "triangle"] and model["synonyms"]["big"] == "large"
     pipeline.text.encode(model["examples"])
     free = hints(dataclasses.replace(pipeline.export, text="umt5"))

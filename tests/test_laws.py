@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from causalreel.flow import add_noise, velocity_to_x0, warp_steps
 from causalreel.nn.attention import BACKENDS, attend
 from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.linear import effective_state
+from causalreel.nn.lora import LoRAConfig, adapters, add_lora
 from causalreel.nn.masks import Context, frame_mask, frames_of
 from causalreel.nn.presets import ModelConfig
 from causalreel.rollout import KeyedNoise, StreamNoise, chunk_sizes, chunked, collect, fuse, rollout
@@ -86,6 +88,22 @@ def test_one_chunk_is_bidirectional() -> None:
     close(net(x, sigma, told(), sizes=(4,)), both)
     close(net(x, sigma, told(), sizes=(4,), cache=net.new_cache()), both)
     close(net.teacher_forced(x, sigma, told(), clean=latents(4, seed=5), sizes=(4,)), both)
+
+
+@torch.no_grad()
+def test_a_lora_merged_is_the_lora_attached() -> None:
+    """Whole clips and cached rollouts, with adapters around every product of the blocks or in the weights."""
+    attached, merged = make(), make()
+    add_lora(attached.model, LoRAConfig(rank=3, alpha=5.0))
+    for _, layer in adapters(attached.model):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    merged.load_state_dict(effective_state(attached))
+    x, sigma = latents(4), torch.full((2, 4), 0.6)
+    one, other = (net(x, sigma, told(), sizes=(2, 2)) for net in (attached, merged))
+    close(one, other, 1e-6)
+    plan, how = list(chunked([2, 2, 2], TWO)), {"conditioning": told(), "noise": KeyedNoise([1, 2], SPEC)}
+    close(*(collect(rollout(net, plan, cache=net.new_cache(), **how)) for net in (attached, merged)), 1e-5)
+    assert not torch.allclose(one, make()(x, sigma, told(), sizes=(2, 2)), rtol=0.01)
 
 
 @torch.no_grad()

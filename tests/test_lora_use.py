@@ -18,6 +18,7 @@ from causalreel.infer.loras import Loras
 from causalreel.infer.pipeline import Pipeline
 from causalreel.nn.dit import DiT
 from causalreel.parallel import fast
+from causalreel.serve.records import checked_record
 from causalreel.serve.session import Session
 from causalreel.weights.lora import changed, read_lora
 from causalreel.weights.lora_files import read_loras
@@ -175,6 +176,9 @@ def test_a_session_is_told_strengths() -> None:
     assert made.loras.strengths == {"a": 0.0}
     again = [emitted.frames for emitted in Session.replay(small((A, 0.0)), session.record())]
     assert torch.equal(again[2], changed_.frames)
+    record = checked_record(session.record())
+    assert record.made_by["loras"] == "a 0" and record.differences(small((A, 0.0))) == []
+    assert record.differences(small((A, 1.0))) == ["loras was a 0, is a 1"]
     with pytest.raises(ValueError, match="loaded without a LoRA"):
         Session(small(), Options(PROMPTS[0], 3)).command("lora", lora="a", strength=1.0)
 

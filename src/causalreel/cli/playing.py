@@ -220,7 +220,7 @@ def replay(args: Replay) -> int:
     fps = record.options.fps or profile.export.fps
     frames = _frames(args.frames, args.until, "--until", fps)
     with ending():
-        pipeline = flags.load()
+        pipeline = flags.load(adjustable=True)
         steady_heap()
         session = Session.of(pipeline, record)
         if differences := record.differences(pipeline):

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -40,7 +41,7 @@ MOST_PIXELS = 1 << 26
 """Of all its pictures together."""
 
 KEYS = {"format", "model", "policy", "options", "commands", "chunks"}
-MADE_BY = ("version", "torch", "device", "size", "weights")
+MADE_BY = ("version", "torch", "device", "size", "weights", "loras")
 """What else the frames depend on; files of earlier versions leave it out."""
 
 
@@ -93,12 +94,15 @@ class Record:
         return [words.get(key, f"{key} was {was[:60]}, is {here[key]}") for key, was in named.items()]
 
 
-def made_by(pipeline: Pipeline) -> dict[str, str]:
-    """What the frames depend on besides the record."""
+def made_by(pipeline: Pipeline, loras: Mapping[str, float] | None = None) -> dict[str, str]:
+    """What the frames depend on besides the record. loras: with which strengths it began; None: those of now."""
     is_cuda = pipeline.device.type == "cuda"
     device = torch.cuda.get_device_name(pipeline.device) if is_cuda else pipeline.device.type
     size = f"{pipeline.size[1]}x{pipeline.size[0]}"
     known = {"version": __version__, "torch": torch.__version__, "device": device, "size": size}
+    if pipeline.loras is not None:  # whose weights change with the strengths
+        strengths = pipeline.loras.strengths if loras is None else loras
+        return {**known, "loras": ", ".join(f"{name} {strength:g}" for name, strength in strengths.items())}
     weights = fingerprint(pipeline.denoiser)
     return known if weights is None else {**known, "weights": weights}
 

@@ -106,6 +106,7 @@ class Service:
             "height": height,
             "fps": pipeline.export.fps,
             "takes_picture": pipeline.sampling.chunk == 1,
+            "loras": {} if pipeline.loras is None else dict(pipeline.loras.strengths),
             **hints(pipeline.export),
             "commands": describe(),
         }

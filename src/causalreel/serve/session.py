@@ -113,6 +113,8 @@ class Session:
         self.id = uuid.uuid4().hex if id is None else id
         self.pipeline, self.clock = pipeline, clock
         self.video = LiveVideo(pipeline, options, policy)
+        self._loras = {} if pipeline.loras is None else dict(pipeline.loras.strengths)
+        """What the video began with; they may change for other sessions' sake."""
         self.sequence = self.frames = 0
         """Chunks and pixel frames made so far."""
         self._intended = self.video.scene
@@ -312,7 +314,7 @@ class Session:
             ]
             return {
                 "format": FORMAT,
-                **made_by(self.pipeline),
+                **made_by(self.pipeline, self._loras),
                 "model": self.pipeline.export.name,
                 "policy": self.video.policy.kind,
                 "options": packed(options),

@@ -109,6 +109,8 @@ class ModelView(BaseModel):
     fps: float
     takes_picture: bool
     """Whether a session can begin with a picture."""
+    loras: dict[str, float]
+    """LoRAs that it was loaded with, and how much each counts now."""
     examples: list[str]
     """Prompts to begin with."""
     words: dict[str, list[str]] | None
