@@ -106,3 +106,31 @@ def test_exchanged_weights_are_noticed(tmp_path: Path) -> None:
     block = ours.model.blocks[0]
     block.self_attn.norm_q, block.cross_attn.norm_q = block.cross_attn.norm_q, block.self_attn.norm_q
     assert compare(ours, model, SIZES[0]) > 1e-3
+
+
+@pytest.mark.parametrize("layers", [("blocks.0.self_attn.q", "blocks.2.ffn.0"), ("time_projection.1", "head.head")])
+def test_a_lora_is_the_same_in_diffusers(layers: tuple[str, ...], tmp_path: Path) -> None:
+    """Written with its scales in the metadata, loaded by diffusers' own code, and saved by it and read here."""
+    from causalreel.weights.lora import Lora, Pair, changed, read_lora
+    from causalreel.weights.lora_layouts import write_lora
+
+    config = SIZES[0]
+    ours = random_denoiser(config)
+    write_tensors(tmp_path / "ours.safetensors", ours.model.state_dict())
+    convert(tmp_path / "ours.safetensors", tmp_path / "theirs", "diffusers", heads=config.heads)
+    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "theirs").eval()
+    generator, pairs = torch.Generator().manual_seed(1), {}
+    for rank, layer in enumerate(layers, 2):
+        out, into = ours.model.get_parameter(f"{layer}.weight").shape
+        down, up = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+        pairs[layer] = Pair(0.2 * down, 0.2 * up, 1.5 / rank, layer)
+    write_lora(Lora("drawn", "peft", pairs), tmp_path / "lora.safetensors", "diffusers")
+    model.load_lora_adapter(str(tmp_path), weight_name="lora.safetensors", prefix="transformer", adapter_name="default")
+    model.save_lora_adapter(str(tmp_path / "saved"))
+    for place in (tmp_path / "lora.safetensors", tmp_path / "saved"):
+        state = {name: value.clone() for name, value in ours.model.state_dict().items()}
+        state |= dict(changed(state.__getitem__, [(read_lora(place), 1.0)]))
+        merged = random_denoiser(config)
+        merged.model.load_state_dict(state)
+        assert compare(merged, model, config) < 2e-5, place
+    assert compare(ours, model, config) > 1e-2

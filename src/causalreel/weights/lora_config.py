@@ -22,7 +22,8 @@ EXPRESSIONS = 16
 """Of these that are more than names."""
 
 METADATA = "lora_adapter_metadata"
-"""Under which diffusers keeps the configuration in a file's own metadata, with `transformer.` before every name."""
+"""Under which diffusers keeps the configuration in a file's own metadata, of a pipeline with `transformer.` before
+every name."""
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that also change the base's weights, so that the pairs alone are not the adapter."""
@@ -104,6 +105,8 @@ def in_metadata(metadata: Mapping[str, str], source: str) -> Scales | None:
     if text is None:
         return None
     found = parse_json(text, f"{source}: its {METADATA}", items=PATTERNS * 4)
+    if not any("." in key for key in found):  # as one network's `save_lora_adapter` writes it
+        return _scales(found, f"its {METADATA}")
     own = {key.removeprefix("transformer."): value for key, value in found.items() if key.startswith("transformer.")}
     if not own:
         raise ValueError(f"{source}: its {METADATA} says nothing of the transformer: {shown(', '.join(found), 100)}")
