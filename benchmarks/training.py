@@ -1,6 +1,6 @@
 """Training steps at full size, with random weights: milliseconds, memory, tokens a second and MFU, stage by stage.
 
-    python benchmarks/training.py --out run/training.json          one GPU
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python benchmarks/training.py --out run/training.json    one GPU
     python benchmarks/training.py --tiny                           a rehearsal on a CPU
 
 480x832, 21 latent frames (16x60x104 each), batch 1, a fixed random text embedding: forward, backward, clipping, AdamW
@@ -20,6 +20,7 @@ forward pass; what is computed again does not count.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -136,6 +137,7 @@ class Bench:
         for section in self.args.sections:
             for chunk in self.args.chunks:
                 getattr(self, section)(chunk)
+                gc.collect()  # recordings and their network hold each other
                 if DEVICE.type == "cuda":
                     torch.cuda.empty_cache()
         return {"conditions": conditions, **self.numbers}

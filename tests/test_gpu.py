@@ -67,3 +67,30 @@ def test_graphed_calls_without_gradient_follow_the_weights() -> None:
         after = fast(x, sigma, told)
         assert (after - before - 1).abs().max() < 1e-3
         assert (after - plain(x, sigma, told)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_masked_attention_in_pieces_is_as_near_to_float32_as_plain_attention(chunk: int) -> None:
+    from causalreel.nn.attention import attend
+    from causalreel.nn.masks import Context, frame_mask, frames_of
+
+    sizes, tokens = [chunk] * (6 // chunk), 256
+    frames = frames_of(sizes) + frames_of(sizes, stream=1)
+    mask = frame_mask(frames, frames, Context())
+    given = [torch.randn(1, len(frames) * tokens, 12, 128, device="cuda") for _ in range(4)]
+
+    def results(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v, gradient = (x.to(dtype, copy=True) for x in given)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, mask, tokens, backend=backend)
+        return [out, *torch.autograd.grad(out, inputs, gradient)]
+
+    exact = results("sdpa", torch.float32)
+    errors = [
+        [
+            ((a.float() - b).norm() / b.norm()).item()
+            for a, b in zip(results(backend, torch.bfloat16), exact, strict=True)
+        ]
+        for backend in ("pieces", "sdpa")
+    ]
+    assert all(ours < 1.3 * plain for ours, plain in zip(*errors, strict=True))
