@@ -23,8 +23,9 @@ import torch
 from causalreel.infer.accelerate import accelerate
 from causalreel.infer.models import load
 from causalreel.parallel.fast import PRECISIONS
+from causalreel.serve.handle import Ended, Handle, Limits
 from causalreel.serve.memory import steady_heap
-from causalreel.serve.scheduler import Ended, Handle, Limits, Scheduler
+from causalreel.serve.scheduler import Scheduler
 from causalreel.serve.session import Options
 
 PROMPTS = ("a large red circle moves right", "a small blue square moves left", "a large green triangle moves up")

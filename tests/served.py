@@ -17,9 +17,10 @@ from PIL import Image
 import causalreel
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.app import create_app
+from causalreel.serve.handle import Limits
 from causalreel.serve.listen import Server, listen
 from causalreel.serve.safety import Settings
-from causalreel.serve.scheduler import Limits, Scheduler
+from causalreel.serve.scheduler import Scheduler
 from causalreel.serve.wire import unpack
 from patience import PATIENCE_S, wait_until
 

@@ -26,8 +26,8 @@ from causalreel.infer.live import hints
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import safety, wire
 from causalreel.serve.bodies import MEANINGS
+from causalreel.serve.handle import Limits
 from causalreel.serve.safety import Rates, Settings
-from causalreel.serve.scheduler import Limits
 from causalreel.serve.session import Options, Session
 from served import BLUE, RED, coded, message, opened, picture, serving, small_pipeline, until
 

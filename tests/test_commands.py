@@ -21,8 +21,8 @@ from causalreel.infer.live import Live, encode_prompt
 from causalreel.infer.models import profile
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.values import Choice, Number, Whole
+from causalreel.serve.handle import Limits
 from causalreel.serve.play import Typed, play, read_script
-from causalreel.serve.scheduler import Limits
 from causalreel.serve.session import Session
 from patience import wait_until
 from served import RED, coded, opened, picture, serving, small_pipeline, until

@@ -23,7 +23,7 @@ from websockets.exceptions import WebSocketException
 
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import connections, guard, service
-from causalreel.serve.scheduler import Limits
+from causalreel.serve.handle import Limits
 from causalreel.serve.store import Store
 from ceilings import examples, work_within
 from served import RED, coded, listening, opened, picture, serving, small_pipeline, until

@@ -24,8 +24,8 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
 from causalreel.infer.pipeline import Pipeline
+from causalreel.serve.handle import Handle, Limits
 from causalreel.serve.safety import MIB
-from causalreel.serve.scheduler import Handle, Limits
 from causalreel.serve.service import Talk
 from causalreel.serve.session import Session
 from causalreel.serve.wire import unpack

@@ -22,9 +22,9 @@ from causalreel.data.video_in import read_video
 from causalreel.files import replacing
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import jobs
+from causalreel.serve.handle import Ended, Handle, Limits
 from causalreel.serve.jobs import Store
 from causalreel.serve.listen import listen
-from causalreel.serve.scheduler import Ended, Handle, Limits
 from causalreel.serve.session import Options, Session
 from patience import PATIENCE_S, wait_until
 from served import RED, coded, folder_files, picture, serving, small_pipeline, wait_for

@@ -67,9 +67,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 def serve(args: Serve) -> int:
     from causalreel.serve.app import create_app
+    from causalreel.serve.handle import Limits
     from causalreel.serve.listen import listen, run
     from causalreel.serve.memory import steady_heap
-    from causalreel.serve.scheduler import Limits, Scheduler
+    from causalreel.serve.scheduler import Scheduler
     from causalreel.serve.store import Store
 
     steady_heap()

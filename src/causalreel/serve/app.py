@@ -29,10 +29,11 @@ from causalreel import __version__
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.bodies import BODY, DOOR, describe, errors, read_json, read_model, takes
 from causalreel.serve.guard import Guard, refuse
+from causalreel.serve.handle import Handle
 from causalreel.serve.jobs import Jobs, Limits
 from causalreel.serve.metrics import CONTENT_TYPE
 from causalreel.serve.safety import ApiError, Settings
-from causalreel.serve.scheduler import Handle, Scheduler
+from causalreel.serve.scheduler import Scheduler
 from causalreel.serve.service import Service
 from causalreel.serve.store import Store
 from causalreel.serve.streaming import Stream, Wish

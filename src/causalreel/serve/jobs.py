@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from causalreel.data.video import write_video
+from causalreel.serve.handle import Ended, Handle
 from causalreel.serve.safety import ApiError
-from causalreel.serve.scheduler import Busy, Ended, Handle, Scheduler
+from causalreel.serve.scheduler import Busy, Scheduler
 from causalreel.serve.session import Emitted, Options
 from causalreel.serve.store import Store, disk
 

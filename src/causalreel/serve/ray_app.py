@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from causalreel.infer.models import load
 from causalreel.serve.app import create_app
+from causalreel.serve.handle import Limits
 from causalreel.serve.safety import Settings
-from causalreel.serve.scheduler import Limits, Scheduler
+from causalreel.serve.scheduler import Scheduler
 
 ONGOING = 1024
 """Requests that Ray lets into a replica at a time: each stream is one while it lasts, and Ray's own limit is 5."""

@@ -15,10 +15,11 @@ from causalreel.infer import values
 from causalreel.infer.commands import Options, describe, parse
 from causalreel.infer.live import hints, understand
 from causalreel.serve.guard import SMALL
+from causalreel.serve.handle import Handle
 from causalreel.serve.metrics import Metrics
 from causalreel.serve.records import parse_record
 from causalreel.serve.safety import ApiError, Rates, Settings, decode_base64, decode_picture
-from causalreel.serve.scheduler import Busy, Handle, Scheduler
+from causalreel.serve.scheduler import Busy, Scheduler
 from causalreel.serve.wire import SessionRequest, parse_message, plain
 
 if TYPE_CHECKING:

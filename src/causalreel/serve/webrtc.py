@@ -28,8 +28,8 @@ from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, Field
 
 from causalreel.serve.bodies import BODY, DOOR, errors, read_model, takes
+from causalreel.serve.handle import Handle
 from causalreel.serve.safety import ApiError, client_of
-from causalreel.serve.scheduler import Handle
 from causalreel.serve.service import Service, Talk
 from causalreel.serve.session import Emitted
 from causalreel.serve.track import Reader, SessionTrack, matrix_of
