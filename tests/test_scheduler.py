@@ -266,7 +266,7 @@ def test_held_bytes_counts_storages_once() -> None:
     assert held_bytes(lambda: x) == 800
     assert held_bytes([torch.nn.Linear(5, 5), x], without=(x,)) == 0
     assert memory.steady_heap() in (True, False)
-    assert memory.free_bytes(torch.device("cpu")) and memory.process_bytes() > 2**20  # on Linux
+    assert memory.free_bytes(torch.device("cpu")) > 2**20 and memory.process_bytes() > 2**20
 
 
 def test_idle_sessions_are_reaped_and_forgotten() -> None:

@@ -39,13 +39,13 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that could still be had on a device; None where the system does not say."""
+def free_bytes(device: torch.device) -> int:
+    """Memory that could still be had on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = [n for n in (_available(), _cgroup_left()) if n is not None]
-    return min(found, default=None)
+    available, left = _psutil().virtual_memory().available, _cgroup_left()
+    return available if left is None else min(available, left)
 
 
 def steady_heap() -> bool:
@@ -63,21 +63,17 @@ def steady_heap() -> bool:
     return all(mallopt(name, value) for name, value in wanted.items())
 
 
-def process_bytes() -> int | None:
-    """Resident memory of this process; None where the system does not say."""
-    return _field("/proc/self/status", "VmRSS:")
+def process_bytes() -> int:
+    """Resident memory of this process."""
+    return _psutil().Process().memory_info().rss
 
 
-def _available() -> int | None:
-    return _field("/proc/meminfo", "MemAvailable:")
-
-
-def _field(path: str, name: str) -> int | None:
+def _psutil() -> ModuleType:
     try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+        import psutil
+    except ImportError as error:
+        raise ImportError("serving needs psutil; install it with: pip install 'causalreel[serve]'") from error
+    return psutil
 
 
 def _cgroup_left() -> int | None:
