@@ -30,13 +30,13 @@ from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.bodies import BODY, DOOR, describe, errors, read_json, read_model, takes
 from causalreel.serve.guard import Guard, refuse
 from causalreel.serve.handle import Handle
-from causalreel.serve.jobs import Jobs, Limits
+from causalreel.serve.jobs import Jobs, VideoLimits
 from causalreel.serve.metrics import CONTENT_TYPE
 from causalreel.serve.safety import ApiError, Settings
 from causalreel.serve.scheduler import Scheduler
 from causalreel.serve.service import Service
 from causalreel.serve.store import Store
-from causalreel.serve.streaming import Stream, Wish
+from causalreel.serve.streaming import Viewer, Wish
 from causalreel.serve.videos import videos
 from causalreel.serve.wire import (
     CommandTaken,
@@ -68,7 +68,7 @@ def create_app(model: Scheduler | Pipeline, settings: Settings = Settings(), *, 
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        limits = Limits(queued=settings.queued_videos, kept=settings.kept_videos)
+        limits = VideoLimits(queued=settings.queued_videos, kept=settings.kept_videos)
         records = Store(settings.data, replica=settings.replica) if store is None else store
         service.jobs = Jobs(service.scheduler, records, limits, service.metrics)
         if owns:
@@ -281,10 +281,10 @@ async def stream_session(
     try:
         handle = service.handle(session_id)
         try:
-            stream = Stream(socket, service, handle, Wish(format, after, quality))
+            viewer = Viewer(socket, service, handle, Wish(format, after, quality))
         except ValueError as error:
             raise ApiError(400, "invalid_request", str(error)) from error
-        await stream.run()
+        await viewer.run()
     except ApiError as error:
         service.refused(error.code)
         await refuse(error, socket.scope, socket.receive, socket.send)

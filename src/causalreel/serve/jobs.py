@@ -45,7 +45,7 @@ class Failed(Exception):
 
 
 @dataclass(frozen=True)
-class Limits:
+class VideoLimits:
     """Jobs that may wait or run, and videos that are kept."""
 
     queued: int = 16
@@ -55,7 +55,7 @@ class Limits:
 class Jobs:
     """The queue and the thread that works it off."""
 
-    def __init__(self, scheduler: Scheduler, store: Store, limits: Limits, metrics: Metrics | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, store: Store, limits: VideoLimits, metrics: Metrics | None = None) -> None:
         self.scheduler, self.store, self.limits, self.metrics = scheduler, store, limits, metrics
         self.progress: dict[str, int] = {}
         """Percent of the video being made; not worth a write to disk each."""

@@ -42,7 +42,7 @@ class Wish:
     quality: int | None = None
 
 
-class Stream:
+class Viewer:
     """A viewer's connection while it lasts. ValueError for a wish that cannot be met."""
 
     def __init__(self, socket: WebSocket, service: Service, handle: Handle, wish: Wish) -> None:
