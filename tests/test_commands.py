@@ -192,7 +192,8 @@ def test_the_document_and_the_page_describe_every_command(client: TestClient) ->
     described = client.get("/v1/model").json()["commands"]
     assert described == json.loads(json.dumps(describe())) and [one["name"] for one in described] == list(COMMANDS)
     assert described[-1]["about"] == "The key that is held from now on: a command that no file of the package knows."
-    assert described[-1]["typed"] == "/keys HELD [STRENGTH]"
+    typed = {one["name"]: one["typed"] for one in described}
+    assert typed["keys"] == "/keys HELD [STRENGTH]" and typed["prompt"] == "/prompt TEXT" and typed["pause"] == "/pause"
 
 
 def test_what_is_described_is_what_is_taken() -> None:

@@ -349,7 +349,11 @@ def describe() -> list[dict[str, Any]]:
     """Every command: name, what it does, how it is typed, and its arguments as JSON Schema has them."""
     found = []
     for name, kind in COMMANDS.items():
-        words = [one.name.upper() if one.is_needed else f"[{one.name.upper()}]" for one in values.parameters(kind)]
+        words = []
+        for one in values.parameters(kind):
+            words.append(one.name.upper() if one.is_needed else f"[{one.name.upper()}]")
+            if one.kind.takes_rest:
+                break
         about = " ".join((kind.__doc__ or "").split())
         typed = " ".join([f"/{name}", *words])
         found.append({"name": name, "about": about, "typed": typed, "arguments": values.schema(kind)})
