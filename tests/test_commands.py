@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,16 +16,18 @@ from fastapi.testclient import TestClient
 
 from causalreel.data.video import to_bytes
 from causalreel.infer import values
-from causalreel.infer.commands import COMMANDS, Command, Options, describe, parse
+from causalreel.infer.commands import COMMANDS, Command, Options, describe, parse, parse_line
 from causalreel.infer.live import Live, encode_prompt
 from causalreel.infer.models import profile
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.values import Choice, Number, Whole
+from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.serve.handle import Limits
 from causalreel.serve.play import Typed, play, read_script
 from causalreel.serve.session import Session
 from patience import wait_until
 from served import RED, coded, opened, picture, serving, small_pipeline, until
+from test_conditioning import CONFIG
 from test_conditioning import pipeline as steered_pipeline
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -280,7 +282,6 @@ def test_a_field_is_told_by_its_state_and_the_latest_counts() -> None:
 def test_fields_are_refused_by_name() -> None:
     made = steered_pipeline()
     for fields, message in [
-        ({}, "fields must say what this model's field 'speed' holds at first, got none"),
         ({"speed": 1, "camera": 2}, "this model has no field 'camera'; it has speed"),
         ({"speed": "fast"}, r"fields\.speed must be a number"),
         ([1], "fields must be an object"),
@@ -297,9 +298,40 @@ def test_fields_are_refused_by_name() -> None:
     assert session.state()["pending"] == 0
 
 
+def test_cameras_and_actions_are_fields_of_a_session() -> None:
+    """Those that it began with can be told; a model with fields goes on without them as one that has none."""
+    made = steered_pipeline()
+    torch.manual_seed(0)
+    network = DiTDenoiser(replace(CONFIG, camera="embedded", actions=3)).requires_grad_(False)
+    for part in ("action_embedding.2.weight", "camera_embedding.2.weight", "head.head.weight"):
+        torch.nn.init.normal_(network.model.get_parameter(part), std=0.2)
+    made = replace(made, denoiser=network)
+    begun = {"w2c": torch.eye(4), "intrinsics": [0.6, 0.9, 0.5, 0.5], "actions": [0, 0, 0]}
+    session, still = Session(made, Options(PROMPT, fields=begun)), Session(made, Options(PROMPT, fields=begun))
+    for _ in range(2):
+        assert torch.equal(session.next_chunk().frames, still.next_chunk().frames)
+    session.command(parse_line("/field actions [0, 3, 0]"))
+    shown = session.next_chunk()
+    assert not torch.equal(shown.frames, still.next_chunk().frames)
+    assert session.state()["fields"]["actions"] == [0, 3, 0]
+    again = list(Session.replay(made, json.loads(json.dumps(session.record()))))
+    assert len(again) == 3 and torch.equal(again[2].frames, shown.frames)
+    bare = Session(made, Options(PROMPT))
+    assert bare.next_chunk() is not None
+    with pytest.raises(ValueError, match="this video began without the field 'actions'"):
+        bare.command("field", field="actions", value=[0, 1, 0])
+    for fields, message in [
+        ({"w2c": torch.eye(4)}, "a camera is two fields, w2c and intrinsics; got one of them"),
+        ({"actions": [0, 0]}, "field 'actions' must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Session(made, Options(PROMPT, fields=fields))
+
+
 def test_a_server_opens_and_steers_a_model_with_a_field() -> None:
     with serving(steered_pipeline()) as client:
-        assert client.post("/v1/sessions", json={"prompt": PROMPT}).status_code == 400
+        answer = client.post("/v1/sessions", json={"prompt": PROMPT, "fields": {"camera": 1}})
+        assert answer.status_code == 400 and "no field 'camera'; it has speed" in answer.text
         session = opened(client, PROMPT, fields={"speed": 0.25})
         answer = client.post(f"/v1/sessions/{session}/commands", json={"name": "field", "field": "speed", "value": -1})
         assert answer.status_code == 200, answer.text

@@ -284,8 +284,7 @@ def test_a_field_goes_from_a_request_into_a_clip() -> None:
     behind = pipe.generate(request, prefix=torch.zeros(3, height, width))
     assert behind.shape[1] == pipe.geometry.frames_of(FRAMES)
     for fields, message in [
-        ({}, "fields must be those of the model, speed; got none"),
-        ({"speed": speed, "camera": speed}, "fields must be those of the model, speed; got camera, speed"),
+        ({"speed": speed, "camera": speed}, "no use for the field 'camera' of the conditioning; it takes speed"),
         ({"speed": speed[:, 1:]}, rf"the field 'speed' must be \(2,{FRAMES},...\), a value for each latent frame; got"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Serve(ModelFlags):
     """Serve live sessions and videos over HTTP and WebSocket, with a page for browsers. Listens on loopback only,
-    unless told otherwise."""
+    unless --host says otherwise."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all, which asks for a token and TLS in front."""

@@ -77,13 +77,9 @@ class ClipRequest:
             prompts = [encoder.complete(prompt, seed, picture) for prompt, seed, picture in words]
         return CheckedClips(prompts, seeds, plan, given)
 
-    def fields_of(self, known: frozenset[str], frames: int) -> dict[str, Tensor]:
-        """Name -> (B,F,...) for a model that has the fields `known`; ValueError unless all of them are given for all
-        latent frames."""
+    def fields_for(self, frames: int) -> dict[str, Tensor]:
+        """Name -> (B,F,...) of the clips' latent frames; ValueError for a field of another number of them."""
         rows = 1 if isinstance(self.prompts, str) else len(self.prompts)
-        if self.fields.keys() != known:
-            needed, got = (", ".join(sorted(names)) or "none" for names in (known, self.fields))
-            raise ValueError(f"fields must be those of the model, {needed}; got {got}")
         for name, value in self.fields.items():
             if value.ndim < 2 or value.shape[0] not in (1, rows) or value.shape[1] != frames:
                 raise ValueError(

@@ -17,7 +17,7 @@ from causalreel.infer.commands import Command, Mode, Options, Scene
 from causalreel.infer.live import Live, Policy, PolicyKind, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt
-from causalreel.types import DecodeStream
+from causalreel.types import Conditioning, DecodeStream
 from causalreel.weights.export import Sampling
 
 
@@ -37,7 +37,7 @@ class LiveVideo:
         self.paused = self.closed = False
         self.to_step = 0
         """Chunks that a paused video still makes."""
-        self.fields = _first_fields(pipeline.fields, options.fields)
+        self.fields = _first_fields(pipeline, options.fields)
         """Field of the conditioning -> what it holds for a frame."""
         self.text = self.encode(self.scene, begins=True)
         """(1,K,E): the prompt in force."""
@@ -121,8 +121,10 @@ class LiveVideo:
             raise ValueError(f"image must be a tensor {(3, *self.pipeline.size)} in [-1,1], got {got}")
 
     def check_field(self, name: str, value: Any) -> None:
-        """ValueError unless the model has this field and the value the shape that it began with."""
+        """ValueError unless the video began with this field and the value has the shape that it began with."""
         _known_field(name, self.pipeline.fields)
+        if name not in self.fields:
+            raise ValueError(f"this video began without the field {name!r}; give its first value in `fields`")
         began, got = self.fields[name].shape, torch.tensor(value).shape
         if began != got:
             raise ValueError(f"{name} must have the shape {tuple(began)}, as at the beginning; got {tuple(got)}")
@@ -147,16 +149,17 @@ def in_range(picture: Tensor) -> Tensor:
     return picture.permute(2, 0, 1).float() / 127.5 - 1
 
 
+def _first_fields(pipeline: Pipeline, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a model's fields hold at first; ValueError for others, and for values that its network does not take."""
+    for name in given:
+        _known_field(name, pipeline.fields)
+    held = {name: torch.tensor(value, dtype=torch.float32) for name, value in given.items()}
+    frame = Conditioning(torch.zeros(1, 1, 1), {name: value[None, None] for name, value in held.items()})
+    pipeline.denoiser.model.check_fields(frame, 1)
+    return held
+
+
 def _known_field(name: str, fields: frozenset[str]) -> None:
     if name not in fields:
         allowed = f"it has {', '.join(sorted(fields))}" if fields else "it has none"
         raise ValueError(f"this model has no field {name!r}; {allowed}")
-
-
-def _first_fields(fields: frozenset[str], given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a model's fields hold at first; ValueError unless each of them is given."""
-    for name in given:
-        _known_field(name, fields)
-    if missing := sorted(fields - given.keys()):
-        raise ValueError(f"fields must say what this model's field {missing[0]!r} holds at first, got none")
-    return {name: torch.tensor(value, dtype=torch.float32) for name, value in given.items()}

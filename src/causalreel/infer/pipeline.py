@@ -101,8 +101,10 @@ class Pipeline:
 
     def _checked(self, request: ClipRequest) -> tuple[CheckedClips, Conditioning]:
         checked = request.check(self, self.text)
-        fields = request.fields_of(self.fields, checked.plan.frames)
-        return checked, Conditioning(self.text.encode(checked.prompts), fields).to(self.device)
+        fields = request.fields_for(checked.plan.frames)
+        conditioning = Conditioning(self.text.encode(checked.prompts), fields).to(self.device)
+        self.denoiser.model.check_fields(conditioning, checked.plan.frames)
+        return checked, conditioning
 
     def _stream(self, request: ClipRequest, checked: CheckedClips, conditioning: Conditioning) -> Iterator[Tensor]:
         decode = self.codec.stream() if self.decoder is None else self.decoder(len(conditioning))

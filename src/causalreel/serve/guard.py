@@ -166,16 +166,16 @@ class Body:
     def __init__(self, guard: Guard, scope: Scope, receive: Receive) -> None:
         headers = headers_of(scope)
         self.guard, self.receive, self.client = guard, receive, client_of(scope)
-        self.limit, self.told = guard.limit(scope), headers.get("content-length", "0")
-        self.is_over = self.told == "0" and "transfer-encoding" not in headers
+        self.limit, self.length = guard.limit(scope), headers.get("content-length", "0")
+        self.is_over = self.length == "0" and "transfer-encoding" not in headers
         """All of it has been read, or the client has gone."""
         self.seen, self.began, self.is_large = 0, time.monotonic(), False
 
     def expect(self) -> None:
-        """Raise ApiError for a length that is told and too large."""
-        if not re.fullmatch("[0-9]{1,18}", self.told):
+        """Raise ApiError for a length that the headers give and that is too large."""
+        if not re.fullmatch("[0-9]{1,18}", self.length):
             raise ApiError(400, "invalid_request", "content-length must be a number of bytes")
-        if int(self.told) > self.limit:
+        if int(self.length) > self.limit:
             raise too_large(self.limit)
 
     async def read(self) -> MutableMapping[str, Any]:

@@ -120,10 +120,10 @@ def _compare(
     """A set imported, text padded as the case has it. names: files in the case's order, where the set has another."""
     lengths = [value.shape[0] for name, value in case.tensors.items() if name.startswith(output) and "embeds" in name]
     with tempfile.TemporaryDirectory() as scratch:
-        latents, told, text, sources = _read(path, CLIPS, Path(scratch), max(lengths, default=0))
-    order = range(len(told)) if names is None else [sources.index(name) for name in names]
+        latents, stored, text, sources = _read(path, CLIPS, Path(scratch), max(lengths, default=0))
+    order = range(len(stored)) if names is None else [sources.index(name) for name in names]
     if captions is not None:
-        found.add_exact(f"{output}: captions", [told[at] for at in order], list(captions))
+        found.add_exact(f"{output}: captions", [stored[at] for at in order], list(captions))
     for number, at in enumerate(order):
         for name in (f"{output}.{number}", output):
             if found.wants(f"{name}.{clip}"):

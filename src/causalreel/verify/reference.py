@@ -22,7 +22,7 @@ SCORE_SHIFT = 8.0
 """Shift of the table with which the released code converts the predictions of both scores."""
 
 Tell = Callable[[Tensor], Tensor]
-"""Noise level (B,F) -> what the network is told instead, float64, same shape."""
+"""Noise level (B,F) -> what the network reads instead, float64, same shape."""
 
 
 class Table:
@@ -55,8 +55,8 @@ class Table:
 def relabel(levels: Sequence[float], times: Sequence[float]) -> Tell:
     """Tell the network `times[i]` for noise level `levels[i]`, and 0 for 0 unless listed."""
     known = torch.tensor([*levels, 0.0], dtype=torch.float64)
-    told = torch.tensor([*times, 0.0], dtype=torch.float64) / 1000
-    return lambda sigma: told[(sigma.double()[..., None] - known).abs().argmin(-1)]
+    reads = torch.tensor([*times, 0.0], dtype=torch.float64) / 1000
+    return lambda sigma: reads[(sigma.double()[..., None] - known).abs().argmin(-1)]
 
 
 def in_float32(sigma: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def always(time: Tensor) -> Tell:
 
 @dataclass(frozen=True)
 class Logged:
-    """One evaluation: input and clean estimate (B,F,C,H,W), the network's velocity, and the time it was told (B,F)."""
+    """One evaluation: input and clean estimate (B,F,C,H,W), the network's velocity, and the time that it read (B,F)."""
 
     x: Tensor
     velocity: Tensor
@@ -85,7 +85,7 @@ class Logged:
 class Released:
     """A denoiser whose x - sigma velocity is the released code's clean estimate, and which logs what it evaluates.
 
-    tell: what the network is told (default: the level itself). table: where the conversion's noise level comes from
+    tell: what the network reads (default: the level itself). table: where the conversion's noise level comes from
     (default: the level itself). Wraps a DiTDenoiser or Guided, and has the methods of both.
     """
 
@@ -124,11 +124,11 @@ class Released:
         return self._run(run, x, sigma, conditioning, **call)
 
     def _run(self, run: Any, x: Tensor, sigma: Tensor, conditioning: Conditioning, **call: Any) -> Tensor:
-        told = self.tell(sigma)
-        velocity = run(x, told, conditioning, **call)
-        used = sigma if self.table is None else self.table.sigma_at(1000 * told)
+        level = self.tell(sigma)
+        velocity = run(x, level, conditioning, **call)
+        used = sigma if self.table is None else self.table.sigma_at(1000 * level)
         x0 = (x.double() - expand(used, x).double() * velocity.double()).float()
-        time = (1000 * told).float()
+        time = (1000 * level).float()
         self.log.append(
             Logged(x.detach(), velocity.detach(), x0.detach(), time, call.get("start", 0), call.get("clean"))
         )
