@@ -332,6 +332,7 @@ def test_a_server_opens_and_steers_a_model_with_a_field() -> None:
     with serving(steered_pipeline()) as client:
         answer = client.post("/v1/sessions", json={"prompt": PROMPT, "fields": {"camera": 1}})
         assert answer.status_code == 400 and "no field 'camera'; it has speed" in answer.text
+        assert client.get("/v1/model").json()["fields"] == ["speed"]
         session = opened(client, PROMPT, fields={"speed": 0.25})
         answer = client.post(f"/v1/sessions/{session}/commands", json={"name": "field", "field": "speed", "value": -1})
         assert answer.status_code == 200, answer.text

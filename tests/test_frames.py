@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -26,7 +27,7 @@ from causalreel.serve.session import Options, Session
 from causalreel.weights import export as exports
 from test_infer import PROMPTS, pipeline
 from test_live import TWO_STEP
-from test_weights import small_family
+from test_weights import SMALL, small_denoiser, small_export, small_family
 
 
 def picture(frames: int = 6, side: int = 64) -> Tensor:
@@ -261,6 +262,8 @@ def test_stream_to_a_pipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["-o", "a.mp4", "--frames", "5", "--image", "no.png"], "no picture at no.png"),
         (["-o", "a.mp4", "--frames", "5", "--script", "bad.txt"], "bad.txt:1: unknown word 'sqare'"),
         (["-o", "a.mp4", "--frames", "5", "--script", "pause.txt"], "pauses the video at 1 s, and nothing resumes it"),
+        (["-o", "a.mp4", "--frames", "5", "--fields", "{"], "--fields is no JSON"),
+        (["-o", "a.mp4", "--frames", "5", "--fields", '{"actions": "up"}'], "--fields.actions must be a number"),
         (["a purple elephant", "-o", "a.mp4", "--frames", "5"], "unknown word 'purple'"),
     ],
 )
@@ -342,3 +345,32 @@ def test_an_interrupted_run_keeps_the_record_that_was_there(
     written = place / ("r.interrupted.json" if existed else "r.json")
     assert json.loads(written.read_text())["chunks"] == 3 and not (place / "a.mp4").exists()
     assert not existed or (place / "r.json").read_text() == "mine"
+
+
+def test_a_model_with_actions_is_streamed_steered_and_replayed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steered = dataclasses.replace(SMALL, actions=3)
+    network = small_denoiser(steered)
+    torch.nn.init.normal_(network.model.get_parameter("action_embedding.2.weight"), std=0.5)
+    exports.save_export(place / "assets/tiny/walk", network, small_export("tiny/walk", model=steered))
+    how = ["--model", "assets/tiny/walk", "--device", "cpu", "--precision", "eager"]
+    begin = [
+        "stream",
+        "a red circle on a dark background",
+        "--frames",
+        "13",
+        "--fields",
+        '{"actions": [0, 0, 0]}',
+        *how,
+    ]
+    (place / "s.jsonl").write_text('{"time": 0.3, "command": "field", "field": "actions", "value": [0, 5, 0]}\n')
+    assert cli.main([*begin, "-o", "still.mp4"]) == 0
+    assert cli.main([*begin, "-o", "a.mp4", "--script", "s.jsonl", "--record", "r.json"]) == 0
+    assert cli.main(["replay", "r.json", "-o", "b.mp4", *how]) == 0
+    still, moved, again = (read_video(place / name)[0] for name in ("still.mp4", "a.mp4", "b.mp4"))
+    assert torch.equal(moved, again) and not torch.equal(moved[5:], still[5:])
+    capsys.readouterr()
+    (place / "s.jsonl").write_text('{"time": 0.3, "command": "field", "field": "actions", "value": [1, 0]}\n')
+    assert cli.main([*begin, "-o", "c.mp4", "--script", "s.jsonl"]) == 2
+    assert "actions must have the shape (3,), as at the beginning; got (2,)" in capsys.readouterr().err
+    assert cli.main(["stream", "a red circle", "--frames", "5", "-o", "c.mp4", "--fields", '{"w2c": 1}', *how]) == 2
+    assert "this model has no field 'w2c'; it has actions" in capsys.readouterr().err and not Path("c.mp4").exists()

@@ -16,8 +16,9 @@ from tyro.conf import Positional, arg
 
 from causalreel.cli.flags import ModelFlags, ending, pixel_scale
 from causalreel.cli.parsing import FRAMES, Range
-from causalreel.infer.commands import RATE, SEED, STEPS, Close, Options, Pause, Resume, Step
-from causalreel.infer.values import Text
+from causalreel.foreign import parse_json
+from causalreel.infer.commands import MOST_VALUES, RATE, SEED, STEPS, Close, Options, Pause, Resume, Step
+from causalreel.infer.values import NumbersByName, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,8 @@ class Stream(ModelFlags):
     """The same in seconds."""
     image: Path | None = None
     """Picture that the video starts with."""
+    fields: Annotated[str | None, arg(metavar="JSON")] = None
+    """What the fields of the model's conditioning, if it has any, hold at first: '{"actions": [0, 0, 1]}'."""
     policy: Literal["renew", "slide"] | None = None
     """How it goes on for ever: segments of the trained length, or a window that slides; default: the model's."""
     script: Path | None = None
@@ -88,7 +91,7 @@ def stream(args: Stream) -> int:
         frames = _frames(args.frames, args.seconds, "--seconds", args.fps or profile.export.fps)
         pipeline = args.load(adjustable=True)
         steady_heap()
-        options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image)
+        options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image, _fields(args))
         session = Session(pipeline, options, policy=args.policy)
         typed = Typed(sys.stdin) if args.stdin else None
         how: dict[str, Any] = {"script": script, "typed": typed, "realtime": args.realtime}
@@ -115,6 +118,14 @@ def _check_stream(args: Stream) -> None:
     if args.record is not None:
         check_target(args.record, (".json",))
     Text().read("the prompt", args.prompt)
+    _fields(args)
+
+
+def _fields(args: Stream) -> dict[str, Any]:
+    """Field -> what it holds at first."""
+    if args.fields is None:
+        return {}
+    return NumbersByName().read("--fields", parse_json(args.fields, "--fields", items=MOST_VALUES))
 
 
 def _check_words(args: Stream, profile: Profile, image: Tensor | None) -> list[Timed]:

@@ -109,6 +109,7 @@ class Service:
             "takes_picture": pipeline.sampling.chunk == 1,
             "loras": {} if pipeline.loras is None else dict(pipeline.loras.strengths),
             **hints(pipeline.export),
+            "fields": sorted(pipeline.fields),
             "commands": describe(),
         }
 

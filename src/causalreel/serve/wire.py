@@ -117,6 +117,8 @@ class ModelView(BaseModel):
     """All words that its prompts may use, by what they describe; null: any text."""
     synonyms: dict[str, str]
     """Other spellings of these words."""
+    fields: list[str]
+    """Fields of its conditioning: what a session may begin with and change by the command field."""
     commands: list[CommandView]
     """What a session can be told."""
 
