@@ -397,6 +397,6 @@ def test_early_prompts_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
         return Schedule(length, prefix, *rest)
 
     monkeypatch.setattr(live, "Schedule", spy)
-    scheduler = Scheduler(pipeline(TWO_STEP), warm=None)
+    scheduler = Scheduler(pipeline(TWO_STEP), policy="slide", warm=None)
     scheduler._warm_up_early_prompts(PROMPTS[0], 3)
     assert [n for n in read_again if n] == [1, 2]
