@@ -21,15 +21,13 @@ from causalreel.weights.layouts import (
     LAYOUTS,
     Network,
     bare_names,
-    check_finite,
-    check_fits,
     from_layout,
     guess_layout,
     load_file_into,
-    load_strictly,
     read_network,
     to_layout,
 )
+from causalreel.weights.strict import check_finite, check_fits, load_strictly
 
 FOLDER = Path(os.environ.get("CAUSALREEL_GOLDEN", Path(__file__).parents[1] / ".." / "shared" / "golden"))
 KEYS = "c14_official_key_shapes.json"
@@ -495,3 +493,16 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
     for name, what in (("m.gguf", "GGUF"), ("__0_0.distcp", "DCP"), ("m.onnx", "ONNX")):
         (tmp_path / name).write_bytes(b"x" * 100)
         refused(tmp_path / name, what)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(float("nan"), "not finite: head.head.bias"), (torch.int64, "is int64, weights are")]
+)
+def test_a_refused_load_leaves_the_module_as_it_was(change: float | torch.dtype, said: str) -> None:
+    net = network(1)
+    tensors = {name: value.clone() for name, value in network(0).state_dict().items()}
+    bias = tensors["head.head.bias"]
+    tensors["head.head.bias"] = bias.to(change) if isinstance(change, torch.dtype) else bias.fill_(change)
+    with pytest.raises(ValueError, match=f"^x: .*{said}"):
+        load_strictly(net, tensors, source="x")
+    assert same(net)

@@ -20,7 +20,7 @@ from causalreel.codecs.wan_vae import CausalVAE
 from causalreel.types import VideoCodec
 from causalreel.verify.case import Case, Check, Findings, relative_error
 from causalreel.weights.codecs import cut_growth, load_taehv, load_wan_vae
-from causalreel.weights.layouts import load_strictly
+from causalreel.weights.strict import load_strictly
 
 DEMO_CHUNK = 3
 """Latents per call of the official demo, and latents that it decodes again."""
@@ -197,7 +197,7 @@ def _smaller(case: Case, **less: tuple[int, ...] | tuple[bool, ...]) -> TAEHV:
     """The case's network with less growth or fewer doublings."""
     whole = _network(case)
     codec = TAEHV(replace(whole.config, **less))  # pyright: ignore[reportArgumentType]
-    load_strictly(codec, cut_growth(codec, whole.state_dict()), source=case.name)
+    load_strictly(codec, cut_growth(codec.config, whole.state_dict()), source=case.name)
     return codec
 
 

@@ -17,7 +17,8 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
-from causalreel.weights.layouts import Network, check_finite, check_fits, check_heads, load_strictly, read_network
+from causalreel.weights.layouts import Network, check_heads, read_network
+from causalreel.weights.strict import check_fits, load_strictly
 
 
 def empty_denoiser(config: ModelConfig, *, context: ContextPolicy = Context(), backend: str = "auto") -> DiTDenoiser:
@@ -46,7 +47,6 @@ def load_denoiser(
     check_heads(denoiser.model, network)
     check_fits(denoiser.model, network.tensors, source=network.source)
     tensors = moved(network.tensors, device, dtype)
-    check_finite(tensors, source=network.source)
     load_strictly(denoiser.model, tensors, source=network.source, assign=True)
     return denoiser.requires_grad_(False).eval()
 

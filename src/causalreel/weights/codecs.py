@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from causalreel.codecs.taehv import TAEHV, TAEHVConfig
 from causalreel.codecs.wan_vae import WAN21_MEAN, WAN21_STD, CausalVAE, VAEConfig
-from causalreel.weights.export import without_initialisation
 from causalreel.weights.files import read_tensors
-from causalreel.weights.layouts import bare_names, guess_layout, load_strictly, select
+from causalreel.weights.layouts import bare_names, guess_layout, select
+from causalreel.weights.strict import filled_codec
 
 VAE_FILES = ("Wan2.1_VAE.pth", "vae/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors")
 """Where a folder may have the Wan VAE, in the order tried."""
@@ -64,10 +65,9 @@ def load_wan_vae(path: str | Path) -> CausalVAE:
     if any(name.startswith(("post_quant_conv.", "decoder.up_blocks.")) for name in tensors):
         tensors = vae_from_diffusers(tensors)
     config = vae_config_of(tensors, source=f"{path} (which looks like: {looks})")
-    with without_initialisation():
-        codec = CausalVAE(config)
-    load_strictly(codec, tensors, source=str(path))
-    return codec.requires_grad_(False).eval()
+    codec = filled_codec(config, tensors, source=str(path))
+    assert isinstance(codec, CausalVAE)
+    return codec
 
 
 def load_taehv(
@@ -82,19 +82,20 @@ def load_taehv(
     config = taehv_config_of(tensors, source=str(path))
     wanted = tuple(map(min, config.growth, WAN_GROWTH)) if growth is None else tuple(growth)
     config = replace(config, growth=wanted, upsample=config.upsample if upsample is None else tuple(upsample))
-    with without_initialisation():
-        codec = TAEHV(config)
-    load_strictly(codec, cut_growth(codec, tensors), source=str(path))
-    return codec.requires_grad_(False).eval()
+    codec = filled_codec(config, cut_growth(config, tensors), source=str(path))
+    assert isinstance(codec, TAEHV)
+    return codec
 
 
-def cut_growth(codec: TAEHV, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def cut_growth(config: TAEHVConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a file for a network with less growth in time: the last output channels stay.
 
     They make the last frames, so that a preview shows the newest of the frames that it stands for.
     """
     cut = dict(tensors)
-    for name, wanted in codec.decoder.state_dict().items():
+    with torch.device("meta"):
+        decoder = TAEHV(config).decoder
+    for name, wanted in decoder.state_dict().items():
         full = tensors.get(f"decoder.{name}")
         if name.endswith(".conv.weight") and full is not None and full.shape[0] > wanted.shape[0]:
             cut[f"decoder.{name}"] = full[-wanted.shape[0] :]

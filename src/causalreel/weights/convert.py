@@ -15,12 +15,13 @@ from causalreel.weights.build import empty_denoiser, moved
 from causalreel.weights.diffusers import diffusers_config, wan_config
 from causalreel.weights.files import write_pickle, write_tensors
 from causalreel.weights.identify import preset_of
-from causalreel.weights.layouts import LAYOUTS, Network, check_finite, check_fits, read_network, to_layout
+from causalreel.weights.layouts import LAYOUTS, Network, read_network, to_layout
 from causalreel.weights.lora import Lora, changed, check_together, is_lora, read_lora
 from causalreel.weights.lora import check_fits as check_lora_fits
 from causalreel.weights.lora_layouts import LAYOUTS as LORA_LAYOUTS
 from causalreel.weights.lora_layouts import check_target as check_lora_target
 from causalreel.weights.lora_layouts import write_lora
+from causalreel.weights.strict import check_finite, check_fits
 
 SHARD_BYTES = 5 * 10**9
 """Folders hold files of at most this many bytes, as the hub's do."""

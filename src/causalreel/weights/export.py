@@ -9,12 +9,11 @@ or the .safetensors file names it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +21,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from causalreel import config
 from causalreel.codecs.codec import Codec
-from causalreel.codecs.kinds import KINDS, build, kind_of
+from causalreel.codecs.kinds import KINDS, kind_of
 from causalreel.files import write_text
 from causalreel.fingerprint import fingerprint
 from causalreel.flow import warp_steps
@@ -40,8 +38,8 @@ from causalreel.nn.presets import ModelConfig
 from causalreel.types import LatentSpec
 from causalreel.weights.files import read_tensors, write_tensors
 from causalreel.weights.identify import folder_in_words
-from causalreel.weights.layouts import check_finite, load_strictly
 from causalreel.weights.sizes import check_codec, check_model, check_numbers
+from causalreel.weights.strict import check_finite, filled_codec, load_strictly, without_initialisation
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 """Where the embedded models are: a folder per family, in it `codec.safetensors` and a folder per variant."""
@@ -52,9 +50,6 @@ DEFAULT_VARIANTS = {"tiny": "frame-2step"}
 ALIASES = {"tiny/ar": "tiny/ar-frame"}
 
 CONFIG, MODEL = "config.yaml", "model.safetensors"
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""Types that exported weights may have."""
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +263,7 @@ def load_export(
     tensors = read_tensors(path)
     with without_initialisation():
         denoiser = DiTDenoiser(export.model, context=export.context, backend=backend, compute=compute)
-    _fill(denoiser.model, tensors, source=str(path))
+    load_strictly(denoiser.model, tensors, source=str(path))
     return denoiser.requires_grad_(False).eval(), export
 
 
@@ -331,19 +326,7 @@ def load_codec(path: str | Path) -> Codec:
     sizes, header = card.codec, read_header(path)
     _check_pair(header, card.weights, path, path.with_suffix(".yaml"))
     check_codec(sizes, header, path)
-    with without_initialisation():
-        codec = build(sizes)
-    _fill(codec, read_tensors(path), source=str(path))
-    return codec.requires_grad_(False).eval()
-
-
-def _check_pair(header: Header, weights: str, path: Path, card: Path) -> None:
-    """ValueError for weights and a config that were written one after the other, and of which one is of before."""
-    if header.metadata.get("weights", weights) != weights:
-        raise ValueError(
-            f"{path} is not what {card.name} beside it was written for: the export was stopped between the two files; "
-            "run what writes it again"
-        )
+    return filled_codec(sizes, read_tensors(path), source=str(path))
 
 
 def read_codec(path: str | Path) -> CodecExport:
@@ -394,23 +377,13 @@ def _codec_path(path: str | Path) -> Path:
     return path if path.suffix == ".safetensors" else path / "codec.safetensors"
 
 
-class _Unfilled(TorchFunctionMode):
-    """Random fills leave tensors as they are."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return args[0] if func in (Tensor.uniform_, Tensor.normal_) else func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def without_initialisation() -> Iterator[None]:
-    """For networks that are loaded at once: no time spent on random weights, and the caller's generator stays.
-
-    A meta device would do as well, but its first arithmetic imports torch's compiler, which takes a second.
-    """
-    with torch.random.fork_rng(devices=[]), _Unfilled():
-        yield
+def _check_pair(header: Header, weights: str, path: Path, card: Path) -> None:
+    """ValueError for weights and a config that were written one after the other, and of which one is of before."""
+    if header.metadata.get("weights", weights) != weights:
+        raise ValueError(
+            f"{path} is not what {card.name} beside it was written for: the export was stopped between the two files; "
+            "run what writes it again"
+        )
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
@@ -418,20 +391,6 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
     cast = {name: value.to(dtype) for name, value in effective_state(module).items()}
     check_finite(cast, source="weights to be exported")
     return cast
-
-
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Load weights strictly; ValueError for names, shapes, types and values that no export has."""
-    for name, value in tensors.items():
-        if value.dtype not in FLOATS:
-            allowed = ", ".join(map(_type_name, FLOATS))
-            raise ValueError(f"{source}: {shown(name)} is {_type_name(value.dtype)}, weights are {allowed}")
-    load_strictly(module, tensors, source=source)
-    check_finite(tensors, source=source)
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _identity(export: Export) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from causalreel import hashed
 from causalreel.files import replacing
-from causalreel.foreign import ordinary_file, shown
+from causalreel.foreign import file_in, ordinary_file, read_json, shown, text_of
 from causalreel.headers import read_header
 from causalreel.weights.identify import SUFFIXES
 from causalreel.weights.pickles import read_pickle
@@ -49,6 +49,34 @@ def read_tensors(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
     raise ValueError(
         f"{path}: weights are read from .safetensors, .pt, .pth, .ckpt or .bin files, not '{shown(path.suffix)}'{what}"
     )
+
+
+def read_index(index: Path) -> tuple[Mapping[str, str], dict[str, Path]]:
+    """An index of shards -> parameter to shard, and shard to its place; ValueError if a shard is not there."""
+    told = text_of(read_json(index, what="index of shards"), "weight_map", f"{index} is no index of shards")
+    places = {name: file_in(index.parent, name, str(index)) for name in sorted(set(told.values()))}
+    absent = [name for name, place in places.items() if not place.is_file()]
+    if absent:
+        raise ValueError(
+            f"{index.parent} lacks {len(absent)} of the {len(places)} shards that {index.name} names "
+            f"(missing: {shown(', '.join(absent), 300)}); download again"
+        )
+    return told, places
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """All tensors of a sharded set; ValueError if a shard is missing, cut off, or not what the index says."""
+    told, places = read_index(index)
+    tensors: dict[str, Tensor] = {}
+    for name, place in places.items():
+        has = set(read_header(place).entries)
+        wanted = {key for key, shard in told.items() if shard == name}
+        if has != wanted:
+            odd = sorted(has ^ wanted)[0]
+            where = "in the shard but not in the index" if odd in has else "in the index but not in the shard"
+            raise ValueError(f"{place} is not the shard that {index.name} describes: {shown(odd)} is {where}")
+        tensors |= read_tensors(place)
+    return tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

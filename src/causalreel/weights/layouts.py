@@ -15,7 +15,6 @@ silence; here every name and shape must fit.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from causalreel.foreign import TEXT_BYTES, file_in, number_of, ordinary_file, read_json, shown, text_of
-from causalreel.headers import NAME, read_header
+from causalreel.foreign import TEXT_BYTES, number_of, ordinary_file, read_json, shown
+from causalreel.headers import NAME
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.diffusers import from_diffusers, to_diffusers
-from causalreel.weights.files import PICKLE_SUFFIXES, read_tensors
-from causalreel.weights.identify import LORA, config_of, describe, folder_in_words, guess_layout, size_in_words
+from causalreel.weights.files import PICKLE_SUFFIXES, read_shards, read_tensors
+from causalreel.weights.identify import LORA, config_of, describe, folder_in_words, guess_layout
+from causalreel.weights.strict import load_strictly
 
 log = logging.getLogger(__name__)
-
-__all__ = ["LAYOUTS", "Network", "bare_names", "guess_layout", "load_file_into", "load_strictly", "read_network"]
 
 LAYOUTS = ("wan", "official", "diffusers", "comfyui")
 
@@ -84,7 +82,7 @@ def read_network(path: str | Path, which: str | None = None) -> Network:
     which: a top-level key of a .pt file, such as generator_ema; None is the first of generator, model, generator_ema.
     """
     path = _settle(Path(path))
-    found = _read_shards(path) if path.name.endswith(".index.json") else read_tensors(path)
+    found = read_shards(path) if path.name.endswith(".index.json") else read_tensors(path)
     facts = {} if path.suffix in PICKLE_SUFFIXES else _facts(path.parent)
     tensors, key = choose(found, which, source=str(path))
     try:
@@ -159,64 +157,10 @@ def bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return cleaned
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, assign: bool = False) -> None:
-    """Put the tensors into the module; every name and shape must match, or a ValueError says what does not.
-
-    assign: the tensors become the parameters, with their type and device, and nothing is copied.
-    """
-    check_fits(module, tensors, source=source)
-    module.load_state_dict(dict(tensors), strict=True, assign=assign)
-
-
-def check_fits(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """ValueError, in one line, if names or shapes differ from the module's: which, and what the file looks like."""
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    missing = [name for name in wanted if name not in shapes]
-    unexpected = [name for name in shapes if name not in wanted]
-    wrong = [name for name in wanted if name in shapes and wanted[name] != shapes[name]]
-    if not (missing or unexpected or wrong):
-        return
-    config, size = config_of(shapes), config_of(wanted)
-    is_other_size = config is not None and size is not None and size_in_words(config) != size_in_words(size)
-    told = [f"{len(missing)} names missing (first: {_few(missing)})"] if missing else []
-    told += [f"{len(unexpected)} unexpected (first: {_few(unexpected)})"] if unexpected else []
-    if wrong:
-        wants = f" ({size_in_words(size)})" if is_other_size and size is not None else ""
-        shape = f"{wrong[0]} has the wrong shape {shapes[wrong[0]]}, the network{wants} has {wanted[wrong[0]]}"
-        told = [shape, *told] if is_other_size else [*told, shape]
-    verdict = "does not fit the network"
-    if is_other_size or not (missing or unexpected):
-        verdict = "is of another model size" if is_other_size else "does not fit, or is of another model size"
-    raise ValueError(f"{source} {verdict}: {', '.join(told)}; {describe(shapes)}")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(shown(name) for name in names[:3])
-
-
-def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """ValueError naming the first tensor with a value that is not finite. Reads everything once."""
-    real = {name: value for name, value in tensors.items() if value.device.type != "meta"}
-    totals = torch.zeros(len(real), device=next(iter(real.values())).device) if real else torch.zeros(0)
-    for i, value in enumerate(real.values()):  # into one tensor: one wait for a GPU, and a heap without holes
-        totals[i] = value.sum(dtype=torch.float32)
-    if totals.isfinite().all():
-        return
-    for (name, value), total in zip(
-        real.items(), totals.tolist(), strict=True
-    ):  # finite values may have a sum that is not
-        if not math.isfinite(total) and not (good := value.isfinite()).all():
-            count = good.numel() - int(good.sum())
-            raise ValueError(f"{source}: not finite: {shown(name)} has {count} values that are NaN or infinite")
-
-
 def load_file_into(model: nn.Module, path: str | Path, *, which: str | None = None) -> None:
     """Load a weights file or folder of any known layout into a DiT (not its denoiser)."""
     network = read_network(path, which)
     check_heads(model, network)
-    check_fits(model, network.tensors, source=network.source)
-    check_finite(network.tensors, source=network.source)
     load_strictly(model, network.tensors, source=network.source)
 
 
@@ -258,29 +202,6 @@ def _settle(path: Path) -> Path:
     if "-of-0" in path.name and path.suffix == ".safetensors":
         raise ValueError(f"{path} is one shard of several; name the folder {path.parent} or its index")
     return path
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors of a sharded set; ValueError if a shard is missing, cut off, or not what the index says."""
-    told = text_of(read_json(index, what="index of shards"), "weight_map", f"{index} is no index of shards")
-    shards = sorted(set(told.values()))
-    places = {name: file_in(index.parent, name, str(index)) for name in shards}
-    absent = [name for name, place in places.items() if not place.is_file()]
-    if absent:
-        raise ValueError(
-            f"{index.parent} lacks {len(absent)} of the {len(shards)} shards that {index.name} names "
-            f"(missing: {shown(', '.join(absent), 300)}); download again"
-        )
-    tensors: dict[str, Tensor] = {}
-    for name, place in places.items():
-        has = set(read_header(place).entries)
-        wanted = {key for key, shard in told.items() if shard == name}
-        if has != wanted:
-            odd = sorted(has ^ wanted)[0]
-            where = "in the shard but not in the index" if odd in has else "in the index but not in the shard"
-            raise ValueError(f"{place} is not the shard that {index.name} describes: {shown(odd)} is {where}")
-        tensors |= read_tensors(place)
-    return tensors
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from torch import Tensor
 from causalreel.foreign import ordinary_file, shown
 from causalreel.headers import NAME, read_header
 from causalreel.weights.files import PICKLE_SUFFIXES, read_metadata, read_tensors
-from causalreel.weights.layouts import check_finite
 from causalreel.weights.lora_config import Scales, in_metadata, read_adapter_config
 from causalreel.weights.lora_names import LINEAR, Key, is_adapter, understand
+from causalreel.weights.strict import check_finite
 
 TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 """What a folder of one adapter calls its tensors; the first two are peft's, beside an adapter_config.json."""

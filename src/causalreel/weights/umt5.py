@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from causalreel.foreign import TEXT_BYTES, file_in, number_of, read_json, shown, text_of
+from causalreel.foreign import TEXT_BYTES, number_of, read_json, shown
 from causalreel.text.cache import PromptCache
 from causalreel.text.umt5 import (
     LENGTH,
@@ -27,7 +27,7 @@ from causalreel.text.umt5 import (
     build,
     fill,
 )
-from causalreel.weights.files import read_tensors
+from causalreel.weights.files import read_index, read_tensors
 from causalreel.weights.layouts import bare_names, guess_layout
 
 OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -129,13 +129,7 @@ def weight_files(path: str | Path) -> list[Path]:
     if (path / "text_encoder").is_dir():
         return weight_files(path / "text_encoder")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        told = text_of(read_json(index, what="index of shards"), "weight_map", f"{index} is no index of shards")
-        listed = {name: file_in(path, name, str(index)) for name in sorted(set(told.values()))}
-        missing = [name for name, place in listed.items() if not place.is_file()]
-        if missing:
-            names = shown(", ".join(missing), 300)
-            raise ValueError(f"{path} lacks {names}, which {index.name} lists: the download is incomplete")
-        return list(listed.values())
+        return list(read_index(index)[1].values())
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         raise ValueError(
