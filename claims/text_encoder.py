@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from causalreel.text.umt5 import Offload, Placement, Tokens, UMT5TextEncoder, embed, needed_bytes
-from causalreel.weights.umt5 import load_umt5, official_shapes, read_umt5, sizes_of
+from causalreel.weights.umt5_files import load_umt5, official_shapes, read_umt5, sizes_of
 
 GIB = 2**30
 LENGTHS = (10, 60, 200, 512)

@@ -19,16 +19,16 @@ import pytest
 import torch
 
 from causalreel import config
+from causalreel.families.wan21.codec_files import load_taehv, load_wan_vae
 from causalreel.foreign import file_in, read_json, read_text, shown
 from causalreel.headers import read_header
 from causalreel.infer.models import find
 from causalreel.nn.presets import ModelConfig
 from causalreel.text.umt5 import Tokenizer
-from causalreel.weights.codecs import load_taehv, load_wan_vae
 from causalreel.weights.export import Export, load_codec, load_export, read_export
 from causalreel.weights.files import read_tensors, write_tensors
 from causalreel.weights.layouts import read_network
-from causalreel.weights.umt5 import load_umt5
+from causalreel.weights.umt5_files import load_umt5
 from ceilings import examples, work_within
 
 ESCAPE = "\x1b[31mred\x07\u202e\n"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from causalreel.codecs.taehv import TAEHV, TAEHVConfig
+from causalreel.families.wan21.codec_files import load_taehv
 from causalreel.types import Geometry, VideoCodec
 from causalreel.verify import run
-from causalreel.weights.codecs import load_taehv
 from causalreel.weights.files import read_tensors, write_tensors
 
 GOLDEN = Path(os.environ.get("CAUSALREEL_GOLDEN", Path(__file__).parents[1] / "../shared/golden")).resolve()

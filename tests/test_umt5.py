@@ -22,7 +22,7 @@ from causalreel.text.umt5 import NEGATIVE_PROMPT, Placement, Tokenizer, Tokens, 
 from causalreel.types import TextEncoder
 from causalreel.verify import run
 from causalreel.verify.runner import ERROR, FAIL, PASS
-from causalreel.weights import umt5 as files
+from causalreel.weights import umt5_files as files
 from causalreel.weights.files import read_tensors, write_tensors
 
 transformers = pytest.importorskip("transformers", reason="needs the extra wan")

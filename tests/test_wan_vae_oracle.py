@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from causalreel.codecs.wan_vae import WAN21_MEAN, WAN21_STD, CausalVAE, VAEConfig
-from causalreel.weights.codecs import load_wan_vae, vae_from_diffusers, vae_to_diffusers
+from causalreel.families.wan21.codec_files import load_wan_vae, vae_from_diffusers, vae_to_diffusers
 from causalreel.weights.files import write_tensors
 
 SIZES = {

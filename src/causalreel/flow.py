@@ -38,7 +38,7 @@ def warp_steps(steps: Sequence[float], shift: float) -> tuple[float, ...]:
     """A released step list such as (1000, 750, 500, 250) -> noise levels (1, 0.9375, 0.8333, 0.625) at shift 5."""
     if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in pairwise(steps)):
         raise ValueError(f"steps must fall strictly and lie in (0, 1000], got {list(steps)}")
-    return tuple(shift_sigma(torch.tensor(steps, dtype=torch.float64) / 1000, shift).tolist())
+    return tuple(float(sigma) for sigma in shift_sigma(torch.tensor(steps, dtype=torch.float64) / 1000, shift))
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:

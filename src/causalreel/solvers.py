@@ -104,7 +104,7 @@ def unipc_sigmas(steps: int, shift: float, *, sigma_max: float = 0.999) -> tuple
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     u = torch.linspace(sigma_max, 0, steps + 1, dtype=torch.float64)[:-1]
-    return (*(shift * u / (1 + (shift - 1) * u)).tolist(), 0.0)
+    return (*(float(sigma) for sigma in shift * u / (1 + (shift - 1) * u)), 0.0)
 
 
 SOLVERS = {"renoise": renoise, "euler": euler, "unipc": unipc}

@@ -24,7 +24,7 @@ class Conditioning:
 
     text: Tensor
     """One text for all frames (B,K,E), or P texts (B,P,K,E); zero rows after a text's last token."""
-    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    fields: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Name -> (B,F,...), such as cameras or actions. The network decides which names it takes."""
     prompts: tuple[int, ...] | None = None
     """With P texts: which of them each of the F frames reads."""
@@ -104,8 +104,8 @@ class Conditioning:
     def from_named(tensors: Mapping[str, Tensor]) -> Conditioning:
         """What `named` took apart; other names are left alone."""
         fields = {name.removeprefix("field."): value for name, value in tensors.items() if name.startswith("field.")}
-        prompts = tuple(tensors["prompts"][0].tolist()) if "prompts" in tensors else None
-        cuts = tuple(tensors["cuts"][0].tolist()) if "cuts" in tensors else None
+        prompts = tuple(int(number) for number in tensors["prompts"][0]) if "prompts" in tensors else None
+        cuts = tuple(bool(number) for number in tensors["cuts"][0]) if "cuts" in tensors else None
         return Conditioning(tensors["text"], fields, prompts, cuts)
 
 

@@ -53,7 +53,7 @@ class PromptEntry:
 
 
 class PromptCache:
-    """Entries of one encoder in a folder. identity: what tells encoders apart, see `weights.umt5.fingerprint`."""
+    """Entries of one encoder in a folder. identity: what tells encoders apart, see `weights.umt5_files.fingerprint`."""
 
     def __init__(self, folder: str | Path, identity: str) -> None:
         self.folder, self.identity = Path(folder), identity

@@ -1,7 +1,7 @@
 """UMT5-XXL as Wan2.1's text encoder: cleaned prompt -> 512 embeddings, zero after the prompt's last token.
 
-The network is the one of transformers; names of foreign files are `weights.umt5`'s business, which also puts a file, a
-tokenizer and a cache together (`weights.umt5.load_text_encoder`). Nothing is loaded before a prompt has to be encoded.
+The network is the one of transformers; `weights.umt5_files` knows the names of foreign files, and puts a file, a
+tokenizer and a cache together (`load_text_encoder`). Nothing is loaded before a prompt has to be encoded.
 
 Two departures from released code, neither of which changes more than rounding. Each prompt is encoded by itself, so
 that its embedding depends neither on a batch around it nor on what a cache holds already. And only the prompt's own

@@ -125,7 +125,7 @@ def _vae(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def _umt5(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     from causalreel.text.umt5 import UMT5Sizes
-    from causalreel.weights.umt5 import official_shapes
+    from causalreel.weights.umt5_files import official_shapes
 
     return official_shapes(
         UMT5Sizes(

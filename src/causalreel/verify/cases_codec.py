@@ -17,9 +17,9 @@ from torch import Tensor
 
 from causalreel.codecs.taehv import TAEHV, TAEHVConfig, shown
 from causalreel.codecs.wan_vae import CausalVAE
+from causalreel.families.wan21.codec_files import cut_growth, load_taehv, load_wan_vae
 from causalreel.types import VideoCodec
 from causalreel.verify.case import Case, Check, Findings, relative_error
-from causalreel.weights.codecs import cut_growth, load_taehv, load_wan_vae
 from causalreel.weights.strict import load_strictly
 
 DEMO_CHUNK = 3

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from causalreel.text.cleaning import clean
 from causalreel.text.umt5 import Placement, Tokens, UMT5TextEncoder
 from causalreel.verify.case import Case, Findings
-from causalreel.weights.umt5 import load_umt5, official_name, official_shapes, sizes_of, to_official, transformers_name
+from causalreel.weights.umt5_files import (
+    load_umt5,
+    official_name,
+    official_shapes,
+    sizes_of,
+    to_official,
+    transformers_name,
+)
 
 
 def umt5(case: Case, found: Findings) -> None:

@@ -36,14 +36,14 @@ TOKENIZER_FILES = tuple(
 
 def read_vae(path: Path) -> Codec:
     """The Wan VAE of a file or folder."""
-    from causalreel.weights.codecs import load_wan_vae
+    from causalreel.families.wan21.codec_files import load_wan_vae
 
     return load_wan_vae(path)
 
 
 def read_taehv(path: Path) -> Codec:
     """TAEHV of a file or folder."""
-    from causalreel.weights.codecs import load_taehv
+    from causalreel.families.wan21.codec_files import load_taehv
 
     return load_taehv(path)
 
@@ -51,7 +51,7 @@ def read_taehv(path: Path) -> Codec:
 def open_text(places: Sequence[Path], device: torch.device, cache: Path | None, stays: bool) -> TextEncoder:
     """UMT5-XXL from its weights and its tokenizer's files."""
     from causalreel.text.umt5 import Placement
-    from causalreel.weights.umt5 import load_text_encoder
+    from causalreel.weights.umt5_files import load_text_encoder
 
     placement = Placement(device=device, offload="keep" if stays else "cpu")
     return load_text_encoder(places[0], places[1].parent, placement=placement, cache=cache)
@@ -59,7 +59,7 @@ def open_text(places: Sequence[Path], device: torch.device, cache: Path | None, 
 
 def text_identity(places: Sequence[Path]) -> str:
     """What tells these files from others without reading all of them."""
-    from causalreel.weights.umt5 import fingerprint
+    from causalreel.weights.umt5_files import fingerprint
 
     return fingerprint(places[0], places[1].parent)
 
