@@ -18,6 +18,7 @@ from causalreel import cli
 from causalreel.nn.dit import DiT
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.files import read_tensors, write_tensors
+from causalreel.weights.layouts import load_file_into
 from causalreel.weights.lora import (
     Lora,
     changed,
@@ -360,6 +361,14 @@ def test_pickles_are_read_as_data_and_for_the_generator() -> None:
         read_lora("cut.pt")
     torch.save(tensors, "flat.pt")
     assert list(read_lora("flat.pt").pairs) == [Q]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_given_as_weights_is_named(layout: str) -> None:
+    path, _ = written(layout)
+    with pytest.raises(ValueError, match=r"LoRA.*add --lora FILE") as caught:
+        load_file_into(network(), path)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_first_pattern_that_fits_counts() -> None:

@@ -25,7 +25,7 @@ from causalreel.foreign import ordinary_file, shown
 from causalreel.headers import NAME, read_header
 from causalreel.weights.files import PICKLE_SUFFIXES, read_metadata, read_tensors
 from causalreel.weights.lora_config import Scales, in_metadata, read_adapter_config
-from causalreel.weights.lora_names import LINEAR, Key, is_adapter, understand
+from causalreel.weights.lora_names import Key, is_adapter, understand
 from causalreel.weights.strict import check_finite
 
 TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
@@ -400,12 +400,3 @@ def check_together(loras: Sequence[tuple[Lora, float]]) -> None:
             both = next((name for name in other.touched() if name in mine), None)
             if other is not lora and both is not None:
                 raise ValueError(f"{lora.source} is a DoRA and {other.source} changes {both} too: they do not add")
-
-
-def linear_layers(lora: Lora) -> list[str]:
-    """The layers of its pairs that are linear."""
-    return [layer for layer in lora.pairs if _inside(layer) in LINEAR]
-
-
-def _inside(layer: str) -> str:
-    return layer.split(".", 2)[2] if layer.startswith("blocks.") else layer

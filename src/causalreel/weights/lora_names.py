@@ -25,15 +25,14 @@ IMAGE_OUTER = {
 }
 """Layers of image-to-video networks: Wan2.1's name -> diffusers'."""
 
-INSIDE = {ours: theirs for ours, theirs in INNER.items() if ours != "modulation"} | IMAGE_INNER
-"""Layers in a block, behind `blocks.N.`: Wan2.1's name -> diffusers'."""
-OUTSIDE = {ours: theirs for ours, theirs in OUTER.items() if ours != "head.modulation"} | IMAGE_OUTER
-"""Layers outside the blocks."""
-LINEAR = {
-    name for name in (*INSIDE, *OUTSIDE) if not re.search(r"norm|proj\.[04]$", name) and name != "patch_embedding"
-}
-"""Those that are linear."""
+CAMERA_INNER = {"self_attn.prope_o": "attn1.prope_o"}
+CAMERA_OUTER = {f"{name}_embedding.{i}": f"{name}_embedding.{i}" for name in ("camera", "action") for i in (0, 2)}
+"""Layers of networks that take cameras and actions (`nn.camera`), which diffusers does not have."""
 
+INSIDE = {ours: theirs for ours, theirs in INNER.items() if ours != "modulation"} | IMAGE_INNER | CAMERA_INNER
+"""Layers in a block, behind `blocks.N.`: Wan2.1's name -> diffusers'."""
+OUTSIDE = {ours: theirs for ours, theirs in OUTER.items() if ours != "head.modulation"} | IMAGE_OUTER | CAMERA_OUTER
+"""Layers outside the blocks."""
 PREFIXES = (
     "base_model.model.",
     "model.",
