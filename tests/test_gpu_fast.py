@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 import causalreel
 from causalreel.infer.accelerate import accelerate as accelerate_pipeline
+from causalreel.infer.pipeline import Pipeline
 from causalreel.nn import kernels
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
@@ -20,6 +22,7 @@ from causalreel.nn.split_attention import attend_split
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
 from causalreel.types import Conditioning, LatentSpec
+from causalreel.weights.files import write_tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -150,3 +153,23 @@ def test_the_tiny_model_makes_the_same_video_accelerated_and_ahead() -> None:
         video = torch.cat(list(pipeline.stream(prompt, seed=3, ahead=ahead)), 1).cpu()
         assert video.shape == exact.shape
         assert (video - exact).abs().mean() < 0.03  # bfloat16 against float32; another video differs by 0.3
+
+
+def test_strengths_of_loras_are_set_in_recorded_calls(tmp_path: Path) -> None:
+    """In the memory that recordings read: as if the pipeline had been loaded with them, and back to the model alone."""
+    place, layer = tmp_path / "style.safetensors", "blocks.0.self_attn.k"
+    width = causalreel.load("tiny", device="cpu").export.model.dim
+    pair = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0))
+    write_tensors(place, {f"{layer}.lora_A.weight": 0.3 * pair[0], f"{layer}.lora_B.weight": 0.3 * pair[1].t()})
+
+    def video(pipeline: Pipeline) -> torch.Tensor:
+        return torch.cat(list(pipeline.stream("a large red circle moves right", seed=5)), 1).cpu()
+
+    made = accelerate_pipeline(causalreel.load("tiny", device="cuda", loras=[(place, 1.0)]))
+    strong = video(made)
+    for strength in (0.4, 0.0):
+        made.set_loras({"style": strength})
+        fresh = accelerate_pipeline(causalreel.load("tiny", device="cuda", loras=[(place, strength)]))
+        states = made.denoiser.state_dict(), fresh.denoiser.state_dict()
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+        assert relative(video(made), video(fresh)) < 1e-2 < relative(video(made), strong)
