@@ -16,7 +16,7 @@ from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, FrameMask, frame_mask, frames_of
 from causalreel.nn.presets import ModelConfig
-from causalreel.nn.split_attention import Work, attend_split, parts_of, rectangles, work_of
+from causalreel.nn.split_attention import Work, attend_split, fills, parts_of, rectangles, work_of
 from causalreel.nn.static_cache import CacheMemory, StaticCache
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
@@ -331,3 +331,8 @@ def test_keys_are_cut_where_waves_are_empty() -> None:
     }
     assert {(q, n): parts_of(q, 12, n * one, 132) for q, n in best} == best
     assert parts_of(100, 2, 101, 132) == 1  # a prime number of keys
+
+
+def test_what_fills_a_gpu() -> None:
+    """Then training rolls out through the inference path: one frame of Wan2.1 at 480x832 does, a tiny one does not."""
+    assert fills(1560, 12, 132) and not fills(3 * 16, 4, 132)

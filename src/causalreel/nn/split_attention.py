@@ -78,6 +78,11 @@ def _cost(queries: int, heads: int, keys: int, parts: int, processors: int) -> f
     return waves * keys * WAVE_US + (MERGE_US + parts * queries * PART_US if parts > 1 else 0)
 
 
+def fills(queries: int, heads: int, processors: int) -> bool:
+    """Whether so many queries of one sample keep all processors busy: samples may then come one after the other."""
+    return _tiles(queries, heads) >= processors
+
+
 def _tiles(queries: int, heads: int) -> int:
     return -(-queries // TILE) * heads
 

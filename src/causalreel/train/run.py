@@ -31,6 +31,7 @@ from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
 from causalreel.nn.lora import LoRAConfig
+from causalreel.nn.split_attention import fills, processors_of
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.fast import accelerate
 from causalreel.parallel.graphs import graph_calls
@@ -52,7 +53,7 @@ from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.state import choose_device, resumable
 from causalreel.train.stored import Store
 from causalreel.train.trainer import Result, TrainerConfig
-from causalreel.types import Conditioning
+from causalreel.types import Conditioning, LatentSpec
 from causalreel.weights.export import (
     MODEL,
     Export,
@@ -358,13 +359,24 @@ def _causal_cd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built
     return _compiled(recipe, stage), made.source, "target", sampling
 
 
+def _is_recorded(sampler: DiTDenoiser, chunk: int, spec: LatentSpec, device: torch.device) -> bool:
+    """Whether rollouts go through the inference path: on one GPU, of networks that it computes, where a chunk of one
+    clip fills it. Small clips are faster together, in compiled blocks; the inference path takes them one by one.
+    """
+    config = sampler.config
+    if config.camera == "prope" or torch.distributed.is_initialized():
+        return False
+    queries = chunk * spec.height * spec.width // config.patch**2
+    return fills(queries, config.heads, processors_of(device))
+
+
 def _dmd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: DMDConfig = recipe.settings
     sampling = Sampling(chunk=c.chunk, steps=c.steps, first_steps=c.first_steps, shift=c.shift)
     viewer = Viewer(made.codec, c.sigmas, chunk=c.chunk, first=c.first_sigmas)
     stage = DMD(c, **made.roles, null=made.null, viewer=viewer)
     if device.type == "cuda" and recipe.speed != "plain" and stage.sampler is not stage.student:
-        can_be_fast = stage.sampler.config.camera != "prope" and not torch.distributed.is_initialized()
+        can_be_fast = _is_recorded(stage.sampler, c.chunk, made.spec, device)
         (accelerate if can_be_fast else compile_blocks)(stage.sampler)
     return _compiled(recipe, stage), made.source, "average", sampling
 

@@ -70,7 +70,6 @@ class DMDConfig:
             raise ValueError(f"critic_repeats must be 1 to {self.critic_updates}, got {self.critic_repeats}")
         if self.critic_rollouts is not None and not 1 <= self.critic_rollouts <= self.critic_samples:
             raise ValueError(f"critic_rollouts must be 1 to {self.critic_samples}, got {self.critic_rollouts}")
-
         if self.student_samples == "critic" and self.critic_rollouts not in (None, self.critic_samples):
             raise ValueError("student_samples: critic needs critic_rollouts: null, so that a rollout is of one batch")
 
