@@ -28,6 +28,7 @@ from causalreel.cli.live import Serve, serve
 from causalreel.cli.measuring import Bench, EstimateMemory, Evaluate, Verify, bench, estimate_memory, evaluate, verify
 from causalreel.cli.parsing import parse
 from causalreel.cli.playing import Replay, Stream, replay, stream
+from causalreel.cli.policies import DrawPolicy, draw_policy
 from causalreel.cli.training import Encode, Train, encode, train
 from causalreel.cli.videos import Generate, generate
 from causalreel.foreign import shown
@@ -47,6 +48,7 @@ Command: TypeAlias = (
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[EstimateMemory, subcommand("estimate")]
+    | Annotated[DrawPolicy, subcommand("policy")]
     | Annotated[Serve, subcommand("serve")]
 )
 
@@ -64,6 +66,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Verify: verify,
     Bench: bench,
     EstimateMemory: estimate_memory,
+    DrawPolicy: draw_policy,
     Serve: serve,
 }
 
