@@ -39,7 +39,8 @@ class Generate(MannerFlags):
     """
 
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]")] = ()
-    """What to show; the seed of each further prompt is one higher."""
+    """What to show; the seed of each further prompt is one higher. "a[5s] | b[10s] | c[5s#]" shows one after the other,
+    # in a new scene."""
     output: Annotated[str, arg(aliases=["-o"], metavar="PATH")] = "out.mp4"
     """Video file (.mp4, .mkv, .mov, .webm, .gif), or a folder, which a slash at the end says."""
     prompt_file: Path | None = None
@@ -96,7 +97,8 @@ def _generate(args: Generate, mesh: Mesh | None, made: contextlib.ExitStack) -> 
     pipeline = args.load(device=device, gpus=gpus, graphs=len(wanted) > 1)
     pipeline = spread(pipeline, mesh, decode_device=args.decode_device)
     prompts = [one.prompt for one in wanted]
-    pipeline.text.encode(prompts)  # all of them are understood before the first is made
+    for request in requests:
+        pipeline.text.encode(request().check(pipeline, None).prompts)  # understood before the first is made
     scale = pixel_scale(pipeline) if args.scale is None else args.scale
     shown: list[Tensor] = []
     if is_folder and (mesh is None or mesh.rank == 0):

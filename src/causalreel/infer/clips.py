@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from causalreel.infer.schedule import Schedule, adapt, schedule
+from causalreel.infer.scripts import Spoken, Spread, chunks_of, is_script, read_script, spread
 from causalreel.types import Geometry, TextEncoder
 from causalreel.weights.export import Export, Sampling
 
@@ -70,12 +71,33 @@ class ClipRequest:
         length = 0 if given is None else model.geometry.latents_of(given.shape[1], name="the prefix")
         sampling = adapt(model.sampling, steps=self.steps, chunk=self.chunk)
         how: dict[str, Any] = {"trained": model.export.frames, "context": model.export.context}
-        plan = schedule(sampling, model.geometry, **how, frames=self.frames, prefix=length)
+        script = self._script(prompts, sampling.chunk)
+        frames = self.frames if self.frames is not None or not script else _length(script, sampling, model)
+        plan = schedule(sampling, model.geometry, **how, frames=frames, prefix=length)
+        spoken = None
+        if script and sampling.chunk is not None:
+            counts = chunks_of(script, per_second=_per_second(model), chunk=sampling.chunk)
+            spoken = spread(counts, script, [sampling.chunk] * (plan.frames // sampling.chunk))
+            prompts, seeds_of = [one.text for one in script], seeds * len(script)
+        else:
+            seeds_of = seeds
         if encoder is not None:
-            pictures = [None] * len(prompts) if given is None else given[:, -1]
-            words = zip(prompts, seeds, pictures, strict=True)
+            pictures = [None] * len(prompts) if given is None else list(given[:, -1])
+            pictures += [None] * (len(prompts) - len(pictures))  # only a script's first prompt begins with one
+            words = zip(prompts, seeds_of, pictures, strict=True)
             prompts = [encoder.complete(prompt, seed, picture) for prompt, seed, picture in words]
-        return CheckedClips(prompts, seeds, plan, given)
+        return CheckedClips(prompts, seeds, plan, given, spoken)
+
+    @staticmethod
+    def _script(prompts: Sequence[str], chunk: int | None) -> tuple[Spoken, ...]:
+        """The prompts by time of the only clip; none if no prompt says times."""
+        if not any(is_script(prompt) for prompt in prompts):
+            return ()
+        if len(prompts) > 1:
+            raise ValueError(f"a prompt with times is made alone, not in a batch of {len(prompts)}")
+        if chunk is None:
+            raise ValueError("prompts by time need an autoregressive model; this one generates whole clips")
+        return read_script(prompts[0])
 
     def fields_for(self, frames: int) -> dict[str, Tensor]:
         """Name -> (B,F,...) of the clips' latent frames; ValueError for a field of another number of them."""
@@ -99,6 +121,20 @@ class CheckedClips:
     plan: Schedule
     prefix: Tensor | None
     """Pixels (B,T,3,H,W) that the clips begin with."""
+    spread: Spread | None = None
+    """Where a script's prompts, which `prompts` then are, are read in the only clip."""
+
+
+def _per_second(model: Model) -> float:
+    """Latent frames of a second."""
+    return model.export.fps / model.geometry.temporal
+
+
+def _length(script: Sequence[Spoken], sampling: Sampling, model: Model) -> int | None:
+    """Pixel frames of a script that says how long everything is shown; None if its end is open."""
+    counts = chunks_of(script, per_second=_per_second(model), chunk=sampling.chunk or 1)
+    total = sum(count or 0 for count in counts) * (sampling.chunk or 1)
+    return None if None in counts else model.geometry.frames_of(total)
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

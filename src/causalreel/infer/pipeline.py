@@ -102,7 +102,10 @@ class Pipeline:
     def _checked(self, request: ClipRequest) -> tuple[CheckedClips, Conditioning]:
         checked = request.check(self, self.text)
         fields = request.fields_for(checked.plan.frames)
-        conditioning = Conditioning(self.text.encode(checked.prompts), fields).to(self.device)
+        conditioning, spread = Conditioning(self.text.encode(checked.prompts), fields), checked.spread
+        if spread is not None:
+            conditioning = Conditioning(conditioning.text.unsqueeze(0), fields, spread.prompts, spread.cuts)
+        conditioning = conditioning.to(self.device)
         self.denoiser.model.check_fields(conditioning, checked.plan.frames)
         return checked, conditioning
 

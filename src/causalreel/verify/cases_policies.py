@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from causalreel.infer.scripts import chunks_of, read_script, spread
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import frames_of
 from causalreel.nn.policies.deep_forcing import DeepForcing
@@ -135,6 +137,8 @@ def policies(case: Case, found: Findings) -> None:
     frames = case.tensors["in.noise"].shape[1]
     sizes = [first, *[chunk] * ((frames - first) // chunk)]
     conditioning = _conditioning(case, sizes)
+    if "segments" in case.config:
+        _segments(case, found, sizes, chunk)
     student = Released(net, tell=in_float32)
     noise = RecordedNoise(case.tensors["in.noise"], [draw for _, draw in case.draws("renoise")])
     cache = net.new_cache()
@@ -187,6 +191,16 @@ def _conditioning(case: Case, sizes: list[int]) -> Conditioning:
     prompts = tuple(n for n, size in zip(numbers, sizes, strict=True) for _ in range(size))
     cuts = tuple(block in cut_at for block, size in enumerate(sizes) for _ in range(size))
     return Conditioning(text, prompts=prompts, cuts=cuts)
+
+
+def _segments(case: Case, found: Findings, sizes: list[int], chunk: int) -> None:
+    """Prompts by time, four latent frames a second."""
+    script = read_script(case.config["segments"])
+    spoken = spread(chunks_of(script, per_second=4, chunk=chunk, first=sizes[0]), script, sizes)
+    starts = list(accumulate(sizes, initial=0))[:-1]
+    found.add_exact("prompts by time", [spoken.prompts[start] for start in starts], case.config["prompt_of_block"])
+    cuts = [block for block, start in enumerate(starts) if spoken.cuts[start]]
+    found.add_exact("scene cuts by time", cuts, case.config["cut_at_block"])
 
 
 def _number(name: str) -> int:
