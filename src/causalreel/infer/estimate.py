@@ -61,6 +61,8 @@ class Request:
     """Latent frames of a clip; None: endless, which needs a window."""
     steps: int = 4
     """Denoising steps of a chunk."""
+    joint: int = 1
+    """Chunks that are denoised together: as many as steps in a rolling plan."""
     batch: int = 1
     """Clips made together."""
     guided: bool = False
@@ -132,9 +134,11 @@ class Request:
 
     @property
     def fresh(self) -> int:
-        """Latent frames of the largest call: two chunks, because a commit travels with the next chunk's first step."""
+        """Latent frames of the largest call: two chunks, because a commit travels with the next chunk's first step; or
+        all that a rolling plan denoises together."""
         is_fused = self.chunk is not None and self.frames != self.chunk
-        return 2 * self.chunk if is_fused and self.chunk else self.chunk or self.window
+        together = max(2, self.joint) * (self.chunk or 0)
+        return min(together, self.frames or together) if is_fused else self.chunk or self.window
 
     @property
     def kept(self) -> int:

@@ -228,6 +228,7 @@ def _asked_by(export: Export, sampling: Sampling) -> dict[str, Any]:
         "latent": export.latent,
         "chunk": sampling.chunk,
         "steps": _count(sampling),
+        "joint": _count(sampling) if sampling.plan == "rolling" else 1,
         "guided": sampling.guidance != 1,
     }
 
