@@ -471,7 +471,8 @@ def test_adapters_are_named_and_not_taken_for_networks(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     ("files", "parts"),
     [
-        ((".metadata", "__0_0.distcp"), ("DCP", "dcp_to_torch")),
+        ((".metadata", "__0_0.distcp"), ("distributed checkpoint", "damaged")),
+        ((".metadata", "manifest.json", "trainer.pt"), ("checkpoint of a training run", "export")),
         (("model.pt",), ("model.pt; name that file", "model.pt")),
         (("a.pt", "b.pt"), ("2 PyTorch files", "a.pt")),
         (("zero_to_fp32.py", "latest"), ("DeepSpeed", "zero_to_fp32.py")),

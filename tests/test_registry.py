@@ -155,6 +155,9 @@ def test_files_and_the_weights_inside(name: str, path: str, which: str | None) -
         ("self-forcing", 28),
         ("causal-forcing/chunkwise-ar-diffusion", 350),
         ("wan2.1-t2v-14b", 50),
+        ("causal-forcing/longvideo", 28),
+        ("causal-rcm/framewise-2step-noisy", 44),
+        ("causal-rcm/chunkwise-2step", 16),
     ],
 )
 def test_denoising_calls_of_a_training_clip(name: str, calls: int) -> None:

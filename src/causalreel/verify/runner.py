@@ -45,6 +45,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c15": lambda case: cases_data.lmdb,
     "c16": lambda case: cases_sampler.rcm_sampler,
     "c17": cases_policies.handler,
+    "c18": cases_checkpoints.handler,
     "c20": lambda case: cases_lora.loras,
     "c21": lambda case: cases_control.controls,
     "c23": lambda case: cases_data.foreign,

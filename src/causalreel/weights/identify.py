@@ -94,7 +94,7 @@ def guess_kind(names: Iterable[str]) -> Kind | None:
 
 SUFFIXES = {
     ".gguf": "a GGUF file, whose quantised weights are not read",
-    ".distcp": "a part of a distributed checkpoint (DCP); name its folder to hear what converts it",
+    ".distcp": "a part of a distributed checkpoint (DCP); name its folder",
     ".onnx": "an ONNX program",
     ".engine": "a TensorRT program",
     ".msgpack": "weights of Flax",
@@ -111,11 +111,6 @@ def folder_in_words(folder: Path) -> str | None:
     """What a folder without weights that are read here holds instead, and what would load or convert it."""
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), 10_000))
     pickles = [name for name in names if Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin")]
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        return (
-            "it is a distributed checkpoint of PyTorch (DCP); python -m torch.distributed.checkpoint.format_utils "
-            f"dcp_to_torch {folder} model.pt converts it"
-        )
     if "zero_to_fp32.py" in names or any("model_states" in name for name in pickles):
         return f"it is a checkpoint of DeepSpeed; python zero_to_fp32.py {folder} OUT, which lies in it, converts it"
     if "manifest.json" in names and "trainer.pt" in names:

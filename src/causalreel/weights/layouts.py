@@ -1,6 +1,6 @@
 """From a file's layout to the network's names, and back, strictly.
 
-Our parameter names are Wan2.1's. Four layouts are read and written:
+Our parameter names are Wan2.1's; what Causal-rCM writes is in `weights.rcm`. Four layouts are read and written:
 
     wan        bare names: .safetensors, one or in shards with an index, or the folder of them
     official   released Causal Forcing and Self Forcing .pt: a top-level key chooses the weights (raw or averaged),
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from causalreel.foreign import TEXT_BYTES, number_of, ordinary_file, read_json, shown
 from causalreel.headers import NAME
 from causalreel.nn.presets import ModelConfig
+from causalreel.weights import rcm
 from causalreel.weights.diffusers import from_diffusers, to_diffusers
 from causalreel.weights.files import PICKLE_SUFFIXES, read_shards, read_tensors
 from causalreel.weights.identify import LORA, config_of, describe, folder_in_words, guess_layout
@@ -35,8 +36,9 @@ log = logging.getLogger(__name__)
 
 LAYOUTS = ("wan", "official", "diffusers", "comfyui")
 
-TOP_LEVEL = ("generator", "model", "generator_ema")
-"""Top-level keys of released .pt files, in the order tried when none is asked for, as the released trainers do."""
+TOP_LEVEL = ("generator", "model", "generator_ema", "net_ema", "net")
+"""Top-level keys of released .pt files, in the order tried when none is asked for, as the released trainers do; and the
+prefixes of networks that lie side by side."""
 
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 """Name segments that FSDP, activation checkpointing, compile and DataParallel leave behind."""
@@ -82,9 +84,12 @@ def read_network(path: str | Path, which: str | None = None) -> Network:
     which: a top-level key of a .pt file, such as generator_ema; None is the first of generator, model, generator_ema.
     """
     path = _settle(Path(path))
-    found = read_shards(path) if path.name.endswith(".index.json") else read_tensors(path)
+    if path.is_dir():
+        found: Mapping[str, Any] = rcm.read_folder(path)
+    else:
+        found = read_shards(path) if path.name.endswith(".index.json") else read_tensors(path)
     facts = {} if path.suffix in PICKLE_SUFFIXES else _facts(path.parent)
-    tensors, key = choose(found, which, source=str(path))
+    tensors, key = choose(rcm.by_network(found), which, source=str(path))
     try:
         bare = bare_names(tensors)
     except ValueError as error:
@@ -92,6 +97,7 @@ def read_network(path: str | Path, which: str | None = None) -> Network:
     layout = _layout(tensors, bare, key, path)
     if layout == "diffusers":
         bare = {from_diffusers(name): value for name, value in bare.items()}
+    bare = rcm.with_convolution(bare)
     _refuse_quantised(bare, path)
     return Network(bare, layout, key, facts, str(path))
 
@@ -184,8 +190,10 @@ def keys_of(path: str | Path) -> list[str]:
 
 
 def _settle(path: Path) -> Path:
-    """A folder -> the index or the file in it; a file as it is."""
+    """A folder -> the index or the file in it, or the distributed checkpoint that it is; a file as it is."""
     if path.is_dir():
+        if (folder := rcm.folder_of(path)) is not None:
+            return folder
         if not any(path.glob("*.safetensors*")) and (path / "transformer").is_dir():
             path = path / "transformer"  # the folder of a diffusers pipeline
         indices = sorted(path.glob("*.safetensors.index.json"))
@@ -244,10 +252,11 @@ def _refuse_quantised(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _no_generator(nested: list[str]) -> str:
     if any(key.endswith("_lora") for key in nested):
         return f"no network in the file but a LoRA ({shown(', '.join(nested), 300)}); {LORA}"
-    if "critic" in nested:
+    if "critic" in nested or "net_fake_score" in nested:
+        critic = "critic" if "critic" in nested else "net_fake_score"
         return (
             f"no generator in the file: it has {shown(', '.join(nested), 300)}; a critic scores videos and makes none "
-            f"(--which critic would load it all the same)"
+            f"(--which {critic} would load it all the same)"
         )
     return (
         f"no known network in the file: it has {shown(', '.join(nested), 300)}, none of {', '.join(TOP_LEVEL)}; "

@@ -7,12 +7,14 @@ What no release says is marked as an assumption where it stands.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from causalreel.families.family import ReleasedModel
 from causalreel.nn.policies.rolling_forcing import RollingForcing
 from causalreel.weights.export import Sampling
 from causalreel.weights.hub import HubFile
 
-CF, SF = "zhuhz22/Causal-Forcing", "gdhe17/Self-Forcing"
+CF, SF, RCM = "zhuhz22/Causal-Forcing", "gdhe17/Self-Forcing", "worstcoder/rcm-Wan"
 WAN_SMALL, WAN_LARGE = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B"
 
 FOUR = (1000.0, 750.0, 500.0, 250.0)
@@ -55,6 +57,36 @@ def _stages(kind: str, chunk: int) -> tuple[ReleasedModel, ...]:
             Sampling(chunk, FOUR),
         ),
     )
+
+
+RCM_FOUR = (1600 / 1601, 15 / 16, 5 / 6, 5 / 8)
+"""Noise levels of Causal-rCM, exactly: the first is not 1."""
+
+
+def _rcm(kind: str, chunk: int) -> Iterator[ReleasedModel]:
+    """The final models of Causal-rCM (arXiv 2606.25473), whose frame-wise 1-step form shares the file of 2 steps."""
+    forms = {
+        "4step": ("step4", (), None),
+        "2step": ("step2", (RCM_FOUR[0], 5 / 6), None),
+        "2step-noisy": ("step2_noisy_ctx", (RCM_FOUR[0], 5 / 8), 1),
+    } | ({"1step": ("step2", RCM_FOUR[:1], None)} if chunk == 1 else {})
+    for name, (file, further, noisy_from) in forms.items():
+        first = "" if name == "4step" else " (first chunk 4)"
+        context = ", noisy context" if noisy_from is not None else ""
+        yield ReleasedModel(
+            f"causal-rcm/{kind}-{name}",
+            f"{name[0]} step{'s' * (name[0] != '1')}{first}, {kind}: Causal-rCM{context}",
+            (HubFile(RCM, f"Causal_rCM_Wan2.1_T2V_1.3B_480p_TF-dCM-init_SF-DMD_c{chunk}-{chunk}_{file}.pt", 2.84),),
+            None,
+            "wan-1.3b",
+            Sampling(
+                chunk,
+                FOUR,
+                levels=(RCM_FOUR, further) if further else (RCM_FOUR,),
+                noisy_from=noisy_from,
+                times="bfloat16",
+            ),
+        )
 
 
 MODELS = (
@@ -101,6 +133,8 @@ MODELS = (
     ),
     *_stages("chunkwise", 3),
     *_stages("framewise", 1),
+    *_rcm("framewise", 1),
+    *_rcm("chunkwise", 3),
     ReleasedModel(
         "self-forcing",
         "Self Forcing with DMD: 4 steps, 3 latent frames at a time",

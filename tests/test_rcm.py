@@ -1,0 +1,93 @@
+"""Causal-rCM's files: networks under prefixes, the linear patch embedding, folders of distributed checkpoints."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from causalreel.nn.dit import DiT
+from causalreel.nn.presets import ModelConfig
+from causalreel.weights.build import load_denoiser
+from causalreel.weights.layouts import read_network
+
+CONFIG = ModelConfig(dim=12, ffn_dim=16, heads=1, layers=1, text_dim=16, text_length=8, freq_dim=16)
+
+
+def network(seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {name: torch.randn_like(value) for name, value in DiT(CONFIG).state_dict().items()}
+
+
+def as_theirs(tensors: dict[str, Tensor], prefix: str = "net") -> dict[str, Tensor]:
+    linear = tensors | {"patch_embedding.weight": tensors["patch_embedding.weight"].flatten(1)}
+    return {f"{prefix}.{name}": value for name, value in linear.items()}
+
+
+def equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def save_folder(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def test_files_and_folders_are_read_whole(tmp_path: Path) -> None:
+    student, average, critic = network(1), network(2), network(3)
+    torch.save(as_theirs(student), tmp_path / "net.pt")
+    equal(read_network(tmp_path / "net.pt").tensors, student)
+    both = as_theirs(student) | as_theirs(average, "net_ema") | as_theirs(critic, "net_fake_score")
+    torch.save(both, tmp_path / "all.pt")
+    equal(read_network(tmp_path / "all.pt").tensors, average)
+    equal(read_network(tmp_path / "all.pt", "net").tensors, student)
+    equal(read_network(save_folder(tmp_path / "alone", as_theirs(student))).tensors, student)
+    save_folder(tmp_path / "iter_000000050" / "model", both)
+    equal(read_network(tmp_path / "iter_000000050").tensors, average)
+    equal(read_network(tmp_path / "iter_000000050" / "model").tensors, average)
+    assert load_denoiser(tmp_path / "iter_000000050", CONFIG).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "__0_0.distcp").unlink(), "data file __0_0.distcp is missing"),
+        (lambda f: (f / ".metadata").unlink(), "not a checkpoint folder"),
+        (lambda f: (f / "__0_0.distcp").write_bytes(b"x" * 100), "cut off"),
+        (lambda f: _overwrite(f / "__0_0.distcp"), "damaged there"),
+        (lambda f: (f / ".metadata").write_bytes(b"\x80\x04nonsense"), "damaged"),
+        (lambda f: (f / ".metadata").write_bytes(pickle.dumps(print)), "builtins.print.*refused"),
+        (lambda f: (f / ".metadata").write_bytes(pickle.dumps({"no": "index"})), "damaged"),
+    ],
+)
+def test_a_broken_folder_is_one_line(tmp_path: Path, break_it, message: str) -> None:
+    folder = save_folder(tmp_path / "model", as_theirs(network()))
+    break_it(folder)
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_network(folder)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+def _overwrite(file: Path) -> None:
+    file.write_bytes(b"\0" * file.stat().st_size)
+
+
+def test_what_is_no_generator_or_does_not_fit_is_named(tmp_path: Path) -> None:
+    torch.save(as_theirs(network(), "net_fake_score"), tmp_path / "critic.pt")
+    with pytest.raises(ValueError, match="no generator in the file: it has net_fake_score"):
+        read_network(tmp_path / "critic.pt")
+    narrow = as_theirs(network())
+    narrow["net.patch_embedding.weight"] = narrow["net.patch_embedding.weight"][:, :60]
+    torch.save(narrow, tmp_path / "narrow.pt")
+    with pytest.raises(ValueError, match=r"patch_embedding.weight has the wrong shape"):
+        load_denoiser(tmp_path / "narrow.pt", CONFIG)
+    lacking = as_theirs(network())
+    del lacking["net.blocks.0.self_attn.norm_k.weight"]
+    torch.save(lacking, tmp_path / "lacking.pt")
+    with pytest.raises(ValueError, match=r"1 names missing .first: blocks.0.self_attn.norm_k.weight"):
+        load_denoiser(tmp_path / "lacking.pt", CONFIG)
