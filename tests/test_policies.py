@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from by_hand import Past, Read, frames_at, from_scratch
 from causalreel import config
+from causalreel.infer.estimate import estimate
+from causalreel.infer.live import Live, encode_prompt
+from causalreel.infer.live import Policy as LivePolicy
+from causalreel.infer.manner import Manner
+from causalreel.infer.models import load, request_for
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import frames_of
@@ -323,3 +328,36 @@ def test_exports_name_the_policy_and_its_numbers(policy: ContextPolicy) -> None:
         with pytest.raises(ValueError, match="context: one key must choose the variant: policy: 'rolling-sink'"):
             config.loads(wrong, Export)
     assert all(field.default is not dataclasses.MISSING for field in dataclasses.fields(policy))  # type: ignore[arg-type]
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize("asked", ["memrope", "rolling-sink", "infinity-rope", "deep-forcing", "rolling"])
+def test_a_live_stream_goes_on_with_every_policy(asked: str) -> None:
+    manner = Manner(plan="rolling", any_plan=True) if asked == "rolling" else Manner(asked)
+    pipeline = load("tiny", manner=manner)
+    red, blue = (encode_prompt(pipeline, f"a large {colour} square moves left") for colour in ("red", "blue"))
+    live = Live(pipeline, red, seed=1, policy=LivePolicy.of(pipeline.export, pipeline.sampling, "slide"))
+    with torch.no_grad():
+        starts = [live.next_chunk().start for _ in range(20)]
+        live.tell(blue, mode="switch")
+        starts.append(live.next_chunk().start)
+        live.tell(red, mode="recompute")
+        last = live.next_chunk()
+    assert starts == list(range(21)) and last.start == 21 and torch.isfinite(last.latents).all() and live.segments == 2
+
+
+def test_estimates_know_what_is_held() -> None:
+    """A rolling plan denoises four chunks together; policies hold what they say, in growing and fixed caches."""
+    rolling = request_for("causal-forcing/longvideo", frames=0)
+    assert (rolling.fresh, rolling.kept, rolling.places) == (12, 24, None)
+    how = {"chunk": 3, "frames": None}
+    for policy, kept, places in (
+        (RollingSink(sink_chunks=3, recent_chunks=2), 21, 27),
+        (InfinityRope(cache_chunks=5), 15, 21),
+        (MemRope(), 9, None),
+        (DeepForcing(), 16, None),
+    ):
+        asked = dataclasses.replace(rolling, context=policy, joint=1, **how)
+        assert (asked.kept, asked.places) == (kept, places) and estimate(asked).least > 0
