@@ -23,7 +23,7 @@ from causalreel.families import FAMILIES, MODELS, owner_of, released, wan21
 from causalreel.families.family import Decoder, ReleasedModel
 from causalreel.families.files import model_files
 from causalreel.infer import released as building
-from causalreel.infer.models import load
+from causalreel.infer.models import load, request_for
 from causalreel.infer.released import TwoCodecs, choose_dtype
 from causalreel.infer.schedule import schedule
 from causalreel.nn.presets import ModelConfig
@@ -31,7 +31,7 @@ from causalreel.text.fixed import FixedTextEncoder
 from causalreel.types import Geometry, LatentSpec
 from causalreel.weights import hub, identify
 from causalreel.weights.build import random_denoiser
-from causalreel.weights.export import Export
+from causalreel.weights.export import Export, save_export
 from causalreel.weights.hub import HubFile
 
 SMALL = ModelConfig(dim=16, ffn_dim=24, heads=2, layers=2, text_dim=8, text_length=6, freq_dim=16)
@@ -552,3 +552,25 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"chunkwise-ar-diffusion .* 50 unipc, guidance 3 .* generator ", shown)
     assert cli.main(["models", "--names"]) == 0
     assert set(MODELS) < set(capsys.readouterr().out.split())
+
+
+def test_an_export_of_ones_own_finds_the_files_of_its_family(place: Path) -> None:
+    made = load(CF_2STEP, weights="random", **FAST)
+    folder = save_export(
+        place / "mine", made.denoiser, dataclasses.replace(made.export, name="mine"), dtype=torch.float32
+    )
+    files = wan_dir(place / "wan")
+    again = load(folder, wan_dir=files, device="cpu")
+    assert again.size == (32, 48) and again.export.family == "wan21" and again.export.codec == "wan"
+    assert torch.equal(again.generate("x", frames=5), made.generate("x", frames=5))
+    fast = load(folder, wan_dir=files, decoder="taehv", device="cpu")
+    assert isinstance(fast.codec, TwoCodecs)
+    request = request_for(folder, form="eager")
+    assert request.decoder == CODEC and request.text_encoder == "cpu" and dict(request.decoders) == {"taehv": CODEC}
+    (files / wan21.TEXT_FILE.path).unlink()
+    with pytest.raises(ValueError, match=r"mine needs 1 files .*models_t5_umt5-xxl-enc-bf16.pth"):
+        load(folder, wan_dir=files, device="cpu")
+    with pytest.raises(ValueError, match="height: only for released models"):
+        load(folder, wan_dir=files, height=64, device="cpu")
+    with pytest.raises(ValueError, match="decoder must be wan or taehv, got 'vae'"):
+        load(folder, wan_dir=files, decoder="vae", device="cpu")

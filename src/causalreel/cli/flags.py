@@ -74,9 +74,9 @@ class ModelFlags(ThreadFlag):
     """Released models: what makes the pixels, such as taehv, a tiny codec, faster and less exact; default: the model's
     own VAE, wan."""
     height: Annotated[int | None, arg(aliases=["--pixel-height"]), SIDE] = None
-    """Released models: height in pixels, a multiple of 16; default: the model's 480."""
+    """Released models: height in pixels, for Wan2.1 a multiple of 16; default: the model's."""
     width: Annotated[int | None, arg(aliases=["--pixel-width"]), SIDE] = None
-    """Released models: width in pixels, a multiple of 16; default: the model's 832."""
+    """Released models: width in pixels, for Wan2.1 a multiple of 16; default: the model's."""
     steps: Annotated[int | None, Range(1, 1000)] = None
     """Denoising steps per chunk; default: the model's."""
     chunk: Annotated[int | None, CHUNK] = None

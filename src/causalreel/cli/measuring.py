@@ -60,9 +60,9 @@ class EstimateMemory:
     model: str = "wan-1.3b"
     """Released or embedded model, an export's folder, or a size (wan-1.3b, wan-14b)."""
     height: Annotated[int | None, SIDE] = None
-    """Released models: height in pixels, a multiple of 16; default: the model's 480."""
+    """Released models: height in pixels, for Wan2.1 a multiple of 16; default: the model's."""
     width: Annotated[int | None, SIDE] = None
-    """Released models: width in pixels, a multiple of 16; default: the model's 832."""
+    """Released models: width in pixels, for Wan2.1 a multiple of 16; default: the model's."""
     frames: Annotated[int | None, Range(0, 1_000_000)] = None
     """Pixel frames, 1 + 4 (n - 1); default: as many as a training clip. 0 is endless."""
     steps: Annotated[int | None, Range(1, 1000)] = None
