@@ -18,6 +18,7 @@ from causalreel.cli.flags import cache_folder
 from causalreel.cli.parsing import UsageError, check_numbers, flags, numbers, one_sentence, parse
 from causalreel.spelling import distance, nearest
 from causalreel.vocabulary import tokenize
+from patience import PATIENCE_S
 
 NEEDED = {
     "generate": ["a red circle"],
@@ -198,7 +199,7 @@ def test_a_stopped_command_leaves_nothing_and_says_143(tmp_path: Path) -> None:
         while made.poll() is None and not list(tmp_path.iterdir()):  # until it has begun to write
             time.sleep(0.01)
         made.send_signal(signal.SIGTERM)
-        _, said = made.communicate(timeout=120)
+        _, said = made.communicate(timeout=PATIENCE_S)
     finally:
         made.kill()
     assert made.returncode == 143 and b"Traceback" not in said and list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ clients. Whatever comes, the answer is one that is documented, none is a 500, an
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
 import signal
@@ -26,6 +27,7 @@ from causalreel.serve import connections, guard, service
 from causalreel.serve.handle import Limits
 from causalreel.serve.store import Store
 from ceilings import examples, work_within
+from patience import PATIENCE_S
 from served import RED, coded, listening, opened, picture, serving, small_pipeline, until
 
 HANDSHAKE = b"Failed to open a WebSocket connection"
@@ -52,7 +54,7 @@ def session(place: str) -> str:
     return httpx.post(f"http://{place}/v1/sessions", json={"prompt": RED}).json()["id"]
 
 
-def dial(place: str, timeout: float = 30) -> socket.socket:
+def dial(place: str, timeout: float = PATIENCE_S) -> socket.socket:
     host, port = place.split(":")
     return socket.create_connection((host, int(port)), timeout=timeout)
 
@@ -376,23 +378,32 @@ def test_what_is_never_finished_is_given_up(pipeline: Pipeline, monkeypatch: pyt
             assert received(raw).startswith(b"HTTP/1.1 408 ")  # not even a byte
 
 
-def test_many_unfinished_requests_make_room_for_finished_ones(place: str) -> None:
-    held = []
-    try:
-        for number in range(300):
-            held.append(dial(place))
-            head = b"POST /v1/sessions HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 9\r\n"
-            held[-1].sendall(head + (b"\r\n" if number % 2 else b""))
-        assert httpx.get(f"http://{place}/healthz").json() == {"ok": True}
-        gone = 0
-        for raw in held:
-            raw.settimeout(0.01 if gone > 100 else 10)
-            with contextlib.suppress(TimeoutError):
-                gone += not received(raw)
-        assert gone > 100
-    finally:
-        for raw in held:
-            raw.close()
+def test_1200_unfinished_requests_make_room_for_finished_ones(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads and bodies that stop: each is told that it is late, or that there are too many, or closed; health answers
+    all the while, and once they are gone everything does."""
+    monkeypatch.setattr(connections.Connection, "head_s", 1.0)
+    monkeypatch.setattr(guard, "BODY_S", 1.0)
+    monkeypatch.setattr(guard, "DRAIN_S", 0.1)
+    head = b"POST /v1/sessions HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 9\r\n"
+    held, ends = [], collections.Counter()
+    with listening(pipeline, Limits()) as place:
+        try:
+            for number in range(1200):
+                held.append(dial(place))
+                with contextlib.suppress(ConnectionError):
+                    held[-1].sendall(head + (b"\r\n" if number % 2 else b""))
+                if number % 100 == 99:
+                    assert httpx.get(f"http://{place}/healthz", timeout=PATIENCE_S).json() == {"ok": True}
+            for raw in held:
+                ends[received(raw)[9:12].decode()] += 1  # it ends, or the test would wait for ever
+        finally:
+            for raw in held:
+                raw.close()
+        assert ends.total() == 1200 and ends.keys() <= {"408", "503", "429", ""}, ends
+        assert ends["408"] > 50
+        assert httpx.post(f"http://{place}/v1/sessions", json={"prompt": RED}, timeout=PATIENCE_S).status_code == 201
 
 
 def test_only_so_many_pictures_arrive_at_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +459,7 @@ def test_frames_below_the_messages_have_a_rate_too(pipeline: Pipeline, what: str
             raw.write(frames[what] * 400 if what in frames else b"\x81\x82\0\0\0\0\xff\xfe")
             with contextlib.suppress(WebSocketException):
                 while True:
-                    await asyncio.wait_for(stream.recv(), 30)
+                    await asyncio.wait_for(stream.recv(), PATIENCE_S)
             return stream.close_code
 
     with listening(pipeline, Limits(), requests_per_s=1, burst=50) as place:
@@ -469,7 +480,7 @@ def test_a_server_that_is_told_to_end_tells_everybody(tmp_path: Path) -> None:
         place = process.stdout.readline().rpartition("//")[2].strip()
 
         async def run() -> str:
-            asked = httpx.post(f"http://{place}/v1/sessions", json={"prompt": RED}, timeout=60)
+            asked = httpx.post(f"http://{place}/v1/sessions", json={"prompt": RED}, timeout=PATIENCE_S)
             async with connect(f"ws://{place}{asked.json()['stream']}", max_size=None) as stream:
                 while isinstance(await stream.recv(), str):
                     pass
@@ -484,13 +495,13 @@ def test_a_server_that_is_told_to_end_tells_everybody(tmp_path: Path) -> None:
         with dial(place) as upload:
             head = b"POST /v1/sessions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
             upload.sendall(head + b"content-length: 90000\r\n\r\n{")
-            video = httpx.post(f"http://{place}/v1/videos", json={"prompt": RED, "frames": 997}, timeout=60).json()[
-                "id"
-            ]
+            video = httpx.post(
+                f"http://{place}/v1/videos", json={"prompt": RED, "frames": 997}, timeout=PATIENCE_S
+            ).json()["id"]
             ended = json.loads(asyncio.run(run()))
             assert (ended["type"], ended["reason"]) == ("ended", "the server is shutting down")
             assert status_of(received(upload)) == 503
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_S) == 0
         said = process.stderr.read()
         assert "Traceback" not in said and "rror" not in said, said
     store = Store(tmp_path)

@@ -21,7 +21,7 @@ from causalreel.serve import session as module
 from causalreel.serve.records import checked_record, read_record
 from causalreel.serve.session import Options, Session
 from causalreel.weights.export import Sampling
-from ceilings import examples
+from ceilings import examples, work_within
 from test_infer import PROMPTS, pipeline
 from test_live import TWO_STEP
 
@@ -434,6 +434,51 @@ def test_files_that_are_no_records(tmp_path: Path) -> None:
         assert str(error.value).startswith(f"{path}: ") and len(str(error.value)) < 400
     with pytest.raises(FileNotFoundError, match="no replay file at"):
         read_record(tmp_path / "b.json")
+
+
+HOSTILE = """
+import base64, json, zlib
+from causalreel.serve.records import parse_record
+
+def record(pictures=(), **more):
+    commands = [{"at": 0, "name": "image", "arguments": {"image": one}} for one in pictures]
+    return json.dumps({"format": "causalreel-session/1", "model": "tiny", "policy": "renew", "options": {"prompt": "x"},
+        "commands": commands, "chunks": 1} | more).encode()
+
+def picture(height, width, size=None):
+    stream, size = zlib.compressobj(), size or height * width * 3
+    data = b"".join(stream.compress(bytes(1 << 20)) for _ in range(-(-size >> 20))) + stream.flush()
+    return {"height": height, "width": width, "zlib": base64.b64encode(data).decode()}
+
+files = {
+    "one large picture": record([picture(8192, 8191)]),
+    "many": record([picture(1000, 1000)] * 64),
+    "more in it than it says": record([picture(64, 64, 1 << 30)]),
+    "too large": record([picture(8193, 8193, 1)]),
+    "values": b"[" + b"0," * 10_000_000 + b"0]",
+    "nested": record(more=0)[:-1] + b', "x": ' + b"[" * 190_000 + b"]" * 190_000 + b"}",
+    "a long prompt": record(options={"prompt": "x" * (20 << 20)}),
+    "a long key": record(**{"k" * (20 << 20): 1}),
+    "a long number": record(chunks=1)[:-2] + b"1" * (20 << 20) + b"}",
+}
+"""
+READ = """
+for name, data in files.items():
+    try:
+        print(name, len(parse_record(data).commands), sep=": ")
+    except ValueError as error:
+        assert len(str(error)) < 400, name
+        print(name, str(error)[:160], sep=": ")
+"""
+
+
+def test_a_replay_file_takes_no_more_memory_than_its_pictures_may(tmp_path: Path) -> None:
+    """192 MiB are the pixels of all pictures together; none of the rest is held more than a few times."""
+    said = work_within(192 + 160, READ, setup=HOSTILE).output
+    lines = dict(line.split(": ", 1) for line in said.splitlines())
+    assert len(lines) == 9 and lines["one large picture"] == "1" and lines["many"] == "64"
+    assert lines["more in it than it says"] == "1"  # what is beyond its size is never made
+    assert "together" in lines["too large"] and "more than 200000 values" in lines["values"]
 
 
 def test_what_the_frames_depend_on_is_recorded() -> None:

@@ -250,12 +250,22 @@ class _Pixels:
             raise ValueError(f"a record holds at most {MAX_PICTURES + 1} pictures of {MOST_PIXELS} pixels together")
         size = height * width * 3
         try:
-            data = zlib.decompressobj().decompress(base64.b64decode(packed["zlib"], validate=True), size)
+            data = _inflate(base64.b64decode(packed["zlib"], validate=True), size)
         except (ValueError, TypeError, zlib.error) as error:
             raise ValueError(f"the record's picture cannot be read: {error}") from None
         if len(data) != size:
             raise ValueError(f"the record's picture must have {size} bytes, got {len(data)}")
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3)
+        return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3)
+
+
+def _inflate(packed: bytes, most: int) -> bytearray:
+    """At most so many bytes of compressed data, and little more of them in memory than once."""
+    stream, data = zlib.decompressobj(), bytearray()
+    for start in range(0, len(packed), 1 << 14):
+        data += stream.decompress(packed[start : start + (1 << 14)], most - len(data))
+        if len(data) == most:  # 0 more would mean all
+            break
+    return data
 
 
 def pack(picture: Tensor) -> dict[str, Any]:

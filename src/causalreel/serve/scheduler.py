@@ -140,7 +140,8 @@ class Scheduler:
         if self._is_closed:
             raise Busy("the server is shutting down")
         if live >= self.limits.sessions:
-            raise Busy(f"all {self.limits.sessions} sessions are taken")
+            count = self.limits.sessions
+            raise Busy(f"all {count} sessions are taken" if count > 1 else "the only session is taken")
         if self._budget is not None and (live + 1) * self.session_bytes > self.limits.memory_share * self._budget:
             raise Busy(f"no memory for another session: {live} hold {self.session_bytes / 2**20:.0f} MiB each")
 

@@ -28,6 +28,7 @@ const now = {
   id: null,
   state: {},
   isPaused: false,
+  isAway: false, // the connection is
   stepping: false,
   asking: 0, // pause and resume commands without an answer yet
   sent: new Map(), // command number -> {name, at}: when it was asked for, until its first pixels are shown
@@ -54,7 +55,8 @@ const player = new Player($("video"), {
     else if (header.sequence + 1 === now.replay && index + 1 === header.frames) replayed();
   },
   starved() {
-    if (!now.isPaused && !now.stepping && now.stream && !now.stream.isOver) overlay("Waiting for the next chunk");
+    if (now.isPaused || now.stepping || !now.stream || now.stream.isOver) return;
+    overlay(now.isAway ? "No connection, trying again" : "Waiting for the next chunk");
   },
   skipped(count) { say(`${count} frames were skipped to catch up.`); },
 });
@@ -92,7 +94,9 @@ function chunk(header, parts) {
   if (now.stepping) player.budget = Math.max(player.budget, 0) + header.frames;
 }
 
-function measure() { speed.measure(player.rate(), Boolean(!now.isPaused && now.stream && !now.stream.isOver)); }
+function measure() {
+  speed.measure(player.rate(), Boolean(!now.isPaused && !now.isAway && now.stream && !now.stream.isOver));
+}
 
 function undecodable(problem) {
   console.error(problem);
@@ -185,13 +189,19 @@ function join({ id, state, after = -1 }) {
   now.stream = new Stream(now.api, id, query(), {
     hello: (message) => {
       decoder.reset(message.codec);
+      now.isAway = false;
       connection("live", "Live");
       changed(message.state);
     },
     chunk,
     state: (message) => changed(message.state),
     error: (message) => tell(message.message),
-    link: (kind, text) => { connection(kind, text); say(text); },
+    link: (kind, text) => {
+      now.isAway = true;
+      connection(kind, text);
+      say(text);
+      if (kind === "down" && player.isStarved) overlay(text);
+    },
     lost: () => say("Some chunks were missed while the connection was away."),
     taken: () => takenOver(),
     ended: (reason, isError, status) => ended(reason, isError, status),

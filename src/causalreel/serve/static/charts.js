@@ -106,7 +106,7 @@ export class Timeline {
     item.className = "change";
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = prompt;
+    button.append(Object.assign(document.createElement("span"), { textContent: prompt })); // cut to two lines
     button.setAttribute("aria-label", `Prompt from ${time}: ${prompt}. Use it again`);
     button.onclick = () => this.reuse(prompt);
     return button;
