@@ -93,7 +93,8 @@ class Jobs:
 
     def get(self, video: str) -> dict[str, Any]:
         """A record with its progress; ApiError 404."""
-        row = self.store.get(video)
+        with disk():
+            row = self.store.get(video)
         if row is None:
             raise ApiError(404, "no_video", "there is no video of that id")
         return self._seen(row)
@@ -105,7 +106,9 @@ class Jobs:
         if after is not None:
             self.get(after)
             where, values = f"rowid {way[1]} (SELECT rowid FROM videos WHERE id = ?)", [after]
-        return [self._seen(row) for row in self.store.rows(where, *values, order=f"rowid {way[0]}", limit=limit + 1)]
+        with disk():
+            rows = self.store.rows(where, *values, order=f"rowid {way[0]}", limit=limit + 1)
+        return [self._seen(row) for row in rows]
 
     def delete(self, video: str) -> dict[str, Any] | None:
         """Cancel an unfinished video -> its record; remove a finished one -> None."""

@@ -67,6 +67,7 @@ class Store:
         database = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
         try:
             database.row_factory = sqlite3.Row
+            database.execute("PRAGMA locking_mode=EXCLUSIVE")  # no shared index, which a full disk has no room for
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=FULL")
             columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
