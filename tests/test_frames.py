@@ -277,6 +277,36 @@ def test_stream_refuses_before_it_loads(
     assert message in capsys.readouterr().err and not list(place.glob("a.*"))
 
 
+@pytest.mark.parametrize("way", ["at once", "in the script", "restarted in the script"])
+def test_stream_refuses_a_prompt_that_its_picture_contradicts_before_it_loads(
+    place: Path, way: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the beginning, and where a script begins again, by the prompt that is in force then."""
+    monkeypatch.setattr(ModelFlags, "load", None)
+    Image.new("RGB", (64, 64), "white").save(place / "light.png")
+    dark = "a red circle on a dark background"
+    begin = '{"time": 2, "command": "image", "image": "light.png"}\n'
+    scripts = {
+        "in the script": f"1 {dark}\n{begin}",
+        "restarted in the script": f'{begin}{{"time": 3, "command": "restart", "prompt": "{dark}"}}\n',
+    }
+    (place / "script.txt").write_text(scripts.get(way, ""))
+    how = ["--image", "light.png"] if way == "at once" else ["--script", "script.txt"]
+    words = [
+        dark if way == "at once" else "a red circle",
+        "--frames",
+        "50",
+        "-o",
+        "a.mp4",
+        "--model",
+        "tiny/frame-1step",
+    ]
+    assert cli.main(["stream", *words, *how]) == 2
+    said = capsys.readouterr().err
+    time = {"in the script": "script.txt: at 2 s: ", "restarted in the script": "script.txt: at 3 s: "}.get(way, "")
+    assert said.count("\n") == 1 and "dark" in said and time in said and not list(place.glob("a.*")), said
+
+
 def test_replay_makes_the_same_frames(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "script.txt").write_text('0.4 a blue square\n{"time": 0.8, "command": "restart", "seed": 3}\n')
     how = ["--device", "cpu", "--precision", "eager"]

@@ -138,11 +138,28 @@ def _check_words(args: Stream, profile: Profile, image: Tensor | None) -> list[T
     script = [] if args.script is None else read_script(args.script, profile)
     if image is not None or any(timed.command.picture is not None for timed in script):
         _check_pictures(profile)
+    if not args.stdin:  # else nobody knows which prompt will be in force
+        _check_beginnings(args, profile, script)
     waits = args.stdin or args.output is None
     for index, timed in enumerate(script):
         if isinstance(timed.command, Pause) and not waits and not _goes_on(script[index + 1 :]):
             raise ValueError(f"{args.script}: it pauses the video at {timed.time_s:g} s, and nothing resumes it")
     return script
+
+
+def _check_beginnings(args: Stream, profile: Profile, script: Sequence[Timed]) -> None:
+    """ValueError for a picture that the script begins with again while the prompt of then contradicts it."""
+    from causalreel.infer.commands import Scene
+    from causalreel.infer.live import understand
+
+    scene = Scene(args.prompt, args.seed)
+    for timed in script:
+        scene = timed.command.scene(scene) or scene
+        if timed.command.begins_again and scene.picture is not None:
+            try:
+                understand(profile.export, [scene.prompt], scene.picture.permute(2, 0, 1) / 127.5 - 1)
+            except ValueError as error:
+                raise ValueError(f"{args.script}: at {timed.time_s:g} s: {error}") from None
 
 
 def _goes_on(later: Sequence[Timed]) -> bool:
