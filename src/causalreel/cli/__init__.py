@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypeAlias
 
 from tyro.conf import subcommand
 
-from causalreel.cli.data import Import, import_data
+from causalreel.cli.data import Import, Prepare, import_data, prepare
 from causalreel.cli.files import Convert, ExportModel, Models, convert, export_model, models
 from causalreel.cli.flags import ending, own_threads
 from causalreel.cli.live import Serve, serve
@@ -40,6 +40,7 @@ Command: TypeAlias = (
     | Annotated[Replay, subcommand("replay")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Encode, subcommand("encode")]
+    | Annotated[Prepare, subcommand("prepare")]
     | Annotated[Import, subcommand("import")]
     | Annotated[Evaluate, subcommand("eval")]
     | Annotated[ExportModel, subcommand("export")]
@@ -58,6 +59,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Replay: replay,
     Train: train,
     Encode: encode,
+    Prepare: prepare,
     Import: import_data,
     Evaluate: evaluate,
     ExportModel: export_model,
@@ -119,8 +121,10 @@ def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
         with ending(), own_threads(), _together(where):
             args = parse(Command, NAMES, argv)
             _check_devices(args)
-            if where is not None and not isinstance(args, Generate):
-                raise ValueError("only generate runs in several processes; start this command without torchrun")
+            if where is not None and not isinstance(args, (Generate, Prepare)):
+                raise ValueError(
+                    "only generate and prepare run in several processes; start this command without torchrun"
+                )
             return COMMANDS[type(args)](args)
     except KeyboardInterrupt:
         print("causalreel: interrupted", file=sys.stderr)

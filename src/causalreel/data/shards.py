@@ -76,6 +76,13 @@ class Shard:
         at = self.start + self.entries[self.kind].start + row * size
         return torch.from_numpy(np.fromfile(self.path, np.uint8, size, offset=at)).view(self.dtype).view(self.shape)
 
+    def texts(self) -> list[Tensor]:
+        """The stored text of all clips (K,E)."""
+        entry = self.entries["text"]
+        data = np.fromfile(self.path, np.uint8, entry.end - entry.start, offset=self.start + entry.start)
+        whole = torch.from_numpy(data).view(TYPES[entry.dtype]).view(entry.shape)
+        return list(whole.split(self.lengths("text").tolist()))
+
 
 def read_shard(path: Path) -> Shard:
     """A shard's header, checked; ValueError if training could not use it."""

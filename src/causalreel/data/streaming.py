@@ -60,6 +60,8 @@ class PreparedSet:
         if not path.exists():
             return None
         shard = read_shard_text(path)
+        if not shard[2]:
+            return torch.zeros(1, *shard[0], dtype=shard[3])
         return (
             torch.from_numpy(np.fromfile(path, np.uint8, shard[2], offset=shard[1])).view(shard[3]).view(1, *shard[0])
         )

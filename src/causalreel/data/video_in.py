@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,18 +65,76 @@ def read_video(
         shown = _frames(path, container, stream)
         if fps is not None:
             shown = _at_rate(path, shown, fps)
-        pictures: list[np.ndarray] = []
-        last = turns = None
-        for each in itertools.islice(shown, frames):
-            turns = _turns(each.frame) if turns is None else turns
-            pictures.append(pictures[-1] if each is last else _picture(each.frame, stream, turns, size, how))
-            last = each
+        pictures = list(_pictures(itertools.islice(shown, frames), stream, size, how))
     if not pictures:
         raise ValueError(f"{path} holds no frames that can be decoded")
     if any(picture.shape != pictures[0].shape for picture in pictures):
         raise ValueError(f"{path}: its frames change their size")
     video = torch.from_numpy(np.stack(pictures))  # (T,H,W,3)
     return video.permute(0, 3, 1, 2).float().div_(127.5).sub_(1), rate
+
+
+@dataclass(frozen=True)
+class Reel:
+    """A video being decoded: its frames at a rate and of a size, as they are asked for."""
+
+    size: tuple[int, int]
+    """Height and width of the file's first frame, upright and of square pixels."""
+    frames: Iterator[np.ndarray]
+    """(H,W,3) uint8; a frame that is shown for longer comes again."""
+
+
+@contextlib.contextmanager
+def open_video(
+    path: str | os.PathLike[str],
+    *,
+    fps: float,
+    size: tuple[int, int],
+    how: Fit = "crop",
+    start: float = 0.0,
+    end: float | None = None,
+) -> Iterator[Reel]:
+    """The frames of a file between `start` and `end` (seconds) at a rate, each fitted to `size` (height, width).
+
+    Only frames that are asked for are decoded. What is before `start` is decoded and not looked at. Raises as
+    `read_video`, also while the frames are iterated.
+    """
+    with _opened(path) as (container, stream):
+        shown = _between(_frames(path, container, stream), start, end)
+        first = next(shown, None)
+        if first is None:
+            until = "" if end is None else f" and before {end:g} s"
+            raise ValueError(f"{path} holds no frames that can be decoded from {start:g} s on{until}")
+        height, width = first.frame.height, round(first.frame.width * _aspect(stream))
+        upright = (width, height) if _turns(first.frame)[0] else (height, width)
+        timed = _at_rate(path, itertools.chain([first], shown), fps)
+        yield Reel(upright, _pictures(timed, stream, size, how))
+
+
+def _between(shown: Iterator[_Shown], start: float, end: float | None) -> Iterator[_Shown]:
+    """The frames shown from `start` on and before `end`, their times counted from `start`."""
+    for each in shown:
+        if end is not None and each.time >= end:
+            return
+        if each.time + each.duration > start + 1e-6:
+            yield _Shown(each.frame, max(0.0, each.time - start), each.duration) if start else each
+
+
+def _pictures(shown: Iterable[_Shown], stream: Any, size: tuple[int, int] | None, how: Fit) -> Iterator[np.ndarray]:
+    """Decoded frames -> (H,W,3) uint8 each; one that comes again is converted once."""
+    last = turns = picture = None
+    for each in shown:
+        turns = _turns(each.frame) if turns is None else turns
+        picture = picture if each is last else _picture(each.frame, stream, turns, size, how)
+        last = each
+        assert picture is not None
+        yield picture
+
+
+def _aspect(stream: Any) -> float:
+    """Width of a pixel by its height."""
+    aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+    return aspect if 1 / 16 <= aspect <= 16 else 1.0
 
 
 @contextlib.contextmanager
@@ -176,8 +234,7 @@ def _picture(frame: Any, stream: Any, turns: Turns, size: tuple[int, int] | None
     """-> (H,W,3) uint8, upright, of square pixels, fitted."""
     from PIL import Image
 
-    aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
-    aspect = aspect if 1 / 16 <= aspect <= 16 else 1.0
+    aspect = _aspect(stream)
     is_turned, across, down = turns
     pixels = to_rgb(frame)
     if is_turned:

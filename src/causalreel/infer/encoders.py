@@ -17,8 +17,8 @@ from causalreel.hashed import sha256_of
 from causalreel.infer.models import find
 from causalreel.infer.released import random_codec
 from causalreel.text.fixed import FixedTextEncoder
-from causalreel.types import TextEncoder, VideoCodec
-from causalreel.weights.export import Export, codec_file, codec_identity, load_codec, read_export
+from causalreel.types import Geometry, TextEncoder, VideoCodec
+from causalreel.weights.export import Export, codec_file, codec_identity, load_codec, read_codec, read_export
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Encoders:
 
     export: Export
     """The model's sizes and rates."""
+    geometry: Geometry
+    """The codec's."""
     load_codec: Callable[[], VideoCodec]
     load_text: Callable[[], TextEncoder]
     codec: str
@@ -62,7 +64,12 @@ def encoders(
         network = export.model
         fixed = partial(FixedTextEncoder, network.text_length, network.text_dim, device)
         return Encoders(
-            export, lambda: random_codec(family.own.sizes).to(device), fixed, f"random {family.name}", "fixed"
+            export,
+            family.own.sizes.geometry,
+            lambda: random_codec(family.own.sizes).to(device),
+            fixed,
+            f"random {family.name}",
+            "fixed",
         )
     files, read, known = (
         model_files(family, replace(row, files=()), wan_dir=wan_dir),
@@ -74,6 +81,7 @@ def encoders(
         raise ValueError(f"the codec of {family.name} has no files; random weights need none")
     return Encoders(
         export,
+        family.own.sizes.geometry,
         lambda: read(codec).to(device),  # float32: data are made once, and what they lose is lost for every training
         partial(family.text.open, files.text, device, prompt_cache, True),
         _identity(codec),
@@ -91,6 +99,7 @@ def _of_export(model: str, device: torch.device | str) -> Encoders:
         )
     return Encoders(
         export,
+        read_codec(codec).codec.geometry,
         lambda: load_codec(codec).to(device),
         partial(family.encoder, device),
         codec_identity(codec),
