@@ -26,7 +26,8 @@ from causalreel.data.clips import Clip, Cutting, LeftOut, cut
 from causalreel.data.encoding import encode
 from causalreel.data.groups import Models, Plan, Share
 from causalreel.data.listing import items_of
-from causalreel.data.manifest import read_manifest
+from causalreel.data.manifest import Manifest, read_manifest, write_manifest
+from causalreel.data.packing import Row, pack, write_null
 from causalreel.data.shards import read_ragged_text
 from causalreel.data.streaming import ShardSource, open_set
 from causalreel.data.video import write_video
@@ -108,6 +109,31 @@ def test_a_folder_of_videos_becomes_a_model(place: Path, capsys: pytest.CaptureF
     assert "has 9 clips, a batch has settings.batch=10" in capsys.readouterr().err
     video(place / "other" / "0.mp4", moving(60))
     assert cli.main(["train", "tiny/base", *run, "data=other", "model=tiny-smoke", "trainer.out=c"]) == 2
+
+
+def test_prompts_and_stored_trajectories_train_their_stages(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("trainer.steps=1", "trainer.device=cpu", "trainer.preview_every=0", "settings.batch=2", "codec=tiny")
+    video(place / "v" / "0.mp4", moving(20))
+    assert cli.main(["prepare", "v", "--out", "clips", "--frames", "5", "--device", "cpu"]) == 0
+    base = ["train", "tiny/base", *small, "rows=null", "data=clips", "model=tiny-smoke", "trainer.out=base"]
+    assert cli.main(base) == 0
+    (place / "p.txt").write_text(f"{RED}\n{BLUE}\n{RED} slowly\n")
+    assert cli.main(["import", "p.txt", "--out", "prompts", "--model", "tiny"]) == 0
+    roles = [f"init.{role}=base/export" for role in ("student", "teacher", "critic")]
+    dmd = ["train", "tiny/dmd", *small, "rows=null", "data=prompts", "settings.critic_updates=1", *roles]
+    assert cli.main([*dmd, "settings.critic_rollouts=1", "trainer.preview_every=1", "trainer.out=dmd"]) == 0
+    capsys.readouterr()
+    assert cli.main([*base[:-1], "data=prompts", "trainer.out=b"]) == 2
+    assert "prompts holds only prompts, stage pretrain needs latents" in capsys.readouterr().err
+    encoded = TinyTextEncoder().encode([RED])[0]
+    rows = [Row(RED, str(n), torch.randn(6, 2, 16, 8, 8).half(), encoded) for n in range(3)]
+    entry = pack(place / "paths" / "latents-0.safetensors", rows)
+    write_manifest(place / "paths", Manifest((entry,), null=write_null(place / "paths", torch.zeros(1, 64))))
+    ode = ["train", "tiny/causal_ode", *small, "rows=null", "data=paths", "init.student=base/export", "trainer.out=ode"]
+    assert cli.main([*ode, "settings.keep=[0,1,2,3]", "settings.grid=4"]) == 0  # without a teacher
+    assert not (place / "ode" / "trajectories").exists()
+    assert cli.main([*ode[:-1], "trainer.out=o", "settings.keep=[0,1]", "settings.grid=4"]) == 2
+    assert "trajectories of 6 states, settings.keep asks for 2" in capsys.readouterr().err
 
 
 def test_rows_are_what_the_codec_makes_of_the_frames(reel: Path, place: Path) -> None:

@@ -118,12 +118,21 @@ class ShardSource:
 
     length: tokens that the text is padded to, with zero rows, on `device`. Any subset of rows is served at the cost of
     these rows alone. ValueError for a row that is not finite or cannot be read, naming its shard.
+    blank: for prompts alone, the shape (F,C,H,W) of the clips that are to be made of them: rows then hold latents of
+    zeros, which take no memory and are there for their shape.
     """
 
-    def __init__(self, data: PreparedSet, *, length: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        data: PreparedSet,
+        *,
+        length: int,
+        device: torch.device | str = "cpu",
+        blank: tuple[int, ...] | None = None,
+    ) -> None:
         if data.text_width is None:
             raise ValueError(f"{data.folder} has no stored text: make it with `causalreel prepare`")
-        self.data, self.length, self.device = data, length, torch.device(device)
+        self.data, self.length, self.device, self.blank = data, length, torch.device(device), blank
         self._first = [0, *accumulate(shard.clips for shard in data.shards)]
         self._ends = [np.cumsum(shard.lengths("text")) for shard in data.shards]
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
@@ -156,6 +165,8 @@ class ShardSource:
         text = self._moved([text for _, text in rows])
         text = F.pad(text, (0, 0, 0, self.length - text.shape[1]))  # (B,K,E) -> (B,length,E)
         clips = [clip for clip, _ in rows if clip is not None]
+        if not clips and self.blank is not None:
+            return LatentBatch(Conditioning(text), text.new_zeros(()).expand(len(text), *self.blank))
         if not clips:
             return Batch(Conditioning(text))
         return (LatentBatch if self.data.kind == "latents" else TrajectoryBatch)(Conditioning(text), self._moved(clips))

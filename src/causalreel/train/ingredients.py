@@ -32,6 +32,7 @@ from causalreel.train.adapters import adapt, read_beginnings, share_bases, tenso
 from causalreel.train.contents import Content, facts_of
 from causalreel.train.stage import DataSource
 from causalreel.train.stages.causal_ode import CausalODEConfig
+from causalreel.train.stages.dmd import DMDConfig
 from causalreel.types import Conditioning, LatentSpec, TextEncoder
 from causalreel.weights.export import codec_identity, load_codec, load_export, read_codec, read_export
 
@@ -77,6 +78,7 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
     codec = load_codec(recipe.codec)
     data = open_set(recipe.data, rows=recipe.rows)
     spec, frames = _clips_of(data, recipe)
+    blank = None if data.kind is not None else (frames, *spec.shape)
     if spec.channels != codec.geometry.channels:
         raise ValueError(
             f"{recipe.data} has {spec.channels} latent channels, the codec {recipe.codec} {codec.geometry.channels}"
@@ -89,7 +91,9 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
     device = device if is_loaded else torch.device("cpu")
     length = roles["student"].config.text_length
     family = _family(recipe)
-    source, null, mark = _held(data, family, device) if data.text_width is None else _streamed(data, device, length)
+    source, null, mark = (
+        _held(data, family, device) if data.text_width is None else _streamed(data, device, length, blank)
+    )
     for role, net in roles.items():
         _check_fits(role, net, spec, null.shape[2])
     contents: tuple[Content, ...] = ()
@@ -183,9 +187,11 @@ def _maker(folder: Path, *, before: str = "", after: str = ", or ") -> str:
 
 def _clips_of(data: PreparedSet, recipe: Recipe) -> tuple[LatentSpec, int]:
     """The shape of a latent frame and the frames of a clip; ValueError for data that this stage cannot use."""
-    wanted = ("latents", "trajectories") if recipe.stage == "causal_ode" else ("latents",)
-    if data.kind not in wanted:
-        held, needed = data.kind or "only prompts", " or ".join(wanted)
+    is_self_made = isinstance(recipe.settings, DMDConfig) and recipe.settings.samples == "self_rollout"
+    wanted = {"causal_ode": ("latents", "trajectories"), "dmd": ("latents", None)[: 1 + is_self_made]}
+    allowed = wanted.get(recipe.stage, ("latents",))
+    if data.kind not in allowed:
+        held, needed = data.kind or "only prompts", " or ".join(kind or "prompts" for kind in allowed)
         raise ValueError(f"data: {data.folder} holds {held}, stage {recipe.stage} needs {needed}")
     if isinstance(recipe.settings, CausalODEConfig) and data.kind == "trajectories":
         states = len(recipe.settings.keep) + 2
@@ -200,6 +206,9 @@ def _clips_of(data: PreparedSet, recipe: Recipe) -> tuple[LatentSpec, int]:
             f"data: {data.folder} has {data.rows} clips{' (rows)' if recipe.rows else ''}, a batch has "
             f"settings.batch={batch}: prepare more clips or lower settings.batch"
         )
+    if data.kind is None:
+        student = read_export(recipe.init["student"])
+        return student.latent, student.frames
     return LatentSpec(*data.shape[-3:]), data.shape[-4]
 
 
@@ -226,8 +235,10 @@ def _held(data: PreparedSet, family: Family, device: torch.device) -> tuple[Data
     return source, encoder.null(1).to(device), fingerprint({"latents": latents}, *told)
 
 
-def _streamed(data: PreparedSet, device: torch.device, length: int) -> tuple[DataSource, Tensor, str]:
-    """A set with stored text, read row by row, its text padded to `length`; -> as `_held`.
+def _streamed(
+    data: PreparedSet, device: torch.device, length: int, blank: tuple[int, ...] | None
+) -> tuple[DataSource, Tensor, str]:
+    """A set with stored text, read row by row, its text padded to `length`; -> as `_held`. blank: see `ShardSource`.
 
     Its fingerprint is of the hashes in its manifest, and of file names and sizes for a set made by hand.
     """
@@ -239,7 +250,7 @@ def _streamed(data: PreparedSet, device: torch.device, length: int) -> tuple[Dat
     null = F.pad(null, (0, 0, 0, length - null.shape[1])).to(device)  # (1,K,E) -> (1,length,E)
     files = [f"{shard.path.name} {shard.path.stat().st_size}" for shard in data.shards]
     mark = data.manifest.fingerprint if data.manifest else fingerprint({}, *files)
-    return ShardSource(data, length=length, device=device), null, fingerprint({}, mark, str(data.rows))
+    return ShardSource(data, length=length, device=device, blank=blank), null, fingerprint({}, mark, str(data.rows))
 
 
 def _encode(encoder: TextEncoder, told: Sequence[str], data: Path) -> Tensor:
