@@ -65,6 +65,8 @@ ZERO = {
     "port": "a free one",
     "resume_chunks": "nothing is kept for who comes back",
     "frames of estimate": "endless",
+    "motion": "static clips too",
+    "brightness": "black clips too",
 }
 """Numbers that may be 0, and what it means."""
 

@@ -43,10 +43,10 @@ class Prepare(ThreadFlag):
     """Frames in a second that are taken of a video; default: the model's 16."""
     fit: Literal["crop", "pad"] = "crop"
     """Videos of another shape: cropped around the centre, or between black bars."""
-    stride: Annotated[int, Range(0, 1_000_000)] = 0
-    """Frames from one clip's start to the next one's; 0: clips follow each other."""
-    clips: Annotated[int, Range(0, 1_000_000)] = 0
-    """Most clips of one video; 0: all."""
+    stride: Annotated[int | None, Range(1, 1_000_000)] = None
+    """Frames from one clip's start to the next one's; default: clips follow each other."""
+    clips: Annotated[int | None, Range(1, 1_000_000)] = None
+    """Most clips of one video, the first ones; default: all."""
     upscale: bool = False
     """Take videos that are smaller than a clip, too."""
     scenes: bool = False

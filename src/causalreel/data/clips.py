@@ -33,10 +33,10 @@ class Cutting:
     """Pixels."""
     fit: Fit = "crop"
     """What does not have the shape: its longer side cropped, or black bars added."""
-    stride: int = 0
-    """Frames from one clip's start to the next one's; 0: clips follow each other."""
-    most: int = 0
-    """Clips of one video, the first ones; 0: all."""
+    stride: int | None = None
+    """Frames from one clip's start to the next one's; None: clips follow each other."""
+    most: int | None = None
+    """Clips of one video, the first ones; None: all."""
     upscale: bool = False
     """Also videos that are smaller than a clip."""
     motion: float = 0.5
@@ -47,10 +47,10 @@ class Cutting:
     """No clip goes over a cut between scenes, which PySceneDetect finds."""
 
     def __post_init__(self) -> None:
-        allowed = {"frames": 1, "stride": 0, "most": 0, "height": 1, "width": 1, "motion": 0, "brightness": 0}
+        allowed = {"frames": 1, "stride": 1, "most": 1, "height": 1, "width": 1, "motion": 0, "brightness": 0}
         for name, least in allowed.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps must be above 0 and at most 1000, got {self.fps}")
 
@@ -97,10 +97,10 @@ def cut(path: Path, how: Cutting, *, start: float = 0.0, end: float | None = Non
                 at = start + begin / how.fps
                 yield LeftOut(at, reason) if reason else Clip(at, clip)
                 taken += not reason
-                if how.most and taken == how.most:
+                if taken == how.most:
                     return
                 begin += how.stride or how.frames
-                held = held[how.stride :] if 0 < how.stride < how.frames else []
+                held = held[how.stride or how.frames :]
         if not taken and not begin:
             yield LeftOut(start, f"too short: {len(held)} frames at {how.fps:g} a second, a clip has {how.frames}")
 
