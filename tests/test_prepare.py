@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,9 @@ def test_a_shard_that_was_deleted_is_made_again(reel: Path, place: Path) -> None
     (place / "out" / "latents-00001-001.safetensors").unlink()
     prepare_videos("in", items_of(reel), place / "out", how)
     assert written(place / "out") == before
+    shutil.rmtree(place / "out" / ".prepare")  # nothing needs it any more
+    again = prepare_videos("in", items_of(reel), place / "out", plan(codec=torch.nn.Identity()))
+    assert again is not None and again.clips == 15 and not (place / "out" / ".prepare").exists()
     with pytest.raises(ValueError, match="holds data with shard=3, asked for shard=4: use another folder"):
         prepare_videos("in", items_of(reel), place / "out", plan(shard=4))
     video(reel / "new.mp4", moving(9))

@@ -43,12 +43,14 @@ def prepare_videos(
     stops the others: what cannot be decoded, has no caption or gives no clip is in the report.
     """
     out = Path(out)
-    made = plan.made(source, items)
+    made = json.loads(json.dumps(plan.made(source, items)))  # as it is read back
     groups = [items[first : first + plan.group] for first in range(0, len(items), plan.group)]
     with ExitStack() as stack:
         if share.rank == 0:
             stack.enter_context(claim(out, "preparing"))
         _agree(out, made, share)
+        if (held := read_manifest(out)) is not None and held.made == made and _is_whole(out, held):
+            return held if share.rank == 0 else None
         mine = [Group(out, number, group, plan) for number, group in enumerate(groups)][share.rank :: share.size]
         waiting = [group for group in mine if not group.is_done]
         embed(waiting, plan)
@@ -59,13 +61,19 @@ def prepare_videos(
         return _finish(out, made, len(groups))
 
 
+def _is_whole(out: Path, manifest: Manifest) -> bool:
+    """Whether all shards that a manifest names are there."""
+    paths = [(out / shard.file, shard.bytes) for shard in manifest.shards]
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+
 def _agree(out: Path, made: dict[str, Any], share: Share) -> None:
     """The first process writes what is made here, or checks that the folder holds the same; the others wait for it."""
     path = out / WORK / "plan.json"
     while True:
         held = read_manifest(out)
         found = held.made if held is not None else read_json(path) if path.is_file() else None
-        if found == json.loads(json.dumps(made)):
+        if found == made:
             return
         if share.rank == 0:
             break
