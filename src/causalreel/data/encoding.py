@@ -118,7 +118,7 @@ def _clips_of(item: Item, plan: Plan, scratch: Path) -> Iterator[Clip | LeftOut]
             for found in cut(path, plan.cutting, start=item.start, end=item.end):
                 at = found.start
                 yield found
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, PermissionError) as error:
         yield LeftOut(at, f"cannot be decoded: {str(error).replace(str(item.file), item.name)}")
 
 
