@@ -72,12 +72,10 @@ def encode_clips(groups: Sequence[Group], plan: Plan, share: Share) -> None:
     codec = plan.models.load_codec()
     waiting = sum(not group.end(at).is_file() for group in groups for at in range(len(group.items)))
     tell, counts, began = Teller(), Counter[str](), time.monotonic()
-    done: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="causalreel-") as scratch:
         events = _ahead(_decoded(groups, plan, Path(scratch)), depth=2)
-        for video in _by_video(events):
-            group, at, parts = video
-            told = _encode_video(codec, group, at, parts, plan)
+        for group, at, found in _by_video(events):
+            told = _encode_video(codec, group, at, found, plan)
             counts.update(videos=1, clips=told["clips"], left=len(told["left"]))
             rate = counts["clips"] / max(1e-6, time.monotonic() - began)
             whose = f" (process {share.rank} of {share.size})" if share.size > 1 else ""
@@ -85,7 +83,6 @@ def encode_clips(groups: Sequence[Group], plan: Plan, share: Share) -> None:
                 f"prepared {counts['videos']} of {waiting} videos{whose}: {counts['clips']} clips, {counts['left']} "
                 f"left out, {rate:.2f} clips a second"
             )
-            done[group.number] = done.get(group.number, 0) + 1
             if all(group.end(each).is_file() for each in range(len(group.items))):
                 group.close()
     for group in groups:  # those whose last video was finished before a kill
