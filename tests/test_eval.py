@@ -183,6 +183,12 @@ def test_metrics_that_cannot_be(tmp_path: Path, no_metrics: None, capsys: pytest
     with pytest.raises(ValueError, match=r"metric flat must give a tensor \(1,\), .*; got \(1, 2, 3, 8, 8\)"):
         clip_scores(torch.zeros(1, 2, 3, 8, 8), ["a red circle"])
     (tmp_path / "none.py").write_text("x = 1\n")
+    (tmp_path / "bad.py").write_text("x = (\n")
+    (tmp_path / "absent.py").write_text("import nothing_like_it\n")
+    for name, said in {"bad.py": "bad.py stopped: SyntaxError", "absent.py": "stopped: ModuleNotFoundError"}.items():
+        assert cli.main(["eval", "--metrics", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
     for file, said in {
         "none.py": "enters no metric",
         "gone.py": "must be a Python file",

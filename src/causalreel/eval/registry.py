@@ -67,11 +67,14 @@ def clip_scores(video: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> None:
-    """Run a Python file that enters metrics; ValueError, naming it, for one that is not there or enters none."""
+    """Run a Python file that enters metrics; ValueError, naming it, if it is not there, stops or enters none."""
     spec = importlib.util.spec_from_file_location(f"causalreel_metrics_{path.stem}", path)
     if path.suffix != ".py" or not path.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"metrics must be a Python file, got {path}")
     before = set(METRICS)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:  # whatever somebody's own code raises
+        raise ValueError(f"{path} stopped: {type(error).__name__}: {error}") from error
     if set(METRICS) == before:
         raise ValueError(f"{path} enters no metric; see causalreel.eval.registry.metric")

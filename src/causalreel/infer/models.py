@@ -129,7 +129,7 @@ def _load_export(
     """The pipeline of an export's folder. Files that its family shares are found as those of released models."""
     family, decoder = _family(folder), choices.decoder
     require_bfloat16(device)
-    _check_memory(lambda: request_for(folder, steps=steps, chunk=chunk, gpus=gpus), device)
+    _check_memory(lambda: request_for(folder, steps=steps, chunk=chunk, gpus=gpus, decoder=decoder), device)
     files = None
     if family.text.files:
         own = ReleasedModel(str(folder), "", (), None, "", read_export(folder).sampling)
