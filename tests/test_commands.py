@@ -178,6 +178,29 @@ def test_a_peer_is_refused_in_the_same_words(client: TestClient, tmp_path: Path)
         by_webrtc(client, BAD[0][0], tmp_path)
 
 
+def test_what_a_video_begins_with_is_refused_in_the_same_words(client: TestClient, pipeline: Pipeline) -> None:
+    """In a request for a session or a video, in a form, in a record and from Python."""
+    record = Session(pipeline, Options(RED)).record()
+    for given, words, status in [
+        ({"steps": 0}, "steps must be a whole number from 1 to 100, got 0", 422),
+        ({"seed": -1}, "seed must be a whole number from 0 to 9007199254740991, got -1", 422),
+        ({"prompt": 7}, "prompt must be a text that is not empty, got 7", 422),
+        ({"prompt": " "}, "prompt must be a text that is not empty, got ' '", 400),
+    ]:
+        with pytest.raises(ValueError) as error:
+            Session(pipeline, Options(**({"prompt": RED} | given)))
+        assert str(error.value) == words
+        for path in ("/v1/sessions", "/v1/videos"):
+            answer = client.post(path, json={"prompt": RED} | given)
+            assert (answer.status_code, answer.json()["error"]["message"]) == (status, words)
+        answer = client.post("/v1/sessions/replay", json=record | {"options": {"prompt": RED} | given})
+        assert answer.json()["error"]["message"] == words
+    for steps in ("0", "many"):
+        form = {"data": {"prompt": RED, "steps": steps}, "files": {"image": ("a.png", picture(64, 64))}}
+        answer = client.post("/v1/sessions", **form)
+        assert answer.status_code == 422 and "steps must be a whole number from 1 to 100, got " in answer.text
+
+
 # ---- what is said of them --------------------------------------------------------------------------------------------
 
 

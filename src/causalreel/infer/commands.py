@@ -8,7 +8,7 @@ in `COMMANDS` is all: HTTP, WebSocket, WebRTC, scripts, typed lines and Python m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from causalreel.foreign import parse_json
@@ -54,7 +54,8 @@ class Options:
 
     def checked(self) -> Options:
         """The same with every value read; ValueError."""
-        return values.read(Options, {one.name: getattr(self, one.name) for one in fields(self)}, what="a session")
+        given = {one.name: getattr(self, one.name) for one in values.parameters(Options)}
+        return values.read(Options, given, what="a session")
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,10 @@ Reads = Callable[[Any], "Tensor"]
 Read = TypeVar("Read")
 
 
+class WrongKind(ValueError):
+    """A value is missing, unknown, of another type or beyond its limits."""
+
+
 class Kind:
     """What a value may be."""
 
@@ -57,19 +61,22 @@ class Text(Kind):
     """Words for the model to read."""
 
     about: str = ""
+    most: int = MOST_TEXT
     takes_rest: ClassVar[bool] = True
 
     def read(self, name: str, value: Any) -> str:
-        if not isinstance(value, str) or not value.strip() or len(value) > MOST_TEXT:
-            size = f" of {len(value)} characters" if isinstance(value, str) and len(value) > MOST_TEXT else ""
-            limit = f", of at most {MOST_TEXT} characters" if size else ""
-            raise ValueError(f"{name} must be a text that is not empty{limit}, got {shown(value)}{size}")
+        if not isinstance(value, str) or not value.strip():
+            wrong = ValueError if isinstance(value, str) else WrongKind
+            raise wrong(f"{name} must be a text that is not empty, got {shown(value)}")
+        if len(value) > self.most:
+            most, size = f"of at most {self.most} characters", f"of {len(value)} characters"
+            raise WrongKind(f"{name} must be a text that is not empty, {most}, got {shown(value)} {size}")
         if any(0xD800 <= ord(letter) <= 0xDFFF or (ord(letter) < 32 and letter not in "\t\n\r") for letter in value):
             raise ValueError(f"{name} must be a text without control characters and halves of surrogate pairs")
         return value
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "string", "minLength": 1, "maxLength": MOST_TEXT}
+        return {"type": "string", "minLength": 1, "maxLength": self.most}
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Name(Kind):
 
     def read(self, name: str, value: Any) -> str:
         if not isinstance(value, str) or not value.isidentifier() or len(value) > 80:
-            raise ValueError(f"{name} must be a name, got {shown(value)}")
+            raise WrongKind(f"{name} must be a name, got {shown(value)}")
         return value
 
     def schema(self) -> dict[str, Any]:
@@ -95,7 +102,7 @@ class Word(Kind):
 
     def read(self, name: str, value: Any) -> str:
         if not isinstance(value, str) or not 0 < len(value) <= 80 or not value.isprintable() or " " in value:
-            raise ValueError(f"{name} must be a name without spaces, got {shown(value)}")
+            raise WrongKind(f"{name} must be a name without spaces, got {shown(value)}")
         return value
 
     def schema(self) -> dict[str, Any]:
@@ -112,7 +119,7 @@ class Whole(Kind):
 
     def read(self, name: str, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not self.least <= value <= self.most:
-            raise ValueError(f"{name} must be a whole number from {self.least} to {self.most}, got {shown(value)}")
+            raise WrongKind(f"{name} must be a whole number from {self.least} to {self.most}, got {shown(value)}")
         return value
 
     def typed(self, words: str) -> Any:
@@ -132,7 +139,7 @@ class Number(Kind):
 
     def read(self, name: str, value: Any) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not self.least <= value <= self.most:
-            raise ValueError(f"{name} must be a number from {self.least:g} to {self.most:g}, got {shown(value)}")
+            raise WrongKind(f"{name} must be a number from {self.least:g} to {self.most:g}, got {shown(value)}")
         return float(value)
 
     def typed(self, words: str) -> Any:
@@ -151,7 +158,7 @@ class Choice(Kind):
 
     def read(self, name: str, value: Any) -> str:
         if value not in self.words:
-            raise ValueError(f"{name} must be one of {', '.join(self.words)}, got {shown(value)}")
+            raise WrongKind(f"{name} must be one of {', '.join(self.words)}, got {shown(value)}")
         return value
 
     def schema(self) -> dict[str, Any]:
@@ -175,7 +182,7 @@ class Picture(Kind):
             return value
         if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[0] != 3 or not value.is_floating_point():
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must be a tensor (3,H,W) in [-1,1], got {got}")
+            raise WrongKind(f"{name} must be a tensor (3,H,W) in [-1,1], got {got}")
         return to_bytes(value)[0]
 
     def schema(self) -> dict[str, Any]:
@@ -192,7 +199,7 @@ class Numbers(Kind):
     def read(self, name: str, value: Any) -> Any:
         value = value.tolist() if hasattr(value, "tolist") else value
         if _shape(value) is None or _count(value) > MOST_NUMBERS:
-            raise ValueError(
+            raise WrongKind(
                 f"{name} must be a number, or at most {MOST_NUMBERS} in lists of equal lengths, from {-LARGEST:g} to "
                 f"{LARGEST:g}; got {shown(value)}"
             )
@@ -211,9 +218,12 @@ class NumbersByName(Kind):
 
     about: str = ""
 
+    def typed(self, words: str) -> Any:
+        return _parsed(json.loads, words)
+
     def read(self, name: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping) or len(value) > MOST_NUMBERS:
-            raise ValueError(f"{name} must be an object with a value for each field, got {shown(value)}")
+            raise WrongKind(f"{name} must be an object with a value for each field, got {shown(value)}")
         return {Name().read(name, key): Numbers().read(f"{name}.{key}", item) for key, item in value.items()}
 
     def schema(self) -> dict[str, Any]:
@@ -254,14 +264,14 @@ def read(cls: type[Read], given: Mapping[str, Any], *, what: str, picture: Reads
     known = parameters(cls)
     names = [one.name for one in known]
     if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"{what} takes {', '.join(names) or 'no arguments'}; got {unknown[0]!r:.80}")
+        raise WrongKind(f"{what} takes {', '.join(names) or 'no arguments'}; got {unknown[0]!r:.80}")
     values: dict[str, Any] = {}
     for one in known:
         value = given.get(one.name)
         if value is None and (one.default is None or (one.name not in given and not one.is_needed)):
             continue
         if one.name not in given and isinstance(one.kind, Picture):
-            raise ValueError(f"{what} needs the argument {one.name}: a picture, or None to begin without")
+            raise WrongKind(f"{what} needs the argument {one.name}: a picture, or None to begin without")
         if isinstance(one.kind, Picture) and picture is not None and value is not None:
             value = picture(value)
         values[one.name] = one.kind.read(one.name, value)

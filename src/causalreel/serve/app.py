@@ -19,7 +19,6 @@ try:
     from fastapi.responses import FileResponse
     from fastapi.routing import APIRoute
     from fastapi.staticfiles import StaticFiles
-    from pydantic import ValidationError
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
 except ImportError as error:
@@ -27,7 +26,7 @@ except ImportError as error:
 
 from causalreel import __version__
 from causalreel.infer.pipeline import Pipeline
-from causalreel.serve.bodies import BODY, DOOR, describe, errors, read_json, read_model, takes
+from causalreel.serve.bodies import BODY, DOOR, describe, errors, read_body, read_json, takes
 from causalreel.serve.guard import Guard, refuse
 from causalreel.serve.handle import Handle
 from causalreel.serve.jobs import Jobs, VideoLimits
@@ -120,13 +119,12 @@ def _answer_errors(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         return answer(request, ApiError(error.status_code, code, str(error.detail), dict(error.headers or {})))
 
-    def invalid(request: Request, error: ValidationError | RequestValidationError) -> Response:
+    def invalid(request: Request, error: RequestValidationError) -> Response:
         return answer(request, ApiError(422, "invalid_request", explain(error)))
 
     handlers: dict[Any, Any] = {
         ApiError: answer,
         HTTPException: http,
-        ValidationError: invalid,
         RequestValidationError: invalid,
     }
     for kind, handler in handlers.items():
@@ -208,7 +206,7 @@ async def show_model(request: Request) -> dict[str, Any]:
 )
 async def open_session(request: Request, response: Response) -> dict[str, Any]:
     """Open a session; its frames come over the WebSocket at `stream`."""
-    wanted = await read_model(request, SessionRequest)
+    wanted = await read_body(request, SessionRequest)
     handle = await service_of(request).work(service_of(request).open, wanted)
     response.headers["location"] = f"/v1/sessions/{handle.id}"
     return view(handle)
@@ -253,7 +251,7 @@ async def command_session(request: Request, session_id: str) -> dict[str, Any]:
     """Steer a session; the command takes effect at the next chunk border."""
     service = service_of(request)
     handle = service.handle(session_id)
-    fields = await read_model(request, None)
+    fields = await read_body(request, None)
     try:
         number = await service.work(service.command, handle, fields)
     except ValueError as error:

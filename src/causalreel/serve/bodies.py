@@ -11,18 +11,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from causalreel.foreign import parse_json
 from causalreel.infer import values
 from causalreel.infer.commands import COMMANDS, MOST_VALUES
+from causalreel.infer.values import Reads
 from causalreel.serve.guard import SMALL, too_large
 from causalreel.serve.safety import ApiError
 from causalreel.serve.wire import ErrorView, Record, SessionRequest, VideoRequest
 
-Model = TypeVar("Model", bound=BaseModel)
+Body = TypeVar("Body")
 FIELDS = 16
 """Most fields of a form."""
 REFERENCE = "#/components/schemas/{model}"
@@ -33,27 +33,27 @@ BOUNDARY = re.compile(
 
 
 @overload
-async def read_model(request: Request, model: type[Model]) -> Model: ...
+async def read_body(request: Request, cls: type[Body]) -> Body: ...
 @overload
-async def read_model(request: Request, model: None) -> dict[str, Any]: ...
-async def read_model(request: Request, model: type[Model] | None) -> Model | dict[str, Any]:
-    """The body as `model`, or as the fields of a JSON object if that is None; ValidationError or ApiError."""
+async def read_body(request: Request, cls: None) -> dict[str, Any]: ...
+async def read_body(request: Request, cls: type[Body] | None) -> Body | dict[str, Any]:
+    """The body as a dataclass of `values`, or as the fields of a JSON object if that is None; ApiError."""
     content_type = request.headers.get("content-type", "")
     kind, charset = content_type.partition(";")[0].strip().lower(), CHARSET.search(content_type)
-    takes_forms = model is not None and "image" in model.model_fields
+    takes_forms = cls is not None and any(one.name == "image" for one in values.parameters(cls))
     if kind != "application/json" and not (takes_forms and kind == "multipart/form-data"):
         ways = "application/json or multipart/form-data" if takes_forms else "application/json"
         raise ApiError(415, "unsupported_type", f"the body must be {ways}")
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError(415, "unsupported_type", "the body must be UTF-8, and its charset utf-8 if one is named")
-    body, work = await request.body(), request.app.state.service.work
+    body, service = await request.body(), request.app.state.service
     if kind == "application/json":
-        return await work(_read_json, body, model)
+        return await service.work(_read_json, body, cls, service.encoded_picture)
     boundary = BOUNDARY.search(content_type)
     if boundary is None:
         raise ApiError(400, "invalid_request", "the content type of a form must name its boundary")
-    assert model is not None
-    return model.model_validate(await work(read_form, body, boundary[1] or boundary[2]))  # text: not strict
+    assert cls is not None
+    return await service.work(_read_form, body, boundary[1] or boundary[2], cls, service.encoded_picture)
 
 
 async def read_json(request: Request) -> bytes:
@@ -63,30 +63,39 @@ async def read_json(request: Request) -> bytes:
     return await request.body()
 
 
-def _read_json(body: bytes, model: type[Model] | None) -> Model | dict[str, Any]:
+def _read_json(body: bytes, cls: type[Body] | None, picture: Reads | None = None) -> Body | dict[str, Any]:
     try:
         fields = parse_json(body.decode("utf-8"), "the body", items=MOST_VALUES)
     except UnicodeDecodeError as error:
         raise ApiError(400, "invalid_request", "the body must be UTF-8") from error
     except ValueError as error:
         raise ApiError(400, "invalid_request", str(error)) from error
-    found = fields if model is None else model.model_validate(fields, strict=True)
-    picture = found.get("image") if isinstance(found, dict) else getattr(found, "image", None)
-    if len(body) - (len(picture) if isinstance(picture, str) else 0) > SMALL:
+    if len(body) - (len(fields["image"]) if isinstance(fields.get("image"), str) else 0) > SMALL:
         raise too_large(SMALL)
-    return found
+    return fields if cls is None else _read(cls, fields, picture)
 
 
-def read_form(body: bytes, boundary: str) -> dict[str, Any]:
-    """Fields of a form in UTF-8; a file becomes base64, as it would be in JSON. ApiError."""
+def _read_form(body: bytes, boundary: str, cls: type[Body], picture: Reads) -> Body:
+    """Fields of a form in UTF-8; a file becomes base64, as it would be in JSON."""
     form = _Form()
     try:
         parser = MultipartParser(boundary.encode("ascii"), form.callbacks())
         parser.write(body)
         parser.finalize()
-        return form.fields()
+        fields = form.fields()
     except (FormParserError, UnicodeDecodeError) as error:
         raise ApiError(400, "invalid_request", "the form cannot be read") from error
+    kinds = {one.name: one.kind for one in values.parameters(cls)}
+    given = {name: kinds[name].typed(text) if name in kinds else text for name, text in fields.items()}
+    return _read(cls, given, picture)
+
+
+def _read(cls: type[Body], fields: dict[str, Any], picture: Reads | None) -> Body:
+    try:
+        return values.read(cls, fields, what="the body", picture=picture)
+    except ValueError as error:
+        status = 422 if isinstance(error, values.WrongKind) else 400
+        raise ApiError(status, "invalid_request", str(error)) from error
 
 
 class _Form:
@@ -137,9 +146,9 @@ class _Form:
         return found
 
 
-def takes(model: str | type[BaseModel], *, multipart: bool = False) -> dict[str, Any]:
-    """What a route says of its body in OpenAPI: a model, or the name of one that `describe` adds."""
-    schema = {"$ref": REFERENCE.format(model=model)} if isinstance(model, str) else model.model_json_schema()
+def takes(model: str | type, *, multipart: bool = False) -> dict[str, Any]:
+    """What a route says of its body in OpenAPI: a dataclass of `values`, or the name of what `describe` adds."""
+    schema = {"$ref": REFERENCE.format(model=model)} if isinstance(model, str) else values.schema(model)
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if multipart:
         content["multipart/form-data"] = {"schema": {"$ref": REFERENCE.format(model=f"{model}Form")}}
@@ -188,9 +197,10 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
         document = describe_routes()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         for model in (SessionRequest, VideoRequest):
-            schemas[model.__name__] = schema = model.model_json_schema(ref_template=REFERENCE)
-            form = {**schema["properties"], "image": {"type": "string", "format": "binary"}}
-            schemas[f"{model.__name__}Form"] = {**schema, "title": f"{model.__name__}Form", "properties": form}
+            about = {"title": model.__name__, "description": " ".join((model.__doc__ or "").split())}
+            schemas[model.__name__] = schema = {**about, **values.schema(model)}
+            form = schema["properties"] | {"image": {"type": "string", "format": "binary"}}
+            schemas[f"{model.__name__}Form"] = schema | {"title": f"{model.__name__}Form", "properties": form}
         schemas["Record"] = Record.model_json_schema(ref_template=REFERENCE)
         for name, kind in COMMANDS.items():
             schema = values.schema(kind)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from causalreel.infer import values
-from causalreel.infer.commands import Options, describe, parse
+from causalreel.infer.commands import describe, parse
 from causalreel.infer.live import hints, understand
 from causalreel.serve.guard import SMALL
 from causalreel.serve.handle import Handle
@@ -72,10 +71,7 @@ class Service:
     def open(self, request: SessionRequest) -> Handle:
         """Open a session; ApiError 400 for what the model cannot do, 503 when there is no room."""
         try:
-            options = values.read(
-                Options, request.model_dump(exclude={"pace"}), what="a session", picture=self.encoded_picture
-            )
-            handle = self.scheduler.open(options, pace=request.pace, id=self.new_id())
+            handle = self.scheduler.open(request, pace=request.pace, id=self.new_id())
         except Busy as error:
             raise ApiError(503, "busy", str(error), {"retry-after": "5"}) from error
         except ValueError as error:

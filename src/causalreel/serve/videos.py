@@ -9,7 +9,8 @@ from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
 
 from causalreel.infer.clips import ClipRequest
-from causalreel.serve.bodies import BODY, DOOR, errors, read_model, takes
+from causalreel.infer.live_video import in_range
+from causalreel.serve.bodies import BODY, DOOR, errors, read_body, takes
 from causalreel.serve.jobs import Jobs, options_of, pack_image
 from causalreel.serve.safety import ApiError
 from causalreel.serve.service import Service
@@ -38,13 +39,13 @@ def planned(service: Service, wanted: VideoRequest) -> dict[str, Any]:
     pipeline = scheduler.pipeline
     height, width = pipeline.size
     try:
-        image = None if wanted.image is None else service.encoded_picture(wanted.image)
+        image = None if wanted.image is None else in_range(wanted.image)
         request = ClipRequest(wanted.prompt, wanted.frames, wanted.seed, wanted.steps, wanted.chunk, image)
         frames = pipeline.geometry.frames_of(request.check(pipeline, pipeline.text).plan.frames)
         if frames > limit:
             raise ValueError(f"frames must be at most {limit}, got {frames}")
         row = {
-            **wanted.model_dump(),
+            **vars(wanted),
             "model": pipeline.export.name,
             "frames": frames,
             "fps": pipeline.export.fps,
@@ -66,7 +67,7 @@ def planned(service: Service, wanted: VideoRequest) -> dict[str, Any]:
 )
 async def create_video(request: Request, response: Response) -> dict[str, Any]:
     """Ask for a video; it is made in the background."""
-    wanted = await read_model(request, VideoRequest)
+    wanted = await read_body(request, VideoRequest)
     service = request.app.state.service
     fields = await service.work(planned, service, wanted)
     row = await run_in_threadpool(jobs_of(request).create, fields)

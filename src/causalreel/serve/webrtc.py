@@ -17,7 +17,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 try:
     from aiortc import RTCConfiguration, RTCIceServer, RTCPeerConnection, RTCSessionDescription
@@ -25,9 +25,10 @@ try:
 except ImportError as error:
     raise ImportError("WebRTC needs aiortc; install it with: pip install 'causalreel[webrtc]'") from error
 from fastapi import APIRouter, FastAPI, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from causalreel.serve.bodies import BODY, DOOR, errors, read_model, takes
+from causalreel.infer.values import Choice, Text, Whole
+from causalreel.serve.bodies import BODY, DOOR, errors, read_body, takes
 from causalreel.serve.handle import Handle
 from causalreel.serve.safety import ApiError, client_of
 from causalreel.serve.service import Service, Talk
@@ -62,12 +63,13 @@ class Hooks:
     """Whether the client goes on sending though it was told to slow down."""
 
 
-class Offer(BaseModel):
+@dataclass(frozen=True)
+class Offer:
     """A client's session description, candidates included."""
 
-    sdp: str = Field(max_length=MAX_OFFER)
-    type: Literal["offer"]
-    after: int | None = Field(None, ge=-1, lt=1 << 53, description="Last chunk seen; null: where the last viewer was.")
+    sdp: Annotated[str, Text("Candidates included.", most=MAX_OFFER)]
+    type: Annotated[str, Choice(("offer",))]
+    after: Annotated[int | None, Whole(-1, (1 << 53) - 1, "Last chunk seen; null: where the last viewer was.")] = None
 
 
 class Answer(BaseModel):
@@ -360,7 +362,7 @@ router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=DOOR)
 )
 async def connect_session(request: Request, session_id: str) -> Answer:
     """Show a session over a peer connection: an offer with its candidates -> the answer with the server's."""
-    offer = await read_model(request, Offer)
+    offer = await read_body(request, Offer)
     service, peers = request.app.state.service, request.app.state.peers
     assert isinstance(service, Service) and isinstance(peers, Peers)
     handle = service.handle(session_id)

@@ -8,55 +8,43 @@ speak the same.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from causalreel.foreign import parse_json
-from causalreel.infer.commands import CHUNK, MOST_VALUES, RATE, SEED, STEPS
+from causalreel.infer.commands import CHUNK, MOST_VALUES, SEED, STEPS, Options
+from causalreel.infer.values import Choice, Picture, Text, Whole
+from causalreel.serve.handle import Pace
 
 if TYPE_CHECKING:
     from causalreel.serve.session import Applied, Emitted
 
 Format = Literal["jpeg", "webp", "h264"]
-Seed = Annotated[int, Field(ge=SEED.least, le=SEED.most, description=SEED.about)]
-Steps = Annotated[int, Field(ge=STEPS.least, le=STEPS.most, description=STEPS.about)]
-Rate = Annotated[float, Field(ge=RATE.least, le=RATE.most, allow_inf_nan=False, description=RATE.about)]
-Size = Annotated[int, Field(ge=CHUNK.least, description=CHUNK.about)]
-Picture = Annotated[str, Field(description="Base64 or data: URL of a PNG, JPEG or WebP file.")]
 HEAD = 4
 """Bytes of the length of a header."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class SessionRequest(_Model):
+@dataclass(frozen=True, eq=False)
+class SessionRequest(Options):
     """A session to open. What is left out is the model's own."""
 
-    prompt: str
-    seed: Seed = 0
-    steps: Steps | None = None
-    chunk: Size | None = None
-    fps: Rate | None = None
-    pace: Literal["realtime", "max"] = "realtime"
-    image: Picture | None = None
-    fields: dict[str, Any] = {}
-    """What the fields of the model's conditioning, if it has any, hold at first."""
+    pace: Annotated[Pace, Choice(get_args(Pace), "As fast as it is shown, or as fast as it is made.")] = "realtime"
 
 
-class VideoRequest(_Model):
-    """A video to make. `frames` are pixel frames, of which the model can make 1 + n times its step in time, as many as
-    `causalreel generate` would; left out: as many as a training clip."""
+@dataclass(frozen=True, eq=False)
+class VideoRequest:
+    """A video to make, as `causalreel generate` would."""
 
-    prompt: str
-    seed: Seed = 0
-    frames: Annotated[int, Field(ge=1)] | None = None
-    steps: Steps | None = None
-    chunk: Size | None = None
-    image: Picture | None = None
+    prompt: Annotated[str, Text("What to show.")]
+    seed: Annotated[int, SEED] = 0
+    frames: Annotated[int | None, Whole(1, 1_000_000, "Pixel frames; left out: as many as a training clip.")] = None
+    steps: Annotated[int | None, STEPS] = None
+    chunk: Annotated[int | None, CHUNK] = None
+    image: Annotated[Any, Picture("First picture, for frame-wise models.")] = None
+    """(H,W,3) uint8."""
 
 
 class EndView(BaseModel):
