@@ -16,21 +16,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.sources import ClipSource
 from causalreel.nn.lora import LoRAConfig, adapter_state, adapters, add_lora, twin
+from causalreel.parallel.offload import offload_activations
+from causalreel.parallel.recompute import recompute_blocks
 from causalreel.parallel.sharding import ParallelConfig, whole
 from causalreel.train.stage import DataSource, Stage
 from causalreel.train.stages.codec import CodecConfig, CodecStage
 from causalreel.train.stages.dmd import DMD as DMDStage
 from causalreel.train.trainer import TrainerConfig, train
 from patience import PATIENCE_S
+from test_resume import CLOCK
 from test_stages import NULL, OPTIMISER, SELF_ROLLOUT, STAGES, VIEWER, make_dmd, net, source
 
 HERE = Path(__file__).resolve()
 SRC = HERE.parents[1] / "src"
-CLOCKS = {"seconds": 0, "steps_per_second": 0}
+CLOCKS = dict.fromkeys(CLOCK, 0)
 DMD = dataclasses.replace(SELF_ROLLOUT, batch=4)
 
 
@@ -62,13 +66,18 @@ CASES: dict[str, Callable[[], tuple[Stage, DataSource]]] = {
     "causal score distillation": lambda: make_dmd(dataclasses.replace(DMD, samples="teacher_forced")),
 }
 STEPS = 3
+KEPT = ("selective", "full", "on the host", "full, on the host")
 
 
-def run(name: str, out: Path, **changes: object) -> dict:
-    """Three steps of a stage -> the records and all roles' weights, whole."""
+def run(name: str, out: Path, kept: str = "plain", **changes: object) -> dict:
+    """Three steps of a stage -> the records and all roles' weights, whole. kept: what becomes of activations."""
     torch.manual_seed(0)
     stage, rows = CASES[name]()
     trained = {role: OPTIMISER for role in ("student", "critic", "codec") if role in stage.roles}
+    for network in (stage.roles[role] for role in trained if kept != "plain"):
+        recompute_blocks(network, "full" if "full" in kept else "selective" if "selective" in kept else "none")
+        if "on the host" in kept:
+            offload_activations(network)
     how = {"device": "cpu", "log_every": 1, "save_every": STEPS, "steps": STEPS, **changes}
     train(stage, rows, TrainerConfig(out=out, optimisers=trained, **how))
     states = {role: adapter_state(module) or module.state_dict() for role, module in stage.roles.items()}
@@ -107,6 +116,14 @@ def test_a_batch_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
         run("teacher forcing", tmp_path, accumulate=3)
 
 
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("name", ["pretrain", "teacher forcing", "DMD", "DMD, replayed"])
+def test_activations_that_are_not_kept_change_nothing(
+    name: str, kept: str, alone: dict[str, dict], tmp_path: Path
+) -> None:
+    assert_close(alone[name], run(name, tmp_path, kept), name)
+
+
 # ---- processes
 
 PARTS = {
@@ -139,10 +156,27 @@ def process(folder: str) -> None:
                 out = Path(folder) / f"stopped-{behind}" / name
                 run(name, out, steps=2, save_every=1, saves_behind=behind)
                 found[f"resumed, {behind}", name] = run(name, out, saves_behind=behind)
+            found["kept", name] = run(name, Path(folder) / "kept" / name, KEPT[-1])
+        found["full disk", "told"] = full_disk(Path(folder) / "disk", where.rank)
         given = Path(folder) / "given"
         for out in given.glob("*/*"):
             found[f"from {out.parent.name}", out.name] = run(out.name, out)
     torch.save(found, f"{folder}/{where.rank}.pt")
+
+
+def full_disk(out: Path, rank: int) -> str:
+    """The second process's disk is full when it writes step 3 -> what all are told."""
+    run("DMD", out, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(FileSystemWriter, "write_data", fail)
+        with pytest.raises(OSError) as caught:
+            run("DMD", out)
+    return str(caught.value)
+
+
+def fail(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def torchrun(count: int, *command: str) -> subprocess.Popen[str]:
@@ -195,6 +229,20 @@ def test_two_processes_are_one(how: str, two: tuple[Path, list[dict]], alone: di
     for found in two[1]:
         for name in cases(2, how):
             assert_close(alone[name], found[how, name], f"{how}, {name}")
+
+
+def test_two_processes_that_keep_no_activations_are_one(two: tuple[Path, list[dict]], alone: dict[str, dict]) -> None:
+    for name in FEW:
+        assert_close(alone[name], two[1][0]["kept", name], name)
+
+
+def test_a_full_disk_of_one_process_leaves_the_former_checkpoint(two: tuple[Path, list[dict]]) -> None:
+    there = two[0] / "disk" / "checkpoints"
+    assert [path.name for path in there.iterdir()] == ["step-00000002"]
+    for found in two[1]:
+        told = found["full disk", "told"]
+        assert f"{there / 'step-00000003'} could not be written" in told and "No space left" in told, told
+        assert told.endswith(f"{there / 'step-00000002'} is intact"), told
 
 
 @pytest.mark.parametrize("how", PARTS[4])

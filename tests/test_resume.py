@@ -28,7 +28,7 @@ from causalreel.train.trainer import TrainerConfig, train
 from patience import PATIENCE_S
 from test_trainer import OPTIMISERS, Rows, Toy, metrics, toy_config, weights
 
-CLOCK = {"seconds", "steps_per_second"}
+CLOCK = {"seconds", "steps_per_second", "tokens_per_second", "tflops_per_gpu", "data_wait", "host_memory_gib"}
 
 
 def untimed(out: Path) -> list[dict[str, float]]:

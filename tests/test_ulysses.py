@@ -355,7 +355,7 @@ def test_torchrun_makes_the_video_of_one_process(tmp_path: Path) -> None:
     [
         (2, ["generate", PROMPT, "--frames", "44"], "41 or 45"),
         (3, ["generate", PROMPT], "one of 1, 2, 4"),
-        (2, ["bench"], "only generate and prepare run in several processes"),
+        (2, ["bench"], "only generate, prepare and train run in several processes"),
     ],
 )
 def test_errors_are_one_line_of_the_first_process(count: int, arguments: list[str], said: str, tmp_path: Path) -> None:

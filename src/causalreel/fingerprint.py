@@ -14,7 +14,8 @@ _PIECE = 1 << 26  # bytes hashed at once, so that what has to be copied for it i
 def fingerprint(tensors: Mapping[str, Tensor], *texts: str) -> str:
     """SHA-256 of names, types, shapes and values of tensors on any device, and of texts."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]  # one at a time: it may be made as it is looked up
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         flat = tensor.detach().reshape(-1)
         for part in flat.split(max(1, _PIECE // tensor.element_size())):

@@ -121,10 +121,9 @@ def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
         with ending(), own_threads(), _together(where):
             args = parse(Command, NAMES, argv)
             _check_devices(args)
-            if where is not None and not isinstance(args, (Generate, Prepare)):
-                raise ValueError(
-                    "only generate and prepare run in several processes; start this command without torchrun"
-                )
+            if where is not None and not isinstance(args, (Generate, Prepare, Train)):
+                told = "only generate, prepare and train run in several processes; start this command without torchrun"
+                raise ValueError(told)
             return COMMANDS[type(args)](args)
     except KeyboardInterrupt:
         print("causalreel: interrupted", file=sys.stderr)

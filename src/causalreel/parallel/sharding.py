@@ -8,7 +8,8 @@ that one process takes on the same batch. One process alone has a `Team` too, wh
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -111,7 +112,10 @@ class Team:
         if self.control is None:
             return
         if self.context is not None and isinstance(network, DiTDenoiser):
-            shard_sequence(network, self.context)
+            try:
+                shard_sequence(network, self.context)
+            except ValueError as error:
+                raise ValueError(f"trainer.parallel.context: {error}") from None
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # changed by nobody
@@ -190,6 +194,15 @@ class Team:
         dist.broadcast_object_list(held, src=0, group=self.control)
         return held[0]
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The body in the first process, then in the others."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
     def wait(self) -> None:
         """Until all have come this far."""
         if self.control is not None:
@@ -218,6 +231,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
+def whole_state(tensors: Mapping[str, Tensor], *, is_kept: bool) -> dict[str, Tensor]:
+    """All of tensors that the processes share, on the host; empty where not `is_kept`. All processes must ask."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if is_kept:
+            found[name] = full.cpu()
+    return found
+
+
 @torch.no_grad()
 def fill(target: Tensor, source: Tensor) -> None:
     """Copy a whole tensor, such as a mapped file's, into one that may be shared: each process reads its part."""
@@ -230,9 +253,3 @@ def fill(target: Tensor, source: Tensor) -> None:
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)  # type: ignore[attr-defined]
     assert all(not isinstance(p, Shard) or p.dim == 0 for p in target.placements)  # type: ignore[attr-defined]
     local(target).copy_(source[offset[0] : offset[0] + shape[0]] if source.ndim else source)
-
-
-def fill_all(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """`fill` for all of a module's parameters and buffers, which have these names."""
-    for name, target in module.state_dict().items():
-        fill(target, tensors[name])

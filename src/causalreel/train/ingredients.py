@@ -23,18 +23,22 @@ from causalreel.data.prepare import read_info
 from causalreel.data.shards import caption_place, load_prepared, shards
 from causalreel.data.sources import LatentSource
 from causalreel.data.streaming import PreparedSet, ShardSource, open_set
+from causalreel.families import MODELS
 from causalreel.families.family import Family
 from causalreel.fingerprint import fingerprint
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.presets import ModelConfig, preset
+from causalreel.parallel.sharding import Team
 from causalreel.rollout import chunk_sizes
 from causalreel.train.adapters import adapt, read_beginnings, share_bases, tensors_of
-from causalreel.train.contents import Content, facts_of
+from causalreel.train.contents import Content
+from causalreel.train.initial import RANDOM, Start, is_export, open_start, size_of
 from causalreel.train.stage import DataSource
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.stages.dmd import DMDConfig
 from causalreel.types import Conditioning, LatentSpec, TextEncoder
-from causalreel.weights.export import codec_identity, load_codec, load_export, read_codec, read_export
+from causalreel.weights.export import codec_identity, load_codec, read_codec, read_export
+from causalreel.weights.identify import preset_of, size_in_words
 
 if TYPE_CHECKING:
     from causalreel.train.run import Recipe
@@ -62,12 +66,24 @@ class Ingredients:
     null: Tensor
     """The unconditional text (1,K,E)."""
     roles: dict[str, DiTDenoiser]
+    """Without storage where `starts` says what fills them."""
+    starts: dict[str, Start]
     contents: tuple[Content, ...]
     """Fingerprints of all of them; none where the trainer does not check."""
+    team: Team
+
+    def filled(self, role: str, device: torch.device) -> DiTDenoiser:
+        """A role's network with its weights, whole in this process: for use before the training."""
+        net = self.roles[role]
+        if role in self.starts:
+            net.to_empty(device=device)
+            self.starts[role].fill(net)
+        return net
 
 
-def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> Ingredients:
-    """Read all of it; ValueError, in one line, for what is missing, damaged or does not fit.
+def gather(recipe: Recipe, device: torch.device, team: Team | None = None, *, is_loaded: bool = True) -> Ingredients:
+    """Read all of it, but for large networks, which are opened; ValueError, in one line, for what is missing, damaged
+    or does not fit.
 
     is_loaded: put it on the device; else it stays on the CPU, for who only looks.
     """
@@ -87,7 +103,10 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
         chunk_sizes(frames, chunk)
     compute = _compute(recipe, device)
     adapted = read_beginnings(recipe.lora_init)
-    roles = _roles(recipe)
+    team = team or Team()
+    with team.first_alone():  # which may fetch them
+        starts = {role: open_start(recipe.init[role]) for role in wanted_roles(recipe) if role in recipe.init}
+    roles = _roles(recipe, starts)
     device = device if is_loaded else torch.device("cpu")
     length = roles["student"].config.text_length
     family = _family(recipe)
@@ -103,18 +122,25 @@ def gather(recipe: Recipe, device: torch.device, *, is_loaded: bool = True) -> I
         contents = (
             Content("data", str(recipe.data), mark),
             Content("codec", str(recipe.codec), fingerprint(codec.state_dict(), configs.dump(codec.config))),
-            *(_content(role, recipe.init[role], net) for role, net in roles.items() if role in recipe.init),
+            *(
+                Content(f"init.{role}", start.place, team.first(start.fingerprint() if team.is_first else ""))
+                for role, start in starts.items()
+            ),
             *(Content(what, lora.source, fingerprint(tensors_of(lora))) for what, lora in beginnings.items()),
             Content("compute", f"arithmetic in {compute}", compute),
         )
     whole = recipe.trainer.optimisers.keys() - recipe.lora.keys()
-    if recipe.lora:
+    if recipe.lora:  # whole networks from here on, in one process
+        for role in list(starts):
+            starts.pop(role).fill(roles[role].to_empty(device="cpu"))
         share_bases(roles, {role: Path(place).resolve() for role, place in recipe.init.items()}, whole)
     for role, net in roles.items():
         _place(net, compute, device, is_trained=role in whole)
     for role, config in recipe.lora.items():
         adapt(role, roles[role], config, recipe.trainer.seed, adapted.get(role))
-    return Ingredients(source, data.kind or "", spec, frames, codec.to(device), family, null, roles, contents)
+    return Ingredients(
+        source, data.kind or "", spec, frames, codec.to(device), family, null, roles, starts, contents, team
+    )
 
 
 def wanted_roles(recipe: Recipe) -> tuple[str, ...]:
@@ -134,7 +160,7 @@ def networks(recipe: Recipe) -> list[ModelConfig]:
     found = []
     for folder in recipe.init.values():
         with contextlib.suppress(ValueError):
-            found.append(read_export(folder).model)
+            found.append(size_of(folder))
     return found
 
 
@@ -164,7 +190,7 @@ def missing(recipe: Recipe) -> list[str]:
     for role in wanted:
         if role in recipe.init:
             try:
-                read_export(recipe.init[role])
+                size_of(recipe.init[role])
             except ValueError as error:
                 problems.append(f"init.{role}: {error}{_maker(recipe.init[role], before='; ', after='')}")
         elif role != "student" or recipe.stage != "pretrain":
@@ -215,7 +241,17 @@ def _clips_of(data: PreparedSet, recipe: Recipe) -> tuple[LatentSpec, int]:
 def _family(recipe: Recipe) -> Family:
     """The family of the network that is trained."""
     place = recipe.init.get("student", next(iter(recipe.init.values()), None))
-    return families.of_preset(recipe.model) if place is None else families.of(read_export(place))
+    if place is None or str(place).startswith(RANDOM):
+        return families.of_preset(recipe.model if place is None else str(place).removeprefix(RANDOM))
+    if str(place) in MODELS:
+        return MODELS[str(place)][0]
+    if is_export(place):
+        return families.of(read_export(place))
+    config = size_of(place)
+    name = preset_of(config)
+    if name is None:
+        raise ValueError(f"{place} holds {size_in_words(config)}, which no family of models has")
+    return families.of_preset(name)
 
 
 def _held(data: PreparedSet, family: Family, device: torch.device) -> tuple[DataSource, Tensor, str]:
@@ -266,12 +302,12 @@ def _encode(encoder: TextEncoder, told: Sequence[str], data: Path) -> Tensor:
         raise
 
 
-def _roles(recipe: Recipe) -> dict[str, DiTDenoiser]:
-    """The stage's networks in float32 on the CPU."""
+def _roles(recipe: Recipe, starts: dict[str, Start]) -> dict[str, DiTDenoiser]:
+    """The stage's networks in float32: without storage, or new ones on the CPU."""
     roles = {}
     for role in wanted_roles(recipe):
-        if role in recipe.init:
-            roles[role] = load_export(recipe.init[role])[0]
+        if role in starts:
+            roles[role] = starts[role].denoiser()
         else:
             with torch.random.fork_rng():
                 torch.manual_seed(recipe.trainer.seed)
@@ -286,8 +322,10 @@ def _compute(recipe: Recipe, device: torch.device) -> str:
 
 
 def _place(net: DiTDenoiser, compute: str, device: torch.device, *, is_trained: bool) -> None:
-    """On the device; weights that are trained stay float32, frozen ones take the type that is computed in."""
+    """On the device, if they have storage; weights that are trained stay float32, frozen ones take the type that is
+    computed in."""
     net.compute = torch.bfloat16 if compute == "bfloat16" else None
+    device = net.model.device if net.model.device.type == "meta" else device
     net.to(device) if is_trained or net.compute is None else net.to(device, net.compute)
     net.requires_grad_(is_trained)
 
@@ -310,7 +348,3 @@ def _check_codec_of_data(data: Path, codec: Path) -> None:
     made_by = read_info(data).get("codec")
     if made_by is not None and made_by != codec_identity(codec):
         raise ValueError(f"{data} was encoded with another codec than {codec}: give the one that made it")
-
-
-def _content(role: str, place: Path, net: DiTDenoiser) -> Content:
-    return Content(f"init.{role}", str(place), fingerprint(net.model.state_dict(), facts_of(net.config, net.context)))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.shards import layout, shards
+from causalreel.parallel.mesh import launch
 from causalreel.train.ingredients import gather, missing, networks
+from causalreel.train.run import Recipe, check_processes
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.state import choose_device, resumable
 from causalreel.weights.build import empty_denoiser
-
-if TYPE_CHECKING:
-    from causalreel.train.run import Recipe
 
 MIB = 1 << 20
 
@@ -24,6 +22,11 @@ MIB = 1 << 20
 def problems(recipe: Recipe) -> list[str]:
     """What would keep the run from its end, one line each; reads all that the run would read."""
     found = missing(recipe)
+    where = launch()
+    try:
+        check_processes(recipe, 1 if where is None else where.size)
+    except ValueError as error:
+        found.append(str(error))
     try:
         device = choose_device(recipe.trainer.device)
     except ValueError as error:

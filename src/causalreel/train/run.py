@@ -6,15 +6,16 @@ A recipe names its stage and holds only what differs from the defaults. The trai
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -35,6 +36,10 @@ from causalreel.nn.split_attention import fills, processors_of
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.fast import accelerate
 from causalreel.parallel.graphs import graph_calls
+from causalreel.parallel.mesh import Launch, join, launch
+from causalreel.parallel.offload import offload_activations
+from causalreel.parallel.recompute import recompute_blocks
+from causalreel.parallel.sharding import Team, whole_state
 from causalreel.solvers import unipc_sigmas
 from causalreel.train import trainer
 from causalreel.train.adapters import lora_of
@@ -42,7 +47,9 @@ from causalreel.train.arithmetic import arithmetic
 from causalreel.train.checkpoint import latest
 from causalreel.train.contents import Content, fingerprints
 from causalreel.train.ingredients import Ingredients, gather
+from causalreel.train.initial import Start
 from causalreel.train.kit import Viewer
+from causalreel.train.operations import Clip, Work, step_work
 from causalreel.train.stage import DataSource, Stage
 from causalreel.train.stages.ar_diffusion import ARDiffusion, ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCD, CausalCDConfig
@@ -54,6 +61,7 @@ from causalreel.train.state import choose_device, resumable
 from causalreel.train.stored import Store
 from causalreel.train.trainer import Result, TrainerConfig
 from causalreel.types import Conditioning, LatentSpec
+from causalreel.weights.build import empty_denoiser
 from causalreel.weights.export import (
     MODEL,
     Export,
@@ -66,6 +74,10 @@ from causalreel.weights.export import (
     save_export,
 )
 from causalreel.weights.lora_layouts import write_lora
+
+if TYPE_CHECKING:
+    from causalreel.nn.policies.registry import AnyPolicy
+    from causalreel.nn.policies.window import Context
 
 log = logging.getLogger("causalreel.train")
 
@@ -93,7 +105,8 @@ class Recipe:
     model: str = "tiny"
     """Size of a network that no `init` gives: a preset of nn.presets, or of the codec."""
     init: dict[str, Path] = field(default_factory=dict, metadata=FREE)
-    """Role -> export folder its weights start from, or an embedded model such as tiny/base."""
+    """Role -> where its weights start from: an export folder, an embedded model such as tiny/base, a released one such
+    as wan2.1-t2v-1.3b, a weights file or folder of any known layout, or random:wan-1.3b to measure with."""
     data: Path | None = field(default=None, metadata=FREE)
     """Prepared data (see `causalreel encode`); the codec stage renders its own clips."""
     rows: int | None = None
@@ -174,19 +187,54 @@ def describe(recipe: Recipe) -> str:
 
 
 def run(recipe: Recipe) -> Result:
-    """Train and export; the same call again continues. Returns how it ended; the process computes as before then."""
-    _check_folder(Path(recipe.trainer.out))
-    device = choose_device(recipe.trainer.device)
+    """Train and export; the same call again continues. Returns how it ended; the process computes as before then.
+
+    Started by torchrun, all processes of the launch train together.
+    """
+    out, where = Path(recipe.trainer.out), launch()
+    check_processes(recipe, 1 if where is None else where.size)
+    _check_folder(out)
     build = _build_codec if recipe.stage == "codec" else _build_denoising
-    out = Path(recipe.trainer.out)
-    with claim(out, "training"), arithmetic(device):
-        run = build(recipe, device)
-        result = trainer.train(run.stage, run.source, recipe.trainer, recipe=recipe, contents=run.contents)
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(_joined(where, recipe.trainer.device))
+        stack.enter_context(arithmetic(device))
+        team = Team(recipe.trainer.parallel, device)
+        if team.is_first:
+            stack.enter_context(claim(out, "training"))
+        team.wait()
+        run = build(recipe, device, team)
+        how: dict[str, Any] = {"contents": run.contents, "starts": run.starts, "work": run.work}
+        result = trainer.train(run.stage, run.source, recipe.trainer, recipe=recipe, team=team, **how)
         if result.is_idle and _is_exported(out / "export", recipe, run.contents):
             log.info("%s is up to date", out / "export")
         elif not result.is_interrupted:
             run.export(out / "export")
         return result
+
+
+@contextlib.contextmanager
+def _joined(where: Launch | None, device: str) -> Iterator[torch.device]:
+    """This process's device, while it is joined with the others of the launch if there are any."""
+    if where is None:
+        yield choose_device(device)
+        return
+    with join(where, None if device == "auto" else device) as mesh:
+        yield mesh.device
+
+
+def check_processes(recipe: Recipe, count: int) -> None:
+    """ValueError, which names the key to change, for a recipe that so many processes cannot run."""
+    parallel, accumulate = recipe.trainer.parallel, recipe.trainer.accumulate
+    parallel.shards(count)
+    parts = count // parallel.context * accumulate
+    if recipe.settings.batch % parts:
+        raise ValueError(
+            f"settings.batch: got {recipe.settings.batch}, which {count // parallel.context} processes with rows of "
+            f"their own, times trainer.accumulate={accumulate}, cannot share: take a multiple of {parts}"
+        )
+    is_graphed = recipe.speed == "graphed" and choose_device(recipe.trainer.device).type == "cuda"
+    if count > 1 and is_graphed:
+        raise ValueError("speed: got graphed, which one process alone can do; with several use speed=compiled or plain")
 
 
 def _is_exported(folder: Path, recipe: Recipe, contents: Sequence[Content]) -> bool:
@@ -209,6 +257,10 @@ class Prepared:
     source: DataSource
     export: Callable[[Path], None]
     contents: tuple[Content, ...] = ()
+    starts: Mapping[str, Start] = field(default_factory=dict)
+    """What fills roles that have no storage."""
+    work: Work | None = None
+    """Operations of a step."""
 
 
 def _check_folder(out: Path) -> None:
@@ -223,7 +275,7 @@ def _check_folder(out: Path) -> None:
 # ---- codec
 
 
-def _build_codec(recipe: Recipe, device: torch.device) -> Prepared:
+def _build_codec(recipe: Recipe, device: torch.device, team: Team) -> Prepared:
     resumable(recipe.trainer, recipe)
     codec = tiny_codec(recipe.trainer.seed).to(device)
     if device.type == "cuda":
@@ -232,9 +284,14 @@ def _build_codec(recipe: Recipe, device: torch.device) -> Prepared:
     stage = CodecStage(codec, recipe.settings)
 
     def export(folder: Path) -> None:
+        weights = whole_state(codec.state_dict(), is_kept=team.is_first)
+        if not team.is_first:
+            return
+        trained = tiny_codec(recipe.trainer.seed).to(device)
+        trained.load_state_dict(weights)
         videos = [clips[i : i + 64].float() / 127.5 - 1 for i in range(0, min(1024, len(clips)), 64)]
-        codec.set_statistics(*latent_statistics(codec, videos))
-        save_codec(folder, codec, provenance(recipe))
+        trained.set_statistics(*latent_statistics(trained, videos))
+        save_codec(folder, trained, provenance(recipe))
         log.info("codec written to %s", folder)
 
     return Prepared(stage, ClipSource(clips), export)
@@ -243,8 +300,9 @@ def _build_codec(recipe: Recipe, device: torch.device) -> Prepared:
 # ---- denoisers
 
 
-def _build_denoising(recipe: Recipe, device: torch.device) -> Prepared:
-    made = gather(recipe, device)
+def _build_denoising(recipe: Recipe, device: torch.device, team: Team | None = None) -> Prepared:
+    made = gather(recipe, device, team)
+    team = made.team
     resumable(recipe.trainer, recipe, made.contents)  # before anything is made
     stage, source, exported, sampling = STAGES[recipe.stage](recipe, made, device)
     assert recipe.codec is not None
@@ -253,16 +311,20 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> Prepared:
     def export(folder: Path) -> None:
         student = made.roles["student"]
         if "student" in recipe.lora:
-            _export_adapters(stage.roles[exported], recipe, folder.parent / "lora")
+            if team.is_first:
+                _export_adapters(stage.roles[exported], recipe, folder.parent / "lora")
             if not recipe.lora_merged:
                 return
-        model = DiTDenoiser(student.config, context=student.context)
-        model.load_state_dict(effective_state(stage.roles[exported]))
+        weights = whole_state(effective_state(stage.roles[exported]), is_kept=team.is_first)
+        if not team.is_first:
+            return
+        model = empty_denoiser(student.config, context=student.context)
+        model.load_state_dict(weights, assign=True)
         card = Export(
             name=f"{recipe.stage}-{Path(recipe.trainer.out).name}",
             model=student.config,
             sampling=sampling,
-            context=student.context,  # type: ignore[arg-type] - an export names every policy that networks have
+            context=cast("AnyPolicy", student.context),
             frames=made.frames,
             fps=made.family.fps,
             latent=made.spec,
@@ -274,7 +336,10 @@ def _build_denoising(recipe: Recipe, device: torch.device) -> Prepared:
         save_export(folder, model, card)
         log.info("weights written to %s", folder)
 
-    return Prepared(stage, source, export, made.contents)
+    sizes = {role: net.config for role, net in made.roles.items()}
+    context = cast("Context", made.roles["student"].context)  # of any policy: it says what frames see
+    work = step_work(recipe.settings, sizes, Clip(made.frames, made.spec), context)
+    return Prepared(stage, source, export, made.contents, made.starts, work)
 
 
 def _export_adapters(net: nn.Module, recipe: Recipe, folder: Path) -> None:
@@ -292,14 +357,17 @@ Built = tuple[Stage, DataSource, str, Sampling]
 """A stage, its data, the role that is exported and how that is sampled."""
 
 
-def _compiled(recipe: Recipe, stage: Stage) -> Stage:
-    """Compile and graph after the stage has copied its roles: a copy does not inherit either."""
-    for net in stage.roles.values():
+def _compiled(recipe: Recipe, stage: Stage, device: torch.device) -> Stage:
+    """Recompute, compile and graph after the stage has copied its roles: a copy does not inherit these."""
+    for role, net in stage.roles.items():
         assert isinstance(net, DiTDenoiser)
-        is_on_gpu = next(net.parameters()).is_cuda
-        if is_on_gpu and recipe.speed != "plain":
+        if role in recipe.trainer.optimisers:
+            recompute_blocks(net, recipe.trainer.recompute)
+            if recipe.trainer.offload_activations:
+                offload_activations(net)
+        if device.type == "cuda" and recipe.speed != "plain":
             compile_blocks(net)
-        if is_on_gpu and recipe.speed == "graphed":
+        if device.type == "cuda" and recipe.speed == "graphed":
             graph_calls(net)
     return stage
 
@@ -309,7 +377,7 @@ def _pretrain(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     sampling = Sampling(chunk=None, solver="euler", guidance=3.0, multistep=48, shift=c.shift)
     viewer = Viewer(made.codec, tuple(sigma_grid(24, c.shift).tolist()[:-1]), chunk=1, solver="euler")
     stage = Pretrain(c, student=made.roles["student"], viewer=viewer)
-    return _compiled(recipe, stage), made.source, "average", sampling
+    return _compiled(recipe, stage, device), made.source, "average", sampling
 
 
 def _ar_diffusion(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
@@ -317,7 +385,7 @@ def _ar_diffusion(recipe: Recipe, made: Ingredients, device: torch.device) -> Bu
     sampling = Sampling(chunk=c.chunk, solver="unipc", guidance=2.0, multistep=48, shift=c.shift)
     viewer = Viewer(made.codec, unipc_sigmas(16, c.shift)[:-1], chunk=c.chunk, solver="unipc")
     stage = ARDiffusion(c, student=made.roles["student"], viewer=viewer)
-    return _compiled(recipe, stage), made.source, "average", sampling
+    return _compiled(recipe, stage, device), made.source, "average", sampling
 
 
 FOUR_STEPS = (1000.0, 750.0, 500.0, 250.0)
@@ -329,10 +397,10 @@ def _trajectories(recipe: Recipe, made: Ingredients, device: torch.device) -> Da
     out, kept = Path(recipe.trainer.out), fingerprints(made.contents)
     decides = {what: kept[what] for what in ("data", "init.teacher", "compute") if what in kept}
     decides |= {"trainer.seed": str(recipe.trainer.seed), **c.of_trajectories}
-    store = Store(out, decides, latest(out / "checkpoints") is not None, recipe.trainer.check)
+    store = Store(out, decides, latest(out / "checkpoints") is not None, recipe.trainer.check, made.team)
     make = partial(
         make_part,
-        teacher=made.roles["teacher"],
+        teacher=made.filled("teacher", device),
         source=made.source,
         config=c,
         null=made.null,
@@ -348,7 +416,12 @@ def _causal_ode(recipe: Recipe, made: Ingredients, device: torch.device) -> Buil
     rows = made.source if made.kind == "trajectories" else _trajectories(recipe, made, device)
     sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift)
     viewer = Viewer(made.codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
-    return _compiled(recipe, CausalODE(c, student=made.roles["student"], viewer=viewer)), rows, "average", sampling
+    return (
+        _compiled(recipe, CausalODE(c, student=made.roles["student"], viewer=viewer), device),
+        rows,
+        "average",
+        sampling,
+    )
 
 
 def _causal_cd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
@@ -356,7 +429,7 @@ def _causal_cd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built
     sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift)
     viewer = Viewer(made.codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
     stage = CausalCD(c, student=made.roles["student"], teacher=made.roles["teacher"], null=made.null, viewer=viewer)
-    return _compiled(recipe, stage), made.source, "target", sampling
+    return _compiled(recipe, stage, device), made.source, "target", sampling
 
 
 def _is_recorded(sampler: DiTDenoiser, chunk: int, spec: LatentSpec, device: torch.device) -> bool:
@@ -377,8 +450,10 @@ def _dmd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     stage = DMD(c, **made.roles, null=made.null, viewer=viewer)
     if device.type == "cuda" and recipe.speed != "plain" and stage.sampler is not stage.student:
         can_be_fast = _is_recorded(stage.sampler, c.chunk, made.spec, device)
+        if can_be_fast and stage.sampler.model.device.type == "meta":
+            stage.sampler.to_empty(device=device)  # the fast form holds storage; its weights come with each rollout
         (accelerate if can_be_fast else compile_blocks)(stage.sampler)
-    return _compiled(recipe, stage), made.source, "average", sampling
+    return _compiled(recipe, stage, device), made.source, "average", sampling
 
 
 STAGES: dict[str, Callable[..., Built]] = {

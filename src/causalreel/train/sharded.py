@@ -135,8 +135,10 @@ class Saver:
             former = checkpoint.latest(self.directory)
             if former is None or not names or not (former / FROZEN).is_dir() or _names(former / FROZEN) != names:
                 return False
-            (folder / FROZEN).mkdir()
-            return all(checkpoint.link(file, folder / FROZEN / file.name) for file in (former / FROZEN).iterdir())
+            with suppress(OSError):
+                (folder / FROZEN).mkdir()
+                return all(checkpoint.link(file, folder / FROZEN / file.name) for file in (former / FROZEN).iterdir())
+            return False
 
         return self.team.first(link() if self.team.is_first else False)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -149,6 +150,8 @@ class StepContext:
     """Which part of every batch this is."""
     parts: int = 1
     """Parts of every batch."""
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around the wait for data."""
 
     def generator(
         self, purpose: str, *, device: torch.device | str | None = None, step: int | None = None
@@ -175,7 +178,9 @@ class StepContext:
         indices = self.mine(self.cursor.take(size))
         if isinstance(self.source, ReadsAhead):
             self.source.expect(torch.cat([indices, self.mine(self.cursor.peek(size))]))
-        return of_kind(self.source.batch(indices), kind).to(self.device)
+        with self.waiting():
+            rows = self.source.batch(indices)
+        return of_kind(rows, kind).to(self.device)
 
     def rows(self, rows: range, kind: type[AnyBatch]) -> AnyBatch:
         """These rows of the data, as `batch`; the data position stays."""

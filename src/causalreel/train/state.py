@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from causalreel.config import dump, fixed
 from causalreel.nn.lora import adapter_state
@@ -19,10 +19,14 @@ from causalreel.train.adapters import kept
 from causalreel.train.average import Follower
 from causalreel.train.contents import Content, fingerprints
 from causalreel.train.log import NonFiniteError, Window, duration
+from causalreel.train.meter import Meter
 from causalreel.train.optim import RoleOptimiser, learning_rate
 from causalreel.train.stage import DataCursor, DataSource, Stage, StepContext, Update, stable_seed
 
 if TYPE_CHECKING:
+    from causalreel.nn.denoiser import DiTDenoiser
+    from causalreel.train.initial import Start
+    from causalreel.train.operations import Work
     from causalreel.train.trainer import PreviewWriter, TrainerConfig
 
 logger = logging.getLogger("causalreel.train")
@@ -32,7 +36,15 @@ class Run:
     """The state of a run: all that a checkpoint holds, and how to get it in and out."""
 
     def __init__(
-        self, stage: Stage, source: DataSource, config: TrainerConfig, recipe: Any, contents: Sequence[Content] = ()
+        self,
+        stage: Stage,
+        source: DataSource,
+        config: TrainerConfig,
+        recipe: Any,
+        contents: Sequence[Content],
+        starts: Mapping[str, Start],
+        team: Team | None,
+        work: Work | None,
     ) -> None:
         self.stage, self.source, self.config, self.recipe = stage, source, config, recipe
         self.contents = tuple(contents)
@@ -40,11 +52,12 @@ class Run:
         self.device = choose_device(config.device)
         self.directory = Path(config.out) / "checkpoints"
         self.step = 0
-        self.team = Team(config.parallel, self.device)
+        self.team = team or Team(config.parallel, self.device)
+        self.meter = Meter(work, self.device, self.team.size)
         self.saver = self._make_saver()
         self.window = Window(mean=self.team.mean)
         self.cursor = DataCursor(len(source), config.seed)
-        self.optimisers = self._prepare_roles()
+        self.optimisers = self._prepare_roles(starts)
         self.followers = {
             role: [Follower(a, stage.roles) for a in stage.averages if a.source == role] for role in stage.roles
         }
@@ -52,7 +65,7 @@ class Run:
         self.aside = 0.0  # seconds of previews and saves
         self._recorded = (0, 0.0)  # step and seconds of steps at the latest record
 
-    def _prepare_roles(self) -> dict[str, RoleOptimiser]:
+    def _prepare_roles(self, starts: Mapping[str, Start]) -> dict[str, RoleOptimiser]:
         """Put every role on the device, freeze those that are not trained, make the optimisers of the others."""
         roles, trained = self.stage.roles, self.config.optimisers
         _check_names("optimisers", trained, roles)
@@ -63,15 +76,27 @@ class Run:
                 other = "also has an optimiser" if name in trained else "follows two roles"
                 raise ValueError(f"averages: role {name!r} {other}")
         for name, module in roles.items():
-            module.to(self.device)
             if name not in trained:
                 module.requires_grad_(False).eval()
         are_adapted = any(adapter_state(module) for module in roles.values())
         share = self.team.repeat if are_adapted else self.team.share
         for network in (*roles.values(), *getattr(self.stage, "derived", ())):
-            share(network)
+            self._place(network, share)
+        if checkpoint.latest(self.directory) is None:
+            for name, start in starts.items():
+                if name in roles:
+                    start.fill(cast("DiTDenoiser", roles[name]), seed=stable_seed(self.config.seed, 0, name))
         how: dict[str, Any] = {"average": self.team.average} if are_adapted else {"norm": self.team.norm}
         return {name: RoleOptimiser(name, roles[name], options, **how) for name, options in trained.items()}
+
+    def _place(self, network: nn.Module, share: Callable[[nn.Module], None]) -> None:
+        """Put a network on the device, or what `share` leaves this process of it; one without storage gets some."""
+        is_empty = any(parameter.is_meta for parameter in network.parameters())
+        if not is_empty:
+            network.to(self.device)
+        share(network)
+        if is_empty:
+            network.to_empty(device=self.device)
 
     def _make_saver(self) -> sharded.Saver | None:
         """What writes checkpoints where several processes share the roles."""
@@ -86,7 +111,8 @@ class Run:
         count, step = self.config.accumulate, (self.step, self.config.seed, self.source)
         first, parts = self.team.part * count, self.team.parts * count
         cursors = [self.cursor, *(self.cursor.copy() for _ in range(1, count))]
-        return [StepContext(*step, c, self.device, first + i, parts) for i, c in enumerate(cursors)]
+        waiting = self.meter.waiting
+        return [StepContext(*step, c, self.device, first + i, parts, waiting) for i, c in enumerate(cursors)]
 
     def sum_at_end(self, update: Update, is_end: bool) -> None:
         """Whether the next backward pass is the last one of the update."""
@@ -118,9 +144,7 @@ class Run:
         record: dict[str, float | int] = {"step": self.step, "seconds": seconds, **means}
         for role, optimiser in self.optimisers.items():
             record[f"{role}/lr"] = learning_rate(optimiser.config, self.step - 1, self.config.steps)
-        record["steps_per_second"] = (self.step - step_before) / max(working - seconds_before, 1e-9)
-        if self.device.type == "cuda":
-            record["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        record |= self.meter.record(self.step - step_before, working - seconds_before)
         self.window.clear()
         self._recorded = (self.step, working)
         return record

@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from causalreel.fingerprint import fingerprint
 from causalreel.headers import read_header
+from causalreel.parallel.sharding import Team
 from causalreel.weights.files import read_tensors, write_tensors
 
 log = logging.getLogger("causalreel.train")
@@ -39,6 +40,8 @@ class Store:
     """Whether the run has trained on what is there, so that it may not be made again."""
     is_checked: bool = True
     """Whether contents are compared with their hash."""
+    team: Team = field(default_factory=Team)
+    """The processes that make them together, each some of the parts."""
 
     def get(self, count: int, firsts: Sequence[int], make: Callable[[int], Rows]) -> Rows:
         """The trajectories that are kept if they are of this run, else those that `make` makes of each part.
@@ -46,7 +49,7 @@ class Store:
         firsts: the first row of each part. ValueError where a run has begun with others, or its file is damaged.
         """
         file = self.out / "trajectories.safetensors"
-        reason = self._difference(file) if file.is_file() else "there are none"
+        reason = self.team.first(self._difference(file) if file.is_file() else "there are none")
         if reason is None:
             rows = self._read(file)
             if len(rows["states"]) != count:
@@ -57,21 +60,23 @@ class Store:
             return rows
         if file.is_file():
             log.info("%s is made again: %s", file, reason)
-        rows = self._make(firsts, make)
-        self._write(file, rows)
-        shutil.rmtree(self.out / "trajectories", ignore_errors=True)
-        return rows
+        paths = self._make(firsts, make)
+        self.team.wait()
+        if self.team.is_first:
+            parts = [self._read(path) for path in paths]
+            self._write(file, {name: torch.cat([part[name] for part in parts]) for name in ("states", "text")})
+            shutil.rmtree(self.out / "trajectories", ignore_errors=True)
+        self.team.wait()
+        return self._read(file)
 
-    def _make(self, firsts: Sequence[int], make: Callable[[int], Rows]) -> Rows:
-        parts = []
-        for number, first in enumerate(firsts):
-            path = self.out / "trajectories" / f"part-{number:05d}.safetensors"
-            if path.is_file() and self._kept(path) == dict(self.made_from):
-                parts.append(self._read(path))
-            else:
-                parts.append(make(first))
-                self._write(path, parts[-1])
-        return {name: torch.cat([part[name] for part in parts]) for name in ("states", "text")}
+    def _make(self, firsts: Sequence[int], make: Callable[[int], Rows]) -> list[Path]:
+        """Make this process's parts -> the files of all."""
+        paths = [self.out / "trajectories" / f"part-{number:05d}.safetensors" for number in range(len(firsts))]
+        mine = slice(self.team.rank, None, self.team.size)
+        for path, first in zip(paths[mine], firsts[mine], strict=True):
+            if not path.is_file() or self._kept(path) != dict(self.made_from):
+                self._write(path, make(first))
+        return paths
 
     def _difference(self, file: Path) -> str | None:
         """Why these are not the trajectories of this run; None if they are, or if it has begun and nobody can tell."""

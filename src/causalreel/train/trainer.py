@@ -10,7 +10,8 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,15 +23,21 @@ from torch import Tensor
 from causalreel.config import FREE, dump
 from causalreel.files import remove_leftovers
 from causalreel.folders import claim
-from causalreel.parallel.sharding import ParallelConfig
+from causalreel.parallel.recompute import Recompute
+from causalreel.parallel.sharding import ParallelConfig, Team
 from causalreel.train.contents import Content
+from causalreel.train.initial import Start
 from causalreel.train.log import Progress, Writer, open_jsonl, open_tensorboard
+from causalreel.train.operations import Work
 from causalreel.train.optim import OptimiserConfig, learning_rate
 from causalreel.train.stage import DataSource, Stage, Update
 from causalreel.train.state import Run
 
 PreviewWriter = Callable[[Tensor, Path, int], None]
 """Shows a video (B,T,3,H,W) in [-1, 1]: gets it, the directory for previews and the number of completed steps."""
+
+FORWARDED_S = 10.0
+"""How long a launcher may take to forward a signal that its processes have got as well, as from a terminal or Slurm."""
 
 logger = logging.getLogger("causalreel.train")
 
@@ -69,6 +76,11 @@ class TrainerConfig:
     """Whether several processes go on training while a checkpoint is written; its tensors are copied to the host."""
     accumulate: int = field(default=1, metadata=FREE)
     """Parts, one after the other, in which a process takes its rows of each batch: less memory, the same step."""
+    offload_activations: bool = field(default=False, metadata=FREE)
+    """Whether what trained networks keep for the backward pass waits in the host's memory: slower, less on the GPU."""
+    recompute: Recompute = field(default="none", metadata=FREE)
+    """Activations of trained networks that are computed again in the backward pass: none, all but attention's
+    (selective), or all of a block's (full)."""
 
     def __post_init__(self) -> None:
         least_of = {"steps": 1, "log_every": 1, "save_every": 1, "preview_every": 0, "keep": 1, "accumulate": 1}
@@ -102,6 +114,9 @@ def train(
     *,
     recipe: Any = None,
     contents: Sequence[Content] = (),
+    starts: Mapping[str, Start] | None = None,
+    team: Team | None = None,
+    work: Work | None = None,
     write_preview: PreviewWriter | None = None,
 ) -> Result:
     """Train a stage up to `config.steps`, from the newest checkpoint under `config.out` if there is one.
@@ -112,8 +127,11 @@ def train(
     step, with a checkpoint; a second one at once. The folder is claimed: a second process in it is a ValueError before
     anything in it is touched. Within `parallel.mesh.join` all processes of the launch train together, each with its own
     copy of the arguments, and the first one writes.
+
+    starts: what fills roles without storage (meta device); averages fill themselves. work: operations of a step, for
+    the records.
     """
-    run = Run(stage, source, config, config if recipe is None else recipe, contents)
+    run = Run(stage, source, config, config if recipe is None else recipe, contents, starts or {}, team, work)
     with claim(config.out, "training") if run.team.is_first else contextlib.nullcontext(False) as is_alone:
         for folder in ("", "checkpoints", "previews", "export") if run.team.is_first else ():
             remove_leftovers(Path(config.out) / folder, is_alone=is_alone and folder == "checkpoints")
@@ -133,7 +151,7 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
     if config.preview_every and run.step == 0:
         run.preview(write_preview)
 
-    with _interruptible() as is_interrupted, contextlib.closing(progress):
+    with _interruptible(0.0 if run.team.size == 1 else FORWARDED_S) as is_interrupted, contextlib.closing(progress):
         for step in range(run.step, config.steps):
             _take_step(run, step)
             run.step = step + 1
@@ -206,13 +224,20 @@ def _write_preview(video: Tensor, directory: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it, the first SIGINT or SIGTERM only makes the yielded function true; the second aborts at once."""
-    stop = threading.Event()
+def _interruptible(same_s: float) -> Iterator[Callable[[], bool]]:
+    """Within it, the first SIGINT or SIGTERM only makes the yielded function true; the second aborts at once.
+
+    same_s: for so many seconds a further signal counts as the first one.
+    """
+    stop, since = threading.Event(), 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal since
         if stop.is_set():
+            if time.monotonic() - since < same_s:
+                return
             raise KeyboardInterrupt
+        since = time.monotonic()
         stop.set()
         logger.warning("stopping: this step is finished and saved first; once more to abort at once")
 

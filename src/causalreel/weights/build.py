@@ -74,12 +74,18 @@ def random_denoiser(
 def fill_randomly(module: nn.Module, generator: torch.Generator) -> None:
     """Xavier for matrices and kernels, ones for norms, zeros for biases, small numbers for modulation; in place."""
     for name, parameter in module.named_parameters():
-        if name.endswith("modulation"):
-            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-        elif parameter.ndim > 1 and name.endswith("weight"):
-            nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        draw(name, parameter, generator)
+
+
+@torch.no_grad()
+def draw(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """As `fill_randomly`, the parameter called `name`."""
+    if name.endswith("modulation"):
+        parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    elif parameter.ndim > 1 and name.endswith("weight"):
+        nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
+    else:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def moved(

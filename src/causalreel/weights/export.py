@@ -249,6 +249,15 @@ def load_export(
     compute, backend: see DiTDenoiser. Raises ValueError, in one line, for a missing or cut off file and for weights
     that were saved for another model.
     """
+    export, tensors = open_export(folder)
+    with without_initialisation():
+        denoiser = DiTDenoiser(export.model, context=export.context, backend=backend, compute=compute)
+    load_strictly(denoiser.model, tensors, source=str(export_folder(folder) / MODEL))
+    return denoiser.requires_grad_(False).eval(), export
+
+
+def open_export(folder: str | Path) -> tuple[Export, dict[str, Tensor]]:
+    """An export's config and its weights, mapped and not yet read; ValueError as of `load_export`."""
     folder = export_folder(folder)
     export, path = read_export(folder), folder / MODEL
     header = read_header(path)
@@ -260,11 +269,7 @@ def load_export(
         )
     _check_pair(header, export.weights, path, folder / CONFIG)
     check_model(export.model, header, path)
-    tensors = read_tensors(path)
-    with without_initialisation():
-        denoiser = DiTDenoiser(export.model, context=export.context, backend=backend, compute=compute)
-    load_strictly(denoiser.model, tensors, source=str(path))
-    return denoiser.requires_grad_(False).eval(), export
+    return export, read_tensors(path)
 
 
 def re_export(

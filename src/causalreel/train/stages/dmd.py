@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from causalreel.flow import SCORE_SIGMA_RANGE, add_noise, shift_sigma, velocity_to_x0, warp_steps
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.parallel.fast import FastDiT
+from causalreel.parallel.sharding import local
 from causalreel.rollout import chunk_sizes, fuse
 from causalreel.train.kit import EMAConfig, RolloutNoise, Viewer, draw_index, draw_levels, randn, uniform
 from causalreel.train.losses import critic_loss, distribution_matching_gradient, surrogate_loss
@@ -129,6 +130,7 @@ class DMD:
                 "critic_rollouts must be null with samples: teacher_forced, whose scores see each batch's past"
             )
         self.sampler = _sampler(student)
+        self.derived = () if self.sampler is student else (self.sampler,)
 
     # ---- the cycle
 
@@ -256,8 +258,7 @@ class DMD:
         """The sampler, with the student's weights as they are now."""
         if self.sampler is not self.student:
             with torch.no_grad():
-                own: list[Tensor] = [*self.sampler.parameters()]
-                new: list[Tensor] = [*self.student.parameters()]
+                own, new = ([local(p) for p in net.parameters()] for net in (self.sampler, self.student))
                 torch._foreach_copy_(own, new)  # pyright: ignore[reportPrivateImportUsage]
             if isinstance(self.sampler.run, FastDiT):
                 self.sampler.run.refresh()
