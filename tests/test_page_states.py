@@ -19,7 +19,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
 from patience import wait_until
-from test_page import COLLECT, FIRST, PIXEL, browser, count, play, serve, server  # noqa: F401 - fixtures
+from test_page import COLLECT, FIRST, browser, count, play, serve, server  # noqa: F401 - fixtures
 
 SIZES = {"desktop": (1280, 800), "tablet": (820, 1180), "phone": (390, 844), "landscape": (844, 390)}
 WIDER = """() => [...document.querySelectorAll("body *")].filter((one) => one.checkVisibility()
