@@ -31,7 +31,7 @@ from causalreel.infer.models import profile, request_for
 from causalreel.nn.presets import PRESETS, ModelConfig
 from causalreel.serve.session import Session
 from causalreel.text.fixed import FixedTextEncoder
-from causalreel.types import DecodeStream, Geometry, LatentSpec, VideoCodec
+from causalreel.types import Geometry, LatentSpec, VideoCodec
 from causalreel.weights.export import Sampling, codec_file, load_codec, save_codec, save_export
 
 # ------------------------------------------------------------------------------------------- what a new family brings
@@ -80,21 +80,12 @@ class SquareVAE(Codec):
             x = layer(x) if isinstance(layer, CausalConv) else layer(x, None)
         return x.movedim(-1, 2).float()
 
-    def pixels(self, latents: Tensor, history: History | None) -> Tensor:
-        """Latents (B,F,C,h,w) -> frames (B,T,3,H,W) in [-1, 1]."""
-        self.check_latents(latents)
+    def frames(self, latents: Tensor, history: History | None) -> Tensor:
         x = latents.to(next(self.parameters()).dtype).movedim(2, -1)  # (B,F,h,w,C)
         for layer in self.decoder:
             x = layer(x, history)
         x = x.unflatten(-1, (3, 2, 2)).permute(0, 1, 4, 2, 5, 3, 6)  # (B,T,3,H/2,2,W/2,2)
         return x.flatten(5, 6).flatten(3, 4).float().clamp(-1, 1)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.pixels(latents, None)
-
-    def stream(self) -> DecodeStream:
-        history: History = {}
-        return lambda latents: self.pixels(latents, history)
 
 
 def differs(sizes: SquareSizes, shapes: dict[str, tuple[int, ...]]) -> str | None:

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from causalreel.types import DecodeStream, Geometry
+
+History = dict[nn.Module, Tensor]
+"""What a stream remembers: for each layer that looks back, its last input frames. None instead is a whole clip."""
 
 
 class Codec(nn.Module):
@@ -26,13 +30,18 @@ class Codec(nn.Module):
         """Video (B,T,3,H,W) in [-1, 1] -> latents (B,F,C,h,w), float32."""
         raise NotImplementedError
 
+    def frames(self, latents: Tensor, history: History | None) -> Tensor:
+        """Latents (B,F,C,h,w) -> their frames (B,T,3,H,W) in [-1, 1], float32; history: see `History`."""
+        raise NotImplementedError
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B,F,C,h,w) -> video (B,T,3,H,W) in [-1, 1], float32, the whole clip at once."""
-        raise NotImplementedError
+        self.check_latents(latents)
+        return self.frames(latents, None)
 
     def stream(self) -> DecodeStream:
         """A new video to be decoded piece by piece."""
-        raise NotImplementedError
+        return Decoding(self)
 
     def check_video(self, video: Tensor, geometry: Geometry | None = None, *, has_begun: bool = False) -> None:
         """ValueError unless the video (B,T,3,H,W) is whole latents; has_begun: it goes on with one. geometry: of the
@@ -54,6 +63,19 @@ class Codec(nn.Module):
         channels = self.geometry.channels
         if latents.ndim != 5 or latents.shape[1] < 1 or latents.shape[2] != channels:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected (B,F,{channels},h,w), F >= 1")
+
+
+class Decoding:
+    """One video being decoded; implements `types.DecodeStream`."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._history: History = {}
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        self._codec.check_latents(latents)
+        return self._codec.frames(latents, self._history)
 
 
 class Program(Protocol):

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causalreel.codecs.codec import Codec
-from causalreel.codecs.wan_vae import FrameConv, History
+from causalreel.codecs.codec import Codec, History
+from causalreel.codecs.wan_vae import FrameConv
 from causalreel.types import Geometry
 
 
@@ -204,14 +204,9 @@ class TAEHV(Codec):
         whole = torch.cat([video[:, :1].expand(-1, times - 1, -1, -1, -1), video], 1)
         return self.all_latents((whole + 1) / 2)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B,F,C,h,w) -> video (B,T,3,H,W) in [-1, 1], float32, the whole clip at once."""
-        self.check_latents(latents)
-        return shown(self.all_pixels(latents)[:, self.dropped :])
-
-    def stream(self) -> TAEHVStream:
-        """A new video to be decoded piece by piece."""
-        return TAEHVStream(self)
+    def frames(self, latents: Tensor, history: History | None) -> Tensor:
+        dropped = 0 if history else self.dropped  # of the beginning alone
+        return shown(self.all_pixels(latents, history)[:, dropped:])
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -221,20 +216,3 @@ class TAEHV(Codec):
 def shown(pixels: Tensor) -> Tensor:
     """Pixels of any shape, nominally in [0, 1] -> [-1, 1], clamped."""
     return (pixels * 2 - 1).clamp(-1, 1)
-
-
-class TAEHVStream:
-    """One video being decoded: latents (B,F,C,h,w) in order -> frames (B,T,3,H,W) in [-1, 1].
-
-    Any split over calls gives the frames of the whole decode; the first call gives `dropped` frames fewer.
-    """
-
-    def __init__(self, codec: TAEHV) -> None:
-        self._codec = codec
-        self._history: History = {}
-
-    @torch.no_grad()
-    def __call__(self, latents: Tensor) -> Tensor:
-        self._codec.check_latents(latents)
-        dropped = 0 if self._history else self._codec.dropped
-        return shown(self._codec.all_pixels(latents, self._history)[:, dropped:])

@@ -15,11 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causalreel.codecs.codec import Codec
+from causalreel.codecs.codec import Codec, History
 from causalreel.types import Geometry
-
-History = dict[nn.Module, Tensor]
-"""What a stream remembers: for each layer that looks back, its last input frames."""
 
 WAN21_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -346,14 +343,8 @@ class CausalVAE(Codec):
         self.check_video(video)
         return self._normalised(self.posterior(video)[0])
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B,F,C,h,w) -> video (B,T,3,H,W) in [-1, 1], float32, the whole clip at once."""
-        self.check_latents(latents)
-        return self.pixels(self._raw(latents)).clamp(-1, 1)
-
-    def stream(self) -> DecodeStream:
-        """A new video to be decoded piece by piece."""
-        return DecodeStream(self)
+    def frames(self, latents: Tensor, history: History | None) -> Tensor:
+        return self.pixels(self._raw(latents), history).clamp(-1, 1)
 
     def encode_stream(self) -> EncodeStream:
         """A new video to be encoded piece by piece."""
@@ -364,23 +355,6 @@ class CausalVAE(Codec):
 
     def _raw(self, latents: Tensor) -> Tensor:
         return latents.movedim(2, -1).float() * self.latent_std.float() + self.latent_mean.float()  # (B,F,h,w,z)
-
-
-class DecodeStream:
-    """One video being decoded: latents (B,F,C,h,w) in order -> frames (B,T,3,H,W) in [-1, 1].
-
-    The first latent frame gives 1 pixel frame, every later one `temporal`; any split over calls gives the same
-    frames.
-    """
-
-    def __init__(self, codec: CausalVAE) -> None:
-        self._codec = codec
-        self._history: History = {}
-
-    @torch.no_grad()
-    def __call__(self, latents: Tensor) -> Tensor:
-        self._codec.check_latents(latents)
-        return self._codec.pixels(self._codec._raw(latents), self._history).clamp(-1, 1)
 
 
 class EncodeStream:
