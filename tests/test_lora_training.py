@@ -15,11 +15,14 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
 from causalreel.nn.lora import LoRAConfig, LoRALinear, adapter_state, adapters, add_lora, distinct_bytes, twin
 from causalreel.parallel.fast import accelerate
+from causalreel.parallel.sharding import Team
 from causalreel.train.checkpoint import latest
 from causalreel.train.run import _build_denoising, resolve
 from causalreel.weights.export import load_export
 from causalreel.weights.lora import changed, check_fits, read_lora
+from patience import PATIENCE_S
 from test_blocks import denoiser, rolled_out, teacher_forced
+from test_ranks import torchrun
 from test_run import DATA, SMALL, made, reel
 from test_run import place as untrained
 
@@ -197,7 +200,7 @@ def test_resumed_is_uninterrupted_and_another_base_is_refused(place: Path, capsy
 def test_the_networks_of_dmd_share_one_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Memory is that of one network and of the adapters: student, critic, and the average of the student's."""
     recipe = resolve(arguments("dmd")[0], arguments("dmd")[1:])
-    stage = _build_denoising(recipe, torch.device("cpu")).stage
+    stage = _build_denoising(recipe, torch.device("cpu"), Team()).stage
     nets = dict(stage.roles)
     assert set(nets) == {"student", "critic", "teacher", "average"}
     own = sum(value.nbytes for net in nets.values() for value in adapter_state(net).values())
@@ -209,7 +212,9 @@ def test_the_networks_of_dmd_share_one_base(place: Path, capsys: pytest.CaptureF
 def test_adapters_begin_as_those_of_an_earlier_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reel("train", *arguments("ar", "first"))
     begin = ("lora_init.student=first/lora", "lora.student.alpha=6.0")  # the same product at another scale
-    stage = _build_denoising(resolve(arguments("dmd")[0], (*arguments("dmd")[1:], *begin)), torch.device("cpu")).stage
+    stage = _build_denoising(
+        resolve(arguments("dmd")[0], (*arguments("dmd")[1:], *begin)), torch.device("cpu"), Team()
+    ).stage
     student = effective_state(stage.roles["student"])
     wanted = dict(changed(state_of("base/export").__getitem__, [(read_lora("first/lora"), 1.0)]))
     assert all(torch.allclose(student[f"model.{name}"], value, atol=1e-6) for name, value in wanted.items())
@@ -260,3 +265,17 @@ def test_what_was_trained_loads_in_peft_and_in_generate(place: Path, capsys: pyt
 def test_the_merged_weights_can_be_left_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reel("train", *arguments("causal_cd"), "lora_merged=false")
     assert Path("run/lora/adapter_config.json").is_file() and not Path("run/export").exists()
+
+
+def test_two_processes_leave_the_adapters_of_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = [f"data={place / 'data'}", f"codec={place / 'codec/export'}"]
+    where += [f"init.{role}={place / 'base/export'}" for role in ("student", "teacher")]
+    reel("train", *arguments("causal_cd", "one"), *where)
+    running = torchrun(2, "-m", "causalreel", "train", *arguments("causal_cd"), *where, f"trainer.out={place / 'two'}")
+    _, said = running.communicate(timeout=PATIENCE_S)
+    assert running.returncode == 0, said
+    one, two = (load_file(f"{out}/lora/adapter_model.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys() and any(value.abs().max() > 0.01 for name, value in one.items() if "lora_B" in name)
+    assert all(torch.allclose(value, two[name], atol=1e-3) for name, value in one.items())
+    exports = [load_file(f"{out}/export/model.safetensors") for out in ("one", "two")]
+    assert all(torch.allclose(v.float(), exports[1][k].float(), rtol=0.02, atol=2e-3) for k, v in exports[0].items())

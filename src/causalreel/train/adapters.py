@@ -7,7 +7,7 @@ base is known by the fingerprint of its contents, so that a run does not go on w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,19 +20,28 @@ from causalreel.train.stage import stable_seed
 from causalreel.weights.lora import Lora, Pair, read_lora
 
 
-def share_bases(roles: dict[str, DiTDenoiser], places: Mapping[str, object], whole: Collection[str]) -> None:
-    """Let roles that start from one place hold the same tensors, but for those in `whole`, which are trained whole."""
+def share_bases(
+    roles: dict[str, DiTDenoiser],
+    places: Mapping[str, object],
+    whole: Collection[str],
+    fill: Callable[[str], None],
+) -> None:
+    """Give networks their weights, and those that start from one place the same tensors, which are read once.
+
+    whole: roles that are trained whole, which have their own. fill: reads a role's weights into its network.
+    """
     first: dict[object, DiTDenoiser] = {}
-    for role, net in roles.items():
-        if role in whole or role not in places:
+    for role, place in places.items():
+        net = roles[role]
+        base = None if role in whole else first.get(place)
+        if base is None:
+            fill(role)
+            if role not in whole:
+                first[place] = net.requires_grad_(False)
             continue
-        net.requires_grad_(False)
-        base = first.setdefault(places[role], net)
-        if base is not net:
-            own = {"context": net.context, "backend": net.backend, "compute": net.compute}
-            roles[role] = twin(base)
-            for name, value in own.items():
-                setattr(roles[role], name, value)
+        roles[role] = twin(base)
+        for name in ("context", "backend", "compute"):
+            setattr(roles[role], name, getattr(net, name))
 
 
 def adapt(role: str, net: DiTDenoiser, config: LoRAConfig, seed: int, begins_as: Lora | None = None) -> None:

@@ -130,10 +130,10 @@ def gather(recipe: Recipe, device: torch.device, team: Team | None = None, *, is
             Content("compute", f"arithmetic in {compute}", compute),
         )
     whole = recipe.trainer.optimisers.keys() - recipe.lora.keys()
-    if recipe.lora:  # whole networks from here on, in one process
-        for role in list(starts):
-            starts.pop(role).fill(roles[role].to_empty(device="cpu"))
-        share_bases(roles, {role: Path(place).resolve() for role, place in recipe.init.items()}, whole)
+    if recipe.lora:  # whole networks from here on, in every process
+        places = {role: Path(recipe.init[role]).resolve() for role in starts}
+        share_bases(roles, places, whole, lambda role: starts[role].fill(roles[role].to_empty(device="cpu")))
+        starts.clear()
     for role, net in roles.items():
         _place(net, compute, device, is_trained=role in whole)
     for role, config in recipe.lora.items():
