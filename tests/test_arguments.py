@@ -65,6 +65,7 @@ ZERO = {
     "port": "a free one",
     "resume_chunks": "nothing is kept for who comes back",
     "frames of estimate": "endless",
+    "noisy_context": "from the first chunk on",
     "motion": "static clips too",
     "brightness": "black clips too",
 }
