@@ -21,6 +21,7 @@ from causalreel.vocabulary import tokenize
 from patience import PATIENCE_S
 
 NEEDED = {
+    "policy": ["full"],
     "generate": ["a red circle"],
     "train": ["tiny/base"],
     "encode": ["--codec", "x", "--out", "y"],
