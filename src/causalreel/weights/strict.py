@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,19 @@ from causalreel.codecs.kinds import build
 from causalreel.foreign import shown
 from causalreel.weights.identify import config_of, describe, size_in_words
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Types that weights may have."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Types that exported weights may have; files of others may be float64 as well."""
+ANY_FLOATS = (*FLOATS, torch.float64)
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str, assign: bool = False) -> None:
+def load_strictly(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    assign: bool = False,
+    types: Sequence[torch.dtype] = ANY_FLOATS,
+) -> None:
     """Put the tensors into the module; ValueError for names, shapes, types and values that do not fit: which, and what
     the file looks like. The module stays as it was then.
 
@@ -28,18 +36,20 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], *, source: s
     """
     check_fits(module, tensors, source=source)
     for name, value in tensors.items():
-        if value.dtype not in FLOATS:
-            kind, *allowed = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, *FLOATS))
+        if value.dtype not in types:
+            kind, *allowed = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, *types))
             raise ValueError(f"{source}: {shown(name)} is {kind}, weights are {', '.join(allowed)}")
     check_finite(tensors, source=source)
     module.load_state_dict(dict(tensors), strict=True, assign=assign)
 
 
-def filled_codec(sizes: Any, tensors: Mapping[str, Tensor], *, source: str) -> Codec:
+def filled_codec(
+    sizes: Any, tensors: Mapping[str, Tensor], *, source: str, types: Sequence[torch.dtype] = ANY_FLOATS
+) -> Codec:
     """A codec of any kind with these weights, in float32 on the CPU, in evaluation mode, without gradient."""
     with without_initialisation():
         codec = build(sizes)
-    load_strictly(codec, tensors, source=source)
+    load_strictly(codec, tensors, source=source, types=types)
     return codec.requires_grad_(False).eval()
 
 
