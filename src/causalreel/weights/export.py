@@ -39,7 +39,7 @@ from causalreel.types import LatentSpec
 from causalreel.weights.files import read_tensors, write_tensors
 from causalreel.weights.identify import folder_in_words
 from causalreel.weights.sizes import check_codec, check_model, check_numbers
-from causalreel.weights.strict import check_finite, filled_codec, load_strictly, without_initialisation
+from causalreel.weights.strict import FLOATS, check_finite, filled_codec, load_strictly, without_initialisation
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 """Where the embedded models are: a folder per family, in it `codec.safetensors` and a folder per variant."""
@@ -252,7 +252,7 @@ def load_export(
     export, tensors = open_export(folder)
     with without_initialisation():
         denoiser = DiTDenoiser(export.model, context=export.context, backend=backend, compute=compute)
-    load_strictly(denoiser.model, tensors, source=str(export_folder(folder) / MODEL))
+    load_strictly(denoiser.model, tensors, source=str(export_folder(folder) / MODEL), types=FLOATS)
     return denoiser.requires_grad_(False).eval(), export
 
 
@@ -331,7 +331,7 @@ def load_codec(path: str | Path) -> Codec:
     sizes, header = card.codec, read_header(path)
     _check_pair(header, card.weights, path, path.with_suffix(".yaml"))
     check_codec(sizes, header, path)
-    return filled_codec(sizes, read_tensors(path), source=str(path))
+    return filled_codec(sizes, read_tensors(path), source=str(path), types=FLOATS)
 
 
 def read_codec(path: str | Path) -> CodecExport:
