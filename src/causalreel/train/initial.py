@@ -23,11 +23,11 @@ from causalreel.nn.presets import PRESETS, ModelConfig, preset
 from causalreel.parallel.sharding import fill, local
 from causalreel.train.contents import facts_of
 from causalreel.weights.build import draw, empty_denoiser
-from causalreel.weights.export import CONFIG, export_folder, open_export, read_export
+from causalreel.weights.export import CONFIG, MODEL, export_folder, open_export, read_export
 from causalreel.weights.hub import fetch
 from causalreel.weights.identify import preset_of, size_in_words
 from causalreel.weights.layouts import check_heads, read_network
-from causalreel.weights.strict import check_fits
+from causalreel.weights.strict import check_fits, check_types
 
 RANDOM = "random:"
 """In place of a folder, before the name of a preset: random weights, for measuring."""
@@ -68,7 +68,7 @@ class Start:
             else:
                 fill(target, self.tensors[name])
             if not local(target).isfinite().all():
-                raise ValueError(f"{self.place}: {name} holds values that are not finite")
+                raise ValueError(f"{self.place}: not finite: {name} has values that are NaN or infinite")
 
 
 class _Float32(Mapping[str, Tensor]):
@@ -120,7 +120,10 @@ def open_start(source: Path) -> Start:
     if not is_export(source):
         return _of_file(source)
     export, tensors = open_export(source)
-    return Start(str(source), export.model, export.context, tensors)
+    found = Start(str(export_folder(source) / MODEL), export.model, export.context, tensors)
+    check_fits(found.denoiser().model, tensors, source=found.place)
+    check_types(tensors, source=found.place)
+    return found
 
 
 def _of_file(path: Path, *, which: str | None = None, context: AnyPolicy = Context()) -> Start:

@@ -35,12 +35,17 @@ def load_strictly(
     assign: the tensors become the parameters, with their type and device, and nothing is copied.
     """
     check_fits(module, tensors, source=source)
+    check_types(tensors, source=source, types=types)
+    check_finite(tensors, source=source)
+    module.load_state_dict(dict(tensors), strict=True, assign=assign)
+
+
+def check_types(tensors: Mapping[str, Tensor], *, source: str, types: Sequence[torch.dtype] = FLOATS) -> None:
+    """ValueError naming the first tensor of another type."""
     for name, value in tensors.items():
         if value.dtype not in types:
             kind, *allowed = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, *types))
             raise ValueError(f"{source}: {shown(name)} is {kind}, weights are {', '.join(allowed)}")
-    check_finite(tensors, source=source)
-    module.load_state_dict(dict(tensors), strict=True, assign=assign)
 
 
 def filled_codec(
