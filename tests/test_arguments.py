@@ -21,6 +21,7 @@ from causalreel.vocabulary import tokenize
 from patience import PATIENCE_S
 
 NEEDED = {
+    "plan": ["wan/ar"],
     "policy": ["full"],
     "generate": ["a red circle"],
     "train": ["tiny/base"],

@@ -27,6 +27,7 @@ from causalreel.cli.flags import ending, own_threads
 from causalreel.cli.live import Serve, serve
 from causalreel.cli.measuring import Bench, EstimateMemory, Evaluate, Verify, bench, estimate_memory, evaluate, verify
 from causalreel.cli.parsing import parse
+from causalreel.cli.planning import PlanRun, plan_run
 from causalreel.cli.playing import Replay, Stream, replay, stream
 from causalreel.cli.policies import DrawPolicy, draw_policy
 from causalreel.cli.training import Encode, Train, encode, train
@@ -39,6 +40,7 @@ Command: TypeAlias = (
     | Annotated[Stream, subcommand("stream")]
     | Annotated[Replay, subcommand("replay")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[PlanRun, subcommand("plan")]
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Prepare, subcommand("prepare")]
     | Annotated[Import, subcommand("import")]
@@ -58,6 +60,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Stream: stream,
     Replay: replay,
     Train: train,
+    PlanRun: plan_run,
     Encode: encode,
     Prepare: prepare,
     Import: import_data,

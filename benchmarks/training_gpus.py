@@ -1,0 +1,210 @@
+"""Training on several GPUs of one host through `causalreel train`, with random weights and clips of Wan2.1's shape.
+
+    python benchmarks/training_gpus.py --gpus 2 --out run/gpus.json
+    python benchmarks/training_gpus.py --gpus 2 --tiny            a rehearsal with processes on a CPU
+
+Every run is the command that a user starts, by torchrun, killed when enough steps are in its metrics file: nothing is
+saved. Sections:
+
+- one: teacher forcing on one GPU, batch 1, what the others are compared with
+- data: the same network sharded over the GPUs (FSDP2), batch 1 a GPU: tokens a second against `one`
+- context: one clip shared by the GPUs (Ulysses): seconds a step against `one`
+- stages: CD and DMD, all of one size, over the GPUs
+- dmd14: a DMD cycle with a frozen 14B teacher beside a 1.3B student and critic, and what `causalreel plan` says of it
+
+Seconds are medians of --runs steps after --warmup; operations are `train.operations`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from causalreel.data.manifest import Manifest, write_manifest
+from causalreel.data.packing import Row, pack, write_null
+from causalreel.infer.bench import device_name, gpu_facts
+from causalreel.nn.presets import preset
+from causalreel.train.operations import Clip, peak_of, step_work
+from causalreel.train.plan import GIB, plan, sizes_of
+from causalreel.train.run import resolve
+from causalreel.types import LatentSpec
+
+SECTIONS = ("one", "data", "context", "stages", "dmd14")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ADAM = {"lr": 2e-6, "betas": [0.0, 0.999], "weight_decay": 0.01, "clip": 10.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--chunk", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=240.0, help="seconds that a run may take")
+    parser.add_argument("--tiny", action="store_true", help="small networks and clips")
+    parser.add_argument("--out", type=Path, help="file for the numbers, which are printed too")
+    args = parser.parse_args()
+    result: dict[str, Any] = {
+        "conditions": {
+            "gpus": args.gpus,
+            "chunk": args.chunk,
+            "tiny": args.tiny,
+            "device": device_name(DEVICE),
+            "torch": str(torch.__version__),
+            **gpu_facts(DEVICE),
+        }
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(args, Path(folder))
+        for section in args.sections:
+            result |= getattr(runs, section)()
+            text = json.dumps(result, indent=1)
+            if args.out is not None:  # after every section: what was measured stays
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(text)
+    print(json.dumps(result, indent=1))
+
+
+class Runs:
+    """The runs of one launch of this script, in one folder."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.small, self.large = ("tiny-smoke", "tiny") if args.tiny else ("wan-1.3b", "wan-14b")
+        self.clip = Clip(6, LatentSpec(16, 8, 8)) if args.tiny else Clip(21, LatentSpec(16, 60, 104))
+        self._write_data()
+
+    def _write_data(self) -> None:
+        generator, place = torch.Generator().manual_seed(0), self.folder / "data"
+        place.mkdir()
+        width, rows = preset(self.small).text_dim, []
+        for index in range(4 * self.args.gpus):
+            clip = torch.randn(self.clip.frames, *self.clip.latent.shape, generator=generator).half()
+            text = torch.randn(12, width, generator=generator).bfloat16()
+            rows.append(Row("a clip", f"random, {index}", clip, text))
+        shard = pack(place / "latents-000.safetensors", rows)
+        null = write_null(place, torch.randn(12, width, generator=generator).bfloat16())
+        write_manifest(place, Manifest((shard,), null=null))
+
+    # ---- sections
+
+    def one(self) -> dict[str, Any]:
+        return {"one": self.run("ar_diffusion", gpus=1, batch=1)}
+
+    def data(self) -> dict[str, Any]:
+        return {"data": self.run("ar_diffusion", gpus=self.args.gpus, batch=self.args.gpus)}
+
+    def context(self) -> dict[str, Any]:
+        how = {"parallel": {"context": self.args.gpus}}
+        return {"context": self.run("ar_diffusion", gpus=self.args.gpus, batch=1, trainer=how)}
+
+    def stages(self) -> dict[str, Any]:
+        count = self.args.gpus
+        return {f"stage {stage}": self.run(stage, gpus=count, batch=count) for stage in ("causal_cd", "dmd")}
+
+    def dmd14(self) -> dict[str, Any]:
+        return {"dmd14": self.run("dmd", gpus=self.args.gpus, batch=self.args.gpus, teacher=self.large)}
+
+    # ---- a run
+
+    def run(
+        self, stage: str, *, gpus: int, batch: int, teacher: str | None = None, trainer: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Train until enough steps are recorded -> its numbers, or what it said when it failed."""
+        name = f"{stage}-{gpus}-{len(list(self.folder.iterdir()))}"
+        recipe = self._recipe(stage, name, batch, teacher, trainer or {})
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        began = time.monotonic()
+        records, said = self._started(path, gpus)
+        needed = self.args.warmup + self.args.runs
+        if len(records) < needed:
+            return {"failed": said[-2000:], "records": records}
+        seconds = [1 / record["steps_per_second"] for record in records[self.args.warmup : needed]]
+        found = self._numbers(path, statistics.median(seconds), gpus)
+        return found | {
+            "all_s": [round(value, 3) for value in seconds],
+            "loss": {key: value for key, value in records[-1].items() if key.endswith("/loss")},
+            "peak_gib": round(max(record.get("peak_memory_gib", 0) for record in records), 2),
+            "startup_s": round(time.monotonic() - began - sum(1 / r["steps_per_second"] for r in records), 1),
+        }
+
+    def _recipe(self, stage: str, name: str, batch: int, teacher: str | None, trainer: dict) -> dict[str, Any]:
+        roles = {"dmd": ("student", "critic", "teacher"), "causal_cd": ("student", "teacher")}.get(stage, ("student",))
+        trained = [role for role in roles if role in ("student", "critic")]
+        sizes = {role: teacher if role == "teacher" and teacher else self.small for role in roles}
+        return {
+            "stage": stage,
+            "data": str(self.folder / "data"),
+            "codec": "tiny",
+            "init": {role: f"random:{size}" for role, size in sizes.items()},
+            "speed": "plain" if DEVICE.type == "cpu" else "compiled",
+            "trainer": {
+                "out": str(self.folder / name),
+                "steps": 1000,
+                "log_every": 1,
+                "save_every": 1000,
+                "check": False,
+                "recompute": "selective",
+                "optimisers": dict.fromkeys(trained, ADAM),
+                **trainer,
+            },
+            "settings": {"batch": batch, "chunk": self.args.chunk},
+        }
+
+    def _started(self, path: Path, gpus: int) -> tuple[list[dict[str, Any]], str]:
+        command = [sys.executable, "-m", "causalreel", "train", str(path)]
+        if gpus > 1:
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+            command = [sys.executable, *launch, *command[1:]]
+        metrics, log = self.folder / path.stem / "metrics.jsonl", self.folder / f"{path.stem}.log"
+        with log.open("w") as said:
+            process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+            end = time.monotonic() + self.args.patience
+            while process.poll() is None and time.monotonic() < end:
+                if len(_lines(metrics)) >= self.args.warmup + self.args.runs:
+                    break
+                time.sleep(0.2)
+            records = [json.loads(line) for line in _lines(metrics)]
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        print(path.stem, len(records), "steps recorded", flush=True)
+        return records, log.read_text()
+
+    def _numbers(self, path: Path, seconds: float, gpus: int) -> dict[str, Any]:
+        recipe = resolve(str(path))
+        sizes = sizes_of(recipe, self.small)
+        work = step_work(recipe.settings, sizes, self.clip)
+        assert work is not None
+        rate, peak = work.flop / seconds / gpus / 1e12, peak_of(device_name(DEVICE))
+        planned = plan(recipe, sizes, self.clip, gpus=gpus)
+        return {
+            "s": round(seconds, 3),
+            "tokens_per_second": round(work.tokens / seconds),
+            "tflops_a_gpu": round(rate, 2),
+            "mfu": None if peak is None else round(rate / peak, 3),
+            "planned_gib": round(planned.peak / GIB, 2),
+        }
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file that somebody is writing."""
+    return path.read_text().splitlines()[: path.read_text().count("\n")] if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Plans against what was measured on GPUs, and what they refuse; the recipes that ship for Wan2.1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from causalreel import cli
+from causalreel.nn.presets import preset
+from causalreel.train.ingredients import ROLES
+from causalreel.train.operations import Clip
+from causalreel.train.plan import GIB, Plan, clip_of, parameters, plan, sizes_of
+from causalreel.train.run import resolve, shipped_recipes
+from causalreel.types import LatentSpec
+
+WAN, CLIP = preset("wan-1.3b"), Clip(21, LatentSpec(16, 60, 104))
+ONE = "settings.batch=1"
+
+
+def planned(name: str, *overrides: str, gpus: int = 1, teacher: str = "wan-1.3b") -> Plan:
+    recipe = resolve(name, overrides)
+    sizes = {role: preset(teacher) if role == "teacher" else WAN for role in ROLES.get(recipe.stage, ("student",))}
+    return plan(recipe, sizes, CLIP, gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "gpus", "gib"),
+    [
+        ("wan/ar", (ONE,), 1, 66.6),
+        ("wan/ar_frame", (ONE,), 1, 66.6),
+        ("wan/causal_cd", (ONE,), 1, 69.3),
+        ("wan/dmd", (ONE,), 1, 86.3),
+        ("wan/dmd_frame", (ONE,), 1, 86.3),
+        ("wan/ar", ("settings.batch=2",), 2, 56.5),
+    ],
+)
+def test_memory_is_what_was_measured(name: str, overrides: tuple[str, ...], gpus: int, gib: float) -> None:
+    """Peaks in tensors on H200s, docs/performance.md and docs/training-at-scale.md."""
+    assert planned(name, *overrides, gpus=gpus).peak / GIB == pytest.approx(gib, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"), [("wan/ar", 2.94), ("wan/ar_frame", 2.91), ("wan/causal_cd", 5.38), ("wan/dmd", 20.9)]
+)
+def test_seconds_are_near_those_that_were_measured(name: str, seconds: float) -> None:
+    assert planned(name, ONE).seconds == pytest.approx(seconds, rel=0.06)
+
+
+def test_parameters() -> None:
+    assert parameters(WAN) == pytest.approx(1.419e9, rel=1e-3)
+
+
+def test_parts_are_shared_by_processes() -> None:
+    one, eight = (
+        planned("wan/ar", "settings.batch=8", "trainer.accumulate=8"),
+        planned("wan/ar", "settings.batch=8", gpus=8),
+    )
+    sizes = {part.name: part.size for part in eight.parts}
+    for part in one.parts:
+        if part.name in ("student, masters", "student, moments", "average"):
+            assert sizes[part.name] == part.size / 8
+        if part.name == "activations":
+            assert sizes[part.name] == part.size
+    assert one.work == eight.work
+    assert one.seconds == pytest.approx(8 * (eight.seconds or 0))
+    assert {part.name for part in one.parts} - sizes.keys() == {"gradients"}  # of the parts of a batch before
+
+
+def test_a_teacher_of_14b_is_cut_in_bfloat16() -> None:
+    frozen = next(
+        part
+        for part in planned("wan/dmd", "settings.batch=8", gpus=8, teacher="wan-14b").parts
+        if "frozen" in part.name
+    )
+    assert frozen.size == pytest.approx(2 * parameters(preset("wan-14b")) / 8)
+
+
+def test_other_recomputation_keeps_other_tensors() -> None:
+    found = {
+        mode: next(p.size for p in planned("wan/ar", ONE, f"trainer.recompute={mode}").parts if p.name == "activations")
+        for mode in ("none", "selective", "full")
+    }
+    assert found["none"] > found["selective"] > found["full"]
+
+
+def test_a_batch_that_cannot_be_shared_is_named() -> None:
+    with pytest.raises(ValueError, match=r"settings\.batch: 3 rows cannot be shared by 2 processes in 1 parts"):
+        planned("wan/ar", "settings.batch=3", gpus=2)
+    with pytest.raises(ValueError, match="needs 16 processes, this launch has 8"):
+        planned("wan/ar", "trainer.parallel.shard=8", "trainer.parallel.replicate=2", gpus=8)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "wan/ar", ONE, "--memory", "80"]) == 0
+    said = capsys.readouterr().out
+    assert "student: 30 blocks of 1536" in said
+    assert "on each of 1 GPUs: fits 80" in said
+    assert cli.main(["plan", "wan/dmd", ONE, "--memory", "40", "--gpus", "1"]) == 1
+    assert "DOES NOT FIT 40" in capsys.readouterr().out
+    assert cli.main(["plan", "tiny/codec"]) == 2
+    assert "codecs are not planned" in capsys.readouterr().err
+    assert cli.main(["plan", "tiny/ar", "--size", "wan-3b"]) == 2
+    assert "unknown model preset 'wan-3b'" in capsys.readouterr().err
+
+
+WAN_RECIPES = [name for name in shipped_recipes() if name.startswith("wan/")]
+
+
+@pytest.mark.parametrize("name", WAN_RECIPES)
+def test_recipes_resolve_and_begin_where_others_end(name: str) -> None:
+    recipe = resolve(name)
+    made = {str(resolve(other).trainer.out / "export") for other in WAN_RECIPES}
+    for place in map(str, recipe.init.values()):
+        assert place in made or place.startswith("wan2.1-t2v-"), place
+    assert recipe.trainer.recompute == "selective"
+    assert recipe.settings.batch == 64
+
+
+def test_released_hyper_parameters() -> None:
+    ar, ode, cd, dmd = (resolve(f"wan/{name}") for name in ("ar", "causal_ode", "causal_cd", "dmd"))
+    for recipe in (ar, ode, cd, dmd):
+        student: Any = recipe.trainer.optimisers["student"]
+        assert (student.lr, student.weight_decay, student.clip, student.eps) == (2e-6, 0.01, 10.0, 1e-8)
+        assert student.betas == ((0.9, 0.999) if recipe is ode else (0.0, 0.999))
+    assert dmd.trainer.optimisers["critic"].lr == 4e-7
+    assert (cd.settings.grid, cd.settings.guidance, cd.settings.target_decay) == (48, 3.0, 0.99)
+    assert (ode.settings.grid, ode.settings.guidance) == (48, 6.0)
+    assert (dmd.settings.critic_updates, dmd.settings.guidance, dmd.settings.shift) == (5, 4.0, 5.0)
+    assert dmd.settings.ema.from_step == 40  # cycles; 200 critic steps of the released code
+    assert resolve("wan/dmd_1step").settings.first_steps == (1000, 750, 500, 250)
+
+
+def test_clips_without_data_are_wans() -> None:
+    recipe = replace(resolve("wan/ar"), data=None)
+    assert clip_of(recipe, 81, (480, 832)) == CLIP
+    with pytest.raises(ValueError, match="nearest: 77 or 81"):
+        clip_of(recipe, 80, (480, 832))
+    assert sizes_of(recipe, "wan-14b")["student"] == WAN  # a released name says its size
