@@ -43,6 +43,8 @@ class Start:
     context: AnyPolicy = field(default_factory=Context)
     tensors: Mapping[str, Tensor] | None = None
     """Mapped, under Wan2.1's names; None: random ones."""
+    file: str = ""
+    """The file that they are in, where the place is a folder."""
 
     def denoiser(self) -> DiTDenoiser:
         """The network without storage, float32."""
@@ -68,7 +70,7 @@ class Start:
             else:
                 fill(target, self.tensors[name])
             if not local(target).isfinite().all():
-                raise ValueError(f"{self.place}: not finite: {name} has values that are NaN or infinite")
+                raise ValueError(f"{self.file or self.place}: not finite: {name} has values that are NaN or infinite")
 
 
 class _Float32(Mapping[str, Tensor]):
@@ -120,9 +122,9 @@ def open_start(source: Path) -> Start:
     if not is_export(source):
         return _of_file(source)
     export, tensors = open_export(source)
-    found = Start(str(export_folder(source) / MODEL), export.model, export.context, tensors)
-    check_fits(found.denoiser().model, tensors, source=found.place)
-    check_types(tensors, source=found.place)
+    found = Start(str(source), export.model, export.context, tensors, str(export_folder(source) / MODEL))
+    check_fits(found.denoiser().model, tensors, source=found.file)
+    check_types(tensors, source=found.file)
     return found
 
 
