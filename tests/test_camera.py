@@ -21,6 +21,7 @@ from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, fuse, 
 from causalreel.train.losses import teacher_forcing_loss
 from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.types import Conditioning, LatentSpec
+from causalreel.weights.identify import config_of
 
 PLAIN = ModelConfig(dim=48, ffn_dim=80, heads=3, layers=2, text_dim=16, text_length=8, freq_dim=32, channels=4)
 PROPE = replace(PLAIN, camera="prope")
@@ -248,3 +249,11 @@ def test_wrong_fields_are_named(fields: dict[str, Tensor], why: str) -> None:
 def test_wrong_configs_are_named(wrong: dict[str, object], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         network(replace(PROPE, **wrong))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("config", [PROPE, EMBEDDED, PLAIN], ids=["prope", "embedded", "plain"])
+def test_a_file_shows_what_a_network_takes(config: ModelConfig) -> None:
+    shapes = {name: tuple(value.shape) for name, value in network(config).state_dict().items()}
+    found = config_of(shapes)
+    assert found is not None
+    assert (found.camera, found.actions) == (config.camera, config.actions)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from causalreel.foreign import shown
-from causalreel.nn.presets import PRESETS, ModelConfig
+from causalreel.nn.presets import PRESETS, Camera, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -188,12 +188,21 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | 
     preset = preset_of(seen)
     known = PRESETS[preset] if preset else seen
     facts = facts or {}
-    return ModelConfig(
-        **visible(seen),
+    return replace(
+        seen,
         heads=int(facts.get("num_heads") or facts.get("num_attention_heads") or known.heads),
         text_length=int(facts.get("text_len") or known.text_length),
         eps=float(facts.get("eps") or known.eps),
+        camera=_camera_of(shapes),
+        actions=shapes.get("action_embedding.0.weight", (0, 0))[-1],
     )
+
+
+def _camera_of(shapes: Mapping[str, tuple[int, ...]]) -> Camera:
+    """How cameras enter a network, by what it has for them."""
+    if "blocks.0.self_attn.prope_o.weight" in shapes:
+        return "prope"
+    return "embedded" if "camera_embedding.0.weight" in shapes else "none"
 
 
 def visible(config: ModelConfig) -> dict[str, int]:
