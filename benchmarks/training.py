@@ -11,10 +11,8 @@ on float32 masters and the averages, as the trainer does them; medians of --runs
 - dmd: one cycle of asymmetric DMD, five critic updates and one of the student, all networks of one size, and its parts
 - attention: the ways to cut masked attention that `nn.masked_attention` chooses from, and its alternatives
 
-MFU is model operations over time over --peak (default: the datasheet's 989 TFLOP/s of an H100 or H200). Model
-operations per token and forward pass: 2 for each weight of the blocks' linear layers (text keys left out) and 4 E K for
-the K text tokens, in each layer; per visible pair of tokens 4 E in each layer. The backward pass counts twice the
-forward pass; what is computed again does not count.
+MFU is the operations of `train.operations` over time over --peak (default: the datasheet's 989 TFLOP/s of an H100 or
+H200); what is computed again does not count.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,12 +42,13 @@ from causalreel.parallel.recompute import recompute_blocks
 from causalreel.rollout import chunk_sizes
 from causalreel.train.average import Follower
 from causalreel.train.kit import Viewer
+from causalreel.train.operations import Clip, Work, step_work
 from causalreel.train.optim import OptimiserConfig, RoleOptimiser
 from causalreel.train.stage import DataCursor, Stage, StepContext
 from causalreel.train.stages.ar_diffusion import ARDiffusion, ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCD, CausalCDConfig
 from causalreel.train.stages.dmd import DMD, DMDConfig
-from causalreel.types import Conditioning, LatentBatch
+from causalreel.types import Conditioning, LatentBatch, LatentSpec
 
 SECTIONS = ("tf", "cd", "dmd", "attention")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,22 +83,6 @@ def main() -> None:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text)
-
-
-# ------------------------------------------------------------------------------------------------- operations
-
-
-def per_token(config: ModelConfig) -> int:
-    """Operations of the blocks' products and of attention over the text, per token."""
-    weights = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
-    return config.layers * (2 * weights + 4 * config.dim * config.text_length)
-
-
-def operations(config: ModelConfig, tokens: int, queries: tuple[Frame, ...], keys: tuple[Frame, ...]) -> int:
-    """Of one forward pass over the query frames, `tokens` each, that see what the rule of visibility says."""
-    mask = frame_mask(queries, keys, Context())
-    pairs = len(queries) * len(keys) if mask is None else sum(map(sum, mask.allowed))
-    return len(queries) * tokens * per_token(config) + 4 * config.dim * config.layers * pairs * tokens**2
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -170,8 +153,11 @@ class Bench:
 
     # ---- steps
 
-    def steps(self, name: str, stage: Stage, trained: list[str], *, tokens: int, forward: float) -> None:
-        """Time whole trainer steps and their parts. forward: operations, where a backward pass is two more of them."""
+    def steps(self, name: str, stage: Stage, settings: object, trained: list[str]) -> None:
+        """Time whole trainer steps and their parts."""
+        sizes = dict.fromkeys(("student", "critic", "teacher"), self.config)
+        work = step_work(settings, sizes, Clip(self.args.frames, LatentSpec(self.config.channels, *self.args.size)))
+        assert work is not None
         optimisers = {role: RoleOptimiser(role, stage.roles[role], LEARNING) for role in trained}
         followers = {role: [Follower(a, stage.roles) for a in stage.averages if a.source == role] for role in trained}
         cursor = DataCursor(len(self.data), 0)
@@ -184,10 +170,10 @@ class Bench:
                 whole.append(sum(value for values in seconds.values() for value in values))
                 for part, values in seconds.items():
                     parts.setdefault(part, []).append(values)
-        self.numbers[name] = self.row(whole, tokens, forward) | {"parts_ms": summary(parts)}
+        self.numbers[name] = self.row(whole, work) | {"parts_ms": summary(parts)}
         print(name, json.dumps(self.numbers[name]), flush=True)
         if self.args.profile is not None:
-            context = StepContext(step + 1, 0, self.data, cursor, DEVICE)
+            context = StepContext(self.args.warmup + self.args.runs, 0, self.data, cursor, DEVICE)
             self.profiled(name, lambda: self._step(context, stage, optimisers, followers))
 
     def _step(self, context: StepContext, stage: Stage, optimisers: dict, followers: dict) -> dict[str, list[float]]:
@@ -208,17 +194,17 @@ class Bench:
             seconds.setdefault(f"{update.role} optimiser", []).append(clock.lap())
         return seconds
 
-    def row(self, seconds: list[float], tokens: int, forward: float) -> dict[str, Any]:
+    def row(self, seconds: list[float], work: Work) -> dict[str, Any]:
         """The numbers of one kind of step."""
         median = statistics.median(seconds)
         found = {
             "ms": round(1000 * median, 1),
             "all_ms": [round(1000 * value, 1) for value in seconds],
-            "tokens": tokens,
-            "tokens_per_second": round(tokens / median),
-            "tflop": round(forward / 1e12, 1),
-            "tflops": round(forward / median / 1e12, 1),
-            "mfu": round(forward / median / 1e12 / self.args.peak, 3),
+            "tokens": work.tokens,
+            "tokens_per_second": round(work.tokens / median),
+            "tflop": round(work.flop / 1e12, 1),
+            "tflops": round(work.flop / median / 1e12, 1),
+            "mfu": round(work.flop / median / 1e12 / self.args.peak, 3),
         }
         if DEVICE.type == "cuda":
             found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
@@ -247,50 +233,34 @@ class Bench:
         both = clean + noisy
         return {"teacher forced": (both, both), "behind": (noisy, both), "context": (clean, clean)}
 
-    def operations_of(self, chunk: int, what: str) -> int:
-        return operations(self.config, self.tokens, *self.masks(chunk)[what])
-
     def viewer(self) -> Viewer:
         return Viewer(cast(Any, None), (1.0,), 1)  # nothing is shown
 
     def tf(self, chunk: int) -> None:
-        stage = ARDiffusion(ARDiffusionConfig(batch=1, chunk=chunk), student=self.network(), viewer=self.viewer())
-        del stage.roles["average"]  # an average would cost 5 GiB that teacher forcing alone does not
+        settings = ARDiffusionConfig(batch=1, chunk=chunk)
+        stage = ARDiffusion(settings, student=self.network(), viewer=self.viewer())
+        del stage.roles["average"]  # it does not follow; its weights stay beside the others
         stage.averages = []
         self.prepare(stage, ["student"])
-        forward = self.operations_of(chunk, "teacher forced")
-        tokens = 2 * self.args.frames * self.tokens
-        self.steps(f"teacher forcing, chunk {chunk}", stage, ["student"], tokens=tokens, forward=3 * forward)
+        self.steps(f"teacher forcing, chunk {chunk}", stage, settings, ["student"])
 
     def cd(self, chunk: int) -> None:
+        settings = CausalCDConfig(batch=1, chunk=chunk)
         student, teacher = self.network(), self.network(is_trained=False, seed=1)
-        stage = CausalCD(
-            CausalCDConfig(batch=1, chunk=chunk), student=student, teacher=teacher, null=self.null, viewer=self.viewer()
-        )
+        stage = CausalCD(settings, student=student, teacher=teacher, null=self.null, viewer=self.viewer())
         self.prepare(stage, ["student"])
-        forward = self.operations_of(chunk, "teacher forced")
-        tokens = 2 * self.args.frames * self.tokens
-        self.steps(f"causal CD, chunk {chunk}", stage, ["student"], tokens=tokens, forward=(2 + 1 + 3) * forward)
+        self.steps(f"causal CD, chunk {chunk}", stage, settings, ["student"])
 
     def dmd(self, chunk: int) -> None:
         nets = {"student": self.network(), "critic": self.network(seed=1)}
         shared = {"critic_repeats": self.args.critic_repeats, "student_samples": self.args.student_samples}
-        config = DMDConfig(batch=1, chunk=chunk, **shared)
+        settings = DMDConfig(batch=1, chunk=chunk, **shared)
         teacher = self.network(is_trained=False, seed=2)
-        stage = DMD(config, **nets, teacher=teacher, null=self.null, viewer=self.viewer())
+        stage = DMD(settings, **nets, teacher=teacher, null=self.null, viewer=self.viewer())
         if stage.sampler is not stage.student and not self.args.plain:
             accelerate(stage.sampler)
         self.prepare(stage, ["student", "critic"])
-        sizes, whole = chunk_sizes(self.args.frames, chunk), frames_of([self.args.frames])
-        calls = (1 + len(config.steps)) / 2  # at the mean exit step; then the commit, which the last chunk goes without
-        chunks = [operations(self.config, self.tokens, frames[start:], frames) for start, frames in starts(sizes)]
-        rollout = sum((calls + 1) * cost for cost in chunks) - chunks[-1]
-        score = operations(self.config, self.tokens, whole, whole)
-        student = self.operations_of(chunk, "context") + 3 * self.operations_of(chunk, "behind")
-        rollouts = config.critic_samples + (config.student_samples == "fresh")
-        forward = rollouts * rollout + (3 * config.critic_updates + 3) * score + student
-        tokens = self.args.frames * self.tokens
-        self.steps(f"DMD cycle, chunk {chunk}", stage, ["student", "critic"], tokens=tokens, forward=forward)
+        self.steps(f"DMD cycle, chunk {chunk}", stage, settings, ["student", "critic"])
 
     def attention(self, chunk: int) -> None:
         """Every way to cut each mask, FlexAttention, and plain attention where there is no mask."""
@@ -338,13 +308,6 @@ class Bench:
                 times.append((forward, clock.lap()))
             q.grad = k.grad = v.grad = None
         return [round(1000 * statistics.median(part), 2) for part in zip(*times, strict=True)]
-
-
-def starts(sizes: list[int]) -> Iterator[tuple[int, tuple[Frame, ...]]]:
-    """For each chunk, its first frame and all frames up to its end."""
-    for chunk, size in enumerate(sizes):
-        frames = frames_of(sizes[: chunk + 1])
-        yield len(frames) - size, frames
 
 
 class Clock:

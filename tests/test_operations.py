@@ -110,6 +110,9 @@ def test_stages() -> None:
     assert flop(DMDConfig(batch=1, exits="last")) - base == pytest.approx(
         6 * (ops.rolled_out(SIZE, CLIP, sizes, Context(), 4) - ops.rolled_out(SIZE, CLIP, sizes, Context(), 2.5))
     )
+    rollout = ops.rolled_out(SIZE, CLIP, sizes, Context(), 2.5)
+    assert base - flop(DMDConfig(batch=1, critic_repeats=5)) == pytest.approx(4 * rollout)
+    assert base - flop(DMDConfig(batch=1, critic_repeats=5, student_samples="critic")) == pytest.approx(5 * rollout)
     larger = flop(DMDConfig(batch=1), {**one, "teacher": replace(SIZE, layers=6)})
     assert larger - base == pytest.approx(2 * (ops.bidirectional(replace(SIZE, layers=6), CLIP) - whole))
     assert ops.step_work(object(), {}, CLIP) is None

@@ -168,6 +168,7 @@ def _dmd(c: DMDConfig, roles: dict[str, ModelConfig], clip: Clip, context: Conte
             return teacher_forced(model, clip, sizes, context)
         return bidirectional(model, clip)
 
-    critic_update = Work((1 + BACKWARD) * score(critic), whole)
+    update = Work((1 + BACKWARD) * score(critic), whole)
     scores = Work(score(critic) + (1 if c.guidance == 1 else 2) * score(teacher))
-    return made * (c.critic_updates + 1) + critic_update * c.critic_updates + scores + again
+    samples = c.critic_samples + (c.student_samples == "fresh")
+    return made * samples + update * c.critic_updates + scores + again
