@@ -205,6 +205,10 @@ def test_tars_are_read_as_they_were_written(tmp_path: Path) -> None:
         (sample("a", latents={"x": noise(0, 16, 3, 4, 6)}), "a tensor is expected"),
         (sample("a", latents=io.BytesIO), "code or objects"),
         (sample("a", latents=torch.ones(16, 3, 4, 6, dtype=torch.int32)), "torch.int32"),
+        (sample("a", latents=torch.ones(16, 3, 4, 6).to(torch.float8_e4m3fn)), "torch.float8_e4m3fn"),
+        (sample("a", latents=torch.ones(0, 16, 3, 4, 6)), "(0, 16, 3, 4, 6)"),
+        (sample("a", embed_pt=saved(torch.ones(2, 3).to(torch.float8_e4m3fn))), "torch.float8_e4m3fn"),
+        (sample("a", prompt_txt=b"x" * (1 << 20 | 1)), "at most 1,048,576 are read"),
         (sample("a", prompt_txt=b"\xff\xfe"), "not UTF-8"),
         (sample("a", embed_pt=saved(noise(0, 2, 3, 4))), "(tokens,width) is expected"),
         (sample("a", embed_pt=saved(noise(0, 2, 3) * torch.inf)), "not finite"),
@@ -216,6 +220,18 @@ def test_tars_are_read_as_they_were_written(tmp_path: Path) -> None:
 )
 def test_tars_that_are_refused(tmp_path: Path, members: list[tuple[str, bytes]], said: str) -> None:
     assert said in refusal(tar_of(tmp_path / "a.tar", members))
+
+
+def test_float64_becomes_float32_where_no_value_changes(tmp_path: Path) -> None:
+    exact = torch.nn.Parameter(noise(0, 16, 3, 4, 6).double())
+    tar_of(tmp_path / "a.tar", sample("a", latents=exact, embed_pt=saved(torch.ones(2, 3).double())))
+    import_set(tmp_path / "a.tar", tmp_path / "out")
+    shard = open_set(tmp_path / "out").shards[0]
+    assert shard.dtype == torch.float32 and torch.equal(shard.clip(0), exact.detach().float().transpose(0, 1))
+    tar_of(tmp_path / "b.tar", sample("b", latents=exact.detach() + 1e-12))
+    with pytest.raises(ValueError, match=r"b.tar, b: latents in float64, the set's are in float32"):
+        import_set(tmp_path / "b.tar", tmp_path / "none")
+    import_set(tmp_path / "b.tar", tmp_path / "asked", wanted=Wanted(dtype=torch.float32))
 
 
 def test_a_tar_cut_off_anywhere(tmp_path: Path) -> None:
@@ -296,6 +312,18 @@ def test_parquet_is_normalised(tmp_path: Path) -> None:
 )
 def test_parquet_that_is_refused(tmp_path: Path, columns: dict[str, object], said: str) -> None:
     assert said in refusal(parquet_of(tmp_path / "a.parquet", **columns))
+
+
+def test_parquet_without_rows_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a.parquet has no rows"):
+        import_set(_without_rows(parquet_of(tmp_path / "a.parquet")), tmp_path / "out")
+
+
+def _without_rows(path: Path) -> Path:
+    from pyarrow import parquet
+
+    parquet.write_table(parquet.read_table(path).slice(0, 0), path)
+    return path
 
 
 def test_parquet_cut_off(tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ from causalreel.weights.lora import (
     check_fits,
     check_strength,
     check_together,
+    from_tensors,
     is_lora,
     read_lora,
 )
-from causalreel.weights.lora_config import Patterns
+from causalreel.weights.lora_config import Patterns, Scales
 from causalreel.weights.lora_files import parse, read_loras
 from causalreel.weights.lora_layouts import LAYOUTS, write_lora
 from causalreel.weights.lora_names import INSIDE, OUTSIDE, diffusers_name, understand
@@ -342,6 +343,24 @@ def test_a_configuration_that_means_something_else_is_refused(kind: str) -> None
     with pytest.raises(ValueError, match=words) as caught:
         read_lora("p")
     assert "\n" not in str(caught.value)
+
+
+def test_an_alpha_may_be_a_whole_number() -> None:
+    """As kohya's trainers save it when they save no other type."""
+    for kind in (torch.int64, torch.int32, torch.bfloat16, torch.float64):
+        save_file(good() | {f"{S}.q.alpha": torch.tensor(6).to(kind)}, "x.safetensors")
+        assert read_lora("x.safetensors").pairs[Q].scale == 3
+
+
+def test_wrappers_may_stand_anywhere_and_a_counter_beside() -> None:
+    wanted = from_tensors(good(), Scales(), "x")
+    for place in (
+        "base_model.model.model._fsdp_wrapped_module.blocks.0.self_attn",
+        "module.blocks.0._orig_mod.self_attn",
+    ):
+        tensors = {key.replace(S, place): value for key, value in good().items()}
+        torch.save({"generator_lora": tensors, "step": torch.tensor(3)}, "x.pt")
+        assert same(merged((read_lora("x.pt"), 1.0)), merged((wanted, 1.0)))
 
 
 def test_pickles_are_read_as_data_and_for_the_generator() -> None:

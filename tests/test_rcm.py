@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +66,12 @@ def test_files_and_folders_are_read_whole(tmp_path: Path) -> None:
         (lambda f: (f / ".metadata").write_bytes(b"\x80\x04nonsense"), "damaged"),
         (lambda f: (f / ".metadata").write_bytes(pickle.dumps(print)), "builtins.print.*refused"),
         (lambda f: (f / ".metadata").write_bytes(pickle.dumps({"no": "index"})), "damaged"),
+        (lambda f: (f / ".metadata").write_bytes(b"\x80\x04})" + b"2\x86" * 60 + b"K\x01s."), "damaged: unhashable"),
+        (lambda f: (f / ".metadata").write_bytes(b"\x80\x05\x96" + b"\xff" * 4 + b"\0\0\0\0x."), "damaged"),
+        (lambda f: _edit(f, lambda told, _: setattr(told, "size", "16")), "whole numbers are expected"),
+        (lambda f: _edit(f, lambda told, _: vars(told).update(size=[0, 3], chunks=[])), "do not make up the shape"),
+        (lambda f: _edit(f, _doubled), "its pieces overlap"),
+        (lambda f: _edit(f, lambda _, index: index.storage_data.update(_again(index))), "names places twice"),
     ],
 )
 def test_a_broken_folder_is_one_line(tmp_path: Path, break_it, message: str) -> None:
@@ -71,6 +80,45 @@ def test_a_broken_folder_is_one_line(tmp_path: Path, break_it, message: str) -> 
     with pytest.raises(ValueError, match=message) as refusal:
         read_network(folder)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+
+
+def _edit(folder: Path, change: Callable[[Any, Any], object]) -> None:
+    """Change what the index says of a weight (16,12)."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    change(index.state_dict_metadata["net.blocks.0.ffn.0.weight"], index)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def _doubled(told: Any, _: Any) -> None:
+    """The first half of a larger weight, and once more in place of the second."""
+    told.size, told.chunks = (32, 12), told.chunks * 2
+
+
+def _again(index: Any) -> dict[Any, Any]:
+    """All places a second time, at other offsets of the same tensors."""
+    places = list(index.storage_data.items())
+    return {replace(key, offset=(7, *key.offset)): place for key, place in places}
+
+
+def test_pieces_of_several_ranks_and_what_is_no_tensor(tmp_path: Path) -> None:
+    """A step counter beside the weights is stored as bytes; a weight of two pieces is put together."""
+    folder = save_folder(tmp_path / "model", as_theirs(network()) | {"iteration": 5, "net._extra_state": b"none"})
+    equal(read_network(folder).tensors, network())
+    theirs, name = as_theirs(network()), "net.blocks.0.ffn.0.weight"
+    halves = {f"{name}{half}": part.clone() for half, part in enumerate(theirs.pop(name).chunk(2))}
+    folder = save_folder(tmp_path / "two", theirs | halves)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    told = [index.state_dict_metadata.pop(half) for half in halves]
+    told[1].chunks[0].offsets = torch.Size((8, 0))
+    index.state_dict_metadata[name] = replace(
+        told[0], size=torch.Size((16, 12)), chunks=told[0].chunks + told[1].chunks
+    )
+    for key, place in list(index.storage_data.items()):
+        if key.fqn in halves:
+            del index.storage_data[key]
+            index.storage_data[replace(key, fqn=name, offset=torch.Size((8 * int(key.fqn[-1]), 0)))] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    equal(read_network(folder).tensors, network())
 
 
 def _overwrite(file: Path) -> None:

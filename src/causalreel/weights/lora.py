@@ -40,6 +40,8 @@ GENERATOR = "generator_lora"
 """Top-level key under which a .pt of DMD training with adapters keeps the generator's."""
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WHOLE = (torch.int64, torch.int32)
+"""Types that an alpha may have, too."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def from_tensors(found: Mapping[str, Tensor], scales: Scales, source: str) -> Lo
             key = understand(text)
         except ValueError as error:
             raise ValueError(f"{source} cannot be used as a LoRA: {_why(found, error)}") from None
-        if tensor.dtype not in FLOATS:
+        is_count = key.part == "alpha" and tensor.dtype in WHOLE
+        if tensor.dtype not in FLOATS and not is_count:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{source}: '{shown(text)}' is {dtype}; float32, bfloat16 and float16 are read")
         there = by_place.get((key.layer, key.part))
@@ -274,8 +277,9 @@ def _choose(found: Mapping[str, Any], which: str | None, path: Path) -> dict[str
         if "critic_lora" in nested:
             raise ValueError(f"{path} holds only the critic adapter (critic_lora): a critic scores videos, makes none")
         raise ValueError(f"{path} holds no {GENERATOR}; it has {names}, of which --which would take one")
-    if flat:
-        raise ValueError(f"{path}: '{shown(next(iter(flat)))}' stands beside {names}, and nothing is skipped")
+    beside = next((key for key, value in flat.items() if value.ndim), None)  # one number is a counter of steps
+    if beside is not None:
+        raise ValueError(f"{path}: '{shown(beside)}' stands beside {names}, and nothing is skipped")
     chosen = nested[which or GENERATOR]
     odd = next((key for key, value in chosen.items() if not isinstance(value, Tensor)), None)
     if odd is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from causalreel.foreign import shown
 from causalreel.weights.diffusers import INNER, OUTER
+from causalreel.weights.layouts import WRAPPERS
 
 IMAGE_INNER = {
     "cross_attn.k_img": "attn2.add_k_proj",
@@ -42,11 +43,9 @@ PREFIXES = (
     "dit.",
     "generator.",
     "net.",
-    "module.",
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
 )
-"""What may stand in front of a name with dots, one or several in a row; no layer begins with any of them."""
+"""What may stand in front of a name with dots, one or several in a row; no layer begins with any of them. Segments that
+wrappers leave behind (`layouts.WRAPPERS`) may stand anywhere."""
 
 UNDERSCORE_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 
@@ -133,7 +132,7 @@ def _layer(stem: str, part: str) -> tuple[str, str, str, str] | None:
             name = stem.removeprefix(prefix)
             layer = _underscored(name)
             return None if layer is None else (layer, "underscored", prefix, name)
-    name = stem
+    stem = name = ".".join(part for part in stem.split(".") if part not in WRAPPERS)
     while found := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(found)
     prefix = stem.removesuffix(name)

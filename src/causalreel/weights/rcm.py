@@ -72,17 +72,14 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     try:
         index = _Inert(io.BytesIO((folder / INDEX).read_bytes())).load()
         shapes = {
-            str(name): (tuple(told.size), [(tuple(c.offsets), tuple(c.sizes)) for c in told.chunks])
+            _text(name): (_numbers(told.size), [(_numbers(c.offsets), _numbers(c.sizes)) for c in told.chunks])
             for name, told in index.state_dict_metadata.items()
             if hasattr(told, "chunks")
         }
         places = {
-            (str(key.fqn), None if key.offset is None else tuple(key.offset)): (
-                str(at.relative_path),
-                int(at.offset),
-                int(at.length),
-            )
+            (_text(key.fqn), _numbers(key.offset)): (_text(at.relative_path), int(at.offset), int(at.length))
             for key, at in index.storage_data.items()
+            if getattr(key, "offset", None) is not None  # what is no tensor has none
         }
     except ValueError as error:
         raise ValueError(f"{folder / INDEX}: {error}") from None
@@ -91,11 +88,30 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             f"{folder / INDEX} of a distributed checkpoint is damaged: {shown(str(error), 120) or type(error).__name__}"
         ) from None
     names = _wanted(list(shapes))
-    files = {place[0] for (name, _), place in places.items() if name in names}
+    wanted = set(names)
+    places = {key: place for key, place in places.items() if key[0] in wanted}
+    files = {place[0] for place in places.values()}
     absent = sorted(file for file in files if not file_in(folder, file, INDEX).is_file())
     if absent:
         raise ValueError(f"{folder}: the data file {shown(absent[0])} is missing, which {INDEX} names; copy it too")
+    room, claimed = sum((folder / file).stat().st_size for file in files), sum(max(0, at[2]) for at in places.values())
+    if claimed > room:
+        raise ValueError(
+            f"{folder}: files are cut off, or {INDEX} names places twice: tensors of {claimed:,} bytes in {room:,}"
+        )
     return {name: _tensor(folder, name, *shapes[name], places) for name in names}
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"a name is a {type(value).__name__}, texts are expected; it is damaged")
+    return value
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    if type(value) is not list or len(value) > 16 or any(type(number) is not int for number in value):
+        raise ValueError("a shape or place is none: whole numbers are expected; it is damaged")
+    return tuple(value)
 
 
 def _wanted(names: list[str]) -> list[str]:
@@ -112,12 +128,12 @@ def _tensor(
     name: str,
     size: tuple[int, ...],
     chunks: list[tuple[tuple[int, ...], tuple[int, ...]]],
-    places: Mapping[tuple[str, tuple[int, ...] | None], tuple[str, int, int]],
+    places: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]],
 ) -> Tensor:
     """A tensor from the pieces that its ranks have written."""
     where, pieces = f"{folder}: '{shown(name)}'", []
     for offsets, sizes in chunks:
-        place = places.get((name, offsets)) or places.get((name, None))
+        place = places.get((name, offsets))
         if place is None:
             raise ValueError(f"{where} has a piece at {offsets} that no file holds")
         piece = _piece(file_in(folder, place[0], INDEX), *place[1:], where)
@@ -128,13 +144,18 @@ def _tensor(
             told = f"a piece {tuple(piece.shape)} for {sizes} at {offsets} of {size}"
             raise ValueError(f"{where} has the wrong shape: {told}")
         pieces.append((offsets, piece))
-    if sum(piece.numel() for _, piece in pieces) != math.prod(size):
-        raise ValueError(f"{where}: its pieces do not make up the shape {size}")
+    types = {str(piece.dtype).removeprefix("torch.") for _, piece in pieces}
+    if len(types) != 1 or sum(piece.numel() for _, piece in pieces) != math.prod(size):
+        told = f" and types {', '.join(sorted(types))}" if len(types) > 1 else ""
+        raise ValueError(f"{where}: its pieces do not make up the shape {size}{told}")
     if len(pieces) == 1:
         return pieces[0][1]
-    whole = torch.empty(size, dtype=pieces[0][1].dtype)
+    whole, filled = torch.empty(size, dtype=pieces[0][1].dtype), torch.zeros(size, dtype=torch.bool)
     for offsets, piece in pieces:
-        whole[tuple(slice(o, o + s) for o, s in zip(offsets, piece.shape, strict=True))] = piece
+        place = tuple(slice(o, o + s) for o, s in zip(offsets, piece.shape, strict=True))
+        if filled[place].any():
+            raise ValueError(f"{where}: its pieces overlap at {offsets}, so that others are missing")
+        whole[place], filled[place] = piece, True
     return whole
 
 
@@ -173,12 +194,35 @@ class _Stand:
             self.__dict__.update(state)
 
 
-class _Inert(pickle.Unpickler):
-    """Reads the index of a distributed checkpoint; everything that it names is a stand-in."""
+_InPython: Any = pickle._Unpickler
+"""The unpickler that is written in Python, whose steps can be replaced."""
+
+
+class _Inert(_InPython):
+    """Reads the index of a distributed checkpoint; everything that it names is a stand-in.
+
+    Tuples become lists, which are no keys: a pair of one pair of one pair, forty times over, takes hours to be hashed.
+    """
+
+    dispatch = dict(_InPython.dispatch)  # noqa: RUF012 - as there
+    del dispatch[pickle.BYTEARRAY8[0]], dispatch[pickle.FROZENSET[0]]  # no index has any, and they can cost as much
+
+    def _list(self, count: int) -> None:
+        self.stack[-count:] = [self.stack[-count:]]
+
+    def _list_from_mark(self) -> None:
+        items = self.pop_mark()  # after which `append` is another
+        self.append(items)
+
+    dispatch[pickle.EMPTY_TUPLE[0]] = lambda self: self.append([])
+    dispatch[pickle.TUPLE[0]] = _list_from_mark
+    dispatch[pickle.TUPLE1[0]] = lambda self: self._list(1)
+    dispatch[pickle.TUPLE2[0]] = lambda self: self._list(2)
+    dispatch[pickle.TUPLE3[0]] = lambda self: self._list(3)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch", "Size"):
-            return tuple
+            return list
         is_path = module in ("pathlib", "pathlib._local") and name.endswith("Path")
         is_layout = (module, name) == ("torch.serialization", "_get_layout")
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

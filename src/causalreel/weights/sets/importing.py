@@ -51,6 +51,8 @@ def import_set(
         for found in find_rows(source, wanted):
             writer.add(found)
         writer.finish()
+        if not writer.entries:
+            raise ValueError(f"{source} has no rows")
         null = write_null(out, encoder.null(1)[0]) if encoder else None
         manifest = Manifest(tuple(writer.entries), made, writer.moments.told(), null)
         write_manifest(out, manifest)
@@ -85,8 +87,6 @@ class _Writer:
     def finish(self) -> None:
         if self._skipped + len(self._rows):
             self._close()
-        if not self.entries:
-            raise ValueError("the set has no rows")
         for path in sorted(self.out.glob("latents-*.safetensors"))[len(self.entries) :]:
             raise ValueError(f"{path} is there and is not of this set: use another folder")
 
@@ -119,11 +119,11 @@ class _Writer:
             return None
         if self.dtype is not None:
             return value.to(self.dtype)
-        kept = self._types.setdefault(what, value.dtype)
+        kept = self._types.setdefault(what, value.dtype if value.dtype in TYPES.values() else torch.float32)
         converted = value.to(kept)
         if not torch.equal(converted.to(value.dtype), value):
             names = [str(kind).removeprefix("torch.") for kind in (value.dtype, kept)]
-            raise ValueError(f"{place}: {what} in {names[0]}, those before are in {names[1]}: give the type of all")
+            raise ValueError(f"{place}: {what} in {names[0]}, the set's are in {names[1]}: give the type of all")
         return converted
 
     def _close(self) -> None:

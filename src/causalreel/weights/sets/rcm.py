@@ -19,7 +19,7 @@ from causalreel.data.tars import Part, members, read_member
 from causalreel.foreign import shown
 from causalreel.weights.pickles import read_pickle
 from causalreel.weights.sets import Found, Wanted
-from causalreel.weights.sets.clips import caption, channels_first, check_text
+from causalreel.weights.sets.clips import PROMPT_BYTES, caption, channels_first, check_text
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,9 @@ def _samples(file: Path) -> dict[str, dict[str, Part]]:
         if suffix not in PARTS:
             others.add(f".{suffix}")
             continue
-        if part[1] > PART_BYTES:
-            raise ValueError(f"{file}: '{shown(name)}' has {part[1]:,} bytes, at most {PART_BYTES:,} are read")
+        most = PROMPT_BYTES if suffix == "prompt.txt" else PART_BYTES
+        if part[1] > most:
+            raise ValueError(f"{file}: '{shown(name)}' has {part[1]:,} bytes, at most {most:,} are read")
         if suffix in found.setdefault(key, {}):
             raise ValueError(f"{file}: '{shown(name)}' is in it twice")
         found[key][suffix] = part
@@ -75,7 +76,7 @@ def _samples(file: Path) -> dict[str, dict[str, Part]]:
 
 def _row(file: Path, parts: dict[str, Part], wanted: Wanted, place: str, scratch: Path) -> Row:
     latents = _tensor(file, parts["latent.pt"], f"{place}.latent.pt", scratch)
-    clip = latents[0] if latents.ndim == 5 else latents
+    clip = latents[0] if latents.ndim == 5 and len(latents) else latents
     told = caption(read_member(file, parts["prompt.txt"]), f"{place}.prompt.txt")
     text = check_text(_tensor(file, parts["embed.pt"], f"{place}.embed.pt", scratch), f"{place}.embed.pt")
     return Row(told, place, channels_first(clip, f"{place}.latent.pt", wanted), text)
@@ -90,4 +91,4 @@ def _tensor(file: Path, part: Part, place: str, scratch: Path) -> Tensor:
         raise ValueError(str(error).replace(str(scratch), f"member {place}")) from None
     if not isinstance(found, Tensor):
         raise ValueError(f"{place} holds a {type(found).__name__}, a tensor is expected")
-    return found
+    return found.detach()
