@@ -13,6 +13,11 @@ from causalreel.control.strings import latent_poses, view_matrices
 from causalreel.nn.camera import Views, network, seen
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.masks import Context
+from causalreel.nn.policies.deep_forcing import DeepForcing
+from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.memrope import MemRope
+from causalreel.nn.policies.relax_forcing import RelaxForcing
+from causalreel.nn.policies.selecting import SelectingPolicy
 from causalreel.nn.presets import ModelConfig
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.fast import accelerate
@@ -30,7 +35,7 @@ SPEC, FRAMES, CHUNK, BATCH = LatentSpec(4, 4, 4), 6, 2, 2
 LEVELS = (1.0, 0.7, 0.3)
 
 
-def denoiser(config: ModelConfig = PROPE, context: Context = Context(), seed: int = 0) -> DiTDenoiser:
+def denoiser(config: ModelConfig = PROPE, context: ContextPolicy = Context(), seed: int = 0) -> DiTDenoiser:
     """A network none of whose parts is zero."""
     torch.manual_seed(seed)
     net = DiTDenoiser(config, context=context, backend="sdpa")
@@ -101,6 +106,19 @@ def test_fused_plans_are_plain_ones(config: ModelConfig, context: Context) -> No
         return chunked(chunk_sizes(FRAMES, CHUNK), LEVELS)
 
     close(rolled_out(net, conditioning, fuse(plan())), rolled_out(net, conditioning, plan()))
+
+
+@both
+@pytest.mark.parametrize(
+    "policy",
+    [DeepForcing(sink=1, budget=20, recent=2), RelaxForcing(sink=1, budget=20, recent=2), MemRope(sink=1, local=20)],
+    ids=lambda policy: policy.policy,
+)
+def test_a_policy_that_chooses_among_all_is_the_full_context(config: ModelConfig, policy: SelectingPolicy) -> None:
+    """As long as it has room for everything: twins are stored and read as they are, their heads rotated once."""
+    plans = [list(chunked(chunk_sizes(FRAMES, CHUNK), LEVELS)) for _ in range(2)]
+    chosen = rolled_out(denoiser(config, policy), given(config), plans[0])
+    close(chosen, rolled_out(denoiser(config, Context()), given(config), plans[1]))
 
 
 @both

@@ -78,8 +78,8 @@ class CameraBlock(Block):
         views = attention.views
         if not isinstance(views, Views):
             return super().forward(x, time, text, attention)
-        turns_keys = not attention.reading.groups
-        q, k, v = self.before_cameras(x, time, attention.cos, attention.sin, views, turns_keys)
+        cos, sin, turns_keys = attention.cos, attention.sin, attention.reading.turns_keys
+        q, k, v = self.before_cameras(x, time, cos, sin, views, turns_keys)
         plain, camera = attention(self.layer, q, k, v).unflatten(2, (-1, 2)).unbind(3)
         attended = _twins(plain, seen(camera, views.project))
         return self.after_attention(x, attended, time, text.of_block(self.layer, self.cross_attn.key_value))

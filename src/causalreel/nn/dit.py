@@ -23,7 +23,7 @@ from causalreel.nn.attention import attend
 from causalreel.nn.kv_cache import FrameCache
 from causalreel.nn.masks import Reading
 from causalreel.nn.presets import ModelConfig
-from causalreel.nn.rope import rope_table, rotate
+from causalreel.nn.rope import rope_table, rotate, rotate_keys
 from causalreel.nn.token_cache import TokenCache
 from causalreel.types import Conditioning
 
@@ -163,7 +163,7 @@ class SelfAttention:
             assert isinstance(self.cache, TokenCache)
             if self.exchange is not None:
                 raise ValueError(f"{self.cache.context} works on one device: it looks at what all heads hold")
-            k, v = self.cache.read(layer, q, k, v, self.size)
+            k, v = self.cache.read(layer, q, k, v, self.size, twins=self.views is not None)
         elif self.cache is not None:
             k, v = self.cache.extend(layer, k, v)
         if self.reading.groups:
@@ -179,15 +179,17 @@ class SelfAttention:
             rows = q[:, group.rows[0] * tokens : group.rows[1] * tokens]
             keys, values = (x.unflatten(1, (-1, tokens))[:, list(group.keys)].flatten(1, 2) for x in (k, v))
             table = rope_table(group.positions, *self.size, q.shape[-1], q.device)
-            parts.append(attend(rows, self._turned(keys, table), values, None, tokens, backend=self.backend))
+            parts.append(
+                attend(
+                    rows,
+                    rotate_keys(keys, table, twins=self.views is not None),
+                    values,
+                    None,
+                    tokens,
+                    backend=self.backend,
+                )
+            )
         return torch.cat(parts, dim=1)
-
-    def _turned(self, keys: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        """Keys (B,L,N,D) rotated; twin heads are not, because they know no positions."""
-        if self.views is None:
-            return rotate(keys, *table)
-        plain, camera = keys.unflatten(2, (-1, 2)).unbind(3)
-        return torch.stack([rotate(plain, *table), camera], dim=3).flatten(2, 3)
 
 
 def sinusoid(sigma: Tensor, width: int) -> Tensor:

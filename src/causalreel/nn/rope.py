@@ -50,6 +50,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+def rotate_keys(keys: Tensor, table: tuple[Tensor, Tensor], *, twins: bool) -> Tensor:
+    """As `rotate`; twins: each head has one behind it, which sees through cameras, knows no position and stays."""
+    if not twins:
+        return rotate(keys, *table)
+    plain, camera = keys.unflatten(2, (-1, 2)).unbind(3)
+    return torch.stack([rotate(plain, *table), camera], dim=3).flatten(2, 3)
+
+
 def token_table(positions: Tensor, tokens: Tensor, size: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
     """positions, tokens (B,L) of single tokens, rows and columns of a frame -> cos, sin (B,L,1,D/2) float32.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from causalreel.nn.masks import Frame, Reading
 from causalreel.nn.policies.selecting import Committed, Entries, SelectingPolicy
-from causalreel.nn.rope import rotate, token_table
+from causalreel.nn.rope import rotate_keys, token_table
 
 
 class TokenCache:
@@ -25,7 +25,7 @@ class TokenCache:
         self.state: dict[Any, Any] = {}
         self._call: tuple[Frame, ...] = ()
         self._tokens, self._own = 0, 0
-        self._size = (1, 1)
+        self._size, self._twins = (1, 1), False
         self._fresh: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._turned: dict[int, Tensor] = {}
 
@@ -48,14 +48,19 @@ class TokenCache:
         """Not for this cache: see `read`."""
         raise NotImplementedError
 
-    def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Rotated q, fresh k before rotation, v (B,L,N,D), rows and columns of a frame -> all that is read, rotated."""
-        self._size = size
+    def read(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int], *, twins: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated q, fresh k before rotation, v (B,L,N,D), rows and columns of a frame -> all that is read, rotated.
+
+        twins: as in `rope.rotate_keys`, the same in all calls.
+        """
+        self._size, self._twins = size, twins
         frames = len(self._call)
         asked = q.detach().float().unflatten(1, (frames, -1)).sum(2) if self.context.asks_queries else q[:, :0].detach()
         self._fresh[layer] = (k.detach(), v.detach(), asked)
         own = self._entries(k, v)
-        turned = rotate(k, *token_table(own.positions, own.tokens, size, k.shape[-1]))
+        turned = self._turn(own)
         held = self.layers[layer]
         if held is None:
             return turned, v
@@ -81,7 +86,7 @@ class TokenCache:
         """The same context by reference."""
         other = TokenCache(len(self.layers), self.context)
         other.end, other.layers, other.state = self.end, list(self.layers), dict(self.state)
-        other._tokens, other._size = self._tokens, self._size
+        other._tokens, other._size, other._twins = self._tokens, self._size, self._twins
         return other
 
     def _entries(self, k: Tensor, v: Tensor) -> Entries:
@@ -92,4 +97,4 @@ class TokenCache:
 
     def _turn(self, entries: Entries) -> Tensor:
         table = token_table(entries.positions, entries.tokens, self._size, entries.keys.shape[-1])
-        return rotate(entries.keys, *table)
+        return rotate_keys(entries.keys, table, twins=self._twins)
