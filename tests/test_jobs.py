@@ -120,6 +120,7 @@ def test_a_video_may_begin_with_a_picture(client: TestClient) -> None:
         {"frames": 46},
         {"frames": 1, "image": coded(picture())},
         {"prompt": "no such words"},
+        {"prompt": f"{RED}[1s] | {RED}[1s]"},
         {"seed": -1},
         {"steps": 101},
         {"chunk": 1000},

@@ -21,7 +21,14 @@ def test_a_script_is_read() -> None:
     )
     assert read_script("alone[3s]") == (Spoken("alone", 3.0),)
     assert is_script("a[5s] | b") and is_script("a[5s]")
-    assert not any(is_script(text) for text in ("a | b", "a [sic] b", "a[5m]", "", "[words]", "5s"))
+    assert not any(is_script(text) for text in ("a | b", "a [sic] b", "a[5m]", "", "[words]", "5s", "a[5]", "a[s]"))
+    assert read_script("a[1s] | b [ .5 s # ] ")[1] == Spoken("b", 0.5, True)
+
+
+def test_a_long_prompt_is_looked_at_once() -> None:
+    """Text of others comes here: no pattern may go over its spaces again and again."""
+    for text in ("a[" + " " * 100_000 + "x", "[ " * 50_000, "a[1" + "s " * 50_000 + "x]", "|" * 100_000):
+        assert not is_script(text)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,7 @@ def test_a_script_is_read() -> None:
         ("a[5s] | ", "prompt 2 of the script is empty"),
         ("a[5s#] | b", "begins no new scene"),
         ("a[100000s]", "up to 86400 seconds"),
+        ("a[86400s]|" * 999 + "b", "prompt 2 .* ends after 172800 seconds: a script lasts at most 86400"),
         ("a[1s]|" * 1000 + "b", "at most 1000 prompts"),
     ],
 )

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from causalreel.foreign import shown
 
-TIME = re.compile(r"\[\s*([^\[\]]*?)\s*s\s*(#?)\s*\]\s*$")
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)")
 MOST_SECONDS, MOST_PROMPTS = 86_400.0, 1000
-"""Of one prompt; in one script."""
+"""Of a script."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,21 @@ class Spread:
 
 def is_script(prompt: str) -> bool:
     """Whether a prompt says times."""
-    return any(_has_time(part) for part in prompt.split("|"))
+    return any(_timed(part) is not None for part in prompt.split("|"))
 
 
-def _has_time(part: str) -> bool:
-    found = TIME.search(part)
-    return found is not None and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", found[1]) is not None
+def _timed(part: str) -> Spoken | None:
+    """A prompt that ends with a time in brackets, whatever the time is; None for any other text."""
+    text, bracket, rest = part.rstrip().rpartition("[")
+    if not bracket or not rest.endswith("]"):
+        return None
+    time = rest[:-1].strip()
+    cut = time.endswith("#")
+    time = time.removesuffix("#").rstrip()
+    number = time.removesuffix("s").rstrip()
+    if number == time or NUMBER.fullmatch(number) is None:
+        return None
+    return Spoken(text.strip(), float(number), cut)
 
 
 def read_script(prompt: str) -> tuple[Spoken, ...]:
@@ -54,28 +63,30 @@ def read_script(prompt: str) -> tuple[Spoken, ...]:
     parts = prompt.split("|")
     if len(parts) > MOST_PROMPTS:
         raise ValueError(f"a script has at most {MOST_PROMPTS} prompts, got {len(parts)}")
-    found = []
+    found, total = [], 0.0
     for number, part in enumerate(parts, start=1):
-        where, time = f"prompt {number} of the script", TIME.search(part)
-        text = part if time is None else part[: time.start()]
-        if not text.strip():
+        where, spoken = f"prompt {number} of the script", _timed(part)
+        if not (part if spoken is None else spoken.text).strip():
             raise ValueError(f"{where} is empty: {shown(part.strip(), 40)!r}")
-        if time is None or not _has_time(part):
+        if spoken is None or spoken.seconds is None:
             if number < len(parts):
                 raise ValueError(
                     f"{where} has no time such as [5s]: {shown(part.strip(), 60)!r}; only the last may lack it"
                 )
             found.append(Spoken(part.strip(), None))
             continue
-        seconds = float(time[1])
-        if not 0 < seconds <= MOST_SECONDS:
-            back = ": a script cannot go back in time" if seconds <= 0 else ""
+        total += spoken.seconds
+        if not 0 < spoken.seconds <= MOST_SECONDS:
+            back = ": a script cannot go back in time" if spoken.seconds <= 0 else ""
             raise ValueError(
-                f"{where} must be shown for more than 0 and up to {MOST_SECONDS:g} seconds, got {seconds:g}{back}"
+                f"{where} must be shown for more than 0 and up to {MOST_SECONDS:g} seconds, got "
+                f"{spoken.seconds:g}{back}"
             )
-        if time[2] and number == 1:
+        if total > MOST_SECONDS:
+            raise ValueError(f"{where} ends after {total:g} seconds: a script lasts at most {MOST_SECONDS:g}")
+        if spoken.cut and number == 1:
             raise ValueError("the first prompt of a script begins no new scene: leave out its #")
-        found.append(Spoken(text.strip(), seconds, bool(time[2])))
+        found.append(spoken)
     return tuple(found)
 
 

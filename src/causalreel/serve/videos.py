@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from causalreel.infer.clips import ClipRequest
 from causalreel.infer.live_video import in_range
+from causalreel.infer.scripts import is_script
 from causalreel.serve.bodies import BODY, DOOR, errors, read_body, takes
 from causalreel.serve.jobs import Jobs, options_of, pack_image
 from causalreel.serve.safety import ApiError
@@ -39,6 +40,8 @@ def planned(service: Service, wanted: VideoRequest) -> dict[str, Any]:
     pipeline = scheduler.pipeline
     height, width = pipeline.size
     try:
+        if is_script(wanted.prompt):
+            raise ValueError("prompts by time are for `causalreel generate`; open a session and change its prompt")
         image = None if wanted.image is None else in_range(wanted.image)
         request = ClipRequest(wanted.prompt, wanted.frames, wanted.seed, wanted.steps, wanted.chunk, image)
         frames = pipeline.geometry.frames_of(request.check(pipeline, pipeline.text).plan.frames)
