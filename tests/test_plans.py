@@ -13,7 +13,7 @@ from causalreel import config
 from causalreel.families import MODELS
 from causalreel.infer.manner import Manner
 from causalreel.infer.models import load, profile
-from causalreel.infer.schedule import Schedule, adapt
+from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import frames_of
 from causalreel.nn.policies.rolling_forcing import RollingForcing
@@ -21,6 +21,7 @@ from causalreel.nn.policies.rolling_sink import RollingSink
 from causalreel.nn.policies.window import Context
 from causalreel.nn.rope import rope_table, rotate
 from causalreel.rollout import Call, Part, chunked, collect, fuse, rolling, rollout, truncate
+from causalreel.types import Geometry
 from causalreel.weights.export import Export, Sampling
 from test_policies import CONFIG, SIGMAS, SPEC, close, denoiser, given, noise
 
@@ -187,6 +188,11 @@ def test_a_manner_changes_policy_plan_and_context() -> None:
     assert export.context == RollingForcing(window=8, sink=2, cache=10)
     calls = list(Schedule(8, 0, sampling, export.context).plan())
     assert sampling.plan == "rolling" and calls == list(rolling([2] * 4, (1.0, 5 / 6)))
+    for policy in ("rolling-sink", "infinity-rope", "memrope", "deep-forcing", "relax-forcing"):
+        with pytest.raises(ValueError, match=f"plan rolling reads .* the policy {policy}.* has no rule"):
+            Manner(policy, "rolling", any_plan=True).of(CARD, CARD.sampling)
+    with pytest.raises(ValueError, match="window must hold the sink and a call's 8 frames"):  # before anything is made
+        schedule(replace(sampling, steps=(1000, 750, 500, 250)), Geometry(4, 8, 4), trained=8, context=export.context)
     assert Manner(noisy_context=2).of(CARD, CARD.sampling)[1].noisy_from == 2
     with pytest.raises(ValueError, match=r"plans was not trained for it but for chunked.*--any-plan allows it"):
         Manner(plan="rolling").of(CARD, CARD.sampling)

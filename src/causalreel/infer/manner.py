@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from causalreel.nn.policies.interface import ContextPolicy
-from causalreel.nn.policies.registry import policy_from
+from causalreel.nn.policies.registry import described, policy_from
 from causalreel.nn.policies.rolling_forcing import RollingForcing
+from causalreel.nn.policies.window import Context
 from causalreel.weights.export import Export, Sampling
 
 Plan = Literal["chunked", "rolling"]
@@ -51,6 +52,11 @@ class Manner:
             policy = policy_from(name, frames=export.frames // chunk * chunk, chunk=chunk)
         if policy is not None:
             export = replace(export, context=policy)
+        if is_rolling and not isinstance(export.context, Context | RollingForcing):
+            raise ValueError(
+                f"plan rolling reads a window of many chunks, for which the policy {described(export.context)} has no "
+                f"rule; it works with rolling-forcing, full, window, sink and re-indexed"
+            )
         if self.noisy_context is not None:
             if self.noisy_context < 0:
                 raise ValueError(f"noisy_context must be at least 0, got {self.noisy_context}")

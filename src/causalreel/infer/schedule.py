@@ -123,7 +123,7 @@ def schedule(
             f"a frame-wise model (chunk 1) takes any prefix"
         )
     unit = chunk or 1
-    context.check(unit)
+    context.check(unit * len(noise_levels(sampling)) if sampling.plan == "rolling" else unit)
     if frames is None:
         wanted = max(trained // unit * unit, prefix + unit)
         return Schedule(wanted, prefix, sampling, context)
