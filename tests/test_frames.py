@@ -180,6 +180,8 @@ def test_typed_lines() -> None:
     assert parse_line('{"name": "prompt", "text": "a circle", "chunks": 9}') == Prompt("a circle", chunks=9)
     for line, message in [
         ("/pause now", "pause takes no arguments; got 'now'"),
+        ("/pause name", "pause takes no arguments; got 'name'"),
+        ("/step 3 chunks", "step takes chunks; got 'chunks'"),
         ("/steps two", "steps must be a whole number from 1 to 100, got 'two'"),
         ("/fps 8 9", "fps takes fps; got '9'"),
         ("/restart a red circle", "seed must be a whole number from 0 to 9007199254740991, got 'a'"),

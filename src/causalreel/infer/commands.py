@@ -342,7 +342,7 @@ def parse_line(line: str, *, picture: Reads | None = None) -> Command | None:
     name, _, rest = line[1:].partition(" ")
     if name in MODES:
         return parse({"name": Prompt.name, "mode": name, "text": rest.strip()})
-    given = values.typed(COMMANDS[name], rest) if name in COMMANDS else {}
+    given = values.typed(COMMANDS[name], rest, what=name) if name in COMMANDS else {}
     return parse({**given, "name": name}, picture=picture)
 
 

@@ -264,7 +264,7 @@ def read(cls: type[Read], given: Mapping[str, Any], *, what: str, picture: Reads
     known = parameters(cls)
     names = [one.name for one in known]
     if unknown := [name for name in given if name not in names]:
-        raise WrongKind(f"{what} takes {', '.join(names) or 'no arguments'}; got {unknown[0]!r:.80}")
+        raise _unknown(cls, unknown[0], what)
     values: dict[str, Any] = {}
     for one in known:
         value = given.get(one.name)
@@ -278,8 +278,8 @@ def read(cls: type[Read], given: Mapping[str, Any], *, what: str, picture: Reads
     return cls(**values)
 
 
-def typed(cls: type, words: str) -> dict[str, Any]:
-    """What words that were typed give the fields in turn; a text takes all that is left."""
+def typed(cls: type, words: str, *, what: str) -> dict[str, Any]:
+    """What words that were typed give the fields in turn; a text takes all that is left. ValueError for more."""
     found: dict[str, Any] = {}
     words = words.strip()
     for one in parameters(cls):
@@ -287,7 +287,9 @@ def typed(cls: type, words: str) -> dict[str, Any]:
             break
         word, _, rest = (words, "", "") if one.kind.takes_rest else words.partition(" ")
         found[one.name], words = one.kind.typed(word), rest.strip()
-    return found if not words else found | {words: None}
+    if words:
+        raise _unknown(cls, words, what)
+    return found
 
 
 def schema(cls: type) -> dict[str, Any]:
@@ -303,6 +305,11 @@ def schema(cls: type) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False} | (
         {"required": needed} if needed else {}
     )
+
+
+def _unknown(cls: type, got: str, what: str) -> WrongKind:
+    names = ", ".join(one.name for one in parameters(cls))
+    return WrongKind(f"{what} takes {names or 'no arguments'}; got {got!r:.80}")
 
 
 def _parsed(parse: Callable[[str], Any], words: str) -> Any:
