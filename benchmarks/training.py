@@ -155,7 +155,7 @@ class Bench:
 
     def steps(self, name: str, stage: Stage, settings: object, trained: list[str]) -> None:
         """Time whole trainer steps and their parts."""
-        sizes = dict.fromkeys(("student", "critic", "teacher"), self.config)
+        sizes: dict[str, ModelConfig] = dict.fromkeys(("student", "critic", "teacher"), self.config)
         work = step_work(settings, sizes, Clip(self.args.frames, LatentSpec(self.config.channels, *self.args.size)))
         assert work is not None
         optimisers = {role: RoleOptimiser(role, stage.roles[role], LEARNING) for role in trained}
