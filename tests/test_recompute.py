@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.lora import LoRAConfig, adapters, add_lora
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.recompute import recompute_blocks
 from causalreel.rollout import StreamNoise, chunked, collect, rollout, truncate
@@ -46,6 +47,21 @@ def test_recomputed_blocks_have_the_same_gradients_to_the_last_bit(make: Any, mo
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert torch.equal(rolled_out(net), rolled_out(plain))
     assert [*net.state_dict()] == [*plain.state_dict()]
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_dropout_of_adapters_is_the_same_when_it_is_computed_again(mode: Any) -> None:
+    found = []
+    for how in ("none", mode):
+        net = denoiser()
+        add_lora(net.model, LoRAConfig(rank=2, dropout=0.5), torch.Generator().manual_seed(0))
+        for _, layer in adapters(net.model):
+            torch.nn.init.constant_(layer.lora_B, 0.1)
+        recompute_blocks(net, how)
+        torch.manual_seed(1)
+        teacher_forced(net).square().mean().backward()
+        found.append(gradients(net))
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
 
 
 def test_what_is_computed_again() -> None:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import Block, CallText, SelfAttention
+from causalreel.nn.lora import adapters
 
 Recompute = Literal["none", "selective", "full"]
 """What is computed again: nothing, the halves of each block around its self-attention, or whole blocks."""
@@ -33,22 +34,26 @@ def recompute_blocks(denoiser: DiTDenoiser, mode: Recompute) -> DiTDenoiser:
     """
     if mode not in get_args(Recompute):
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}; got {mode!r}")
+    is_random = any(adapter.dropout for _, adapter in adapters(denoiser.model))
     for block in denoiser.model.blocks:
         if mode == "selective":
-            block.before_attention = _again(block.before_attention)
-            block.after_attention = _again(block.after_attention)
+            block.before_attention = _again(block.before_attention, is_random)
+            block.after_attention = _again(block.after_attention, is_random)
         elif mode == "full":
-            block.forward = partial(_whole, block, block.forward)
+            block.forward = partial(_whole, block, block.forward, is_random)
     return denoiser
 
 
-def _again(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose intermediates are computed again but for those that `_is_kept` names."""
+def _again(function: Callable[..., Any], is_random: bool) -> Callable[..., Any]:
+    """The function, whose intermediates are computed again but for those that `_is_kept` names.
+
+    is_random: it draws (dropout of adapters), and must draw the same again.
+    """
 
     def run(*call: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*call)
-        return checkpoint(function, *call, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
+        return checkpoint(function, *call, use_reentrant=False, preserve_rng_state=is_random, context_fn=_contexts)
 
     return run
 
@@ -66,13 +71,21 @@ def _is_kept(context: Any, operation: Any, *inputs: Any, **options: Any) -> Chec
 
 
 def _whole(
-    block: Block, plain: Callable[..., Tensor], x: Tensor, time: Tensor, text: CallText, attention: SelfAttention
+    block: Block,
+    plain: Callable[..., Tensor],
+    is_random: bool,
+    x: Tensor,
+    time: Tensor,
+    text: CallText,
+    attention: SelfAttention,
 ) -> Tensor:
     """The block, of which only the input is kept. Behind a cache, which may have moved on by then, as `selective`."""
     if not torch.is_grad_enabled():
         return plain(x, time, text, attention)
     if attention.cache is None:
-        return checkpoint(plain, x, time, text, attention, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(plain, x, time, text, attention, use_reentrant=False, preserve_rng_state=is_random)
     cos, sin, turns_keys = attention.cos, attention.sin, attention.reading.turns_keys
-    attended = attention(block.layer, *_again(block.before_attention)(x, time, cos, sin, turns_keys))
-    return _again(block.after_attention)(x, attended, time, text.of_block(block.layer, block.cross_attn.key_value))
+    attended = attention(block.layer, *_again(block.before_attention, is_random)(x, time, cos, sin, turns_keys))
+    return _again(block.after_attention, is_random)(
+        x, attended, time, text.of_block(block.layer, block.cross_attn.key_value)
+    )
