@@ -268,6 +268,9 @@ def test_two_processes_go_on_with_what_others_began(
 ) -> None:
     for name in FEW:
         assert_close(alone[name], two[1][0][f"from {before}", name], f"from {before}, {name}")
+        step = two[0] / "given" / before / name / "checkpoints" / f"step-{STEPS:08}"
+        manifest = json.loads((step / "manifest.json").read_text())
+        assert manifest["sha256"].keys() == manifest["bytes"].keys()  # files of ranks that there are no more, too
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from causalreel.train import checkpoint, state
 from causalreel.train.arithmetic import arithmetic, flushes_denormals
-from causalreel.train.log import NonFiniteError, open_jsonl
+from causalreel.train.log import NonFiniteError, Window, open_jsonl
 from causalreel.train.optim import OptimiserConfig, clip_gradients, learning_rate
 from causalreel.train.stage import Average, DataCursor, Loss, StepContext, Update, stable_seed
 from causalreel.train.trainer import TrainerConfig, train
@@ -298,6 +298,15 @@ def test_data_order_is_a_permutation_per_epoch() -> None:
 def test_seeds_are_the_same_everywhere() -> None:
     assert stable_seed(0, 0, "noise") == 7012560265599635137
     assert len({stable_seed(seed, step, p) for seed in range(3) for step in range(3) for p in ("a", "b")}) == 18
+
+
+def test_what_a_window_has_given_stays_as_it_was() -> None:
+    """A checkpoint that is written while training goes on holds it until then."""
+    window = Window()
+    window.add(0, {"student/loss": torch.tensor(1.0)})
+    given = window.fetch()
+    window.add(1, {"student/loss": torch.tensor(2.0)})
+    assert len(window.fetch()) == 2 and given == [(0, "student/loss", 1.0)]
 
 
 def test_metrics_past_the_resumed_step_and_torn_lines_are_dropped(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class Window:
                 what = "loss" if metric == "loss" else "gradient norm"
                 raise NonFiniteError(f"step {step + 1}, role {role!r}: the {what} is {number}")
         self._values += fetched
-        return self._values
+        return [*self._values]  # a checkpoint that is written later must not see what comes in the meantime
 
     def means(self) -> dict[str, float]:
         """Mean of each metric over its finite values."""

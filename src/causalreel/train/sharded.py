@@ -143,14 +143,15 @@ class Saver:
         return self.team.first(link() if self.team.is_first else False)
 
     def _hashes(self, folder: Path) -> dict[str, str]:
-        """Of the files that this process has written; the first has the rest. Linked ones keep theirs."""
+        """Each process takes the files that it has written, and those of ranks that there are no more: a folder with
+        frozen roles may be of more processes. The first has the rest. Linked ones keep theirs."""
         former = checkpoint.latest(self.directory)
         known = checkpoint.hashes_of(former) if former else {}
         found = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             owner = path.name.split("_")[2] if path.name.startswith("__") else "0"
             name = path.relative_to(folder).as_posix()
-            if int(owner) == self.team.rank:
+            if int(owner) % self.team.size == self.team.rank:
                 is_linked = path.stat().st_nlink > 1 and name in known
                 found[name] = known[name] if is_linked else sha256_of(path)
         return found
