@@ -138,3 +138,8 @@ def test_clips_without_data_are_wans() -> None:
     with pytest.raises(ValueError, match="nearest: 77 or 81"):
         clip_of(recipe, 80, (480, 832))
     assert sizes_of(recipe, "wan-14b")["student"] == WAN  # a released name says its size
+
+
+def test_adapters_are_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "wan/ar", "lora.student={rank: 8}", "trainer.accumulate=64"]) == 2
+    assert "lora.student: runs with adapters are not planned" in capsys.readouterr().err

@@ -43,6 +43,10 @@ def plan_run(args: PlanRun) -> int:
     recipe = resolve(args.recipe, args.overrides)
     if recipe.stage == "codec":
         raise ValueError("plan: codecs are not planned, only networks that denoise")
+    if recipe.lora:
+        raise ValueError(
+            f"lora.{min(recipe.lora)}: runs with adapters are not planned, only those that train all weights"
+        )
     sizes = sizes_of(recipe, args.size)
     clip: Clip = clip_of(recipe, args.frames, (args.height, args.width))
     found = plan(recipe, sizes, clip, gpus=args.gpus, rate=PEAKS[args.card])

@@ -2,7 +2,7 @@
 
 What stays is counted: masters, moments, gradients, averages, frozen networks, each process's share. What passes is the
 widest moment, in tensors of a token's width for every token of a pass (`unit`). Counts stand beside the names of the
-tensors that are alive; three numbers are fitted to measurements and say so (docs/training-at-scale.md).
+tensors that are alive; two numbers are fitted to measurements and say so (docs/training-at-scale.md).
 """
 
 from __future__ import annotations
