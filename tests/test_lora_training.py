@@ -186,6 +186,9 @@ def test_resumed_is_uninterrupted_and_another_base_is_refused(place: Path, capsy
     for name in ("export/model.safetensors", "lora/adapter_model.safetensors"):
         whole, resumed = load_file(f"whole/{name}"), load_file(f"run/{name}")
         assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    shutil.rmtree("run/lora")
+    reel("train", *arguments("causal_cd"), "trainer.steps=4")  # nothing to train, but what is missing is written
+    assert load_file("run/lora/adapter_model.safetensors").keys() == resumed.keys()
     shutil.copytree("base", "other")
     weights = load_file("other/export/model.safetensors")
     weights["head.head.bias"] += 1

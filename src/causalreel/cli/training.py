@@ -31,7 +31,7 @@ class Train(ThreadFlag):
 def train(args: Train) -> int:
     from causalreel import config
     from causalreel.train.ingredients import networks
-    from causalreel.train.readiness import problems
+    from causalreel.train.readiness import problems, to_fetch
     from causalreel.train.run import describe, resolve, run
 
     recipe = resolve(args.recipe, [*args.overrides, *([] if args.check else ["trainer.check=false"])])
@@ -40,6 +40,9 @@ def train(args: Train) -> int:
         print(describe(recipe))
         if found := problems(recipe):
             raise ValueError("; ".join(["not ready", *found]))
+        if files := to_fetch(recipe):
+            names = ", ".join(f"{file.repo}/{file.path} ({file.size_gb:.1f} GB)" for file in files)
+            print(f"# fetched at the start, and not checked yet: {names}")
         print("# ready: data, codec, weights, device and room on the disk are there")
         return 0
     device = recipe.trainer.device

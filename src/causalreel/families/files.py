@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from causalreel.families import MODELS
-from causalreel.families.family import Family, ReleasedModel
+from causalreel.families import FAMILIES, MODELS
+from causalreel.families.family import Decoder, Family, ReleasedModel
+from causalreel.hashed import sha256_of
 from causalreel.weights.export import Sampling
 from causalreel.weights.hub import HubFile, commands, fetch, find
 
@@ -64,6 +65,20 @@ def model_files(
         text=tuple(places[file] for file in family.text.files),
         encoder=find(beside, folder) if beside else None,
     )
+
+
+def released_codec(name: str) -> tuple[Family, Decoder] | None:
+    """The family's own codec that is called `name` and has released weights, such as wan; None for other names."""
+    for family in FAMILIES.values():
+        known, own = next(iter(family.decoders.items()))
+        if known == name and own.file is not None:
+            return family, own
+    return None
+
+
+def codec_mark(path: Path) -> str:
+    """What tells a released codec from others: a hash of its file, or the name of its folder."""
+    return sha256_of(path)[:16] if path.is_file() else path.name
 
 
 def _message(

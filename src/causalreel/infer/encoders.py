@@ -11,9 +11,8 @@ import torch
 
 from causalreel import families
 from causalreel.families import MODELS
-from causalreel.families.files import model_files
+from causalreel.families.files import codec_mark, model_files
 from causalreel.foreign import shown
-from causalreel.hashed import sha256_of
 from causalreel.infer.models import find
 from causalreel.infer.released import random_codec
 from causalreel.text.fixed import FixedTextEncoder
@@ -84,7 +83,7 @@ def encoders(
         family.own.sizes.geometry,
         lambda: read(codec).to(device),  # float32: data are made once, and what they lose is lost for every training
         partial(family.text.open, files.text, device, prompt_cache, True),
-        _identity(codec),
+        codec_mark(codec),
         family.text.name if known is None else f"{family.text.name} {known(files.text)}",
     )
 
@@ -105,8 +104,3 @@ def _of_export(model: str, device: torch.device | str) -> Encoders:
         codec_identity(codec),
         export.text,
     )
-
-
-def _identity(path: Path) -> str:
-    """Of a released codec: a hash of its file, or of the name and size of a folder's."""
-    return sha256_of(path)[:16] if path.is_file() else path.name

@@ -31,13 +31,14 @@ from causalreel.nn.presets import ModelConfig, preset
 from causalreel.parallel.sharding import Team
 from causalreel.rollout import chunk_sizes
 from causalreel.train.adapters import adapt, read_beginnings, share_bases, tensors_of
+from causalreel.train.codec_of import check_codec, maker_of_data, mark_of, open_codec
 from causalreel.train.contents import Content
 from causalreel.train.initial import RANDOM, Start, is_export, open_start, size_of
 from causalreel.train.stage import DataSource
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.stages.dmd import DMDConfig
 from causalreel.types import Conditioning, LatentSpec, TextEncoder
-from causalreel.weights.export import codec_identity, load_codec, read_codec, read_export
+from causalreel.weights.export import read_export
 from causalreel.weights.identify import preset_of, size_in_words
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ def gather(recipe: Recipe, device: torch.device, team: Team | None = None, *, is
     if problems:
         raise ValueError(problems[0])
     assert recipe.data is not None and recipe.codec is not None
-    codec = load_codec(recipe.codec)
+    team = team or Team()
+    with team.first_alone():  # which may fetch it
+        codec = open_codec(recipe.codec)
     data = open_set(recipe.data, rows=recipe.rows)
     spec, frames = _clips_of(data, recipe)
     blank = None if data.kind is not None else (frames, *spec.shape)
@@ -103,7 +106,6 @@ def gather(recipe: Recipe, device: torch.device, team: Team | None = None, *, is
         chunk_sizes(frames, chunk)
     compute = _compute(recipe, device)
     adapted = read_beginnings(recipe.lora_init)
-    team = team or Team()
     with team.first_alone():  # which may fetch them
         starts = {role: open_start(recipe.init[role]) for role in wanted_roles(recipe) if role in recipe.init}
     roles = _roles(recipe, starts)
@@ -177,10 +179,10 @@ def missing(recipe: Recipe) -> list[str]:
     try:
         shards(recipe.data)
     except ValueError:
-        made = f"causalreel encode --codec {recipe.codec} --out {recipe.data} --clips {recipe.rows or 2048}"
+        made = maker_of_data(recipe.codec, recipe.data, recipe.rows)
         problems.append(f"no prepared data in {recipe.data}: make it with `{made}`")
     try:
-        read_codec(recipe.codec)
+        check_codec(recipe.codec)
     except ValueError as error:
         problems.append(f"{error}; {_maker(recipe.codec)}codec=tiny is the one that comes with the package")
     wanted = wanted_roles(recipe)
@@ -346,5 +348,5 @@ def _check_fits(role: str, net: DiTDenoiser, spec: LatentSpec, text_width: int) 
 def _check_codec_of_data(data: Path, codec: Path) -> None:
     """ValueError if the data say that another codec made them; data made by hand say nothing."""
     made_by = read_info(data).get("codec")
-    if made_by is not None and made_by != codec_identity(codec):
+    if made_by is not None and made_by != mark_of(codec):
         raise ValueError(f"{data} was encoded with another codec than {codec}: give the one that made it")

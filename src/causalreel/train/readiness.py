@@ -9,18 +9,24 @@ import torch
 
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.shards import layout, shards
+from causalreel.families import MODELS
 from causalreel.parallel.mesh import launch
-from causalreel.train.ingredients import gather, missing, networks
+from causalreel.train.codec_of import files_of
+from causalreel.train.ingredients import gather, missing, networks, wanted_roles
 from causalreel.train.run import Recipe, check_processes
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.state import choose_device, resumable
 from causalreel.weights.build import empty_denoiser
+from causalreel.weights.hub import HubFile, find
 
 MIB = 1 << 20
 
 
 def problems(recipe: Recipe) -> list[str]:
-    """What would keep the run from its end, one line each; reads all that the run would read."""
+    """What would keep the run from its end, one line each; reads all that the run would read.
+
+    Fetches nothing: where files are still to be fetched, what they hold and the checkpoint are not looked at.
+    """
     found = missing(recipe)
     where = launch()
     try:
@@ -31,7 +37,7 @@ def problems(recipe: Recipe) -> list[str]:
         device = choose_device(recipe.trainer.device)
     except ValueError as error:
         return [*found, f"trainer.{error}"]
-    if not found:
+    if not found and not to_fetch(recipe):
         try:
             made = None if recipe.stage == "codec" else gather(recipe, device, is_loaded=False)
             resumable(recipe.trainer, recipe, made.contents if made else ())
@@ -45,6 +51,16 @@ def problems(recipe: Recipe) -> list[str]:
                 f"trainer.keep={recipe.trainer.keep} checkpoints are kept"
             )
     return found
+
+
+def to_fetch(recipe: Recipe) -> list[HubFile]:
+    """Files of released networks and codecs that are not here, which the run would fetch first."""
+    if recipe.stage == "codec":
+        return []
+    names = [str(recipe.init[role]) for role in wanted_roles(recipe) if role in recipe.init]
+    wanted = [file for name in names if name in MODELS for file in MODELS[name][1].files]
+    wanted += files_of(recipe.codec) if recipe.codec is not None else ()
+    return [file for file in dict.fromkeys(wanted) if find(file) is None]
 
 
 def disk_bytes(recipe: Recipe) -> int:

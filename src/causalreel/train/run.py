@@ -45,6 +45,7 @@ from causalreel.train import trainer
 from causalreel.train.adapters import lora_of
 from causalreel.train.arithmetic import arithmetic
 from causalreel.train.checkpoint import latest
+from causalreel.train.codec_of import name_in_export
 from causalreel.train.contents import Content, fingerprints
 from causalreel.train.ingredients import Ingredients, gather
 from causalreel.train.initial import Start
@@ -66,7 +67,6 @@ from causalreel.weights.export import (
     MODEL,
     Export,
     Sampling,
-    codec_name,
     find_codec,
     read_codec,
     read_export,
@@ -92,6 +92,10 @@ SETTINGS: dict[str, type] = {
 """The stages, and the dataclass of each one's `settings`."""
 
 
+ADAPTERS = "lora"
+"""Folder of the adapters, beside the export."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A training run."""
@@ -108,13 +112,13 @@ class Recipe:
     """Role -> where its weights start from: an export folder, an embedded model such as tiny/base, a released one such
     as wan2.1-t2v-1.3b, a weights file or folder of any known layout, or random:wan-1.3b to measure with."""
     data: Path | None = field(default=None, metadata=FREE)
-    """Prepared data (see `causalreel encode`); the codec stage renders its own clips."""
+    """Prepared data (see `causalreel prepare` and `encode`); the codec stage renders its own clips."""
     rows: int | None = None
     """Clips used of the data; null for all."""
     data_seed: int = 0
     """World of the clips that the codec stage renders."""
     codec: Path | None = field(default=None, metadata=FREE)
-    """Codec that made the data, a folder or tiny; used for previews and named in the export."""
+    """Codec that made the data: a folder, tiny, or wan (of Wan2.1); used for previews and named in the export."""
     lora: dict[str, LoRAConfig] = field(default_factory=dict)
     """Role -> adapters that are trained in place of its weights. Roles that start from one folder share these then."""
     lora_init: dict[str, Path] = field(default_factory=dict, metadata=FREE)
@@ -246,7 +250,8 @@ def _is_exported(folder: Path, recipe: Recipe, contents: Sequence[Content]) -> b
             told, weights = read_export(folder).provenance, folder / MODEL
     except ValueError:
         return False
-    return weights.is_file() and told == provenance(recipe, contents)
+    is_there = weights.is_file() and ("student" not in recipe.lora or (folder.parent / ADAPTERS).is_dir())
+    return is_there and told == provenance(recipe, contents)
 
 
 @dataclass(frozen=True)
@@ -312,7 +317,7 @@ def _build_denoising(recipe: Recipe, device: torch.device, team: Team | None = N
         student = made.roles["student"]
         if "student" in recipe.lora:
             if team.is_first:
-                _export_adapters(stage.roles[exported], recipe, folder.parent / "lora")
+                _export_adapters(stage.roles[exported], recipe, folder.parent / ADAPTERS)
             if not recipe.lora_merged:
                 return
         weights = whole_state(effective_state(stage.roles[exported]), is_kept=team.is_first)
@@ -328,7 +333,7 @@ def _build_denoising(recipe: Recipe, device: torch.device, team: Team | None = N
             frames=made.frames,
             fps=made.family.fps,
             latent=made.spec,
-            codec=codec_name(codec_folder, folder),
+            codec=name_in_export(codec_folder, folder),
             text=made.family.text.name,
             family=made.family.name,
             provenance=provenance(recipe, made.contents),
