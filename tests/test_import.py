@@ -295,6 +295,11 @@ def test_parquet_is_normalised(tmp_path: Path) -> None:
     wanted = (noise(0, 16, 3, 4, 6).float().transpose(0, 1) - mean) / std
     assert len(rows) == 2 and torch.equal(rows[1].clip, wanted) and rows[0].caption == "a prompt"
     assert torch.equal(rows[0].text, noise(1, 4, 8).float())
+    parquet_of(tmp_path / "b" / "0.parquet", rows=1)  # FastVideo calls files the same in every worker's folder
+    assert [Path(found.source) for found in find_rows(tmp_path)][1:] == [
+        Path("a/0.parquet, row 1"),
+        Path("b/0.parquet, row 0"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -378,6 +378,7 @@ def test_folders_tables_and_tars(place: Path) -> None:
         ({"t.jsonl": b"{\n"}, "t.jsonl", "line 1 is no JSON"),
         ({"t.jsonl": b'{"path": 3}\n'}, "t.jsonl", "path must be a text"),
         ({"t.tar": b"no tar"}, "t.tar", "is no tar"),
+        ({"t.tar": tarfile.TarInfo("k/1.mp4").tobuf() * 2 + bytes(1024)}, "t.tar", "'k/1.mp4' is in it twice"),
         ({"t.xlsx": b""}, "t.xlsx", "is no folder of videos"),
     ],
 )

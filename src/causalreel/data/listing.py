@@ -181,8 +181,12 @@ def _of_tar(source: Path) -> Iterator[Item]:
     for name, part in members(source):
         above, _, last = name.rpartition("/")
         stem, _, suffix = last.partition(".")
-        if not last.startswith("."):
-            found.setdefault(f"{above}/{stem}", {})[f".{suffix.lower()}"] = name, part
+        if last.startswith("."):
+            continue
+        parts = found.setdefault(f"{above}/{stem}", {})
+        if (kind := f".{suffix.lower()}") in parts:
+            raise ValueError(f"{source}: '{shown(name)}' is in it twice")
+        parts[kind] = name, part
     for key, parts in found.items():
         video = next((suffix for suffix in parts if suffix in VIDEOS), None)
         if video is not None:

@@ -56,7 +56,7 @@ def rows(path: Path, wanted: Wanted) -> Iterator[Found]:
             ) as opened:
                 _check(opened, file)
                 for number, batch in enumerate(opened.iter_batches(batch_size=1, columns=list(COLUMNS))):
-                    place = f"{file.name}, row {number}"
+                    place = f"{file.relative_to(path) if path.is_dir() else file.name}, row {number}"
                     yield Found(place, partial(_row, batch.to_pylist()[0], wanted, place))
         except (pyarrow.ArrowException, OSError, MemoryError) as error:
             raise ValueError(
