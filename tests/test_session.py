@@ -144,6 +144,11 @@ def test_steps_frame_rate_and_size() -> None:
     one.command("steps", steps=3)
     pictures(one, 1)
     assert one.state()["steps"] == 3 and one.video.live.sampling.steps == pytest.approx((1000, 2000 / 3, 1000 / 3))
+    exact = session(Sampling(1, levels=((0.99, 0.9, 0.7), (0.99, 0.7))))
+    assert exact.state()["steps"] == 2
+    exact.command("steps", steps=1)
+    pictures(exact, 1)
+    assert exact.state()["steps"] == 1
     two = session(Sampling(2))
     assert [len(frames) for frames in pictures(two, 3)] == [5, 8, 8]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.schedule import Schedule
+from causalreel.infer.schedule import Schedule, step_count
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.presets import ModelConfig
 from causalreel.rollout import Call
@@ -223,13 +223,12 @@ def matmul_ceiling(device: torch.device) -> float:
 
 def _conditions(pipeline: Pipeline, plan: Schedule) -> dict[str, Any]:
     height, width = pipeline.size
-    steps = plan.sampling.multistep or len(plan.sampling.steps)
     return {
         "model": pipeline.export.name,
         "pixels": f"{height}x{width}",
         "latent_frames": plan.frames,
         "chunk": plan.sampling.chunk,
-        "steps": steps,
+        "steps": step_count(plan.sampling),
         "window": plan.context.most_seen(plan.sampling.chunk or plan.frames),
         "device": device_name(pipeline.device),
         "torch": str(torch.__version__),

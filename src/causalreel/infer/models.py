@@ -24,7 +24,7 @@ from causalreel.infer.loras import Loras, find_loras
 from causalreel.infer.manner import Manner
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import Choices, choose_dtype, load_released, open_codec, open_text
-from causalreel.infer.schedule import Schedule, adapt, schedule
+from causalreel.infer.schedule import Schedule, adapt, schedule, step_count
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.registry import described
 from causalreel.nn.policies.window import Context
@@ -227,8 +227,8 @@ def _asked_by(export: Export, sampling: Sampling) -> dict[str, Any]:
         "model": export.model,
         "latent": export.latent,
         "chunk": sampling.chunk,
-        "steps": _count(sampling),
-        "joint": _count(sampling) if sampling.plan == "rolling" else 1,
+        "steps": step_count(sampling),
+        "joint": step_count(sampling) if sampling.plan == "rolling" else 1,
         "guided": sampling.guidance != 1,
     }
 
@@ -362,7 +362,7 @@ def _choose(name: str, family: dict[str, Path], steps: int | Sequence[float] | N
 
     def distance(key: str) -> tuple[float, float, bool]:
         sampling = read_export(family[key]).sampling
-        return _apart(chunk, sampling.chunk), _apart(count, _count(sampling)), key != default
+        return _apart(chunk, sampling.chunk), _apart(count, step_count(sampling)), key != default
 
     return family[min(family, key=distance)]
 
@@ -372,10 +372,6 @@ def _apart(wanted: int | None, trained: int | None) -> float:
     if wanted is None:
         return 0.0
     return math.inf if trained is None else abs(math.log2(max(wanted, 1) / trained))
-
-
-def _count(sampling: Sampling) -> int:
-    return sampling.multistep or len(sampling.levels[-1] if sampling.levels else sampling.steps)
 
 
 def _describe(sampling: Sampling) -> str:

@@ -87,6 +87,11 @@ def noise_levels(sampling: Sampling) -> tuple[float, ...]:
     return tuple(sigma_grid(sampling.multistep, sampling.shift)[:-1].tolist())
 
 
+def step_count(sampling: Sampling) -> int:
+    """Denoising steps of a chunk; not of the first, where that has others."""
+    return sampling.multistep or len(sampling.levels[-1] if sampling.levels else sampling.steps)
+
+
 def first_noise_levels(sampling: Sampling) -> tuple[float, ...] | None:
     """Those of the first generated chunk, if they differ."""
     if sampling.multistep is not None or sampling.first_steps is None or sampling.levels:
@@ -123,7 +128,7 @@ def schedule(
             f"a frame-wise model (chunk 1) takes any prefix"
         )
     unit = chunk or 1
-    context.check(unit * len(noise_levels(sampling)) if sampling.plan == "rolling" else unit)
+    context.check(unit * step_count(sampling) if sampling.plan == "rolling" else unit)
     if frames is None:
         wanted = max(trained // unit * unit, prefix + unit)
         return Schedule(wanted, prefix, sampling, context)

@@ -23,6 +23,7 @@ from causalreel.infer.commands import COMMANDS, Command, Options, parse
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.schedule import step_count
 from causalreel.serve.records import (
     FORMAT,
     MAX_COMMANDS,
@@ -201,7 +202,7 @@ class Session:
                 "model": self.pipeline.export.name,
                 "prompt": video.scene.prompt,
                 "seed": video.scene.seed,
-                "steps": video.sampling.multistep or len(video.sampling.steps),
+                "steps": step_count(video.sampling),
                 "chunk": video.sampling.chunk,
                 "fps": video.fps,
                 "width": width,
