@@ -109,6 +109,16 @@ def test_types_change_only_on_request(state: dict[str, Tensor]) -> None:
     assert same({name: value.bfloat16().float() for name, value in state.items()}, "wide")
 
 
+def test_values_beyond_float16_are_named_and_nothing_is_written(state: dict[str, Tensor]) -> None:
+    state["head.head.bias"][0] = 1e6
+    write_tensors("large.safetensors", state)
+    for target in ("x.safetensors", "x"):
+        with pytest.raises(ValueError, match=r"head.head.bias has values beyond float16"):
+            convert("large.safetensors", target, "wan", dtype="float16", heads=1)
+        assert not Path(target).exists()
+    convert("large.safetensors", "x.safetensors", "wan", dtype="bfloat16")
+
+
 def test_folders_say_their_sizes_and_come_in_shards(state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "SHARD_BYTES", 12_000)
     write_tensors("source.safetensors", state)

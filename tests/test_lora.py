@@ -500,6 +500,13 @@ def test_the_command_converts_and_merges(capsys: pytest.CaptureFixture[str]) -> 
     capsys.readouterr()
 
 
+def test_values_beyond_float16_are_named() -> None:
+    save_file(good() | {f"{S}.q.lora_up.weight": torch.full((16, 2), 1e6)}, "x.safetensors")
+    with pytest.raises(ValueError, match=r"lora_up.weight has values beyond float16"):
+        write_lora(read_lora("x.safetensors"), "y.safetensors", "comfyui", dtype=torch.float16)
+    assert not Path("y.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

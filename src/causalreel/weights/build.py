@@ -18,7 +18,7 @@ from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.weights.layouts import Network, check_heads, read_network
-from causalreel.weights.strict import check_fits, load_strictly
+from causalreel.weights.strict import check_fits, check_range, load_strictly
 
 
 def empty_denoiser(config: ModelConfig, *, context: ContextPolicy = Context(), backend: str = "auto") -> DiTDenoiser:
@@ -93,4 +93,8 @@ def moved(
 ) -> dict[str, Tensor]:
     """The same tensors elsewhere or in another type, one after the other, so that no second copy of all is made."""
     to: dict[str, Any] = {"device": device} | ({"dtype": dtype} if dtype is not None else {})
-    return {name: tensor.to(**to) for name, tensor in tensors.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.to(**to)
+        check_range(name, tensor, found[name])
+    return found

@@ -28,6 +28,7 @@ from causalreel.weights.files import write_pickle, write_tensors
 from causalreel.weights.lora import CONFIG, GENERATOR, Lora, Pair
 from causalreel.weights.lora_config import METADATA
 from causalreel.weights.lora_names import diffusers_name
+from causalreel.weights.strict import check_range
 
 LAYOUTS = ("peft", "diffusers", "comfyui", "musubi", "videox-fun", "diffsynth", "longlive")
 
@@ -97,7 +98,7 @@ def to_layout(lora: Lora, to: str, dtype: torch.dtype | None = None) -> tuple[di
         suffix = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}[leaf]
         key = f"{PREFIX[to]}{layer}.{suffix}"
         value = value + tensors[key] if key in tensors else value
-        tensors[key] = value if dtype is None else value.to(dtype)
+        tensors[key] = _as_type(key, value, dtype)
     return tensors, config_of(lora, _name(to)) if to in ("peft", "diffusers") else {}
 
 
@@ -129,10 +130,16 @@ def _pair(layer: str, pair: Pair, to: str, dtype: torch.dtype | None, source: st
         made[f"{stem}.{suffix}"] = value
     if pair.bias is not None:
         made |= {f"{stem}.diff_b": pair.scale * pair.bias.float()} if has_alpha else {f"{stem}.lora_B.bias": pair.bias}
-    made = {key: value if dtype is None else value.to(dtype) for key, value in made.items()}
+    made = {key: _as_type(key, value, dtype) for key, value in made.items()}
     if has_alpha:
         made[f"{stem}.alpha"] = torch.tensor(pair.scale * pair.rank)
     return made
+
+
+def _as_type(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    cast = value if dtype is None else value.to(dtype)
+    check_range(key, value, cast)
+    return cast
 
 
 def config_of(lora: Lora, name: Any = lambda layer: layer) -> dict[str, Any]:

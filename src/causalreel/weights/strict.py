@@ -101,6 +101,13 @@ def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
             raise ValueError(f"{source}: not finite: {shown(name)} has {count} values that are NaN or infinite")
 
 
+def check_range(name: str, before: Tensor, after: Tensor) -> None:
+    """ValueError, naming the tensor, if values became infinite in another type; float16 ends at 65,504."""
+    is_rounded = after.dtype == torch.float16 != before.dtype and not after.is_meta
+    if is_rounded and after.isinf().any() and not before.isinf().any():
+        raise ValueError(f"{shown(name)} has values beyond float16, which ends at 65,504; bfloat16 holds them")
+
+
 class _Unfilled(TorchFunctionMode):
     """Random fills leave tensors as they are."""
 
