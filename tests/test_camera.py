@@ -21,8 +21,8 @@ from causalreel.nn.policies.selecting import SelectingPolicy
 from causalreel.nn.presets import ModelConfig
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.fast import accelerate
-from causalreel.parallel.recompute import recompute_blocks
-from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, fuse, rollout
+from causalreel.parallel.recompute import Recompute, recompute_blocks
+from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, fuse, rollout, truncate
 from causalreel.train.losses import teacher_forcing_loss
 from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.types import Conditioning, LatentSpec
@@ -214,6 +214,21 @@ def test_it_trains_recomputed_as_plain(config: ModelConfig) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     branch = "prope_o" if config.camera == "prope" else "camera_embedding"
     assert all(a.abs().max() > 0 for name, a in found[0].items() if branch in name and a is not None)
+
+
+@both
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_a_call_behind_a_cache_is_recomputed_as_plain(config: ModelConfig, mode: Recompute) -> None:
+    found = []
+    for how in ("none", mode):
+        net, plan = denoiser(config), truncate(chunked(chunk_sizes(FRAMES, CHUNK), LEVELS), [1])
+        recompute_blocks(net, how)
+        source = KeyedNoise(range(BATCH), SPEC)
+        made = collect(rollout(net, plan, conditioning=given(config), noise=source, cache=net.new_cache()))
+        made.square().sum().backward()
+        found.append((made.detach(), net.model.blocks[0].self_attn.v.weight.grad))
+    for plain, again in zip(*found, strict=True):
+        close(plain, again)
 
 
 # ---- faster forms, and what is refused -------------------------------------------------------------------------------

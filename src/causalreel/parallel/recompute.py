@@ -79,8 +79,9 @@ def _whole(
     text: CallText,
     attention: SelfAttention,
 ) -> Tensor:
-    """The block, of which only the input is kept. Behind a cache, which may have moved on by then, as `selective`."""
-    if not torch.is_grad_enabled():
+    """The block, of which only the input is kept. Behind a cache, which may have moved on by then, as `selective`;
+    there, of blocks that see through cameras, everything is kept: their halves are others."""
+    if not torch.is_grad_enabled() or (attention.cache is not None and attention.views is not None):
         return plain(x, time, text, attention)
     if attention.cache is None:
         return checkpoint(plain, x, time, text, attention, use_reentrant=False, preserve_rng_state=is_random)

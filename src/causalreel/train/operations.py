@@ -110,7 +110,7 @@ def rolled_out(
     total, start = 0.0, 0
     for index, size in enumerate(sizes):
         chunk = frames_of([size], start=start)
-        seen = min(start + size, context.span(clip.frames) or clip.frames)
+        seen = min(start + size, context.span(clip.frames, size) or clip.frames)
         times = (first if index == 0 and first is not None else calls) + (index + 1 < len(sizes))
         total += times * forward(model, clip, size, len(chunk) * seen)
         start += size
