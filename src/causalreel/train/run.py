@@ -25,7 +25,7 @@ from causalreel.codecs.tiny import tiny_codec
 from causalreel.codecs.wan_vae import latent_statistics
 from causalreel.config import FREE
 from causalreel.data.prepare import render_clips
-from causalreel.data.sources import ClipSource, TrajectorySource
+from causalreel.data.sources import ClipSource
 from causalreel.files import remove_folder
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.folders import claim
@@ -59,9 +59,9 @@ from causalreel.train.stages.codec import CodecConfig, CodecStage
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.state import choose_device, resumable
-from causalreel.train.stored import Store
+from causalreel.train.stored import Store, placed
 from causalreel.train.trainer import Result, TrainerConfig
-from causalreel.types import Conditioning, LatentSpec
+from causalreel.types import LatentSpec
 from causalreel.weights.build import empty_denoiser
 from causalreel.weights.export import (
     MODEL,
@@ -412,8 +412,7 @@ def _trajectories(recipe: Recipe, made: Ingredients, device: torch.device) -> Da
         seed=recipe.trainer.seed,
         device=device,
     )
-    held = store.get(c.pairs, parts_of(c), make)
-    return TrajectorySource(held["states"].to(device), Conditioning.from_named(held).to(device))
+    return placed(store.get(c.pairs, parts_of(c), make), device)
 
 
 def _causal_ode(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:

@@ -18,15 +18,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from causalreel.data.sources import TrajectorySource
 from causalreel.fingerprint import fingerprint
 from causalreel.headers import read_header
 from causalreel.parallel.sharding import Team
+from causalreel.types import Conditioning
 from causalreel.weights.files import read_tensors, write_tensors
 
 log = logging.getLogger("causalreel.train")
 
 Rows = dict[str, Tensor]
-"""`states` (P,S,F,C,H,W) and `text` (P,K,E)."""
+"""`states` (P,S,F,C,H,W) and the conditioning by `Conditioning.named`: `text` (P,K,E) and fields."""
+
+
+ON_DEVICE = 2**30
+"""Bytes of trajectories that lie on the device; more are read from the mapped file, batch by batch. The 6000 of
+wan/causal_ode are about 180 GB."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Store:
         self.team.wait()
         if self.team.is_first:
             parts = [self._read(path) for path in paths]
-            self._write(file, {name: torch.cat([part[name] for part in parts]) for name in ("states", "text")})
+            self._write(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
             shutil.rmtree(self.out / "trajectories", ignore_errors=True)
         self.team.wait()
         return self._read(file)
@@ -111,3 +118,9 @@ class Store:
     def _write(self, file: Path, rows: Rows) -> None:
         facts = {"made_from": json.dumps(dict(self.made_from)), "sha256": fingerprint(rows)}
         write_tensors(file, rows, facts)
+
+
+def placed(held: Mapping[str, Tensor], device: torch.device) -> TrajectorySource:
+    """Stored trajectories as a source, on the device where they are few."""
+    place = device if sum(value.nbytes for value in held.values()) <= ON_DEVICE else torch.device("cpu")
+    return TrajectorySource(held["states"].to(place), Conditioning.from_named(held).to(place))
