@@ -8,6 +8,7 @@ not depend on the number: `pytest --threads 2` runs everything with two, `--thre
 from __future__ import annotations
 
 import collections
+import logging
 import os
 import re
 
@@ -50,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ[name] = str(threads)
         else:
             del os.environ[name]
+    if not threads:  # commands then say that they take one thread, before the one line that tests of errors expect
+        logging.getLogger("causalreel.cli.flags").setLevel(logging.WARNING)
 
 
 def why_skipped(reasons: list[str]) -> str:
