@@ -52,7 +52,7 @@ def adapted() -> tuple[Stage, DataSource]:
         generator = torch.Generator().manual_seed(seed)
         add_lora(network.model, LoRAConfig(rank=4), generator)
         for _, layer in adapters(network.model):  # from 0 on, losses would be differences of nearly equal numbers
-            torch.nn.init.normal_(layer.lora_B, std=0.3, generator=generator)
+            torch.nn.init.normal_(layer.lora_B, std=2.0, generator=generator)
     return DMDStage(DMD, student=student, critic=critic, teacher=teacher, null=NULL, viewer=VIEWER), source()
 
 
@@ -66,6 +66,9 @@ CASES: dict[str, Callable[[], tuple[Stage, DataSource]]] = {
     "causal score distillation": lambda: make_dmd(dataclasses.replace(DMD, samples="teacher_forced")),
 }
 STEPS = 3
+STEADY = dataclasses.replace(OPTIMISER, eps=1e-3)
+"""With the usual eps Adam divides rounding by rounding where a gradient is 0, and a gradient of another size gives the
+same step: neither tells whether processes agree."""
 KEPT = ("selective", "full", "on the host", "full, on the host")
 
 
@@ -73,7 +76,7 @@ def run(name: str, out: Path, kept: str = "plain", **changes: object) -> dict:
     """Three steps of a stage -> the records and all roles' weights, whole. kept: what becomes of activations."""
     torch.manual_seed(0)
     stage, rows = CASES[name]()
-    trained = {role: OPTIMISER for role in ("student", "critic", "codec") if role in stage.roles}
+    trained = {role: STEADY for role in ("student", "critic", "codec") if role in stage.roles}
     for network in (stage.roles[role] for role in trained if kept != "plain"):
         recompute_blocks(network, "full" if "full" in kept else "selective" if "selective" in kept else "none")
         if "on the host" in kept:
@@ -89,18 +92,17 @@ def run(name: str, out: Path, kept: str = "plain", **changes: object) -> dict:
 
 
 def assert_close(one: dict, other: dict, name: str) -> None:
-    """Losses to 1e-6 and weights to 1e-5, relative."""
+    """Losses and weights to 1e-6, relative."""
     for a, b in zip(one["records"], other["records"], strict=True):
         for key in a:
             if key.endswith("/loss"):
                 assert a[key] == pytest.approx(b[key], rel=1e-6), (name, key, a["step"])
     for role in dict.fromkeys(key.split(".")[0] for key in one["weights"]):
-        # Of a role as a whole: where the gradient is 0, as of the keys' bias, Adam divides rounding by rounding.
         mine, theirs = (
             torch.cat([v.flatten().float() for k, v in run["weights"].items() if k.startswith(f"{role}.")])
             for run in (one, other)
         )
-        assert (mine - theirs).norm() < 1e-5 * mine.norm(), (name, role)
+        assert (mine - theirs).norm() < 1e-6 * mine.norm(), (name, role)
 
 
 # ---- accumulation
