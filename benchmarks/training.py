@@ -37,7 +37,7 @@ from causalreel.nn.masks import Context, Frame, FrameMask, frame_mask, frames_of
 from causalreel.nn.presets import ModelConfig, preset
 from causalreel.nn.split_attention import processors_of
 from causalreel.parallel.compile import compile_blocks
-from causalreel.parallel.fast import accelerate
+from causalreel.parallel.fast import PRECISIONS, accelerate
 from causalreel.parallel.recompute import recompute_blocks
 from causalreel.rollout import chunk_sizes
 from causalreel.train.average import Follower
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="compile nothing")
     parser.add_argument("--critic-repeats", type=int, default=1, help="critic updates on the same samples")
     parser.add_argument("--student-samples", choices=["fresh", "critic"], default="fresh", help="of a DMD cycle")
+    parser.add_argument("--rollout-precision", choices=PRECISIONS, default="bf16", help="of a DMD cycle's rollouts")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s that MFU is a share of")
@@ -254,11 +255,12 @@ class Bench:
     def dmd(self, chunk: int) -> None:
         nets = {"student": self.network(), "critic": self.network(seed=1)}
         shared = {"critic_repeats": self.args.critic_repeats, "student_samples": self.args.student_samples}
+        shared["rollout_precision"] = self.args.rollout_precision
         settings = DMDConfig(batch=1, chunk=chunk, **shared)
         teacher = self.network(is_trained=False, seed=2)
         stage = DMD(settings, **nets, teacher=teacher, null=self.null, viewer=self.viewer())
         if stage.sampler is not stage.student and not self.args.plain:
-            accelerate(stage.sampler)
+            accelerate(stage.sampler, precision=self.args.rollout_precision)
         self.prepare(stage, ["student", "critic"])
         self.steps(f"DMD cycle, chunk {chunk}", stage, settings, ["student", "critic"])
 

@@ -158,6 +158,23 @@ def test_fp8_can_give_back_the_original_weights() -> None:
         plain.release_originals()
 
 
+def test_fp8_products_follow_weights_that_were_changed_in_place() -> None:
+    fast, new = accelerate(denoiser(), precision="fp8"), denoiser()
+    x, sigma, told = torch.randn(1, 3, 4, 4, 6), torch.tensor([[0.5]]), Conditioning(torch.randn(1, 4, 8))
+    assert isinstance(fast.run, FastDiT)
+    with torch.no_grad():
+        fast(x, sigma, told)
+        for own, other in zip(fast.parameters(), new.parameters(), strict=True):
+            other.add_(0.1 * torch.randn_like(other))
+            own.copy_(other)
+        fast.run.refresh()
+        got, expected = fast(x, sigma, told), accelerate(new, precision="fp8")(x, sigma, told)
+        assert torch.equal(got, expected)
+        fast.run.release_originals()
+        with pytest.raises(ValueError, match="load it again"):
+            fast.run.refresh()
+
+
 def test_sharing_weights_keeps_the_network_and_its_names() -> None:
     net = denoiser()
     before = {name: value.clone() for name, value in net.state_dict().items()}

@@ -268,6 +268,10 @@ CD = ["train", "tiny/causal_cd", *SMALL, *DATA, *FROM_BASE, "trainer.out=new"]
             ["train", "tiny/dmd", *SMALL, *DATA],
             ["runs/tiny/ode-frame/export is not an export", "make it with `causalreel train tiny/causal_ode`"],
         ),
+        (
+            ["train", "tiny/dmd", *SMALL, *DATA, *DMD, "settings.rollout_precision=fp8"],
+            ["settings.rollout_precision: fp8 needs rollouts on the inference path", "bf16 works everywhere"],
+        ),
         ([*CD, "init.student=tiny/bsae"], ["tiny/bsae is not an export", "embedded models are", "tiny/base"]),
         ([*CD, "rows=0"], ["rows: got 0"]),
         ([*CD, "trainer.optimisers.critic.lr=1"], ["no role 'critic'"]),

@@ -19,9 +19,6 @@ from causalreel.types import DecodeStream
 
 log = logging.getLogger(__name__)
 
-NEEDS = {"fp8": (8, 9), "fp8-attention": (9, 0)}
-"""The compute capability from which a GPU has the products."""
-
 
 def accelerate(pipeline: Pipeline, *, precision: str = "bf16", graphs: bool = True) -> Pipeline:
     """-> the pipeline with `parallel.fast.FastDiT` behind its denoiser, weights in the type they are computed in, and
@@ -32,21 +29,16 @@ def accelerate(pipeline: Pipeline, *, precision: str = "bf16", graphs: bool = Tr
     (CUDA only), which takes a few seconds for each number of frames and pays from the second clip on.
     """
     denoiser, is_cuda = pipeline.denoiser, pipeline.device.type == "cuda"
-    least = NEEDS.get(precision)
-    if least is not None and not (is_cuda and torch.cuda.get_device_capability(pipeline.device) >= least):
-        raise ValueError(
-            f"precision {precision} needs a GPU of compute capability {'.'.join(map(str, least))} or later; "
-            f"the device is {pipeline.device}"
-        )
+    fast.check_precision(precision, pipeline.device)
     if denoiser.compute is not None:
         denoiser = denoiser.to(denoiser.compute)
     if denoiser.config.camera == "prope":
-        if precision in NEEDS:
+        if precision in fast.NEEDS:
             raise ValueError(f"precision {precision}: networks whose heads see through cameras compute in bf16 only")
         log.info("%s sees through cameras: its network is not accelerated", pipeline.export.name)
     else:
         fast.accelerate(denoiser, precision=precision, graphs=graphs and is_cuda)
-    if precision in NEEDS:
+    if precision in fast.NEEDS:
         assert isinstance(denoiser.run, fast.FastDiT)
         denoiser.run.release_originals()
         what = "products" if precision == "fp8" else "products, attention and its cache"

@@ -43,6 +43,19 @@ WARMUP = 2
 PRECISIONS = ("bf16", "fp8", "fp8-attention")
 """What a FastDiT computes in."""
 
+NEEDS = {"fp8": (8, 9), "fp8-attention": (9, 0)}
+"""The compute capability from which a GPU has the products."""
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """ValueError for a device that does not compute in one of PRECISIONS at speed."""
+    least = NEEDS.get(precision)
+    if least is not None and (device.type != "cuda" or torch.cuda.get_device_capability(device) < least):
+        raise ValueError(
+            f"precision {precision} needs a GPU of compute capability {'.'.join(map(str, least))} or later; "
+            f"the device is {device}"
+        )
+
 
 class Bf16Linear:
     """A product in the weights' own type."""
@@ -175,17 +188,17 @@ class FastDiT:
     def refresh(self) -> None:
         """All weights of the network were changed in place: what was made of them is made again, where it is.
 
-        Recordings stay good. ValueError with fp8 products, which are of the weights as they were.
+        Recordings stay good. ValueError after `release_originals`, when there is nothing to make it of.
         """
-        if self.quantised:
-            raise ValueError("fp8 products are copies of the weights they were made of: accelerate the network again")
+        if self._is_released:
+            raise ValueError("the network keeps only fp8 copies of the weights as they were: load it again")
         for fast, block in zip(self.blocks, self.model.blocks, strict=True):
             for held, now in zip(fast.norm3, (block.norm3.weight, block.norm3.bias), strict=True):
                 held.copy_(now)
             for name, (product, part) in PRODUCTS.items():
                 layer = block.get_submodule(name)
-                if isinstance(layer, Adapted):
-                    weight, _ = layer.merged()
+                if self.quantised or isinstance(layer, Adapted):
+                    weight, _ = effective(layer)
                     getattr(fast, product).renew(weight, part * len(weight))
         self.forget_levels()
 

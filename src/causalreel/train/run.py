@@ -34,7 +34,7 @@ from causalreel.nn.linear import effective_state
 from causalreel.nn.lora import LoRAConfig
 from causalreel.nn.split_attention import fills, processors_of
 from causalreel.parallel.compile import compile_blocks
-from causalreel.parallel.fast import accelerate
+from causalreel.parallel.fast import accelerate, check_precision
 from causalreel.parallel.graphs import graph_calls
 from causalreel.parallel.mesh import Launch, join, launch
 from causalreel.parallel.offload import offload_activations
@@ -452,11 +452,21 @@ def _dmd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     sampling = Sampling(chunk=c.chunk, steps=c.steps, first_steps=c.first_steps, shift=c.shift)
     viewer = Viewer(made.codec, c.sigmas, chunk=c.chunk, first=c.first_sigmas)
     stage = DMD(c, **made.roles, null=made.null, viewer=viewer)
+    is_fast = False
     if device.type == "cuda" and recipe.speed != "plain" and stage.sampler is not stage.student:
-        can_be_fast = _is_recorded(stage.sampler, c.chunk, made.spec, device)
-        if can_be_fast and stage.sampler.model.device.type == "meta":
+        is_fast = _is_recorded(stage.sampler, c.chunk, made.spec, device)
+        if is_fast and stage.sampler.model.device.type == "meta":
             stage.sampler.to_empty(device=device)  # the fast form holds storage; its weights come with each rollout
-        (accelerate if can_be_fast else compile_blocks)(stage.sampler)
+        if is_fast:
+            check_precision(c.rollout_precision, device)
+            accelerate(stage.sampler, precision=c.rollout_precision)
+        else:
+            compile_blocks(stage.sampler)
+    if c.rollout_precision != "bf16" and not is_fast:
+        raise ValueError(
+            f"settings.rollout_precision: {c.rollout_precision} needs rollouts on the inference path: one GPU, "
+            "speed: compiled, and chunks large enough to fill it; bf16 works everywhere"
+        )
     return _compiled(recipe, stage, device), made.source, "average", sampling
 
 

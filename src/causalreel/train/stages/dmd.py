@@ -57,6 +57,9 @@ class DMDConfig:
     """Rollouts that the samples of these updates share, each with its own exit step; null: one for each samples."""
     student_samples: Literal["fresh", "critic"] = "fresh"
     """What the student is updated on: samples of its own (released), or the last ones that the critic saw."""
+    rollout_precision: Literal["bf16", "fp8", "fp8-attention"] = "bf16"
+    """What rollouts compute in (`parallel.fast`); scores and everything with gradient stay as they are. fp8 is faster
+    and changes the samples slightly: the released code has no such mode."""
     guidance: float = 4.0
     """Guidance of the teacher, standard convention; the released `guidance_scale: 3` is 4 here."""
     context_sigma: float = 0.0
