@@ -289,7 +289,7 @@ def rollout(
     draws: dict[int, int] = {}
     state = torch.float64 if exact else torch.float32
     if prefix is not None:
-        frames.update(enumerate(prefix.to(state).split(1, dim=1)))
+        frames.update(enumerate(torch.split(prefix.to(state), 1, dim=1)))
 
     def fresh(part: Part) -> Tensor:
         draws[part.start] = draws.get(part.start, 0) + 1
@@ -305,7 +305,7 @@ def rollout(
             given = conditioning(call)
         else:
             given = conditioning.frames(call.start, call.start + call.frames)
-        finished = []
+        finished: list[Chunk] = []
         with torch.set_grad_enabled(call.grad and torch.is_grad_enabled()):
             velocity = denoise(
                 x.float(), sigma.expand(x.shape[0], -1), given, sizes=call.sizes, start=call.start, cache=cache
@@ -320,7 +320,7 @@ def rollout(
                     continue
                 move = moves.setdefault(part.start, solver())
                 moved = move(x[:, here], velocity[:, here], part.sigma, part.sigma_next, lambda part=part: fresh(part))
-                frames.update(zip(range(part.start, part.end), moved.split(1, dim=1), strict=True))
+                frames.update(zip(range(part.start, part.end), torch.split(moved, 1, dim=1), strict=True))
                 if part.sigma_next == 0:
                     finished.append(Chunk(part.start, moved.float()))
         if cache is not None and call.commit:
@@ -341,7 +341,7 @@ def _input(
         if part.sigma_next is None:
             raise ValueError(f"the plan commits frame {part.start}, which is neither given as prefix nor generated")
         x = noise.initial(part.start, part.frames).to(state)
-        frames.update(zip(range(part.start, part.end), x.split(1, dim=1), strict=True))
+        frames.update(zip(range(part.start, part.end), torch.split(x, 1, dim=1), strict=True))
         return x
     x = torch.cat([frames[f] for f in range(part.start, part.end)], dim=1)
     if part.sigma_next is None:
@@ -352,7 +352,13 @@ def _input(
 
 
 def _forget(
-    call: Call, finished: list[Chunk], frames: dict, moves: dict[int, Move], draws: dict[int, int], *, keep: bool
+    call: Call,
+    finished: list[Chunk],
+    frames: dict[int, Tensor],
+    moves: dict[int, Move],
+    draws: dict[int, int],
+    *,
+    keep: bool,
 ) -> None:
     """Drop what no later call reads, so that an endless rollout stays flat in memory."""
     gone = [] if keep else [f for chunk in finished for f in range(chunk.start, chunk.start + chunk.latents.shape[1])]

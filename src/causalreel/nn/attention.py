@@ -50,7 +50,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask | None, tokens: int) 
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False)  # pyright: ignore[reportUnknownMemberType] - torch's `backend`
 
 
 @lru_cache(maxsize=64)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from causalreel.nn.dit import Attention, Block, CallText, DiT, SelfAttention, modulate
+from causalreel.nn.linear import named_layers
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rotate
 from causalreel.types import Conditioning
@@ -48,7 +49,7 @@ class Views:
 
 def seen(x: Tensor, matrices: Tensor) -> Tensor:
     """x (B,F*S,N,D), matrices (B,F,4,4) -> every group of 4 neighbouring channels times its frame's matrix."""
-    grouped = x.float().unflatten(1, (matrices.shape[1], -1)).unflatten(-1, (-1, 4))  # (B,F,S,N,D/4,4)
+    grouped = torch.unflatten(torch.unflatten(x.float(), 1, (matrices.shape[1], -1)), -1, (-1, 4))  # (B,F,S,N,D/4,4)
     moved = torch.matmul(grouped, matrices.mT[:, :, None, None])
     return moved.flatten(-2).flatten(1, 2).to(x.dtype)
 
@@ -64,7 +65,7 @@ class CameraAttention(Attention):
         """attended (B,L,N,D), or (B,L,2N,D) with every head's twin behind it -> (B,L,E)."""
         if attended.shape[2] == self.heads:
             return super().output(attended)
-        plain, camera = attended.unflatten(2, (-1, 2)).unbind(3)
+        plain, camera = torch.unflatten(attended, 2, (-1, 2)).unbind(3)
         return self.o(plain.flatten(2)) + self.prope_o(camera.flatten(2))
 
 
@@ -80,7 +81,7 @@ class CameraBlock(Block):
             return super().forward(x, time, text, attention)
         cos, sin, turns_keys = attention.cos, attention.sin, attention.reading.turns_keys
         q, k, v = self.before_cameras(x, time, cos, sin, views, turns_keys)
-        plain, camera = attention(self.layer, q, k, v).unflatten(2, (-1, 2)).unbind(3)
+        plain, camera = torch.unflatten(attention(self.layer, q, k, v), 2, (-1, 2)).unbind(3)
         attended = _twins(plain, seen(camera, views.project))
         return self.after_attention(x, attended, time, text.of_block(self.layer, self.cross_attn.key_value))
 
@@ -117,7 +118,7 @@ class CameraDiT(DiT):
         if config.actions:
             self.action_embedding = _embedding(config.actions, config.dim)
         begin_at_zero = (".prope_o", "camera_embedding.2", "action_embedding.2")
-        for name, module in self.named_modules():
+        for name, module in named_layers(self):
             if isinstance(module, nn.Linear) and name.endswith(begin_at_zero):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)

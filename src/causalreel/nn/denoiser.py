@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -155,7 +155,7 @@ class DiTDenoiser(nn.Module):
             )
         return conditioning
 
-    def _precision(self, device: torch.device) -> AbstractContextManager:
+    def _precision(self, device: torch.device) -> nullcontext[None] | torch.autocast:
         if self.compute is None or self.compute == self.model.dtype:
             return nullcontext()
         return torch.autocast(device.type, self.compute, cache_enabled=False)

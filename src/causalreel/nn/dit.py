@@ -126,7 +126,7 @@ def read_text(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, tex
     if len(text) == 1:
         return attend(q, *text[0][1:])
     tokens = q.shape[1] // sum(frames for frames, _, _ in text)
-    parts = q.split([frames * tokens for frames, _, _ in text], dim=1)
+    parts = torch.split(q, [frames * tokens for frames, _, _ in text], dim=1)
     return torch.cat([attend(part, k, v) for part, (_, k, v) in zip(parts, text, strict=True)], dim=1)
 
 
@@ -174,10 +174,10 @@ class SelfAttention:
 
     def _by_groups(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
         """Every chunk over the keys it sees, rotated to where it sees them."""
-        parts = []
+        parts: list[Tensor] = []
         for group in self.reading.groups:
             rows = q[:, group.rows[0] * tokens : group.rows[1] * tokens]
-            keys, values = (x.unflatten(1, (-1, tokens))[:, list(group.keys)].flatten(1, 2) for x in (k, v))
+            keys, values = (torch.unflatten(x, 1, (-1, tokens))[:, list(group.keys)].flatten(1, 2) for x in (k, v))
             table = rope_table(group.positions, *self.size, q.shape[-1], q.device)
             parts.append(
                 attend(
@@ -225,11 +225,14 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor) -> Tensor:
         """x (B,L,E) -> (B,L,N,D)."""
-        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        return torch.unflatten(self.norm_q(self.q(x)), -1, (self.heads, -1))
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,L,E) -> keys, values (B,L,N,D)."""
-        return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
+        return (
+            torch.unflatten(self.norm_k(self.k(x)), -1, (self.heads, -1)),
+            torch.unflatten(self.v(x), -1, (self.heads, -1)),
+        )
 
     def output(self, attended: Tensor) -> Tensor:
         """attended (B,L,N,D) -> (B,L,E)."""
@@ -413,7 +416,7 @@ class DiT(nn.Module):
     def time_levels(self, sigma: Tensor, fields: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """sigma (B,F) -> its embedding (B,F,E) for the head, and the blocks' modulation (B,F,6,E)."""
         time = self.embed_time(sigma, fields)
-        return time, self.time_projection(time).unflatten(-1, (6, -1))
+        return time, torch.unflatten(self.time_projection(time), -1, (6, -1))
 
     def embed_time(self, sigma: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         """sigma (B,F) -> its embedding (B,F,E)."""
@@ -448,5 +451,6 @@ class DiT(nn.Module):
         """The head's output for this process's tokens (B,F,S,patch*patch*C) -> (B,F,C,height,width)."""
         patch = self.config.patch
         y = y if self.exchange is None else self.exchange.join(y)
-        y = y.unflatten(-1, (patch, patch, -1)).unflatten(2, (height // patch, width // patch))  # (B,F,h,w,p,q,C)
+        y = torch.unflatten(y, -1, (patch, patch, -1))
+        y = torch.unflatten(y, 2, (height // patch, width // patch))  # (B,F,h,w,p,q,C)
         return y.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B,F,C,H,W)

@@ -7,7 +7,8 @@ None of these functions carries gradient. Matrices are (R,E): R rows of tokens, 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -117,12 +118,13 @@ def norm_rotate(
     """
     batch, length, width3 = qkv.shape
     width = width3 // 3
-    v = qkv[..., 2 * width :].unflatten(-1, (heads, -1))
+    v = torch.unflatten(qkv[..., 2 * width :], -1, (heads, -1))
     if not uses_triton(qkv):
         q, k = (
-            _rms(part, weight, eps) for part, weight in zip(qkv.split(width, -1)[:2], (q_weight, k_weight), strict=True)
+            _rms(part, weight, eps)
+            for part, weight in zip(torch.split(qkv, width, -1)[:2], (q_weight, k_weight), strict=True)
         )
-        q, k = (_rotate(part.unflatten(-1, (heads, -1)), cos, sin).to(qkv.dtype) for part in (q, k))
+        q, k = (_rotate(torch.unflatten(part, -1, (heads, -1)), cos, sin).to(qkv.dtype) for part in (q, k))
         return q, k, v
     q = torch.empty(batch, length, heads, width // heads, dtype=qkv.dtype, device=qkv.device)
     k = torch.empty_like(q)
@@ -272,7 +274,7 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B,L,N,D/2)
+    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)  # (B,L,N,D/2)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
@@ -313,8 +315,13 @@ def attend_e4m3(
 
 def _shared_memory(x: Tensor) -> int:
     """Bytes a program may have; the interpreter has no limit."""
-    has = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
-    return getattr(has, "shared_memory_per_block_optin", 2**20)
+    return getattr(device_properties(x.device), "shared_memory_per_block_optin", 2**20) if x.is_cuda else 2**20
+
+
+def device_properties(device: torch.device) -> Any:
+    """What CUDA says of a GPU: torch gives the type to builds with CUDA alone."""
+    read = cast("Callable[[torch.device], Any]", torch.cuda.get_device_properties)  # pyright: ignore[reportUnknownMemberType]
+    return read(device)
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], out: Tensor, row_scale: Tensor | None = None) -> None:

@@ -6,7 +6,8 @@ module; whoever needs the weights themselves, as faster forms and exports do, re
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -32,10 +33,15 @@ def effective(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return layer.weight, layer.bias
 
 
+def named_layers(module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Every module in it, itself included, under its name; torch leaves the method without a type."""
+    return cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+
+
 def effective_state(module: nn.Module) -> dict[str, Tensor]:
     """A module's state under the names it has without adapters, each layer with the weights it computes with."""
     state = module.state_dict()
-    for name, layer in module.named_modules():
+    for name, layer in named_layers(module):
         if isinstance(layer, Adapted):
             weight, bias = layer.merged()
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from causalreel.nn.linear import named_layers
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -96,7 +98,7 @@ def add_lora(module: nn.Module, config: LoRAConfig, generator: torch.Generator |
     ValueError for a target that is no linear layer of it. generator: on the CPU; it draws the beginning of every A.
     """
     module.requires_grad_(False)
-    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    linear = [name for name, layer in named_layers(module) if isinstance(layer, nn.Linear)]
     chosen: dict[str, None] = {}
     for target in config.targets:
         found = [name for name in linear if name == target or name.endswith(f".{target}")]
@@ -112,7 +114,7 @@ def add_lora(module: nn.Module, config: LoRAConfig, generator: torch.Generator |
 
 def adapters(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """Every adapted layer under the name it has without its adapter."""
-    yield from ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
+    yield from ((name, layer) for name, layer in named_layers(module) if isinstance(layer, LoRALinear))
 
 
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
@@ -130,7 +132,7 @@ def twin(module: Module) -> Module:
 
 def distinct_bytes(modules: Iterable[nn.Module]) -> int:
     """Bytes of the storages that hold the modules' parameters and buffers, each once."""
-    held = {}
+    held: dict[int, int] = {}
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             storage = tensor.untyped_storage()

@@ -12,11 +12,11 @@ attention, arXiv 2310.01889). Shares are added in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,9 +60,9 @@ def cut_of(mask: FrameMask, bundles: tuple[int, ...]) -> Cut:
     sees = [frozenset(k for k in range(count) if row[k]) for row in rows]
     order = sorted(range(len(rows)), key=lambda row: (len(sees[row]), sorted(sees[row]), row))
     left = [sees[row] for row in order]
-    levels = []
+    levels: list[list[tuple[Frames, Frames]]] = []
     for size in bundles:
-        found = []
+        found: list[tuple[Frames, Frames]] = []
         for top in range(0, len(order), size):
             here = range(top, min(top + size, len(order)))
             shared = frozenset[int].intersection(*(left[row] for row in here))
@@ -81,7 +81,7 @@ def _pieces(found: Sequence[tuple[Frames, Frames]], count: int) -> tuple[Piece, 
     shapes: dict[tuple[int, int], list[tuple[Frames, Frames]]] = {}
     for rows, keys in found:
         shapes.setdefault((len(rows), len(keys)), []).append((rows, keys))
-    pieces = []
+    pieces: list[Piece] = []
     for (_, width), entries in shapes.items():
         groups = [entries] if len(entries) * width <= count else [[entry] for entry in entries]
         pieces += [Piece(*(tuple(side) for side in zip(*group, strict=True))) for group in groups]
@@ -124,8 +124,8 @@ def attend_pieces(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask | None, token
 
 def attend_cut(q: Tensor, k: Tensor, v: Tensor, cut: Cut, tokens: int) -> Tensor:
     """As attend_pieces, for a mask that is cut already."""
-    result: Tensor = _Pieces.apply(q, k, v, cut, tokens)  # pyright: ignore[reportAssignmentType]
-    return result
+    run = cast("Callable[..., Tensor]", _Pieces.apply)  # pyright: ignore[reportUnknownMemberType] - torch leaves it untyped
+    return run(q, k, v, cut, tokens)
 
 
 class _Pieces(torch.autograd.Function):
@@ -188,7 +188,7 @@ class _Sum:
         """part (B*E,f*S,N,D) of entries of f frames."""
         tokens, frames = self.tokens, self.like.shape[1] // self.tokens
         places = tuple(frame for entry in entries for frame in entry)
-        part = part.unflatten(0, (-1, len(entries))).flatten(1, 2)  # (B,E*f*S,N,D)
+        part = torch.unflatten(part, 0, (-1, len(entries))).flatten(1, 2)  # (B,E*f*S,N,D)
         if self.total is None and len(set(places)) == len(places) == frames:
             self.total = _take(part, (_inverse(places),), tokens).float()
             return
@@ -197,8 +197,8 @@ class _Sum:
         if _is_run(places):
             self.total[:, places[0] * tokens : (places[-1] + 1) * tokens] += part
         else:
-            parts = part.float().unflatten(1, (-1, tokens))
-            self.total.unflatten(1, (-1, tokens)).index_add_(1, _index(places, part.device), parts)
+            parts = torch.unflatten(part.float(), 1, (-1, tokens))
+            torch.unflatten(self.total, 1, (-1, tokens)).index_add_(1, _index(places, part.device), parts)
 
     def whole(self) -> Tensor:
         return torch.zeros_like(self.like) if self.total is None else self.total.to(self.like.dtype)
@@ -212,20 +212,20 @@ def _take(x: Tensor, entries: tuple[Frames, ...], tokens: int) -> Tensor:
     view = _regular(x, entries, tokens)
     if view is None:
         places = tuple(frame for entry in entries for frame in entry)
-        view = x.unflatten(1, (-1, tokens)).index_select(1, _index(places, x.device))
-        view = view.unflatten(1, (len(entries), -1))  # (B,E,f,S,...)
+        view = torch.unflatten(x, 1, (-1, tokens)).index_select(1, _index(places, x.device))
+        view = torch.unflatten(view, 1, (len(entries), -1))  # (B,E,f,S,...)
     return view.flatten(2, 3).flatten(0, 1)
 
 
 def _put(x: Tensor, entries: tuple[Frames, ...], part: Tensor, tokens: int) -> None:
     """Write part (B*E,f*S,...) to these frames of x (B,F*S,...)."""
-    part = part.unflatten(0, (-1, len(entries))).unflatten(2, (-1, tokens))  # (B,E,f,S,...)
+    part = torch.unflatten(torch.unflatten(part, 0, (-1, len(entries))), 2, (-1, tokens))  # (B,E,f,S,...)
     view = _regular(x, entries, tokens)
     if view is not None:
         view.copy_(part)
     else:
         places = tuple(frame for entry in entries for frame in entry)
-        x.unflatten(1, (-1, tokens)).index_copy_(1, _index(places, x.device), part.flatten(1, 2))
+        torch.unflatten(x, 1, (-1, tokens)).index_copy_(1, _index(places, x.device), part.flatten(1, 2))
 
 
 def _regular(x: Tensor, entries: tuple[Frames, ...], tokens: int) -> Tensor | None:
@@ -233,7 +233,7 @@ def _regular(x: Tensor, entries: tuple[Frames, ...], tokens: int) -> Tensor | No
     step, first, size = _step(entries), entries[0][0], len(entries[0])
     if step is None:
         return None
-    here = x.unflatten(1, (-1, tokens))[:, first : entries[-1][0] + size]
+    here = torch.unflatten(x, 1, (-1, tokens))[:, first : entries[-1][0] + size]
     return here.unfold(1, size, step).movedim(-1, 2)
 
 

@@ -121,7 +121,9 @@ def reading(
     known = {frame.index for frame in held}
     chunks = chunks_of(sorted((f for f in keys if f.stream == 0 and f.index not in known), key=lambda f: f.index))
     coming = list(chunks)
-    groups, positions, top = [], [], 0
+    groups: list[Group] = []
+    positions: list[int] = []
+    top = 0
     for chunk in chunks_of(queries):
         policy.check(chunk[0].chunk_end - chunk[0].chunk_start)
         past = [frame for one in coming if one[0].chunk_end <= chunk[0].chunk_start for frame in one]

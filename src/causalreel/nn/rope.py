@@ -26,7 +26,7 @@ def rope_table(
     )
     turns = [_angles(*side) for side in sides]
     grid = (len(positions), height, width, -1)
-    tables = []
+    tables: list[Tensor] = []
     for function in (torch.cos, torch.sin):  # of few numbers on the CPU; the grid is filled where it is used
         frame, row, column = (_to(function(turn).float(), device) for turn in turns)
         whole = [frame[:, None, None].expand(grid), row[None, :, None].expand(grid), column[None, None].expand(grid)]
@@ -46,7 +46,7 @@ def _to(x: Tensor, device: torch.device) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B,L,N,D), cos, sin (L,1,D/2) -> x with neighbouring channels rotated as pairs."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B,L,N,D/2)
+    even, odd = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)  # (B,L,N,D/2)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -54,7 +54,7 @@ def rotate_keys(keys: Tensor, table: tuple[Tensor, Tensor], *, twins: bool) -> T
     """As `rotate`; twins: each head has one behind it, which sees through cameras, knows no position and stays."""
     if not twins:
         return rotate(keys, *table)
-    plain, camera = keys.unflatten(2, (-1, 2)).unbind(3)
+    plain, camera = torch.unflatten(keys, 2, (-1, 2)).unbind(3)
     return torch.stack([rotate(plain, *table), camera], dim=3).flatten(2, 3)
 
 

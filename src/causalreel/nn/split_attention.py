@@ -134,7 +134,8 @@ def copies_for(mask: FrameMask | None, frames: tuple[int, int], tokens: int, hea
 
 def groups_of(mask: FrameMask) -> list[Rectangle]:
     """Neighbouring queries that see alike with the run of keys they see; nothing where that is no run."""
-    found, top, rows = [], 0, mask.allowed
+    found: list[Rectangle] = []
+    top, rows = 0, mask.allowed
     while top < len(rows):
         bottom = top + 1
         while bottom < len(rows) and rows[bottom] == rows[top]:
@@ -194,7 +195,7 @@ def _sample(
     result = _Result(queries, quantised)
     edges = sorted({0, frames, *(r.top for r, _, _ in done), *(r.bottom for r, _, _ in done)})
     for top, bottom in pairwise(edges):
-        parts = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for r, out, lse in done:
             if r.top <= top and bottom <= r.bottom:
                 rows = slice((top - r.top) * tokens, (bottom - r.top) * tokens)
@@ -206,13 +207,13 @@ def _sample(
 def _piece(queries: Tensor, k: Tensor, v: Tensor, r: Rectangle, parts: int, tokens: int) -> tuple[Tensor, Tensor]:
     """One rectangle: per part of its keys, out (parts,rows,N,D) and log-sum-exp (parts,N,rows)."""
     rows, keys = slice(r.top * tokens, r.bottom * tokens), slice(r.left * tokens, r.right * tokens)
-    lent = (x[0, keys].unflatten(0, (parts, -1)) for x in (k, v))  # (parts,Lk/parts,N,D)
+    lent = (torch.unflatten(x[0, keys], 0, (parts, -1)) for x in (k, v))  # (parts,Lk/parts,N,D)
     return attend_with_sum(queries[:parts, rows], *lent)
 
 
 def _general(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask, tokens: int) -> Tensor:
     """Any mask: query frames one after the other, over their gathered keys."""
-    pieces = []
+    pieces: list[Tensor] = []
     for frame, sees in enumerate(mask.allowed):
         runs = [slice(a * tokens, b * tokens) for a, b in _runs(sees)]
         keys, values = (torch.cat([x[:, run] for run in runs], 1) for x in (k, v))
@@ -322,4 +323,4 @@ def _is_hopper_or_later(device: torch.device) -> bool:
 
 @lru_cache(maxsize=16)
 def processors_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return kernels.device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -57,7 +57,9 @@ class TokenCache:
         """
         self._size, self._twins = size, twins
         frames = len(self._call)
-        asked = q.detach().float().unflatten(1, (frames, -1)).sum(2) if self.context.asks_queries else q[:, :0].detach()
+        asked = q[:, :0].detach()
+        if self.context.asks_queries:
+            asked = torch.unflatten(q.detach().float(), 1, (frames, -1)).sum(2)
         self._fresh[layer] = (k.detach(), v.detach(), asked)
         own = self._entries(k, v)
         turned = self._turn(own)
@@ -72,7 +74,8 @@ class TokenCache:
         """As FrameCache.commit; then the policy says what stays."""
         if not 0 < frames <= len(self._call):
             raise ValueError(f"commit takes 1 to {len(self._call)} frames of the latest call, got {frames}")
-        layers, count = [], frames * self._tokens
+        layers: list[Entries] = []
+        count = frames * self._tokens
         for layer, (k, v, _) in sorted(self._fresh.items()):
             held, new = self.layers[layer], self._entries(k, v).part(0, count)
             layers.append(new if held is None else Entries.joined([held, new]))

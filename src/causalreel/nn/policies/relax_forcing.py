@@ -64,7 +64,8 @@ class RelaxForcing(SelectingPolicy):
 
     def _scores(self, now: Committed) -> Tensor:
         """-> (B,candidates)."""
-        keys = now.turned(now.layers[0]).float().flatten(2).unflatten(1, (-1, now.tokens)).mean(2)  # (B,frames,N*D)
+        keys = now.turned(now.layers[0]).float().flatten(2)
+        keys = torch.unflatten(keys, 1, (-1, now.tokens)).mean(2)  # (B,frames,N*D)
         tail = F.normalize(keys[:, -self.recent :].mean(1, keepdim=True), dim=-1)
         candidates = F.normalize(keys[:, self.sink : -self.recent], dim=-1)
         likeness = candidates @ candidates.mT  # (B,C,C)
