@@ -9,7 +9,7 @@ saved. Sections:
 - one: teacher forcing on one GPU, batch 1, what the others are compared with
 - data: the same network sharded over the GPUs (FSDP2), batch 1 a GPU: tokens a second against `one`
 - context: one clip shared by the GPUs (Ulysses): seconds a step against `one`
-- stages: CD and DMD, all of one size, over the GPUs
+- stages: causal ODE (two trajectories of six Euler steps), CD and DMD, all of one size, over the GPUs
 - dmd14: a DMD cycle with a frozen 14B teacher beside a 1.3B student and critic, and what `causalreel plan` says of it
 
 Seconds are medians of --runs steps after --warmup; operations are `train.operations`.
@@ -36,6 +36,7 @@ from causalreel.data.manifest import Manifest, write_manifest
 from causalreel.data.packing import Row, pack, write_null
 from causalreel.infer.bench import device_name, gpu_facts
 from causalreel.nn.presets import preset
+from causalreel.train.ingredients import ROLES
 from causalreel.train.operations import Clip, peak_of, step_work
 from causalreel.train.plan import GIB, plan, sizes_of
 from causalreel.train.run import resolve
@@ -112,8 +113,13 @@ class Runs:
         return {"context": self.run("ar_diffusion", gpus=self.args.gpus, batch=1, trainer=how)}
 
     def stages(self) -> dict[str, Any]:
-        count = self.args.gpus
-        return {f"stage {stage}": self.run(stage, gpus=count, batch=count) for stage in ("causal_cd", "dmd")}
+        count, found = self.args.gpus, {}
+        for stage in ("causal_ode", "causal_cd", "dmd"):
+            few = {"pairs": 2 * count, "grid": 6, "keep": [0, 2, 4], "maker_batch": 1}
+            found[f"stage {stage}"] = self.run(
+                stage, gpus=count, batch=count, settings=few if stage == "causal_ode" else {}
+            )
+        return found
 
     def dmd14(self) -> dict[str, Any]:
         return {"dmd14": self.run("dmd", gpus=self.args.gpus, batch=self.args.gpus, teacher=self.large)}
@@ -121,11 +127,19 @@ class Runs:
     # ---- a run
 
     def run(
-        self, stage: str, *, gpus: int, batch: int, teacher: str | None = None, trainer: dict[str, Any] | None = None
+        self,
+        stage: str,
+        *,
+        gpus: int,
+        batch: int,
+        teacher: str | None = None,
+        trainer: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Train until enough steps are recorded -> its numbers, or what it said when it failed."""
         name = f"{stage}-{gpus}-{len(list(self.folder.iterdir()))}"
         recipe = self._recipe(stage, name, batch, teacher, trainer or {})
+        recipe["settings"] |= settings or {}
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         began = time.monotonic()
@@ -143,7 +157,7 @@ class Runs:
         }
 
     def _recipe(self, stage: str, name: str, batch: int, teacher: str | None, trainer: dict) -> dict[str, Any]:
-        roles = {"dmd": ("student", "critic", "teacher"), "causal_cd": ("student", "teacher")}.get(stage, ("student",))
+        roles = ROLES.get(stage, ("student",))
         trained = [role for role in roles if role in ("student", "critic")]
         sizes = {role: teacher if role == "teacher" and teacher else self.small for role in roles}
         return {

@@ -41,6 +41,12 @@ def test_memory_is_what_was_measured(name: str, overrides: tuple[str, ...], gpus
     assert planned(name, *overrides, gpus=gpus).peak / GIB == pytest.approx(gib, rel=0.03)
 
 
+def test_processes_that_share_a_clip_share_the_networks_too() -> None:
+    found = planned("wan/ar", ONE, "trainer.parallel.context=2", gpus=2)
+    assert found.peak / GIB == pytest.approx(37.0, rel=0.06)  # measured on two H200s
+    assert next(part for part in found.parts if part.name == "student, masters").size == 2 * parameters(WAN)
+
+
 @pytest.mark.parametrize(
     ("name", "seconds"), [("wan/ar", 2.94), ("wan/ar_frame", 2.91), ("wan/causal_cd", 5.38), ("wan/dmd", 20.9)]
 )

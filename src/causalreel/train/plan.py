@@ -40,6 +40,9 @@ PASSING = 32
 """Units at the widest moment of a backward pass, near its beginning: a block computed again, its gradients, the parts
 of masked attention. Fitted to teacher forcing of the 1.3B network on an H200."""
 
+EXCHANGED = 12
+"""Units of processes that share tokens: q, k and v as they are sent and received, and their gradients likewise."""
+
 RECORDED = 99
 """Units of a clip that recorded rollouts hold beside their cache. Fitted to a DMD cycle of the same network."""
 
@@ -84,7 +87,7 @@ def plan(
     sizes: every network's, by role. clip: one row of the data. rate: a GPU's TFLOP/s in bf16. ValueError for a batch
     that the GPUs cannot share, and as `ParallelConfig.shards`.
     """
-    shards = recipe.trainer.parallel.shards(gpus)
+    shards = recipe.trainer.parallel.shards(gpus) * recipe.trainer.parallel.context  # those that share tokens too
     rows, parts = _rows(recipe, gpus), []
     for role, size in sizes.items():
         parts += _role(recipe, role, size, shards)
@@ -143,8 +146,9 @@ def _activations(
     else:
         passes.append((sizes["student"], clip.frames))
     kept = KEPT[recipe.trainer.recompute]
+    exchanged = EXCHANGED if context > 1 else 0
     units = [(model, NARROW * rows * frames * clip.tokens(model) * model.dim / context) for model, frames in passes]
-    activations, passing = max(((kept * m.layers * unit, PASSING * unit) for m, unit in units), key=sum)
+    activations, passing = max(((kept * m.layers * unit, (PASSING + exchanged) * unit) for m, unit in units), key=sum)
     found = [Part("activations", activations, f"kept for the backward pass, recompute: {recipe.trainer.recompute}")]
     summed = Part("gradients", gradients, "float32, of the role that is updated")
     if recipe.trainer.accumulate > 1:
