@@ -28,7 +28,7 @@ from causalreel.flow import warp_steps
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig, preset
-from causalreel.parallel.fast import FastDiT, accelerate
+from causalreel.parallel.fast import PRECISIONS, FastDiT, accelerate
 from causalreel.parallel.mesh import Mesh, join, launch
 from causalreel.parallel.ulysses import shard_sequence
 from causalreel.rollout import KeyedNoise, chunked, fuse, rollout
@@ -108,7 +108,7 @@ def measure(name: str, args: argparse.Namespace, mesh: Mesh | None, device: torc
         shard_sequence(net, tokens=tokens)
     frames = max(WINDOW, args.long)
     if args.network == "fast":
-        accelerate(net, graphs=device.type == "cuda")
+        accelerate(net, precision=args.precision, graphs=device.type == "cuda")
         run(net, latent, frames, fused=args.fused)  # records every kind of call
     else:
         run(net, latent, 2 * CHUNK, fused=args.fused)  # warm-up: libraries, plans, the allocator
@@ -125,6 +125,7 @@ def measure(name: str, args: argparse.Namespace, mesh: Mesh | None, device: torc
         "frames": frames,
         "fused": args.fused,
         "network": args.network,
+        "precision": args.precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "clip_ms": statistics.median(sum(times[: WINDOW // CHUNK]) for _, times in rollouts),
@@ -187,6 +188,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--network", choices=("fast", "plain"), default="fast")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the fast network")
     parser.add_argument("--fused", action="store_true", help="join each commit with the next chunk's first step")
     parser.add_argument("--noise", nargs="*", default=["wan-1.3b"], help="models whose bfloat16 error is measured too")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA if there is one")

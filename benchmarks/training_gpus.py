@@ -6,11 +6,16 @@
 Every run is the command that a user starts, by torchrun, killed when enough steps are in its metrics file: nothing is
 saved. Sections:
 
-- one: teacher forcing on one GPU, batch 1, what the others are compared with
-- data: the same network sharded over the GPUs (FSDP2), batch 1 a GPU: tokens a second against `one`
-- context: one clip shared by the GPUs (Ulysses): seconds a step against `one`
+- one: teacher forcing and a DMD cycle on one GPU, batch 1, what the others are compared with
+- data: teacher forcing sharded over 2, 4, ... GPUs (FSDP2), batch 1 a GPU: tokens a second against `one`
+- cycles: DMD likewise
+- hybrid: teacher forcing sharded over half of the GPUs, twice (HSDP)
+- context: one clip shared by 2, 4 GPUs (Ulysses): seconds a step against `one`
 - stages: causal ODE (two trajectories of six Euler steps), CD and DMD, all of one size, over the GPUs
 - dmd14: a DMD cycle with a frozen 14B teacher beside a 1.3B student and critic, and what `causalreel plan` says of it
+- critic14: the same with a 14B critic too
+- forcing14: teacher forcing of 14B, one clip shared by 4 GPUs
+- resume: a checkpoint written by all GPUs after two steps: the losses of two more steps by all, and by half of them
 
 Seconds are medians of --runs steps after --warmup; operations are `train.operations`.
 """
@@ -20,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -42,7 +48,7 @@ from causalreel.train.plan import GIB, plan, sizes_of
 from causalreel.train.run import resolve
 from causalreel.types import LatentSpec
 
-SECTIONS = ("one", "data", "context", "stages", "dmd14")
+SECTIONS = ("one", "data", "cycles", "hybrid", "context", "stages", "dmd14", "critic14", "forcing14", "resume")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ADAM = {"lr": 2e-6, "betas": [0.0, 0.999], "weight_decay": 0.01, "clip": 10.0}
 
@@ -84,6 +90,7 @@ class Runs:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
+        self.counts = [count for count in (2, 4, 8) if count <= args.gpus]
         self.small, self.large = ("tiny-smoke", "tiny") if args.tiny else ("wan-1.3b", "wan-14b")
         self.clip = Clip(6, LatentSpec(16, 8, 8)) if args.tiny else Clip(21, LatentSpec(16, 60, 104))
         self._write_data()
@@ -103,14 +110,25 @@ class Runs:
     # ---- sections
 
     def one(self) -> dict[str, Any]:
-        return {"one": self.run("ar_diffusion", gpus=1, batch=1)}
+        return {f"one {stage}": self.run(stage, gpus=1, batch=1) for stage in ("ar_diffusion", "dmd")}
 
     def data(self) -> dict[str, Any]:
-        return {"data": self.run("ar_diffusion", gpus=self.args.gpus, batch=self.args.gpus)}
+        return {f"data {count}": self.run("ar_diffusion", gpus=count, batch=count) for count in self.counts}
+
+    def cycles(self) -> dict[str, Any]:
+        return {f"cycles {count}": self.run("dmd", gpus=count, batch=count) for count in self.counts}
+
+    def hybrid(self) -> dict[str, Any]:
+        count = self.args.gpus
+        how = {"parallel": {"replicate": 2}}
+        return {f"hybrid 2 x {count // 2}": self.run("ar_diffusion", gpus=count, batch=count, trainer=how)}
 
     def context(self) -> dict[str, Any]:
-        how = {"parallel": {"context": self.args.gpus}}
-        return {"context": self.run("ar_diffusion", gpus=self.args.gpus, batch=1, trainer=how)}
+        return {
+            f"context {count}": self.run("ar_diffusion", gpus=count, batch=1, trainer={"parallel": {"context": count}})
+            for count in self.counts
+            if count <= 4  # heads: 12
+        }
 
     def stages(self) -> dict[str, Any]:
         count, found = self.args.gpus, {}
@@ -122,7 +140,34 @@ class Runs:
         return found
 
     def dmd14(self) -> dict[str, Any]:
-        return {"dmd14": self.run("dmd", gpus=self.args.gpus, batch=self.args.gpus, teacher=self.large)}
+        return {"dmd14": self.run("dmd", gpus=self.args.gpus, batch=self.args.gpus, large=("teacher",))}
+
+    def critic14(self) -> dict[str, Any]:
+        return {"critic14": self.run("dmd", gpus=self.args.gpus, batch=self.args.gpus, large=("teacher", "critic"))}
+
+    def forcing14(self) -> dict[str, Any]:
+        count = self.args.gpus
+        how, shared = {"parallel": {"context": min(4, count)}}, max(1, count // 4)
+        return {"forcing14": self.run("ar_diffusion", gpus=count, batch=shared, trainer=how, large=("student",))}
+
+    def resume(self) -> dict[str, Any]:
+        """The same run continued twice from its checkpoint of step 2 -> both lists of losses and their distance."""
+        count, losses = self.args.gpus, {}
+        how = {"steps": 4, "save_every": 2, "keep": 9}
+        for gpus in (count, count // 2):
+            name = f"resume-{count}"
+            path = self.folder / f"{name}.yaml"
+            path.write_text(yaml.safe_dump(self._recipe("ar_diffusion", name, count, (), how)))
+            records, said = self._started(path, gpus, steps=4)
+            if len(records) < 4:
+                return {"resume": {"failed": said[-2000:], "records": records}}
+            losses[gpus] = [record["student/loss"] for record in records[2:4]]
+            shutil.rmtree(max((self.folder / name / "checkpoints").iterdir()))  # that of step 4
+            metrics = self.folder / name / "metrics.jsonl"
+            metrics.write_text("".join(f"{line}\n" for line in _lines(metrics)[:2]))
+            shutil.rmtree(self.folder / name / "export", ignore_errors=True)
+        pairs = zip(*losses.values(), strict=True)
+        return {"resume": {"losses": losses, "relative": max(abs(a - b) / abs(a) for a, b in pairs)}}
 
     # ---- a run
 
@@ -132,13 +177,13 @@ class Runs:
         *,
         gpus: int,
         batch: int,
-        teacher: str | None = None,
+        large: tuple[str, ...] = (),
         trainer: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Train until enough steps are recorded -> its numbers, or what it said when it failed."""
         name = f"{stage}-{gpus}-{len(list(self.folder.iterdir()))}"
-        recipe = self._recipe(stage, name, batch, teacher, trainer or {})
+        recipe = self._recipe(stage, name, batch, large, trainer or {})
         recipe["settings"] |= settings or {}
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
@@ -156,10 +201,10 @@ class Runs:
             "startup_s": round(time.monotonic() - began - sum(1 / r["steps_per_second"] for r in records), 1),
         }
 
-    def _recipe(self, stage: str, name: str, batch: int, teacher: str | None, trainer: dict) -> dict[str, Any]:
+    def _recipe(self, stage: str, name: str, batch: int, large: tuple[str, ...], trainer: dict) -> dict[str, Any]:
         roles = ROLES.get(stage, ("student",))
         trained = [role for role in roles if role in ("student", "critic")]
-        sizes = {role: teacher if role == "teacher" and teacher else self.small for role in roles}
+        sizes = {role: self.large if role in large else self.small for role in roles}
         return {
             "stage": stage,
             "data": str(self.folder / "data"),
@@ -179,7 +224,8 @@ class Runs:
             "settings": {"batch": batch, "chunk": self.args.chunk},
         }
 
-    def _started(self, path: Path, gpus: int) -> tuple[list[dict[str, Any]], str]:
+    def _started(self, path: Path, gpus: int, steps: int | None = None) -> tuple[list[dict[str, Any]], str]:
+        """Run until so many steps are recorded, or without `steps` until those that are timed are -> records, words."""
         command = [sys.executable, "-m", "causalreel", "train", str(path)]
         if gpus > 1:
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
@@ -189,7 +235,7 @@ class Runs:
             process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
             end = time.monotonic() + self.args.patience
             while process.poll() is None and time.monotonic() < end:
-                if len(_lines(metrics)) >= self.args.warmup + self.args.runs:
+                if steps is None and len(_lines(metrics)) >= self.args.warmup + self.args.runs:
                     break
                 time.sleep(0.2)
             records = [json.loads(line) for line in _lines(metrics)]
