@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # From nothing to the shipped models: data, codec, base, AR, causal ODE / CD, DMD, evaluation, export.
 #
-#   bash runs/speedrun.sh            one GPU (H200: 31 minutes); writes runs/tiny
-#   bash runs/speedrun.sh --smoke    the same path in miniature on a CPU, in a minute or two: proves the plumbing only
+#   bash runs/speedrun.sh               one GPU (H200: 31 minutes); writes runs/tiny
+#   FROM=package bash runs/speedrun.sh  codec and base go on from those of the package: 8 minutes less
+#   GPUS="1 2" bash runs/speedrun.sh    frame-wise trainings on the first, chunk-wise ones on the last
+#   bash runs/speedrun.sh --smoke       the same path in miniature on a CPU, in a minute or two: proves the plumbing only
 #
-# From the base model on, frame-wise and chunk-wise trainings share the GPU, so that one computes while another
-# compiles; names mark their lines. Stop it at any time and run it again: finished stages are skipped, running ones
-# continue from their checkpoints. STAGES="codec data base" runs only these; MORE="trainer.preview_every=0" overrides
-# every recipe.
+# From the base model on, frame-wise and chunk-wise trainings go side by side; names mark their lines. Trainings of
+# stage 3 are bound by the host that launches their kernels, so on a GPU they follow each other. Stop it at any time and
+# run it again: finished stages are skipped, running ones continue from their checkpoints. STAGES="codec data base" runs
+# only these; MORE="trainer.preview_every=0" overrides every recipe. EVENTS is the share of clips whose caption changes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${RUN:-runs/tiny}
@@ -19,10 +21,22 @@ if [ "${1:-}" = "--smoke" ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # networks this small only lose by more
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # up to four trainings at once, each else with a thread for every core
-stages=${STAGES:-codec data base ar ode cd dmd eval embed} init=${INIT:-ode}
+stages=${STAGES:-codec data base ar ode cd dmd eval embed} init=${INIT:-ode} events=${EVENTS:-0.5}
+read -r -a gpus <<<"${GPUS:-}"
+again_codec=() again_base=()
+case ${FROM:-nothing} in
+  nothing) ;;
+  package)
+    again_codec=(init.codec=tiny trainer.steps=2000 settings.sharpen_from=0 trainer.optimisers.codec.lr=6e-4)
+    again_base=(init.student=tiny/base trainer.steps=10000 trainer.optimisers.student.lr=5e-4) ;;
+  *) echo "FROM must be nothing or package, got $FROM" >&2; exit 2 ;;
+esac
 for stage in $stages; do
   [[ " codec data base ar ode cd dmd eval embed " == *" $stage "* ]] || { echo "unknown stage $stage" >&2; exit 2; }
 done
+on() { # on NUMBER: use that one of the GPUs that were given
+  [ ${#gpus[@]} = 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[$1]}
+}
 wanted() { [[ " $stages " == *" $1 "* ]]; }
 reel() { python3 -m causalreel "$@"; }
 
@@ -37,7 +51,7 @@ train() {
   if [ ${#smoke[@]} -gt 0 ]; then
     more+=(trainer.steps=3 trainer.device=cpu trainer.preview_every=0 settings.batch=2)
     case $recipe in
-      tiny/codec) more+=(rows=8) ;;
+      tiny/codec) more+=(rows=8 settings.frames=9) ;;
       tiny/base) more+=(model=tiny-smoke) ;;
       tiny/causal_ode) more+=(settings.pairs=4 settings.grid=4 "settings.keep=[0,1,2,3]") ;;
       tiny/dmd*) more+=(settings.critic_updates=2 rows=null) ;;
@@ -45,9 +59,9 @@ train() {
   fi
   echo "== $name ($(date +%T))"
   if [ -t 0 ]; then # alone on a terminal: a bar
-    reel train "$recipe" "${more[@]}" "$@"
+    reel train "$recipe" "$@" "${more[@]}"
   else # beside others, or into a log: lines
-    reel train "$recipe" "${more[@]}" "$@" 2>&1 | (trap '' INT TERM && exec sed -u "s/^/[$name] /")
+    reel train "$recipe" "$@" "${more[@]}" 2>&1 | (trap '' INT TERM && exec sed -u "s/^/[$name] /")
   fi
   echo "== $name done ($(date +%T))"
 }
@@ -68,26 +82,29 @@ together() { # together 'COMMAND ...' ...: all at once, until all have ended
   return $failed
 }
 frame_wise() {
+  on 0
   train ar-frame ar tiny/ar $(from student=base)
   together "train ode-frame ode tiny/causal_ode $(from student=ar-frame teacher=ar-frame)" \
     "train cd-frame cd tiny/causal_cd $(from student=ar-frame teacher=ar-frame)"
-  together "train frame-2step dmd tiny/dmd $(from student=$init-frame critic=base teacher=base)" \
-    "train frame-1step dmd tiny/dmd_1step $(from student=$init-frame critic=base teacher=base)"
+  train frame-2step dmd tiny/dmd $(from student=$init-frame critic=base teacher=base)
+  train frame-1step dmd tiny/dmd_1step $(from student=$init-frame critic=base teacher=base)
 }
 chunk_wise() {
+  on -1
   train ar-chunk ar tiny/ar $(from student=base) settings.chunk=3
   together "train ode-chunk ode tiny/causal_ode $(from student=ar-chunk teacher=ar-chunk) settings.chunk=3" \
     "train cd-chunk cd tiny/causal_cd $(from student=ar-chunk teacher=ar-chunk) settings.chunk=3"
   train chunk-4step dmd tiny/dmd_chunk $(from student=$init-chunk critic=base teacher=base)
 }
 
-train codec codec tiny/codec
+on 0
+train codec codec tiny/codec "${again_codec[@]}"
 if wanted data && [ ! -f "$run/data/done" ]; then
   echo "== data ($(date +%T))"
-  reel encode --codec "$run/codec/export" --out "$run/data" --clips "$clips"
+  reel encode --codec "$run/codec/export" --out "$run/data" --clips "$clips" --events "$events"
   touch "$run/data/done"
 fi
-train base base tiny/base
+train base base tiny/base "${again_base[@]}"
 
 set -m # a process group for each, so that one signal reaches each training once
 lanes=()

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from causalreel.data.world import COLOR_RGB, WorldConfig, WorldState, captions, render, simulate, specs
+from causalreel.data.drawing import COLOR_RGB
+from causalreel.data.world import WorldConfig, WorldState, captions, render, simulate, specs
 from causalreel.eval.metrics import MetricConfig, Scores, measure
 from causalreel.eval.statistics import compare, estimate, features, frechet, summarise
 

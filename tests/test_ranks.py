@@ -19,7 +19,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from causalreel.codecs.tiny import tiny_codec
-from causalreel.data.sources import ClipSource
+from causalreel.data.sources import ClipSource, LatentSource
 from causalreel.nn.lora import LoRAConfig, adapter_state, adapters, add_lora, twin
 from causalreel.parallel.offload import offload_activations
 from causalreel.parallel.recompute import recompute_blocks
@@ -56,6 +56,17 @@ def adapted() -> tuple[Stage, DataSource]:
     return DMDStage(DMD, student=student, critic=critic, teacher=teacher, null=NULL, viewer=VIEWER), source()
 
 
+def changing(name: str) -> tuple[Stage, DataSource]:
+    """A stage on clips whose text changes, each at a frame of its own."""
+    stage, plain = CASES[name]()
+    assert isinstance(plain, LatentSource)
+    rows, frames = len(plain), plain.latents.shape[1]
+    reads = torch.arange(rows)[:, None].expand(-1, frames).clone()
+    for row in range(0, rows, 2):
+        reads[row, 1 + row % (frames - 1) :] = (row + 1) % rows
+    return stage, LatentSource(plain.latents, plain.conditioning, reads)
+
+
 CASES: dict[str, Callable[[], tuple[Stage, DataSource]]] = {
     **{name: make for name, make in STAGES.items() if "DMD" not in name and "Caus" not in name and "score" not in name},
     "codec": clips,
@@ -64,6 +75,8 @@ CASES: dict[str, Callable[[], tuple[Stage, DataSource]]] = {
     "DMD with adapters": adapted,
     "CausVid": lambda: make_dmd(dataclasses.replace(DMD, samples="data")),
     "causal score distillation": lambda: make_dmd(dataclasses.replace(DMD, samples="teacher_forced")),
+    "teacher forcing, text by frame": lambda: changing("teacher forcing"),
+    "DMD, text by frame": lambda: changing("DMD"),
 }
 STEPS = 3
 STEADY = dataclasses.replace(OPTIMISER, eps=1e-3)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalreel.data.world import BACKGROUND_RGB, WorldConfig, captions, render, simulate
+from causalreel.data.world import WorldConfig, captions, render, simulate
 from causalreel.text.tiny import TinyTextEncoder, background_in
-from causalreel.vocabulary import BACKGROUNDS, background_of
+from causalreel.vocabulary import BACKGROUND_RGB, BACKGROUNDS, background_of
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from causalreel.data.drawing import COLOR_RGB
 from causalreel.data.world import (
-    BACKGROUND_RGB,
-    COLOR_RGB,
     SPEED_PIXELS,
     WorldConfig,
     WorldState,
@@ -23,6 +22,7 @@ from causalreel.data.world import (
 )
 from causalreel.vocabulary import (
     BACKGROUND_INDEX,
+    BACKGROUND_RGB,
     BACKGROUNDS,
     COLORS,
     DIRECTIONS,
@@ -39,7 +39,7 @@ from causalreel.vocabulary import (
 
 
 def tensors(state: WorldState) -> dict[str, torch.Tensor]:
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "config"}
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in ("config", "change")}
 
 
 def assert_same(a: WorldState, b: WorldState) -> None:

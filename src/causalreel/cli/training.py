@@ -65,6 +65,8 @@ class Encode(ThreadFlag):
     """Clips to render."""
     seed: Annotated[int, SEED] = 0
     """Which training world."""
+    events: Annotated[float, Range(0, 1)] = 0.0
+    """Share of clips whose caption changes once, and what it describes with it."""
     batch: Annotated[int | None, BATCH] = None
     """Clips encoded at once; default: 256 on a GPU, 4 on a CPU, where each takes 100 MB."""
     device: str | None = None
@@ -73,6 +75,7 @@ class Encode(ThreadFlag):
 
 def encode(args: Encode) -> int:
     from causalreel.data.prepare import prepare
+    from causalreel.data.world import WorldConfig
     from causalreel.infer.models import choose_device
     from causalreel.weights.export import codec_identity, load_codec
 
@@ -85,6 +88,7 @@ def encode(args: Encode) -> int:
         codec_id=codec_identity(args.codec),
         clips=args.clips,
         seed=args.seed,
+        config=WorldConfig(events=args.events),
         batch=args.batch or (256 if device.type == "cuda" else 4),
         device=device,
     )

@@ -1,7 +1,8 @@
 """Training data on disk: latents and captions of the tiny world, in shards that are whole or absent.
 
 A prepared folder holds `latents-00000.safetensors` (latents (R,F,C,h,w) float16), captions beside each shard, one a
-line, and `info.yaml` (what made it). Preparing again continues where it stopped; `data.shards` reads it.
+line (`data.timed` where they change), and `info.yaml` (what made it). Preparing again continues where it stopped;
+`data.shards` reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from causalreel import config as configs
 from causalreel.data.manifest import read_manifest
 from causalreel.data.shards import layout, read_captions
-from causalreel.data.world import WorldConfig, captions, render, simulate
+from causalreel.data.timed import joined
+from causalreel.data.world import WorldConfig, captions, render, simulate, told
 from causalreel.files import replacing, write_text
 from causalreel.fingerprint import fingerprint
 from causalreel.folders import claim
@@ -58,6 +60,7 @@ def prepare(
     """
     folder = Path(out)
     info = {"world_seed": seed, "shard": shard, "frames": config.frames, "size": config.size, "codec": codec_id}
+    info["events"] = f"{config.events} in {config.morph} frames" if config.events else None
     with claim(folder, "encoding"):
         _agree(folder, info)
         for number, first in enumerate(range(0, clips, shard)):
@@ -65,12 +68,12 @@ def prepare(
             size = min(shard, clips - first)
             if path.is_file() and _is_done(path, size):
                 continue
-            told, parts = [], []
+            lines, parts = list[str](), []
             for start in range(first, first + size, batch):
                 state = simulate(min(batch, first + size - start), seed=seed, first=start, config=config, device=device)
                 parts.append(codec.encode(render(state)).half().cpu())
-                told += captions(state)
-            write_text(path.with_suffix(".txt"), "\n".join(told) + "\n")
+                lines += map(joined, told(state))
+            write_text(path.with_suffix(".txt"), "\n".join(lines) + "\n")
             _write_latents(path, torch.cat(parts))
             log.info("prepared %d of %d clips", first + size, clips)
     return folder
@@ -88,7 +91,7 @@ def _is_done(shard: Path, size: int) -> bool:
     return True
 
 
-def _agree(folder: Path, info: Mapping[str, int | str]) -> None:
+def _agree(folder: Path, info: Mapping[str, int | str | None]) -> None:
     """Write what makes this data, or check that the folder holds the same."""
     path = folder / "info.yaml"
     if path.is_file():
@@ -100,7 +103,7 @@ def _agree(folder: Path, info: Mapping[str, int | str]) -> None:
                 f"{folder} holds data with {key}={held.get(key)}, asked for {key}={info[key]}: use another folder"
             )
         return
-    write_text(path, yaml.safe_dump(dict(info)))
+    write_text(path, yaml.safe_dump({key: value for key, value in info.items() if value is not None}))
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:

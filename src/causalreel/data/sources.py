@@ -16,19 +16,23 @@ class _Clips:
 
     latents: Tensor
     conditioning: Conditioning
+    reads: Tensor | None = None
+    """(R,F) long where captions change: the text of every frame, as a row of the conditioning, which is text alone."""
 
     def __post_init__(self) -> None:
-        if len(self.latents) != len(self.conditioning):
-            raise ValueError(
-                f"latents and conditioning must have as many rows, got {len(self.latents)} and {len(self.conditioning)}"
-            )
+        rows = len(self.conditioning) if self.reads is None else len(self.reads)
+        if len(self.latents) != rows:
+            raise ValueError(f"latents and conditioning must have as many rows, got {len(self.latents)} and {rows}")
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def _rows(self, indices: Tensor) -> tuple[Conditioning, Tensor]:
         rows = indices.to(self.latents.device)
-        return self.conditioning[rows], self.latents[rows]
+        if self.reads is None:
+            return self.conditioning[rows], self.latents[rows]
+        reads = self.reads[rows]
+        return Conditioning(self.conditioning.text[reads], prompts=tuple(range(reads.shape[1]))), self.latents[rows]
 
 
 class LatentSource(_Clips):

@@ -5,8 +5,11 @@ checked exactly from the pixels (`eval.metrics`), and random turns make the futu
 what separates the training methods. Nothing happens in the first `quiet` frames, so that the captioned direction is
 always visible; objects never touch each other or leave the picture, so that every object can always be measured.
 
-`simulate` makes states (where everything is), `render` turns states into pixels on any device, `captions` describes
-them. Every random number is a hash of (seed, clip index, purpose): clip i is the same whatever the batch around it.
+In worlds with events the caption of some clips changes once, and what it describes with it (`data.events`).
+
+`simulate` makes states (where everything is), `data.drawing.render` turns states into pixels on any device, `captions`
+describes them, `told` with every change. Every random number is a hash of (seed, clip index, purpose): clip i is the
+same whatever the batch around it.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from causalreel.data.drawing import BOUNDS, RADII, SQUARE, TRIANGLE, coverage, render
+from causalreel.data.events import DRAWS, QUIET, ROOM, Change, gone_as_before, nothing, wanted_events
 from causalreel.vocabulary import (
-    BACKGROUND_RGB,
     BACKGROUNDS,
     COLORS,
     DIRECTIONS,
@@ -44,21 +48,14 @@ __all__ = [
     "render",
     "simulate",
     "specs",
+    "told",
 ]
-
-COLOR_RGB = ((230, 38, 38), (38, 184, 64), (44, 84, 240), (250, 216, 40), (226, 50, 200), (40, 212, 228))
-"""Colours 0..255 of each word of COLORS."""
-
-RADII = (6.5, 10.0)
-"""Pixels, for each word of SIZES: a circle's radius; squares have the same area, triangles are a little smaller."""
 
 SPEED_PIXELS = (0.5, 1.5)
 """Pixels per frame for each word of SPEEDS."""
 
-_SQUARE, _TRIANGLE = math.sqrt(math.pi) / 2, 1.4  # half side and circumradius, in radii
-BOUNDS = (1.0, _SQUARE * math.sqrt(2), _TRIANGLE)  # bounding circle of each shape, in radii
-_REACH_LOW = ((1.0, 1.0), (_SQUARE, _SQUARE), (_TRIANGLE * math.sqrt(3) / 2, _TRIANGLE))  # to the left, to the top
-_REACH_HIGH = ((1.0, 1.0), (_SQUARE, _SQUARE), (_TRIANGLE * math.sqrt(3) / 2, _TRIANGLE / 2))  # right, bottom
+_REACH_LOW = ((1.0, 1.0), (SQUARE, SQUARE), (TRIANGLE * math.sqrt(3) / 2, TRIANGLE))  # to the left, to the top
+_REACH_HIGH = ((1.0, 1.0), (SQUARE, SQUARE), (TRIANGLE * math.sqrt(3) / 2, TRIANGLE / 2))  # right, bottom
 
 _HEADINGS = 4096
 _HEADING_TABLE = [
@@ -66,7 +63,7 @@ _HEADING_TABLE = [
 ]  # a table, so that no result depends on how a sine is vectorised
 
 _PLACEMENTS = 24  # tries at placing two objects apart
-_ATTRIBUTE, _PLACEMENT, _FRAME = 0, 1 << 8, 1 << 16  # first purpose number of each kind of random draw
+_ATTRIBUTE, _EVENT, _PLACEMENT, _ARRIVAL, _FRAME = 0, 64, 1 << 8, 1 << 9, 1 << 16  # first number of each kind of draw
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,12 @@ class WorldConfig:
     """Largest deviation of the first heading from its direction, in degrees, below 45."""
     gap: float = 2.0
     """Pixels that always remain free between two objects' bounding circles."""
+    events: float = 0.0
+    """Share of clips whose caption changes once (a few less, where there is no room); see `data.events`."""
+    morph: int = 4
+    """Frames in which a change happens, 4 to 8."""
+    latent: int = 4
+    """Frames of a latent frame behind the first one; a caption changes where one begins."""
 
     def __post_init__(self) -> None:
         if self.size < 64:
@@ -105,6 +108,14 @@ class WorldConfig:
             raise ValueError(f"quiet must be 0 to 12 frames (the room for a straight start), got {self.quiet}")
         if not 0 <= self.gap <= 4:
             raise ValueError(f"gap must be 0 to 4 pixels, got {self.gap}")
+        if not 0 <= self.events <= 1:
+            raise ValueError(f"events must be 0 to 1, got {self.events}")
+        if not 4 <= self.morph <= 8:
+            raise ValueError(f"morph must be 4 to 8 frames, got {self.morph}")
+        if self.latent < 1 or (self.events and self.frames < 1 + self.latent):
+            raise ValueError(
+                f"latent must be at least 1, and with events smaller than frames; got {self.latent} of {self.frames}"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,8 @@ class WorldState:
     bounced: Tensor
     """(B,T,N) bool: was reflected by a wall or the other object on leaving this frame."""
     config: WorldConfig = WorldConfig()
+    change: Change | None = None
+    """What becomes of them, in worlds with events."""
 
     def __len__(self) -> int:
         return self.shape.shape[0]
@@ -147,7 +160,8 @@ class WorldState:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> WorldState:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{k: change(v) for k, v in values.items() if isinstance(v, Tensor)})
+        changed = {k: change(v) for k, v in values.items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **changed, change=None if self.change is None else self.change.map(change))
 
 
 # ---------------------------------------------------------------------------------------------------------- random
@@ -223,8 +237,16 @@ def simulate(
     position, apart = _place(keys, velocity, body, config)
     if n > 1:
         present[:, 1] &= apart
-    path = _run(keys, position, velocity, pace, present, body, config)
-    state = WorldState(shape, color, scale, present, background, direction, speed, *path, config=config)
+    events = None
+    if config.events:
+        looks = {"shape": shape, "color": color, "scale": scale, "direction": direction, "speed": speed}
+        now = nothing(looks, background, present, config.frames)
+        events = _Events(keys, now, wanted_events(now, _uniform(keys, _EVENT, DRAWS), config), body, config)
+    path = _run(keys, position, velocity, pace, present, body, config, events)
+    happened = None if events is None else events.happened
+    state = WorldState(
+        shape, color, scale, present, background, direction, speed, *path, config=config, change=happened
+    )
     return state.to(device)
 
 
@@ -243,6 +265,20 @@ class _Body:
         high = config.size - 1 - torch.tensor(_REACH_HIGH, dtype=torch.float64)[shape] * radius[..., None]
         bound = torch.tensor(BOUNDS, dtype=torch.float64)[shape] * radius
         return _Body(low, high, bound[:, 0] + bound[:, -1] + config.gap)
+
+    def rows(self, rows: Tensor) -> _Body:
+        return _Body(self.low[rows], self.high[rows], self.distance[rows])
+
+    def put(self, rows: Tensor, other: _Body) -> _Body:
+        """With others (n,...) in these rows (n,)."""
+        low, high, distance = self.low.clone(), self.high.clone(), self.distance.clone()
+        low[rows], high[rows], distance[rows] = other.low, other.high, other.distance
+        return _Body(low, high, distance)
+
+    def joined(self, other: _Body) -> _Body:
+        """Where both may be."""
+        low, high = torch.maximum(self.low, other.low), torch.minimum(self.high, other.high)
+        return _Body(low, high, torch.maximum(self.distance, other.distance))
 
 
 def _place(keys: Tensor, velocity: Tensor, body: _Body, config: WorldConfig) -> tuple[Tensor, Tensor]:
@@ -264,17 +300,29 @@ def _place(keys: Tensor, velocity: Tensor, body: _Body, config: WorldConfig) -> 
 
 
 def _run(
-    keys: Tensor, position: Tensor, velocity: Tensor, pace: Tensor, present: Tensor, body: _Body, config: WorldConfig
+    keys: Tensor,
+    position: Tensor,
+    velocity: Tensor,
+    pace: Tensor,
+    present: Tensor,
+    body: _Body,
+    config: WorldConfig,
+    events: _Events | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First positions and velocities (B,N,2) -> position, velocity (B,T,N,2), turned, bounced (B,T,N)."""
     n = velocity.shape[1]
     both = present.all(dim=1) if n > 1 else None
     frames: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for t in range(config.frames):
+        if events is not None:
+            position, velocity, pace, body = events.begin(t, position, velocity, pace)
+            both = events.there.all(dim=1) if n > 1 else None
         turned = torch.zeros_like(present)
         if t >= config.quiet:
             draw = _uniform(keys, _FRAME + 2 * MAX_OBJECTS * t, 2 * MAX_OBJECTS)  # (B,4)
             turned = draw[:, :n] < config.turn_probability
+            if events is not None:
+                turned &= ~events.is_quiet(t)[:, None]
             heading = _heading((draw[:, MAX_OBJECTS : MAX_OBJECTS + n] * _HEADINGS).long())
             velocity = torch.where(turned[..., None], heading * pace[..., None], velocity)
         before = velocity
@@ -285,10 +333,110 @@ def _run(
             velocity = _off_walls(position, velocity, body)
             blocked = (both & _too_close(position + velocity, body))[:, None].expand_as(present)
         move = velocity.masked_fill(blocked[..., None], 0.0)  # caught between a wall and the other: wait one frame
-        frames.append((position, move, turned, (velocity != before).any(dim=-1)))
+        bounced = (velocity != before).any(dim=-1)
+        if events is not None:
+            move = events.pushed(t, position, move)
+            events.reflect(bounced, velocity)
+        frames.append((position, move, turned, bounced))
         position = position + move
     positions, moves, turns, bounces = (torch.stack(column, dim=1) for column in zip(*frames, strict=True))
     return positions.float(), moves.float(), turns, bounces
+
+
+class _Events:
+    """The events of a batch while it is simulated: which of those wanted happen, and what they do to the movement."""
+
+    def __init__(self, keys: Tensor, first: Change, wanted: Change, body: _Body, config: WorldConfig) -> None:
+        self.keys, self.first, self.wanted, self.body, self.config = keys, first, wanted, body, config
+        self.happened = first
+        self.there = first.present.clone()
+        """(B,N): what is in the picture, however small."""
+        self.goal = torch.zeros(*first.present.shape, 2, dtype=torch.float64)
+        """Velocities to which changes lead."""
+
+    def is_quiet(self, t: int) -> Tensor:
+        """(B,): an event has just happened."""
+        return (t >= self.happened.start) & (t < self.happened.start + QUIET)
+
+    def _left(self, t: int) -> Tensor:
+        """(B,): frames of the change that are left, this one included; 0 where there is none."""
+        end = self.happened.start + self.config.morph
+        return torch.where(t >= self.happened.start, end - t, 0).clamp_min(0)
+
+    def begin(self, t: int, position: Tensor, velocity: Tensor, pace: Tensor) -> tuple[Tensor, Tensor, Tensor, _Body]:
+        """Before frame t moves on: events begin, and those that have begun go on."""
+        due = torch.nonzero(self.wanted.start == t)[:, 0]
+        if len(due):
+            position, velocity, pace = self._settle(due, position, velocity, pace)
+        left = self._left(t)[:, None, None]
+        velocity = torch.where(left > 0, velocity + (self.goal - velocity) / left.clamp_min(1), velocity)
+        over = (t >= self.happened.start + self.config.morph)[:, None]
+        self.there = torch.where(over, self.happened.present, self.there)
+        return position, velocity, pace, self.body
+
+    def _settle(self, due: Tensor, position: Tensor, velocity: Tensor, pace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Find room for the events of the clips `due` (n,), and begin those that have it."""
+        config, first = self.config, self.first.map(lambda x: x[due])
+        new = gone_as_before(first, self.wanted.map(lambda x: x[due]))
+        fresh, body = _Body.of(new.shape, new.scale, config), self.body.rows(due)
+        body = body.joined(fresh)
+        speed = torch.tensor(SPEED_PIXELS, dtype=torch.float64)[new.speed]
+        kept = velocity[due] * (speed / pace[due])[..., None]
+        there, comes = first.present | new.present, new.present & ~first.present
+        both, count = there.all(1), there.shape[1]
+        draws = _uniform(self.keys[due], _ARRIVAL, _PLACEMENTS * 3 * MAX_OBJECTS).view(len(due), _PLACEMENTS, 3, -1)
+        done = torch.zeros_like(both)
+        place, goal, direction = position[due], kept, new.direction
+        for attempt in range(_PLACEMENTS):
+            column = draws[:, attempt, :, :count]  # (n,3,N)
+            turn = torch.tensor([attempt, attempt // 4][:count])
+            way = torch.where(new.named, (new.direction + turn) % len(DIRECTIONS), new.direction)
+            jitter = ((column[:, 2] * 2 - 1) * config.jitter / 360 * _HEADINGS).round().long()
+            heading = _heading(way * (_HEADINGS // 4) + jitter) * speed[..., None]
+            aim = torch.where((new.named & there)[..., None], heading, kept)
+            some = fresh.low + column[:, :2].transpose(1, 2) * (fresh.high - fresh.low)
+            at = torch.where(comes[..., None], some, position[due])
+            end = torch.minimum(torch.maximum(at, fresh.low), fresh.high) + aim * ROOM
+            fits = ((end >= fresh.low) & (end <= fresh.high)).all(-1) | ~(new.named & new.present)
+            if count > 1:
+                inside = ((at >= body.low) & (at <= body.high)).all(-1).all(-1)
+                fits &= (~both | (inside & _stays_apart(at, aim * QUIET, body)))[:, None]
+            now = fits.all(-1) & ~done
+            place, goal = torch.where(now[:, None, None], at, place), torch.where(now[:, None, None], aim, goal)
+            direction = torch.where(now[:, None], way, direction)
+            done |= now
+            if done.all():
+                break
+        happens, rows = due[done], torch.nonzero(done)[:, 0]
+        begun = dataclasses.replace(new, direction=direction)
+        self.happened = self.happened.put(happens, begun.map(lambda x: x[rows]))
+        self.goal[happens], self.there[happens] = goal[rows], there[rows]
+        self.body = self.body.put(happens, fresh.rows(rows))
+        position, velocity, pace = position.clone(), velocity.clone(), pace.clone()
+        position[happens], pace[happens] = place[rows], torch.where(new.present, speed, pace[due])[rows]
+        velocity[happens] = torch.where(comes[..., None], goal, velocity[due])[rows]
+        return position, velocity, pace
+
+    def pushed(self, t: int, position: Tensor, move: Tensor) -> Tensor:
+        """Moves (B,N,2) of what has grown beyond a wall: inside again by the change's last frame."""
+        target, left = position + move, self._left(t)[:, None, None]
+        outside = (self.body.low - target).clamp_min(0) - (target - self.body.high).clamp_min(0)
+        return torch.where(left > 0, move + outside / (left - 1).clamp_min(1), move)
+
+    def reflect(self, bounced: Tensor, velocity: Tensor) -> None:
+        """What bounces (B,N) while it changes, and has no direction to go to, goes on from there."""
+        size = velocity.norm(dim=-1, keepdim=True).clamp_min(1e-9)
+        away = velocity * self.goal.norm(dim=-1, keepdim=True) / size
+        self.goal = torch.where((bounced & ~self.happened.named)[..., None], away, self.goal)
+
+
+def _stays_apart(position: Tensor, travel: Tensor, body: _Body) -> Tensor:
+    """Positions and straight moves (B,2,2) -> whether two objects keep their distance (B,)."""
+    if position.shape[1] == 1:
+        return torch.ones(len(position), dtype=torch.bool)
+    offset, drift = position[:, 1] - position[:, 0], travel[:, 1] - travel[:, 0]
+    closest = (-(offset * drift).sum(-1) / (drift * drift).sum(-1).clamp_min(1e-9)).clamp(0, 1)
+    return (offset + closest[:, None] * drift).norm(dim=-1) >= body.distance + 1e-6
 
 
 def _off_walls(position: Tensor, velocity: Tensor, body: _Body) -> Tensor:
@@ -313,52 +461,6 @@ def _too_close(position: Tensor, body: _Body) -> Tensor:
     return (position[:, 1] - position[:, 0]).norm(dim=-1) < body.distance
 
 
-# ------------------------------------------------------------------------------------------------------- rendering
-
-
-def coverage(dx: Tensor, dy: Tensor, shape: Tensor, radius: Tensor) -> Tensor:
-    """Offsets from an object's centre, its shape class and radius (all broadcast) -> how much of a pixel it covers.
-
-    Anti-aliasing is half a pixel on either side of the signed distance; corners are mitred.
-    """
-    circle = torch.sqrt(dx * dx + dy * dy + 1e-12) - radius
-    square = torch.maximum(dx.abs(), dy.abs()) - _SQUARE * radius
-    slope = dx.abs() * (math.sqrt(3) / 2) - dy * 0.5
-    triangle = torch.maximum(slope, dy) - 0.5 * _TRIANGLE * radius
-    distance = torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
-    return (0.5 - distance).clamp(0, 1)
-
-
-def render(state: WorldState, *, chunk: int = 32) -> Tensor:
-    """State -> video (B,T,3,H,W) float32 in [-1,1], on the state's device; `chunk` clips at a time to bound memory."""
-    size, device = state.config.size, state.position.device
-    count, frames, _, _ = state.position.shape
-    video = torch.empty(count, frames, 3, size, size, device=device)
-    for start in range(0, count, chunk):
-        video[start : start + chunk] = _paint(state[start : start + chunk], size)
-    return video
-
-
-def _paint(state: WorldState, size: int) -> Tensor:
-    device = state.position.device
-    colors = torch.tensor(COLOR_RGB, device=device).float() / 127.5 - 1
-    backgrounds = torch.tensor(BACKGROUND_RGB, device=device).float() / 127.5 - 1
-    radii = torch.tensor(RADII, device=device)
-    pixel = torch.arange(size, device=device) + 0.5
-    picture = backgrounds[state.background][:, None, :, None, None]  # (B,1,3,1,1)
-    for i in range(state.shape.shape[1]):
-        x, y = state.position[:, :, i, 0], state.position[:, :, i, 1]  # (B,T)
-        dx, dy = pixel - x[..., None, None], pixel[:, None] - y[..., None, None]  # (B,T,1,W) (B,T,H,1)
-        shape, radius = state.shape[:, i, None, None, None], radii[state.scale[:, i, None, None, None]]
-        alpha = coverage(dx, dy, shape, radius) * state.present[:, i, None, None, None]  # (B,T,H,W)
-        picture = torch.lerp(
-            picture.expand(*alpha.shape[:2], 3, size, size),
-            colors[state.color[:, i]][:, None, :, None, None],
-            alpha[:, :, None],
-        )
-    return picture
-
-
 # -------------------------------------------------------------------------------------------------------- captions
 
 
@@ -378,8 +480,44 @@ def specs(state: WorldState) -> list[Caption]:
 
 
 def captions(state: WorldState) -> list[str]:
-    """State -> one full sentence per clip, as used in training."""
+    """State -> one full sentence per clip, as used in training: the first one, where it changes."""
     return [compose(caption) for caption in specs(state)]
+
+
+def told(state: WorldState) -> list[tuple[tuple[int, str], ...]]:
+    """State -> for every clip its captions, each with the latent frame from which it holds: (0, ...), (6, ...)."""
+    firsts = captions(state)
+    change = state.change
+    if change is None:
+        return [((0, text),) for text in firsts]
+    config, found = state.config, []
+    later = specs(dataclasses.replace(state, **{f: getattr(change, f) for f in _CLASSES}))
+    rows = zip(
+        firsts,
+        later,
+        change.start.tolist(),
+        change.swapped.tolist(),
+        _said(change),
+        change.present.tolist(),
+        strict=True,
+    )
+    for text, new, start, is_swapped, said, present in rows:
+        if start >= config.frames:
+            found.append(((0, text),))
+            continue
+        kept = [is_said for is_said, is_there in zip(said, present, strict=True) if is_there]
+        objects = [o if s else dataclasses.replace(o, direction=None) for o, s in zip(new.objects, kept, strict=True)]
+        objects = objects[::-1] if is_swapped else objects
+        latent = (start - 1) // config.latent + 1
+        found.append(((0, text), (latent, compose(Caption(tuple(objects), new.background)))))
+    return found
+
+
+_CLASSES = ("shape", "color", "scale", "present", "background", "direction", "speed")
+
+
+def _said(change: Change) -> list[list[bool]]:
+    return change.named.tolist()
 
 
 def prompts(count: int, *, seed: int = 0, config: WorldConfig = WorldConfig()) -> list[str]:

@@ -16,15 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from causalreel.data.world import (
-    BACKGROUND_RGB,
-    BOUNDS,
-    COLOR_RGB,
-    RADII,
-    SPEED_PIXELS,
-    coverage,
-)
+from causalreel.data.drawing import BOUNDS, COLOR_RGB, RADII, coverage
+from causalreel.data.world import SPEED_PIXELS
 from causalreel.vocabulary import (
+    BACKGROUND_RGB,
     BACKGROUNDS,
     COLORS,
     DIRECTIONS,

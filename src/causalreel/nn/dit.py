@@ -34,7 +34,11 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values (B,K,N,D)."""
 
 TextRun = tuple[int, Tensor, Tensor]
-"""So many neighbouring frames, and the keys and values (B,K,N,D) of the text that they read."""
+"""So many neighbouring frames, and the keys and values of what they read: (B,K,N,D) of one text, or (B,F,K,N,D) of a
+text for each of them."""
+
+MOST_RUNS = 2
+"""Runs of frames that read one text each, beyond which all frames of a call read theirs in one attention."""
 
 
 class TextKeys:
@@ -94,9 +98,10 @@ class TokenExchange(Protocol):
 class CallText:
     """The texts of a call, and which of its frames read which."""
 
-    def __init__(self, texts: Sequence[TextKeys], prompts: Sequence[int]) -> None:
-        """prompts: each frame's text."""
-        self.runs = [(len(list(same)), texts[prompt]) for prompt, same in groupby(prompts)]
+    def __init__(self, texts: Sequence[TextKeys], prompts: Sequence[int], together: int = 0) -> None:
+        """prompts: each frame's text. together: P, where `texts` is one of all P texts, (B*P,K,E)."""
+        self.prompts, self.together = tuple(prompts), together
+        self.runs = [(len(list(same)), texts[0 if together else prompt]) for prompt, same in groupby(prompts)]
 
     @staticmethod
     def texts_of(conditioning: Conditioning) -> list[TextKeys]:
@@ -109,6 +114,8 @@ class CallText:
         """What the frames of a call read, kept from earlier calls where the conditioning was prepared."""
         kept = None if torch.is_grad_enabled() else conditioning.prepared
         prompts = (0,) * frames if conditioning.prompts is None else conditioning.prompts
+        if kept is None and len(list(groupby(prompts))) > MOST_RUNS:
+            return CallText([TextKeys(conditioning.text.flatten(0, 1))], prompts, conditioning.text.shape[1])
         return CallText(CallText.texts_of(conditioning) if kept is None else kept, prompts)
 
     def embed(self, embedding: Callable[[Tensor], Tensor], layers: int) -> None:
@@ -117,14 +124,33 @@ class CallText:
             text.embed(embedding, layers)
 
     def of_block(self, layer: int, project: Callable[[Tensor], KeyValue]) -> list[TextRun]:
-        """As TextKeys.of, for every run of frames."""
-        return [(frames, *text.of(layer, project)) for frames, text in self.runs]
+        """As TextKeys.of, for every run of frames; one run of all frames where there are many."""
+        if len(self.runs) <= MOST_RUNS:
+            return [(frames, *text.of(layer, project)) for frames, text in self.runs]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        if self.together:
+            for kept, all_texts in zip((keys, values), self.runs[0][1].of(layer, project), strict=True):
+                parts = all_texts.view(-1, self.together, *all_texts.shape[1:]).unbind(1)  # P of (B,K,N,D)
+                kept += [parts[prompt] for prompt in self.prompts]
+        else:
+            for frames, text in self.runs:
+                key, value = text.of(layer, project)
+                keys += frames * [key]
+                values += frames * [value]
+        return [(len(self.prompts), torch.stack(keys, dim=1), torch.stack(values, dim=1))]  # (B,F,K,N,D)
 
 
 def read_text(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, text: Sequence[TextRun]) -> Tensor:
     """q (B,F*S,N,D) -> what each run of frames reads of its own text (B,F*S,N,D)."""
     if len(text) == 1:
-        return attend(q, *text[0][1:])
+        frames, k, v = text[0]
+        if k.ndim == 4:
+            return attend(q, k, v)
+        each = attend(
+            q.reshape(-1, q.shape[1] // frames, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1)
+        )  # (B*F,S,N,D)
+        return each.reshape(q.shape)
     tokens = q.shape[1] // sum(frames for frames, _, _ in text)
     parts = torch.split(q, [frames * tokens for frames, _, _ in text], dim=1)
     return torch.cat([attend(part, k, v) for part, (_, k, v) in zip(parts, text, strict=True)], dim=1)

@@ -23,6 +23,7 @@ from causalreel.data.prepare import read_info
 from causalreel.data.shards import caption_place, load_prepared, shards
 from causalreel.data.sources import LatentSource
 from causalreel.data.streaming import PreparedSet, ShardSource, open_set
+from causalreel.data.timed import Timed, readings, timed
 from causalreel.families import MODELS
 from causalreel.families.family import Family
 from causalreel.fingerprint import fingerprint
@@ -267,9 +268,15 @@ def _held(data: PreparedSet, family: Family, device: torch.device) -> tuple[Data
             f"{data.folder} stores no text, which {family.text.name} would have to read from files again in every run: "
             f"`causalreel import --model` stores it"
         )
-    encoder = family.encoder()
-    text = _encode(encoder, told, data.folder)
-    source = LatentSource(latents.to(device), Conditioning(text.to(device)))
+    encoder, captions = family.encoder(), [timed(line) for line in told]
+    reads = None
+    if any(len(clip) > 1 for clip in captions):
+        texts, reads = readings(captions, latents.shape[1])
+        reads = reads.to(device)
+    else:
+        texts = list(told)
+    text = _encode(encoder, texts, captions, data.folder)
+    source = LatentSource(latents.to(device), Conditioning(text.to(device)), reads)
     return source, encoder.null(1).to(device), fingerprint({"latents": latents}, *told)
 
 
@@ -291,14 +298,14 @@ def _streamed(
     return ShardSource(data, length=length, device=device, blank=blank), null, fingerprint({}, mark, str(data.rows))
 
 
-def _encode(encoder: TextEncoder, told: Sequence[str], data: Path) -> Tensor:
-    """The captions (R,K,E); ValueError naming file and line of the first that cannot be read."""
+def _encode(encoder: TextEncoder, texts: Sequence[str], captions: Sequence[Timed], data: Path) -> Tensor:
+    """The texts (R,K,E); ValueError naming file and line of the first of the clips' captions that cannot be read."""
     try:
-        return torch.cat([encoder.encode(told[i : i + 4096]) for i in range(0, len(told), 4096)])
+        return torch.cat([encoder.encode(texts[i : i + 4096]) for i in range(0, len(texts), 4096)])
     except ValueError:
-        for row, caption in enumerate(told):
+        for row, clip in enumerate(captions):
             try:
-                encoder.encode([caption])
+                encoder.encode([text for _, text in clip])
             except ValueError as error:
                 raise ValueError(f"captions of {data}: {caption_place(data, row)}: {error}") from None
         raise

@@ -26,6 +26,7 @@ from causalreel.codecs.wan_vae import latent_statistics
 from causalreel.config import FREE
 from causalreel.data.prepare import render_clips
 from causalreel.data.sources import ClipSource
+from causalreel.data.world import WorldConfig
 from causalreel.files import remove_folder
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.folders import claim
@@ -67,7 +68,9 @@ from causalreel.weights.export import (
     MODEL,
     Export,
     Sampling,
+    codec_identity,
     find_codec,
+    load_codec,
     read_codec,
     read_export,
     save_codec,
@@ -281,11 +284,17 @@ def _check_folder(out: Path) -> None:
 
 
 def _build_codec(recipe: Recipe, device: torch.device, team: Team) -> Prepared:
-    resumable(recipe.trainer, recipe)
-    codec = tiny_codec(recipe.trainer.seed).to(device)
+    contents = ()
+    codec = tiny_codec(recipe.trainer.seed)
+    if (start := recipe.init.get("codec")) is not None:
+        codec.load_state_dict(load_codec(start).state_dict())
+        contents = (Content("init.codec", str(start), codec_identity(start)),)
+    resumable(recipe.trainer, recipe, contents)
+    codec = codec.to(device)
     if device.type == "cuda":
         codec.forward = torch.autocast("cuda", torch.bfloat16)(torch.compile(codec.forward))  # float32 weights stay
-    clips = render_clips(recipe.rows or 4096, seed=recipe.data_seed, device=device)
+    world = WorldConfig(events=recipe.settings.events)
+    clips = render_clips(recipe.rows or 4096, seed=recipe.data_seed, config=world, device=device)
     stage = CodecStage(codec, recipe.settings)
 
     def export(folder: Path) -> None:
@@ -296,10 +305,10 @@ def _build_codec(recipe: Recipe, device: torch.device, team: Team) -> Prepared:
         trained.load_state_dict(weights)
         videos = [clips[i : i + 64].float() / 127.5 - 1 for i in range(0, min(1024, len(clips)), 64)]
         trained.set_statistics(*latent_statistics(trained, videos))
-        save_codec(folder, trained, provenance(recipe))
+        save_codec(folder, trained, provenance(recipe, contents))
         log.info("codec written to %s", folder)
 
-    return Prepared(stage, ClipSource(clips), export)
+    return Prepared(stage, ClipSource(clips), export, contents)
 
 
 # ---- denoisers

@@ -28,6 +28,8 @@ class CodecConfig:
     """Clips per step."""
     frames: int = 17
     """Pixel frames per clip, cut at a random place; 1 + a multiple of the codec's temporal factor."""
+    events: float = 0.0
+    """Share of the rendered clips in which something changes, as `causalreel encode --events`."""
     squared: float = 10.0
     """Weight of the squared error."""
     absolute: float = 0.5

@@ -1,0 +1,200 @@
+"""Events of the tiny world: what changes, when, exactly how, and what stays as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from causalreel.codecs.tiny import tiny_codec
+from causalreel.data.drawing import RADII
+from causalreel.data.events import QUIET
+from causalreel.data.prepare import prepare
+from causalreel.data.shards import load_prepared
+from causalreel.data.sources import LatentSource
+from causalreel.data.timed import joined, readings, timed
+from causalreel.data.world import SPEED_PIXELS, WorldConfig, WorldState, captions, render, simulate, told
+from causalreel.types import Conditioning
+from causalreel.vocabulary import BACKGROUND_RGB, DIRECTIONS, parse_caption
+
+EVENTS = WorldConfig(events=1.0)
+CLASSES = ("shape", "color", "scale", "present", "background", "direction", "speed")
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldState:
+    """Clips in which something changes."""
+    state = simulate(400, seed=5, config=EVENTS)
+    assert state.change is not None
+    happens = state.change.start < EVENTS.frames
+    assert 0.75 < happens.float().mean() < 0.95  # the others had no room
+    return state[happens]
+
+
+def change_of(state: WorldState):
+    assert state.change is not None
+    return state.change
+
+
+def test_until_an_event_a_clip_is_the_one_without(world: WorldState) -> None:
+    plain, with_events = simulate(64, seed=5), simulate(64, seed=5, config=EVENTS)
+    assert captions(plain) == captions(with_events)
+    for clip, start in enumerate(change_of(with_events).start.tolist()):
+        assert torch.equal(with_events.position[clip, : start + 1, 0], plain.position[clip, : start + 1, 0])
+    some = simulate(64, seed=5, config=WorldConfig(events=0.5))
+    here = (change_of(some).start < EVENTS.frames).float().mean()
+    assert 0.25 < here < 0.55
+    pictures = render(plain[:16]), render(with_events[:16])
+    for clip, start in enumerate(change_of(with_events[:16]).start.tolist()):
+        assert torch.equal(pictures[0][clip, :start], pictures[1][clip, :start])
+
+
+def test_a_clip_with_an_event_depends_on_its_index_alone() -> None:
+    whole, part = simulate(12, seed=1, config=EVENTS), simulate(3, seed=1, first=7, config=EVENTS)
+    assert torch.equal(whole.position[7:10], part.position)
+    assert told(whole)[7:10] == told(part)
+    assert torch.equal(render(whole[7:10]), render(part))
+
+
+@pytest.mark.parametrize("morph", [4, 8])
+def test_behind_a_change_the_picture_is_the_new_captions(morph: int) -> None:
+    state = simulate(48, seed=2, config=WorldConfig(events=1.0, morph=morph))
+    change = change_of(state)
+    new = dataclasses.replace(state, change=None, **{name: getattr(change, name) for name in CLASSES})
+    shown, expected, old = render(state), render(new), render(dataclasses.replace(state, change=None))
+    for clip, start in enumerate(change.start.tolist()):
+        assert torch.equal(shown[clip, :start], old[clip, :start])
+        assert torch.equal(shown[clip, start + morph - 1 :], expected[clip, start + morph - 1 :])
+
+
+def test_a_change_goes_in_equal_parts(world: WorldState) -> None:
+    """The background on its line from old to new; what comes and goes by its radius."""
+    change, levels = change_of(world), torch.tensor(BACKGROUND_RGB).float() / 127.5 - 1
+    other = (change.background != world.background) & (change.start < 37)
+    clips = torch.nonzero(other)[:6, 0]
+    shown = render(world[clips])
+    for row, clip in enumerate(clips.tolist()):
+        start = int(change.start[clip])
+        for step in range(4):
+            expected = torch.lerp(levels[world.background[clip]], levels[change.background[clip]], (step + 1) / 4)
+            assert (shown[row, start + step].flatten(1).median(1).values - expected).abs().max() < 1e-6
+    goes = torch.nonzero(~change.present[:, 1] & world.present[:, 1] & (change.start < 37) & ~other)[:4, 0]
+    plain = dataclasses.replace(world, change=None, present=world.present & torch.tensor([True, False]))
+    for clip in goes.tolist():
+        start, radius = int(change.start[clip]), RADII[int(world.scale[clip, 1])]
+        at = world.position[clip, start, 1]
+        near = (torch.arange(64) + 0.5 - at[:1]).abs() < radius
+        assert near.any() and not torch.equal(render(world[clip : clip + 1])[0, start], render(plain)[clip, start])
+    assert len(clips) and len(goes)
+
+
+def test_what_is_not_named_stays(world: WorldState) -> None:
+    """An object without a direction word keeps its heading, at the captioned speed, unless it meets a wall."""
+    change, checked = change_of(world), 0
+    pace = torch.tensor(SPEED_PIXELS)[change.speed]
+    for clip, start in enumerate(change.start.tolist()):
+        if start + 5 >= EVENTS.frames:
+            continue
+        for i in (0, 1):
+            stays = bool(world.present[clip, i] & change.present[clip, i] & ~change.named[clip, i])
+            moves = world.velocity[clip, start - 1 : start + 5, i]
+            straight = not world.bounced[clip, start - 1 : start + 5, i].any() and moves.norm(dim=-1).min() > 0.1
+            if not stays or not straight or world.turned[clip, start - 1, i]:
+                continue
+            before, after = moves[0], moves[5]
+            grew = change.scale[clip, i] > world.scale[clip, i] or change.shape[clip, i] != world.shape[clip, i]
+            if not grew:
+                assert torch.allclose(after / after.norm(), before / before.norm(), atol=1e-5)
+            assert abs(after.norm() - pace[clip, i]) < 1e-5
+            checked += 1
+    assert checked > 50
+
+
+def test_a_named_direction_is_taken(world: WorldState) -> None:
+    change, checked = change_of(world), 0
+    ways = torch.tensor([(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)])
+    obeyed = []
+    for clip, start in enumerate(change.start.tolist()):
+        if start + QUIET >= EVENTS.frames:
+            continue
+        for i in (0, 1):
+            if not (change.present[clip, i] and change.named[clip, i]):
+                continue
+            move = world.position[clip, start + QUIET, i] - world.position[clip, start + 4, i]
+            obeyed.append((move @ ways[change.direction[clip, i]] > 0.7071 * move.norm()).item())
+            checked += 1
+    assert checked > 100 and sum(obeyed) / checked > 0.98
+
+
+def test_objects_never_touch_and_end_within_the_picture(world: WorldState) -> None:
+    change = change_of(world)
+    frames = torch.arange(EVENTS.frames)
+    over = frames >= change.start[:, None] + EVENTS.morph - 1  # (B,T)
+    radius = torch.tensor(RADII)[change.scale] * 0.88  # the least reach of any shape, to a side of it
+    reach = radius[:, None].expand(-1, EVENTS.frames, -1)
+    inside = (world.position.amin(-1) > reach * 0.79 - 0.1) & (world.position.amax(-1) < 64 - reach * 0.79 + 0.1)
+    assert (inside | ~change.present[:, None] | ~over[..., None]).all()
+    both = change.present.all(1)
+    apart = (world.position[:, :, 0] - world.position[:, :, 1]).norm(dim=-1)
+    assert (apart[both[:, None] & over] > 2 * 6.5).all()
+    shown = render(world[:32])
+    assert shown.isfinite().all() and shown.abs().max() <= 1
+
+
+def test_captions_name_what_is_there(world: WorldState) -> None:
+    said, change = told(world), change_of(world)
+    assert {(start - 1) % 4 for start in change.start.tolist()} == {0}
+    kinds = set()
+    for clip, ((zero, first), (latent, later)) in enumerate(said):
+        old, new = parse_caption(first), parse_caption(later)
+        assert zero == 0 and latent == (int(change.start[clip]) - 1) // 4 + 1
+        assert len({one.color for one in new.objects}) == len(new.objects)
+        assert all(one.size and one.speed for one in new.objects) and new.background
+        kinds.add((len(old.objects), len(new.objects)))
+        slots = [i for i in (0, 1) if change.present[clip, i]]
+        slots = slots[::-1] if change.swapped[clip] else slots
+        for spec, slot in zip(new.objects, slots, strict=True):
+            assert spec.direction == (DIRECTIONS[change.direction[clip, slot]] if change.named[clip, slot] else None)
+        before = [one.color for one in old.objects]
+        for spec, slot in zip(new.objects, slots, strict=True):  # what has a colour that was there is that one
+            if spec.color in before:
+                assert before.index(spec.color) == slot
+    assert kinds == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    assert (~change.present[:, 0]).any()  # the first object goes, too
+
+
+def test_a_caption_that_changes_is_a_line() -> None:
+    clip = ((0, "a red circle"), (3, "a blue circle"), (9, "a blue square"))
+    assert joined(clip) == "a red circle\t@3\ta blue circle\t@9\ta blue square" and timed(joined(clip)) == clip
+    for line in ("a red circle", "a red\tcircle", "a\t@3", "a\t@5\tb\t@5\tc", "a\t@0\tb", "a\t@x\tb"):
+        assert timed(line) == ((0, line),)
+    texts, reads = readings([clip, ((0, "a cyan square"),)], 6)
+    assert texts == ["a red circle", "a blue circle", "a blue square", "a cyan square"]
+    assert reads.tolist() == [[0, 0, 0, 1, 1, 1], [3] * 6]
+
+
+def test_data_keep_the_text_of_every_frame(tmp_path: Path) -> None:
+    config = WorldConfig(events=1.0, frames=17, max_objects=1)
+    folder = prepare(tmp_path, tiny_codec(0), codec_id="x", clips=3, seed=0, config=config, batch=3)
+    latents, lines = load_prepared(folder)
+    assert [timed(line) for line in lines] == told(simulate(3, seed=0, config=config))
+    with pytest.raises(ValueError, match="events"):
+        prepare(tmp_path, tiny_codec(0), codec_id="x", clips=3, seed=0, config=WorldConfig(frames=17))
+    texts, reads = readings([timed(line) for line in lines], latents.shape[1])
+    codes = torch.arange(len(texts)).float().view(-1, 1, 1)
+    source = LatentSource(latents, Conditioning(codes), reads)
+    batch = source.batch(torch.tensor([2, 0]))
+    assert batch.conditioning.prompts == tuple(range(5))
+    assert torch.equal(batch.conditioning.text[..., 0, 0].long(), reads[[2, 0]])
+    with pytest.raises(ValueError, match="as many rows"):
+        LatentSource(latents, Conditioning(codes), reads[:2])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"events": 1.5}, {"morph": 3}, {"morph": 9}, {"latent": 0}, {"events": 1, "frames": 3}]
+)
+def test_impossible_events_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)) if "frames" not in wrong else "frames"):
+        WorldConfig(**wrong)
