@@ -80,7 +80,7 @@ class Toy:
 
     def preview(self, step: StepContext) -> Tensor | None:
         torch.rand(3)
-        return step.batch(2, LatentBatch).latents[:, None, :, None, None].expand(2, 5, 2, 4, 4)
+        return step.batch(2, LatentBatch).latents[:, None, :1, None, None].expand(2, 5, 3, 4, 4)
 
 
 def toy_config(out: Path, steps: int = 12, **changes: object) -> TrainerConfig:
@@ -248,7 +248,7 @@ def test_previews_leave_no_trace(tmp_path: Path) -> None:
         write_preview=lambda v, d, s: shown.append((s, tuple(v.shape))),
     )
     train(stages[1], Rows(), toy_config(tmp_path / "without"))
-    assert shown == [(step, (2, 5, 2, 4, 4)) for step in (0, 5, 10)]
+    assert shown == [(step, (2, 5, 3, 4, 4)) for step in (0, 5, 10)]
     assert all(torch.equal(a, b) for a, b in zip(weights(stages[0]).values(), weights(stages[1]).values(), strict=True))
 
 

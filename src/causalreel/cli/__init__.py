@@ -22,6 +22,7 @@ from typing import Annotated, Any, TypeAlias
 from tyro.conf import subcommand
 
 from causalreel.cli.data import Import, Prepare, import_data, prepare
+from causalreel.cli.doctor import Doctor, doctor
 from causalreel.cli.files import Convert, ExportModel, Models, convert, export_model, models
 from causalreel.cli.flags import ending, own_threads
 from causalreel.cli.live import Serve, serve
@@ -41,6 +42,7 @@ Command: TypeAlias = (
     | Annotated[Replay, subcommand("replay")]
     | Annotated[Train, subcommand("train")]
     | Annotated[PlanRun, subcommand("plan")]
+    | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Encode, subcommand("encode")]
     | Annotated[Prepare, subcommand("prepare")]
     | Annotated[Import, subcommand("import")]
@@ -61,6 +63,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Replay: replay,
     Train: train,
     PlanRun: plan_run,
+    Doctor: doctor,
     Encode: encode,
     Prepare: prepare,
     Import: import_data,

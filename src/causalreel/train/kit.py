@@ -1,20 +1,21 @@
-"""What stages share beside their losses: random draws per sample and chunk, and previews."""
+"""What stages share beside their losses: random draws per sample and chunk, previews, and probes of what is learned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from causalreel.flow import shift_sigma
+from causalreel.flow import add_noise, shift_sigma
 from causalreel.nn.lora import twin
 from causalreel.rollout import KeyedNoise, StreamNoise, chunk_sizes, chunked, collect, rollout
 from causalreel.solvers import SOLVERS
+from causalreel.train.losses import velocity_loss
 from causalreel.train.stage import Average, StepContext
-from causalreel.types import ClipBatch, Conditioning, Denoiser, LatentSpec, VideoCodec
+from causalreel.types import ClipBatch, Conditioning, Denoiser, LatentSpec, TrajectoryBatch, VideoCodec
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -61,6 +62,71 @@ class Viewer:
             cache=denoise.new_cache() if cached else None,
         )
         return self.codec.decode(collect(chunks))
+
+    @torch.no_grad()
+    def data(self, step: StepContext) -> Tensor | None:
+        """-> video (B,T,3,H,W) of the data's own clips to these prompts; None where the data hold only prompts."""
+        clean = _clean(step.rows(range(min(self.clips, len(step.source))), ClipBatch))
+        return self.codec.decode(clean) if clean.any() else None
+
+
+# ---- probes
+
+PROBED = 16
+"""Clips of the data that a probe looks at, at least: the first ones."""
+
+PROBE_SIGMAS = (0.25, 0.6, 0.9)
+"""Noise levels of a probe; the one in the middle is that of its text."""
+
+Velocity = Callable[[Tensor, Tensor, Tensor, Conditioning], Tensor]
+"""x (B,F,C,H,W), sigma (B,F), the true clip (B,F,C,H,W), conditioning -> velocity (B,F,C,H,W)."""
+
+
+def probe(step: StepContext, batch: int, velocity: Velocity) -> dict[str, Tensor]:
+    """How well a network knows some clips of the data, always the same behind the same noise -> scalars () by name.
+
+    For each of `PROBE_SIGMAS`: the mean square error of the velocity at that noise level. text: by which share the one
+    in the middle grows where each clip gets the next one's text; about 0 says that the network does not use the text,
+    or was taught with that of other clips. NaN where the data hold only prompts. batch: clips of a training batch; as
+    many as a process takes of it go in at a time, so that nothing is compiled anew.
+    """
+    each, middle = max(1, batch // step.parts), PROBE_SIGMAS[1]
+    calls, sums = -(-PROBED // each), dict.fromkeys((*PROBE_SIGMAS, "other"), torch.zeros((), device=step.device))
+    for call in range(calls):
+        rows, others = (
+            step.rows([row % len(step.source) for row in range(first, first + each)], ClipBatch)
+            for first in (call * each, call * each + 1)
+        )
+        clean = _clean(rows)
+        is_there = torch.where(clean.any(), 1.0, torch.nan)
+        noise = torch.randn(clean.shape, generator=step.generator(f"probe {call}", step=0), device=step.device)
+        mixed = replace(rows.conditioning, text=others.conditioning.text)
+        for name in sums:
+            level = torch.full(clean.shape[:2], name if isinstance(name, float) else middle, device=step.device)
+            told = mixed if name == "other" else rows.conditioning
+            error = velocity_loss(
+                velocity(add_noise(clean, noise, level), level, clean, told), clean, noise, torch.ones_like(level)
+            )
+            sums[name] = sums[name] + error.detach() * is_there / calls
+    text = sums.pop("other") / sums[middle] - 1
+    return {**{f"{level:g}": value for level, value in sums.items()}, "text": text}
+
+
+def causal_velocity(student: Denoiser, chunk: int, *, is_forced: bool = True) -> Velocity:
+    """Noisy chunks behind clean ones, in one pass; behind noisy ones where not `is_forced`."""
+
+    def velocity(x: Tensor, sigma: Tensor, clean: Tensor, told: Conditioning) -> Tensor:
+        sizes = chunk_sizes(x.shape[1], chunk)
+        if is_forced:
+            return student.teacher_forced(x, sigma, told, clean=clean, sizes=sizes)
+        return student(x, sigma, told, sizes=sizes)
+
+    return velocity
+
+
+def _clean(batch: ClipBatch) -> Tensor:
+    """The true clips (B,F,C,H,W) float32 of a batch."""
+    return (batch.latents[:, -1] if isinstance(batch, TrajectoryBatch) else batch.latents).float()
 
 
 # Every draw is that of the whole batch, of which this part takes its rows: see `StepContext`.

@@ -72,6 +72,7 @@ class Stage(Protocol):
     """Losses over roles.
 
     `derived`, if a stage has it: networks that are made of roles and are no state, such as a copy in another type.
+    `Probes` and `ShowsData` are what else it may have.
     Roles with an optimiser in the trainer's config are trained, roles named by `averages` follow, all others are
     frozen. Nothing else may change a role's weights.
     """
@@ -89,6 +90,29 @@ class Stage(Protocol):
     def preview(self, step: StepContext) -> Tensor | None:
         """A video (B,T,3,H,W) in [-1, 1] that shows progress, or None. Called without gradient."""
         ...
+
+
+@runtime_checkable
+class Probes(Protocol):
+    """A stage that can say how well its student knows the data."""
+
+    def probe(self, step: StepContext) -> dict[str, Tensor]:
+        """-> scalars (), as `kit.probe`. Nothing that a step computes depends on it."""
+        ...
+
+
+class DataViewer(Protocol):
+    def data(self, step: StepContext) -> Tensor | None:
+        """A video (B,T,3,H,W) in [-1, 1] of the data's own clips, None where there are none."""
+        ...
+
+
+@runtime_checkable
+class ShowsData(Protocol):
+    """A stage whose previews can be compared with the data's own clips."""
+
+    @property
+    def viewer(self) -> DataViewer: ...
 
 
 class DataCursor:
@@ -182,7 +206,7 @@ class StepContext:
             rows = self.source.batch(indices)
         return of_kind(rows, kind).to(self.device)
 
-    def rows(self, rows: range, kind: type[AnyBatch]) -> AnyBatch:
+    def rows(self, rows: Sequence[int], kind: type[AnyBatch]) -> AnyBatch:
         """These rows of the data, as `batch`; the data position stays."""
         return of_kind(self.source.batch(torch.tensor(rows)), kind).to(self.device)
 

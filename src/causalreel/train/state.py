@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,9 +20,20 @@ from causalreel.train.adapters import kept
 from causalreel.train.average import Follower
 from causalreel.train.contents import Content, fingerprints
 from causalreel.train.log import NonFiniteError, Window, duration
+from causalreel.train.looks import looks
 from causalreel.train.meter import Meter
 from causalreel.train.optim import RoleOptimiser, learning_rate
-from causalreel.train.stage import DataCursor, DataSource, Stage, StepContext, Update, stable_seed
+from causalreel.train.stage import (
+    DataCursor,
+    DataSource,
+    Probes,
+    ShowsData,
+    Stage,
+    StepContext,
+    Update,
+    stable_seed,
+)
+from causalreel.train.watch import Watch
 
 if TYPE_CHECKING:
     from causalreel.nn.denoiser import DiTDenoiser
@@ -61,6 +73,8 @@ class Run:
         self.followers = {
             role: [Follower(a, stage.roles) for a in stage.averages if a.source == role] for role in stage.roles
         }
+        trained = {role: optimiser.parameters for role, optimiser in self.optimisers.items()}
+        self.watch = Watch(stage.roles, trained, stage.averages)
         self._began = self._saved = time.monotonic()
         self.aside = 0.0  # seconds of previews and saves
         self._recorded = (0, 0.0)  # step and seconds of steps at the latest record
@@ -160,14 +174,40 @@ class Run:
     def preview(self, write: PreviewWriter) -> None:
         """Let the stage show its progress, without a trace in random state or data position."""
         began = self._clock()
-        devices = [self.device] if self.device.type == "cuda" else []
-        context = StepContext(self.step, self.config.seed, self.source, self.cursor.copy(), self.device)
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        context = self._aside_context()
+        with torch.no_grad(), self._own_random():
             video = self.stage.preview(context)  # in all processes alike
+            shown = {"preview": video}
+            if isinstance(self.stage, ShowsData) and self.step < self.config.preview_every:
+                shown["data"] = self.stage.viewer.data(context)
+        for name, of in shown.items():
+            if of is not None:
+                self.window.add(self.step, {f"{name}/{what}": value for what, value in looks(of).items()})
         if video is not None and self.team.is_first:
             place = Path(self.config.out) / "previews"
             write(video, place, self.step)
             logger.info("preview of step %d in %s: %.1f s", self.step, place, self._step_aside(began))
+
+    def probe(self) -> None:
+        """Let the stage say how well its student knows the data, without a trace in random state or data position."""
+        if not isinstance(self.stage, Probes):
+            return
+        began = self._clock()
+        # With gradient it is the pass of a training step, which is compiled or recorded already; sharded networks want
+        # a backward pass after it.
+        with torch.set_grad_enabled(self.team.size == 1), self._own_random():
+            found = self.stage.probe(self._aside_context(parts=self.team.parts * self.config.accumulate))
+        self.window.add(self.step, {f"probe/{name}": value.detach() for name, value in found.items()})
+        self._step_aside(began)
+
+    def _aside_context(self, *, parts: int = 1) -> StepContext:
+        """What a stage gets beside its steps; parts: in how many a batch is cut."""
+        cursor = self.cursor.copy()
+        return StepContext(self.step, self.config.seed, self.source, cursor, self.device, parts=parts)
+
+    def _own_random(self) -> AbstractContextManager[None]:
+        """Within it torch's generators may be used; afterwards they are as before."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def is_save_due(self) -> bool:
         """Whether the time between checkpoints is over."""

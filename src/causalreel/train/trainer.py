@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from causalreel.config import FREE, dump
-from causalreel.files import remove_leftovers
+from causalreel.files import remove_leftovers, write_text
 from causalreel.folders import claim
 from causalreel.parallel.recompute import Recompute
 from causalreel.parallel.sharding import ParallelConfig, Team
@@ -62,6 +62,9 @@ class TrainerConfig:
     """Seconds after which a checkpoint is written even before `save_every` steps; null for never."""
     preview_every: int = field(default=0, metadata=FREE)
     """Steps between previews, 0 for none."""
+    probe_every: int = field(default=500, metadata=FREE)
+    """Steps between probes, which measure how well the student knows some clips of the data at some noise levels and
+    whether it uses their text; 0 for none."""
     keep: int = field(default=2, metadata=FREE)
     """Checkpoints kept."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREE)
@@ -83,7 +86,8 @@ class TrainerConfig:
     (selective), or all of a block's (full)."""
 
     def __post_init__(self) -> None:
-        least_of = {"steps": 1, "log_every": 1, "save_every": 1, "preview_every": 0, "keep": 1, "accumulate": 1}
+        least_of = {"steps": 1, "log_every": 1, "save_every": 1, "preview_every": 0, "probe_every": 0}
+        least_of |= {"keep": 1, "accumulate": 1}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed {least} or more")
@@ -146,6 +150,8 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
     if run.step >= config.steps:
         logger.info("nothing to do: %d of %d steps are done", run.step, config.steps)
         return Result(run.step, is_idle=True)
+    if run.team.is_first:
+        write_text(Path(config.out) / "config.yaml", dump(recipe))  # for who looks before there is a checkpoint
 
     writers, progress = _open_writers(config, run)
     if config.preview_every and run.step == 0:
@@ -153,12 +159,19 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
 
     with _interruptible(0.0 if run.team.size == 1 else FORWARDED_S) as is_interrupted, contextlib.closing(progress):
         for step in range(run.step, config.steps):
+            is_last = step + 1 == config.steps
+            is_recorded = (step + 1) % config.log_every == 0 or is_last
+            if is_recorded:
+                run.watch.before()
             _take_step(run, step)
             run.step = step + 1
-            is_last = run.step == config.steps
+            if is_recorded:
+                run.window.add(step, run.watch.after())
+            if config.probe_every and run.step % config.probe_every == 0:
+                run.probe()
             is_stopping, is_save_due = run.team.any(is_interrupted(), run.is_save_due())
             progress.tick(run.step)
-            if run.step % config.log_every == 0 or is_last:
+            if is_recorded:
                 record = run.record()
                 for write in writers:
                     write(record)

@@ -19,9 +19,11 @@ from causalreel.rollout import chunk_sizes
 from causalreel.train.kit import (
     EMAConfig,
     Viewer,
+    causal_velocity,
     draw_sigmas,
     drop_text,
     per_frame,
+    probe,
     randn,
     uniform,
 )
@@ -102,6 +104,10 @@ class ARDiffusion:
         highest = unshift_sigma(torch.tensor(self.config.context_noise), self.config.shift).item()
         u = uniform(step, "context sigma", batch, len(sizes)) * highest
         return per_frame(shift_sigma(u, self.config.shift), sizes)
+
+    def probe(self, step: StepContext) -> dict[str, Tensor]:
+        is_forced = self.config.forcing == "teacher"
+        return probe(step, self.config.batch, causal_velocity(self.student, self.config.chunk, is_forced=is_forced))
 
     def preview(self, step: StepContext) -> Tensor:
         return self.viewer.show(self.average, step)

@@ -14,7 +14,7 @@ from causalreel.flow import sigma_grid
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.lora import twin
 from causalreel.rollout import chunk_sizes
-from causalreel.train.kit import Viewer, integers, per_frame, randn
+from causalreel.train.kit import Viewer, causal_velocity, integers, per_frame, probe, randn
 from causalreel.train.losses import consistency_loss
 from causalreel.train.stage import Average, Loss, StepContext, Update
 from causalreel.types import Conditioning, LatentBatch
@@ -76,6 +76,9 @@ class CausalCD:
             ), {}
 
         yield Update("student", [loss])
+
+    def probe(self, step: StepContext) -> dict[str, Tensor]:
+        return probe(step, self.config.batch, causal_velocity(self.student, self.config.chunk))
 
     def preview(self, step: StepContext) -> Tensor:
         return self.viewer.show(self.target, step)

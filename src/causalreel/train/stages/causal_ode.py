@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from causalreel.flow import sigma_grid
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.rollout import chunk_sizes
-from causalreel.train.kit import EMAConfig, Viewer, draw_levels
+from causalreel.train.kit import EMAConfig, Viewer, causal_velocity, draw_levels, probe
 from causalreel.train.losses import ode_regression_loss
 from causalreel.train.stage import DataSource, StepContext, Update, of_kind, stable_seed
 from causalreel.train.trajectories import causal_trajectories, integrate
@@ -151,6 +151,10 @@ class CausalODE:
         index = (sigma[..., None] - levels).abs().argmin(-1)  # (B,F)
         index = index[:, None, :, None, None, None].expand(-1, 1, -1, *states.shape[3:])
         return states.gather(1, index)[:, 0]
+
+    def probe(self, step: StepContext) -> dict[str, Tensor]:
+        is_forced = self.config.forcing == "teacher"
+        return probe(step, self.config.batch, causal_velocity(self.student, self.config.chunk, is_forced=is_forced))
 
     def preview(self, step: StepContext) -> Tensor:
         return self.viewer.show(self.average, step)

@@ -23,7 +23,16 @@ from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.parallel.fast import FastDiT
 from causalreel.parallel.sharding import local
 from causalreel.rollout import chunk_sizes, fuse
-from causalreel.train.kit import EMAConfig, RolloutNoise, Viewer, draw_index, draw_levels, randn, uniform
+from causalreel.train.kit import (
+    EMAConfig,
+    RolloutNoise,
+    Viewer,
+    draw_index,
+    draw_levels,
+    probe,
+    randn,
+    uniform,
+)
 from causalreel.train.losses import critic_loss, distribution_matching_gradient, surrogate_loss
 from causalreel.train.self_rollout import Record, parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.train.stage import Loss, StepContext, Update
@@ -273,6 +282,13 @@ class DMD:
             return sampler.new_cache()
         size, how = batch.spec.shape[1:], {"chunk": self.config.chunk, "frames": batch.frames, "batch": len(batch)}
         return cast(ReplayCache, sampler.run.new_cache(sampler.context, size=size, **how))
+
+    def probe(self, step: StepContext) -> dict[str, Tensor]:
+        def velocity(x: Tensor, sigma: Tensor, clean: Tensor, told: Conditioning) -> Tensor:
+            sizes = chunk_sizes(x.shape[1], self.config.chunk)
+            return self.student.behind(self.student.context_of(clean, told, sizes=sizes), x, sigma, told, sizes=sizes)
+
+        return probe(step, self.config.batch, velocity)
 
     def preview(self, step: StepContext) -> Tensor:
         return self.viewer.show(self.average, step)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from causalreel.flow import shift_sigma, uniform_weight
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.train.kit import EMAConfig, Viewer, drop_text, randn, uniform
+from causalreel.train.kit import EMAConfig, Viewer, drop_text, probe, randn, uniform
 from causalreel.train.losses import bidirectional_loss
 from causalreel.train.stage import Loss, StepContext, Update
 from causalreel.types import LatentBatch
@@ -50,6 +50,9 @@ class Pretrain:
             return bidirectional_loss(self.student, x0, conditioning, sigma=sigma, noise=noise, weight=weight), {}
 
         yield Update("student", [loss])
+
+    def probe(self, step: StepContext) -> dict[str, Tensor]:
+        return probe(step, self.config.batch, lambda x, sigma, _, told: self.student(x, sigma[:, :1], told))
 
     def preview(self, step: StepContext) -> Tensor:
         return self.viewer.show(self.average, step, cached=False)
