@@ -84,7 +84,10 @@ class Bench:
             half = steps[stage] // 2
             log, probe = (every, half // 2) if stage != "dmd" else (max(2, every // 5), half // 2)
             often = (f"trainer.steps={steps[stage]}", f"trainer.log_every={log}", f"trainer.save_every={half}")
-            often += (f"trainer.probe_every={probe}", f"trainer.preview_every={0 if stage != 'dmd' else half}")
+            often += (
+                f"trainer.probe_every={probe}",
+                f"trainer.preview_every={half if stage == 'dmd' and not self.is_smoke else 0}",
+            )
             needs = tuple(f"start-{name}" for name in dict.fromkeys(roles.values()) if name in self.made)
             found[name] = Job(name, recipe, (*often, *more, *self.small(stage), *self.init(**roles)), needs=needs)
 
@@ -115,11 +118,8 @@ class Bench:
         for name in self.made:
             more = (f"trainer.steps={longer}", f"trainer.save_every={longer}", "trainer.probe_every=0")
             pairs = ("settings.pairs=1024",) if name.startswith("ode") and not self.is_smoke else ()
-            fast = (
-                ("trainer.optimisers.student.lr=3e-3", "trainer.optimisers.student.warmup_steps=0")
-                if self.is_smoke
-                else ()
-            )
+            lr = "trainer.optimisers.student."
+            fast = (f"{lr}lr=3e-3", f"{lr}warmup_steps=0", "settings.ema.decay=0.9") if self.is_smoke else ()
             found.append(replace(kinds[name], name=f"start-{name}", more=(*kinds[name].more, *more, *pairs, *fast)))
         return found
 
