@@ -113,13 +113,14 @@ class Bench:
 
     def starts(self) -> list[Job]:
         """Longer runs that others start from."""
-        kinds, longer = self.kinds(), 600 if not self.is_smoke else 60
+        kinds = self.kinds()
         found = []
         for name in self.made:
+            longer = 600 if not self.is_smoke else 120 if name == "base" else 50
             more = (f"trainer.steps={longer}", f"trainer.save_every={longer}", "trainer.probe_every=0")
             pairs = ("settings.pairs=1024",) if name.startswith("ode") and not self.is_smoke else ()
             lr = "trainer.optimisers.student."
-            fast = (f"{lr}lr=3e-3", f"{lr}warmup_steps=0", "settings.ema.decay=0.9") if self.is_smoke else ()
+            fast = (f"{lr}lr=5e-3", f"{lr}warmup_steps=0", "settings.ema.decay=0.9") if self.is_smoke else ()
             found.append(replace(kinds[name], name=f"start-{name}", more=(*kinds[name].more, *more, *pairs, *fast)))
         return found
 
