@@ -114,12 +114,13 @@ def estimate_memory(args: EstimateMemory) -> int:
 class Evaluate(ThreadFlag):
     """Measure models: what their videos show against what the prompts say, beside real clips. Prints a table."""
 
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="[LABEL=]MODEL[@STEPS] ...")] = ("tiny",)
-    """Embedded models or export folders; @1, @2 or @4 samples a few-step model with so many steps."""
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="[LABEL=]MODEL[@STEPS] ...")] = ()
+    """Embedded models or export folders; @1, @2 or @4 samples a few-step model with so many steps. Default: tiny, where
+    no `videos` are named."""
     out: Path = Path("runs/eval")
     """Folder for the table, the scores of every clip and contact sheets."""
-    clips: Annotated[int, Range(2, 1_000_000)] = 512
-    """Held-out prompts."""
+    clips: Annotated[int | None, Range(2, 1_000_000)] = None
+    """Held-out prompts; default: 512, or 32 for long videos."""
     seed: Annotated[int, SEED] = 0
     """Which held-out prompts, and the noise."""
     batch: Annotated[int | None, BATCH] = None
@@ -128,15 +129,57 @@ class Evaluate(ThreadFlag):
     """Python file with metrics of your own, see docs/evaluation.md; their columns join the table."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
+    long: bool = False
+    """Measure drift instead: long clips, or video files, window by window; see docs/long-video.md."""
+    lengths: Annotated[int, Range(1, 100_000)] = 10
+    """Long: how many training lengths a clip has."""
+    policies: tuple[str, ...] = ()
+    """Long: context policies to run every model under, as of `generate --policy`, or renew; default: its own."""
+    videos: tuple[Path, ...] = ()
+    """Long: video files to be measured too: light, colour, sharpness and motion of their windows."""
+    window: Annotated[float, Range(0.2, 3600)] = 3.0
+    """Long: seconds of a window of a video file."""
+    vbench: Path | None = None
+    """Long: instead of measuring, make the videos of `prompt-file` for VBench-Long in this folder, which must be empty
+    or hold some of them already; one model."""
+    prompt_file: Path | None = None
+    """Long: prompts for `vbench`, one a line, as VBench lists them."""
+    samples: Annotated[int, Range(1, 100)] = 5
+    """Long: videos of each prompt for `vbench`, with seeds that count up."""
 
 
 def evaluate(args: Evaluate) -> int:
     from causalreel.eval.run import parse_model, run, table
     from causalreel.infer.models import network_of
 
-    args.set_threads([network_of(parse_model(spec)[1]) for spec in args.models], args.device)
-    how = {"clips": args.clips, "seed": args.seed, "batch": args.batch, "device": args.device, "metrics": args.metrics}
-    rows = run(args.models, out=args.out, **how)
+    models = args.models or (() if args.videos else ("tiny",))
+    args.set_threads([network_of(parse_model(spec)[1]) for spec in models], args.device)
+    if args.long:
+        return _evaluate_long(args, models)
+    for name in ("policies", "videos", "vbench", "prompt_file"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for --long")
+    how = {"seed": args.seed, "batch": args.batch, "device": args.device, "metrics": args.metrics}
+    rows = run(models, out=args.out, clips=args.clips or 512, **how)
+    print(table(rows))
+    return 0
+
+
+def _evaluate_long(args: Evaluate, models: tuple[str, ...]) -> int:
+    from causalreel.eval.long import for_vbench, run, table
+
+    if args.metrics is not None:
+        raise ValueError("--metrics is for clips; with --long leave it out")
+    if (args.vbench is None) != (args.prompt_file is None):
+        raise ValueError("--vbench and --prompt-file go together: where videos go, and of which prompts")
+    if args.vbench is not None and args.prompt_file is not None:
+        how = {"lengths": args.lengths, "samples": args.samples, "seed": args.seed, "device": args.device}
+        for path in for_vbench(models, args.prompt_file, args.vbench, policies=args.policies, **how):
+            print(path, flush=True)
+        return 0
+    how = {"lengths": args.lengths, "policies": args.policies, "files": args.videos, "window_s": args.window}
+    how |= {"clips": args.clips or 32, "seed": args.seed, "batch": args.batch, "device": args.device}
+    rows = run(models, out=args.out, **how)
     print(table(rows))
     return 0
 

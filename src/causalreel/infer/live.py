@@ -84,7 +84,8 @@ class Policy:
 class Live:
     """One endless stream of latents. `next_chunk` makes the next chunk; everything else takes effect with it.
 
-    text (1,K,E): as `encode_prompt` returns it. first: clean latents (1,P,C,H,W) that the stream begins behind, such as
+    text (1,K,E): as `encode_prompt` returns it; with more rows, and a seed for each, streams that are made together and
+    told the same at the same time. first: clean latents (1,P,C,H,W) that the stream begins behind, such as
     an encoded picture; P is a multiple of the chunk. They count as frames and are not returned. fields: theirs, name ->
     (1,P,...), for a network that takes some; `next_chunk` then takes those of the frames it makes.
     """
@@ -94,7 +95,7 @@ class Live:
         pipeline: Pipeline,
         text: Tensor,
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         sampling: Sampling | None = None,
         policy: Policy | None = None,
         first: Tensor | None = None,
@@ -118,7 +119,7 @@ class Live:
         self._strengths: dict[str, float] = {}
         """Of LoRAs, waiting for the next chunk."""
         self._version = 0 if pipeline.loras is None else pipeline.loras.version
-        self._noise = KeyedNoise([seed], pipeline.export.latent, pipeline.device)
+        self._noise = KeyedNoise([seed] if isinstance(seed, int) else seed, pipeline.export.latent, pipeline.device)
         self._conditioning = self._prepare(Conditioning(text.to(pipeline.device), fields or {}))
         """The text in force, and the fields of the last frames."""
         self._fade: _Fade | None = None
@@ -201,7 +202,11 @@ class Live:
         plan = Schedule(self.policy.length, prefix, sampling, self.policy.context)
         self._base = self.frame - prefix
         self._segment = self.pipeline.rollout(
-            plan, self._conditioning_of, _Shifted(self._noise, self._base), prefix=self._kept
+            plan,
+            self._conditioning_of,
+            _Shifted(self._noise, self._base),
+            batch=len(self._conditioning),
+            prefix=self._kept,
         )
         self._begun_with = self.sampling
         self.segments += 1
