@@ -39,6 +39,12 @@ class Pixels:
     def decode(self, latents: Tensor) -> Tensor:
         return latents[:, :, :1].expand(-1, -1, 3, -1, -1).clamp(-1, 1)
 
+    def encode(self, video: Tensor) -> Tensor:
+        return video[:, :, :2]
+
+    def stream(self):
+        return self.decode
+
 
 VIEWER = Viewer(Pixels(), (1.0, 0.5), chunk=2, clips=2)  # type: ignore[arg-type]
 
@@ -69,6 +75,7 @@ def trajectories(config: CausalODEConfig) -> TrajectorySource:
 ODE = CausalODEConfig(batch=8, chunk=2, pairs=12, grid=8, keep=(0, 2, 4, 6), maker_batch=5, guidance=2.0)
 BASELINE = dataclasses.replace(ODE, trajectories="bidirectional", forcing="diffusion")
 SELF_ROLLOUT = DMDConfig(batch=3, chunk=1, steps=(1000, 500), first_steps=(1000, 750, 500, 250), critic_updates=2)
+ROLLING = dataclasses.replace(SELF_ROLLOUT, rolling=0.5, longest=6, student_pass="replay", critic_rollouts=1)
 
 
 def make_dmd(config: DMDConfig) -> tuple[Stage, LatentSource]:
@@ -109,6 +116,8 @@ STAGES = {
     ),
     "DMD, shared exits": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, exits="shared")),
     "DMD, last exits": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, exits="last")),
+    "DMD, long": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, longest=7)),
+    "DMD, rolling": lambda: make_dmd(ROLLING),
     "CausVid": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, samples="data")),
     "causal score distillation": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, samples="teacher_forced")),
 }

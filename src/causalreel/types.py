@@ -282,7 +282,14 @@ class Denoiser(Denoise, Protocol):
     ) -> ReplayCache: ...
 
     def behind(
-        self, context: Cache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
+        self,
+        context: Cache,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        sizes: Sequence[int],
+        start: int = 0,
     ) -> Tensor: ...
 
 

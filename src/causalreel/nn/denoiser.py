@@ -116,13 +116,21 @@ class DiTDenoiser(nn.Module):
         return cache
 
     def behind(
-        self, context: Cache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
+        self,
+        context: Cache,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        sizes: Sequence[int],
+        start: int = 0,
     ) -> Tensor:
         """All noisy chunks of x (B,F,C,H,W) at once, each behind the earlier chunks of `context` -> velocity.
 
+        start: the clip's frame that x begins with; x, sigma and conditioning are of the frames from there on.
         The numbers of `teacher_forced`, but the context is constant: no gradient, and no work when it is used again.
         """
-        queries = frames_of(sizes, stream=1, cuts=conditioning.cuts or ())
+        queries = frames_of(sizes, start=start, stream=1, cuts=conditioning.cuts or ())
         return self._call(x, sigma, conditioning, queries, context)
 
     def _call(
@@ -213,10 +221,17 @@ class Guided:
         return self.denoise.context_of(_twice(clean), self._pair(conditioning), sizes=sizes, clean_sigma=clean_sigma)
 
     def behind(
-        self, context: Cache, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, sizes: Sequence[int]
+        self,
+        context: Cache,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        sizes: Sequence[int],
+        start: int = 0,
     ) -> Tensor:
         """As DiTDenoiser.behind, guided."""
-        return self._both(partial(self.denoise.behind, context, sizes=sizes), x, sigma, conditioning)
+        return self._both(partial(self.denoise.behind, context, sizes=sizes, start=start), x, sigma, conditioning)
 
     def _both(self, call: Callable[..., Tensor], x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         cond, uncond = call(_twice(x), _twice(sigma), self._pair(conditioning)).chunk(2)

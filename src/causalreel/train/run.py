@@ -12,7 +12,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -33,6 +33,7 @@ from causalreel.folders import claim
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
 from causalreel.nn.lora import LoRAConfig
+from causalreel.nn.policies.registry import policy_from
 from causalreel.nn.split_attention import fills, processors_of
 from causalreel.parallel.compile import compile_blocks
 from causalreel.parallel.fast import accelerate, check_precision
@@ -459,7 +460,11 @@ def _is_recorded(sampler: DiTDenoiser, chunk: int, spec: LatentSpec, device: tor
 def _dmd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: DMDConfig = recipe.settings
     sampling = Sampling(chunk=c.chunk, steps=c.steps, first_steps=c.first_steps, shift=c.shift)
+    if c.rolling:
+        sampling = replace(sampling, plan="rolling", first_steps=None)
     viewer = Viewer(made.codec, c.sigmas, chunk=c.chunk, first=c.first_sigmas)
+    if c.policy is not None:
+        made.roles["student"].context = policy_from(c.policy, frames=made.frames // c.chunk * c.chunk, chunk=c.chunk)
     stage = DMD(c, **made.roles, null=made.null, viewer=viewer)
     is_fast = False
     if device.type == "cuda" and recipe.speed != "plain" and stage.sampler is not stage.student:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal, cast
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from causalreel.flow import SCORE_SIGMA_RANGE, add_noise, shift_sigma, velocity_to_x0, warp_steps
 from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.policies.registry import described
 from causalreel.parallel.fast import FastDiT
 from causalreel.parallel.sharding import local
-from causalreel.rollout import chunk_sizes, fuse
+from causalreel.rollout import Plan, chunk_sizes, fuse
 from causalreel.train.kit import (
     EMAConfig,
     RolloutNoise,
@@ -34,7 +35,16 @@ from causalreel.train.kit import (
     uniform,
 )
 from causalreel.train.losses import critic_loss, distribution_matching_gradient, surrogate_loss
-from causalreel.train.self_rollout import Record, parallel_pass, record_rollout, replay_passes, training_plan
+from causalreel.train.self_rollout import (
+    Piece,
+    Record,
+    as_clip,
+    parallel_pass,
+    record_rollout,
+    replay_passes,
+    rolling_training_plan,
+    training_plan,
+)
 from causalreel.train.stage import Loss, StepContext, Update
 from causalreel.types import Conditioning, Denoise, Denoiser, LatentBatch, ReplayCache
 
@@ -75,6 +85,14 @@ class DMDConfig:
     """Noise level at which finished chunks are written to the cache."""
     student_pass: Literal["parallel", "replay"] = "parallel"
     """How the student's gradient is computed: all chunks at once, or one after the other in less memory."""
+    longest: int | None = None
+    """Latent frames of the longest self-rollout; each one's length is drawn, in whole chunks, from a clip's to this.
+    What is matched is the end of it, as long as a clip, see docs/stages.md. null: all are as long as clips."""
+    rolling: float = 0.0
+    """Share of rollouts that are rolling, a window of chunks at rising noise levels (Rolling Forcing; released: 0.5).
+    Needs student_pass: replay."""
+    policy: str | None = None
+    """Context policy of the student, as `causalreel policy` lists them; null: that of the weights it starts from."""
     ema: EMAConfig = EMAConfig()
     """The average that is exported."""
 
@@ -83,6 +101,14 @@ class DMDConfig:
             raise ValueError(f"critic_repeats must be 1 to {self.critic_updates}, got {self.critic_repeats}")
         if self.critic_rollouts is not None and not 1 <= self.critic_rollouts <= self.critic_samples:
             raise ValueError(f"critic_rollouts must be 1 to {self.critic_samples}, got {self.critic_rollouts}")
+        if not 0 <= self.rolling <= 1:
+            raise ValueError(f"rolling must be from 0 to 1, got {self.rolling}")
+        if self.rolling and self.student_pass != "replay":
+            raise ValueError("rolling needs student_pass: replay: its windows cannot be made again in one pass")
+        if (self.rolling or self.longest is not None) and self.samples != "self_rollout":
+            raise ValueError(f"rolling and longest are for samples: self_rollout, got {self.samples}")
+        if self.longest is not None and (self.longest < self.chunk or self.longest % self.chunk):
+            raise ValueError(f"longest must be a multiple of the chunk's {self.chunk} frames, got {self.longest}")
         if self.student_samples == "critic" and self.critic_rollouts not in (None, self.critic_samples):
             raise ValueError("student_samples: critic needs critic_rollouts: null, so that a rollout is of one batch")
 
@@ -106,14 +132,18 @@ class Samples:
 
     latents: Tensor
     conditioning: Conditioning
-    again: Callable[[], list[Callable[[], Tensor]]]
-    """-> functions that give the latents again, in pieces along the frames, with gradient."""
+    again: Callable[[], list[Piece]]
+    """-> the latents again, in pieces along the frames, with gradient."""
     bind: Callable[[Denoiser], Denoise]
     """Score network -> denoiser of these samples: itself, or itself behind their true context."""
 
     def rows(self, start: int, stop: int) -> Samples:
         """Some rows, for critic updates only: they cannot be made again."""
         return Samples(self.latents[start:stop], self.conditioning[start:stop], list, self.bind)
+
+
+def _whole(make: Callable[[], Tensor], latents: Tensor) -> list[Piece]:
+    return [Piece(0, latents.shape[1], make)]
 
 
 class DMD:
@@ -141,6 +171,15 @@ class DMD:
             raise ValueError(
                 "critic_rollouts must be null with samples: teacher_forced, whose scores see each batch's past"
             )
+        if config.student_pass == "parallel" and (student.context.selects or student.context.tells_done):
+            raise ValueError(
+                f"student_pass must be replay with the policy {described(student.context)}: what its chunks see is not "
+                "known in one pass"
+            )
+        if config.rolling:
+            student.context.check(config.chunk * len(config.steps))
+            if student.context.selects:
+                raise ValueError(f"rolling has no rule for the policy {described(student.context)}")
         self.sampler = _sampler(student)
         self.derived = () if self.sampler is student else (self.sampler,)
 
@@ -181,41 +220,59 @@ class DMD:
         pieces = made.again()
         metrics = {"gradient_size": gradient.abs().mean(), "latent_std": made.latents.std()}
 
-        def piece_loss(piece: Callable[[], Tensor], start: int) -> Loss:
-            latents = piece()
-            part = gradient[:, start : start + latents.shape[1]]
-            scale = len(pieces) * part.numel() / gradient.numel()  # the trainer takes the mean over pieces
-            return surrogate_loss(latents, part) * scale, metrics
+        def piece_loss(piece: Piece) -> Loss:
+            part = gradient[:, piece.start : piece.start + piece.frames]
+            scale = len(pieces) * piece.frames / counted  # the trainer takes the mean over pieces
+            return surrogate_loss(piece(), part) * scale, metrics
 
-        size = made.latents.shape[1] // len(pieces)
-        return [lambda p=piece, s=i * size: piece_loss(p, s) for i, piece in enumerate(pieces)]
+        counted = sum(piece.frames for piece in pieces)
+        return [lambda piece=piece: piece_loss(piece) for piece in pieces]
 
     # ---- samples
 
     def _roll_out(self, step: StepContext, batch: LatentBatch, purpose: str) -> Samples:
-        """The student's own rollout: every chunk leaves at the exit step drawn for it."""
+        """The student's own rollout: every chunk leaves at the exit step, or in the window, drawn for it."""
         config, conditioning = self.config, batch.conditioning
-        sizes = chunk_sizes(batch.frames, config.chunk)
-        plan = training_plan(
-            sizes,
-            config.sigmas,
-            self._exits(step, purpose),
-            first=config.first_sigmas,
-            context_sigma=config.context_sigma,
-        )
+        sizes = chunk_sizes(self._length(step, batch, purpose), config.chunk)
+        begin = sum(sizes) - batch.frames  # what is before it only leads there
+        first = begin + config.chunk if begin else 0  # its first chunk holds a frame that the student has not made
         noise = RolloutNoise(step, f"{purpose} rollout", len(batch), batch.spec)
         sampler = self._current_sampler()
         with torch.no_grad():
             prepared = sampler.prepare(conditioning)
         record = record_rollout(
             sampler,
-            fuse(plan),
+            self._plan(step, sizes, purpose),
             told=prepared,
             noise=noise,
             cache=self._cache(sampler, batch),
             keep_caches=config.student_pass == "replay",
+            first=first,
         )
-        return Samples(record.latents, conditioning, lambda: self._again(record, conditioning), lambda net: net)
+        latents = as_clip(self.viewer.codec, record.latents, begin)
+        return Samples(latents, conditioning, lambda: self._again(record, conditioning, begin), lambda net: net)
+
+    def _length(self, step: StepContext, batch: LatentBatch, purpose: str) -> int:
+        """Latent frames of a rollout."""
+        longest, chunk = self.config.longest, self.config.chunk
+        if longest is None or longest == batch.frames:
+            return batch.frames
+        if longest < batch.frames:
+            raise ValueError(f"longest must be at least the {batch.frames} frames of the data's clips, got {longest}")
+        if batch.conditioning.fields or batch.conditioning.prompts is not None:
+            raise ValueError("longest is for clips with one prompt: nothing says what is beyond their last frame")
+        return batch.frames + chunk * draw_index(step, f"{purpose} length", (longest - batch.frames) // chunk + 1)
+
+    def _plan(self, step: StepContext, sizes: Sequence[int], purpose: str) -> Plan:
+        config = self.config
+        share = torch.rand((), generator=step.generator(f"{purpose} rolling", device="cpu")) if config.rolling else 1
+        if share < config.rolling:
+            turn = draw_index(step, f"{purpose} rolling exit", len(config.sigmas))
+            return rolling_training_plan(sizes, config.sigmas, turn, context_sigma=config.context_sigma)
+        exits = self._exits(step, purpose)
+        how = {"first": config.first_sigmas, "context_sigma": config.context_sigma}
+        plan = training_plan(sizes, config.sigmas, exits, **how)
+        return plan if self.student.context.selects else fuse(plan)
 
     def _exits(self, step: StepContext, purpose: str) -> list[int]:
         """Exit step of the first chunk and of the others."""
@@ -225,10 +282,12 @@ class DMD:
         who = purpose if self.config.exits == "independent" else "cycle"
         return [draw_index(step, f"{who} exit {i}", len(levels)) for i, levels in enumerate(lists)]
 
-    def _again(self, record: Record, conditioning: Conditioning) -> list[Callable[[], Tensor]]:
+    def _again(self, record: Record, conditioning: Conditioning, begin: int) -> list[Piece]:
+        """Pieces of the latents that are matched, which begin at this frame of the rollout."""
         if self.config.student_pass == "replay":
-            return replay_passes(self.student, record, conditioning)
-        return [lambda: parallel_pass(self.student, record, conditioning)]
+            return [replace(p, start=p.start - begin) for p in replay_passes(self.student, record, conditioning)]
+        frames = record.latents.shape[1] - record.first
+        return [Piece(record.first - begin, frames, lambda: parallel_pass(self.student, record, conditioning))]
 
     def _denoise_data(self, step: StepContext, batch: LatentBatch, purpose: str) -> Samples:
         """CausVid: clean estimates of data noised chunk by chunk to levels of the step list, behind noisy chunks."""
@@ -239,7 +298,7 @@ class DMD:
 
         with torch.no_grad():
             latents = make()
-        return Samples(latents, batch.conditioning, lambda: [make], lambda net: net)
+        return Samples(latents, batch.conditioning, lambda: _whole(make, latents), lambda net: net)
 
     def _behind_data(self, step: StepContext, batch: LatentBatch, purpose: str) -> Samples:
         """Causal score distillation: the same behind the true past, and scored there by causal networks."""
@@ -257,7 +316,7 @@ class DMD:
 
         with torch.no_grad():
             latents = make()
-        return Samples(latents, conditioning, lambda: [make], bind)
+        return Samples(latents, conditioning, lambda: _whole(make, latents), bind)
 
     def _noised(
         self, step: StepContext, batch: LatentBatch, purpose: str
@@ -280,7 +339,10 @@ class DMD:
         """For one rollout; in memory that stays where it is, where calls are recorded and nothing is replayed."""
         if not isinstance(sampler.run, FastDiT) or self.config.student_pass == "replay":
             return sampler.new_cache()
-        size, how = batch.spec.shape[1:], {"chunk": self.config.chunk, "frames": batch.frames, "batch": len(batch)}
+        size, how = (
+            batch.spec.shape[1:],
+            {"chunk": self.config.chunk, "frames": self.config.longest or batch.frames, "batch": len(batch)},
+        )
         return cast(ReplayCache, sampler.run.new_cache(sampler.context, size=size, **how))
 
     def probe(self, step: StepContext) -> dict[str, Tensor]:
