@@ -150,8 +150,12 @@ def manner(model: str, way: str, lengths: int) -> Manner:
         return Manner()
     if way == "full":
         return Manner(f"window:window={lengths * known.export.frames}")
-    if way == "rolling-plan":
-        return Manner(plan="rolling", any_plan=True)
+    if way == "rolling-plan" and known.sampling.plan == "rolling":
+        return Manner()
+    if way == "rolling-plan":  # room for a window of every level, the sink, and as much again
+        chunk, joint = known.sampling.chunk or 1, (known.sampling.chunk or 1) * len(known.sampling.steps)
+        room = joint + 2 * chunk
+        return Manner(f"rolling-forcing:window={room},sink={chunk},cache={room}", plan="rolling", any_plan=True)
     return Manner(way)
 
 

@@ -8,11 +8,12 @@ computed again to save memory counts nothing. MFU is this number over what the G
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from causalreel.nn.masks import Frame, frames_of, sees
+from causalreel.nn.masks import Frame, frames_of, reading, sees
+from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.rollout import chunk_sizes
@@ -76,23 +77,29 @@ def forward(model: ModelConfig, clip: Clip, frames: int, pairs: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def _pairs(queries: tuple[Frame, ...], keys: tuple[Frame, ...], context: Context) -> int:
-    return sum(sees(query, key, context) for query in queries for key in keys)
+def _pairs(queries: tuple[Frame, ...], keys: tuple[Frame, ...], context: ContextPolicy) -> int:
+    if isinstance(context, Context):
+        return sum(sees(query, key, context) for query in queries for key in keys)
+    if context.selects:  # known during the rollout only; as many as it may read
+        sizes = [(frame.chunk_end, frame.chunk_end - frame.chunk_start) for frame in queries]
+        return sum(context.span(end, size) or end for end, size in sizes)
+    groups = reading(queries, keys, context).groups
+    return sum((group.rows[1] - group.rows[0]) * len(group.keys) for group in groups)
 
 
-def teacher_forced(model: ModelConfig, clip: Clip, sizes: Sequence[int], context: Context) -> float:
+def teacher_forced(model: ModelConfig, clip: Clip, sizes: Sequence[int], context: ContextPolicy) -> float:
     """One pass over the clean clip and the noisy one."""
     both = frames_of(sizes, stream=0) + frames_of(sizes, stream=1)
     return forward(model, clip, 2 * clip.frames, _pairs(both, both, context))
 
 
-def causal(model: ModelConfig, clip: Clip, sizes: Sequence[int], context: Context) -> float:
+def causal(model: ModelConfig, clip: Clip, sizes: Sequence[int], context: ContextPolicy) -> float:
     """One pass over chunks that see themselves and the ones before: diffusion forcing, or a clip's context."""
     frames = frames_of(sizes)
     return forward(model, clip, clip.frames, _pairs(frames, frames, context))
 
 
-def behind(model: ModelConfig, clip: Clip, sizes: Sequence[int], context: Context) -> float:
+def behind(model: ModelConfig, clip: Clip, sizes: Sequence[int], context: ContextPolicy) -> float:
     """One pass over noisy chunks that read a clip's context."""
     noisy, clean = frames_of(sizes, stream=1), frames_of(sizes)
     return forward(model, clip, clip.frames, _pairs(noisy, clean + noisy, context))
@@ -104,7 +111,12 @@ def bidirectional(model: ModelConfig, clip: Clip) -> float:
 
 
 def rolled_out(
-    model: ModelConfig, clip: Clip, sizes: Sequence[int], context: Context, calls: float, first: float | None = None
+    model: ModelConfig,
+    clip: Clip,
+    sizes: Sequence[int],
+    context: ContextPolicy,
+    calls: float,
+    first: float | None = None,
 ) -> float:
     """A rollout with so many denoising calls a chunk, on average, and one that commits each but the last."""
     total, start = 0.0, 0
@@ -120,7 +132,9 @@ def rolled_out(
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def step_work(settings: Any, roles: dict[str, ModelConfig], clip: Clip, context: Context = Context()) -> Work | None:
+def step_work(
+    settings: Any, roles: dict[str, ModelConfig], clip: Clip, context: ContextPolicy = Context()
+) -> Work | None:
     """A trainer step over the whole batch; None for stages whose networks are not counted (the codec's).
 
     settings: the stage's. roles: the size of each network that takes part. Trajectories of causal ODE are made once,
@@ -144,7 +158,7 @@ def step_work(settings: Any, roles: dict[str, ModelConfig], clip: Clip, context:
     return work * settings.batch
 
 
-def _dmd(c: DMDConfig, roles: dict[str, ModelConfig], clip: Clip, context: Context) -> Work:
+def _dmd(c: DMDConfig, roles: dict[str, ModelConfig], clip: Clip, context: ContextPolicy) -> Work:
     """A cycle, for one row of the batch of each update."""
     student, critic, teacher = roles["student"], roles["critic"], roles["teacher"]
     sizes, whole = chunk_sizes(clip.frames, c.chunk), clip.frames * clip.tokens(student)
@@ -154,9 +168,13 @@ def _dmd(c: DMDConfig, roles: dict[str, ModelConfig], clip: Clip, context: Conte
 
     if c.samples == "self_rollout":
         first = None if c.first_steps is None else calls(c.first_steps)
-        made = Work(rolled_out(student, clip, sizes, context, calls(c.steps), first))
+        longer = round((clip.frames + (c.longest or clip.frames)) / 2 / c.chunk)  # chunks of a rollout, on average
+        rolled = replace(clip, frames=longer * c.chunk)
+        plan = chunk_sizes(rolled.frames, c.chunk)
+        made = Work(rolled_out(student, rolled, plan, context, calls(c.steps), first)) * (1 - c.rolling)
+        made += Work(rolled_out(student, rolled, plan, context, len(c.steps))) * c.rolling  # every chunk at every level
         again = Work(
-            causal(student, clip, sizes, context) + (1 + BACKWARD) * behind(student, clip, sizes, context), whole
+            causal(student, rolled, plan, context) + (1 + BACKWARD) * behind(student, clip, sizes, context), whole
         )
     else:
         one = teacher_forced if c.samples == "teacher_forced" else causal

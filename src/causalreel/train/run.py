@@ -81,7 +81,6 @@ from causalreel.weights.lora_layouts import write_lora
 
 if TYPE_CHECKING:
     from causalreel.nn.policies.registry import AnyPolicy
-    from causalreel.nn.policies.window import Context
 
 log = logging.getLogger("causalreel.train")
 
@@ -352,7 +351,7 @@ def _build_denoising(recipe: Recipe, device: torch.device, team: Team | None = N
         log.info("weights written to %s", folder)
 
     sizes = {role: net.config for role, net in made.roles.items()}
-    context = cast("Context", made.roles["student"].context)  # of any policy: it says what frames see
+    context = made.roles["student"].context
     work = step_work(recipe.settings, sizes, Clip(made.frames, made.spec), context)
     return Prepared(stage, source, export, made.contents, made.starts, work)
 
