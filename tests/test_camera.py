@@ -12,6 +12,7 @@ from causalreel.control.poses import turn_right
 from causalreel.control.strings import latent_poses, view_matrices
 from causalreel.nn.camera import Views, network, seen
 from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.kv_cache import FrameCache
 from causalreel.nn.masks import Context
 from causalreel.nn.policies.deep_forcing import DeepForcing
 from causalreel.nn.policies.interface import ContextPolicy
@@ -20,12 +21,12 @@ from causalreel.nn.policies.relax_forcing import RelaxForcing
 from causalreel.nn.policies.selecting import SelectingPolicy
 from causalreel.nn.presets import ModelConfig
 from causalreel.parallel.compile import compile_blocks
-from causalreel.parallel.fast import accelerate
+from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.parallel.recompute import Recompute, recompute_blocks
 from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, fuse, rollout, truncate
 from causalreel.train.losses import teacher_forcing_loss
 from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
-from causalreel.types import Conditioning, LatentSpec
+from causalreel.types import Cache, Conditioning, LatentSpec
 from causalreel.weights.identify import config_of
 
 PLAIN = ModelConfig(dim=48, ffn_dim=80, heads=3, layers=2, text_dim=16, text_length=8, freq_dim=32, channels=4)
@@ -65,10 +66,12 @@ def noise(seed: int = 1, frames: int = FRAMES) -> Tensor:
     return torch.randn(BATCH, frames, *SPEC.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rolled_out(net: DiTDenoiser | Guided, conditioning: Conditioning, plan, *, cached: bool = True) -> Tensor:
+def rolled_out(
+    net: DiTDenoiser | Guided, conditioning: Conditioning, plan, cache: Cache | None = None, *, cached: bool = True
+) -> Tensor:
     with torch.no_grad():
         source = KeyedNoise(range(BATCH), SPEC)
-        cache = net.new_cache() if cached else None
+        cache = net.new_cache() if cached and cache is None else cache
         return collect(rollout(net, plan, conditioning=conditioning, noise=source, cache=cache))
 
 
@@ -244,9 +247,62 @@ def test_the_light_form_is_accelerated() -> None:
     close(rolled_out(accelerate(net), conditioning, plan()), plain)
 
 
-def test_heads_with_cameras_are_refused_by_the_fast_form() -> None:
-    with pytest.raises(ValueError, match="no heads that see through cameras"):
-        accelerate(denoiser())
+CONTEXTS = [Context(), Context(window=6), Context(window=4), Context(6, 2, 5)]
+
+
+def fast_cache(net: DiTDenoiser, context: ContextPolicy, batch: int = BATCH) -> FrameCache:
+    assert isinstance(net.run, FastDiT)
+    return net.run.new_cache(context, chunk=CHUNK, frames=FRAMES, batch=batch, size=SPEC.shape[1:])
+
+
+@pytest.mark.parametrize("context", CONTEXTS, ids=str)
+@pytest.mark.parametrize("is_static", [True, False], ids=["static", "growing"])
+def test_heads_with_cameras_are_accelerated(context: ContextPolicy, is_static: bool) -> None:
+    """The fast form is the network, with cameras and without, fused and not, guided too."""
+    plain, net = denoiser(context=context), accelerate(denoiser(context=context).requires_grad_(False))
+    for conditioning in (given(), Conditioning(given().text)):
+        for fused in (False, True):
+            plans = [chunked(chunk_sizes(FRAMES, CHUNK), LEVELS) for _ in range(2)]
+            plans = [fuse(plan) for plan in plans] if fused else plans
+            cache = fast_cache(net, context) if is_static else None
+            close(rolled_out(net, conditioning, plans[0], cache), rolled_out(plain, conditioning, plans[1]))
+    negative = Conditioning(torch.zeros(1, 5, PLAIN.text_dim))
+    cache = fast_cache(net, context, 2 * BATCH) if is_static else None
+    how = given(), chunked(chunk_sizes(FRAMES, CHUNK), LEVELS)
+    guided = rolled_out(Guided(net, negative, 2.0), *how, cache or net.new_cache())
+    how = given(), chunked(chunk_sizes(FRAMES, CHUNK), LEVELS)
+    close(guided, rolled_out(Guided(plain, negative, 2.0), *how, plain.new_cache()))
+
+
+def test_the_fast_form_shares_the_networks_weights_with_cameras() -> None:
+    """Names and values stay; changed in place they count, and so does a bias behind `refresh`."""
+    net, plain = denoiser(), denoiser()
+    before = {name: value.clone() for name, value in net.model.state_dict().items()}
+    accelerate(net.requires_grad_(False))
+    after = net.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    with torch.no_grad():
+        for own in (net, plain):
+            for block in own.model.blocks:
+                block.self_attn.prope_o.weight.mul_(0.5)
+                block.self_attn.prope_o.bias.add_(0.3)
+    net.run.refresh()
+    plans = [chunked(chunk_sizes(FRAMES, CHUNK), LEVELS) for _ in range(2)]
+    close(rolled_out(net, given(), plans[0], fast_cache(net, Context())), rolled_out(plain, given(), plans[1]))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-attention"])
+def test_coarser_forms_are_near_with_cameras(precision: str) -> None:
+    plain, net = denoiser(), accelerate(denoiser().requires_grad_(False), precision=precision)
+    plans = [fuse(chunked(chunk_sizes(FRAMES, CHUNK), LEVELS)) for _ in range(2)]
+    exact = rolled_out(plain, given(), plans[1])
+    found = rolled_out(net, given(), plans[0], fast_cache(net, Context()))
+    assert 1e-6 < (found - exact).norm() / exact.norm() < 0.2
+    net.run.release_originals()
+    assert net.model.blocks[0].self_attn.prope_o.weight.is_meta
+
+
+def test_blocks_with_cameras_are_compiled() -> None:
     assert compile_blocks(denoiser()).config.attention_heads == 2 * PLAIN.heads
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import causalreel
+from causalreel.control.strings import latent_poses, view_matrices
 from causalreel.infer.accelerate import accelerate as accelerate_pipeline
 from causalreel.infer.pipeline import Pipeline
 from causalreel.nn import kernels
@@ -65,14 +67,23 @@ def test_split_attention_is_attention(chunk: int, frames: int, window: int | Non
         assert relative(coarse, expected.flatten(2).flatten(0, 1)) < 4e-2
 
 
-def run(net: DiTDenoiser, *, chunk: int, frames: int, context: Context, plan: str, seed: int) -> torch.Tensor:
+def run(
+    net: DiTDenoiser,
+    *,
+    chunk: int,
+    frames: int,
+    context: Context,
+    plan: str,
+    seed: int,
+    fields: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
     fast = net.run
     if isinstance(fast, FastDiT):
         cache = fast.new_cache(context, chunk=chunk, frames=frames, batch=1, size=(SPEC.height, SPEC.width))
     else:
         cache = KVCache(CONFIG.layers, context)
     calls = chunked([chunk] * (frames // chunk), (1.0, 0.7), first=(1.0, 0.8, 0.5))
-    told = Conditioning(torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(seed)).cuda())
+    told = Conditioning(torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(seed)).cuda(), fields or {})
     with torch.no_grad():
         chunks = rollout(
             net,
@@ -101,6 +112,33 @@ def test_recorded_rollouts_are_the_networks(chunk: int, frames: int, window: int
         assert relative(run(fast, plan=plan, **how), exact) < max(1.2 * plain, 1e-3)
         for net8 in coarse:
             assert relative(run(net8, plan=plan, **how), exact) < 0.2
+
+
+@pytest.mark.parametrize(("chunk", "frames", "window"), [(1, 9, 4), (2, 8, None)])
+def test_recorded_rollouts_with_cameras_are_the_networks(chunk: int, frames: int, window: int | None) -> None:
+    """Replayed calls take the cameras and keys of their own frames."""
+    torch.manual_seed(0)
+    net = DiTDenoiser(dataclasses.replace(CONFIG, camera="prope", actions=4)).requires_grad_(False).cuda()
+    for name, weight in net.named_parameters():
+        if name.endswith(("prope_o.weight", "action_embedding.2.weight", "head.head.weight")):
+            torch.nn.init.normal_(weight, std=0.1)
+    context = Context(window=window)
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    fast = accelerate(copy.deepcopy(half))
+    coarse = [accelerate(copy.deepcopy(half), precision=precision) for precision in ("fp8", "fp8-attention")]
+    for seed, keys in ((0, "w*9"), (1, "l*4,d*5")):
+        w2c = torch.from_numpy(view_matrices(latent_poses(keys, "minwm", latents=frames))).float()[None].cuda()
+        fields = {
+            "w2c": w2c,
+            "intrinsics": torch.tensor([0.6, 0.9, 0.5, 0.5], device="cuda").expand(1, frames, 4),
+            "actions": torch.randn(1, frames, 4, generator=torch.Generator().manual_seed(seed)).cuda(),
+        }
+        how = {"chunk": chunk, "frames": frames, "context": context, "seed": seed, "fields": fields}
+        exact = run(net, plan="plain", **how)
+        plain = relative(run(half, plan="plain", **how), exact)
+        assert relative(run(fast, plan="fused", **how), exact) < max(1.2 * plain, 1e-3)
+        for net8 in coarse:
+            assert relative(run(net8, plan="fused", **how), exact) < 0.2
 
 
 def test_clips_made_in_turn_are_those_made_alone() -> None:

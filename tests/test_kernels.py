@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from causalreel.nn import kernels
+from causalreel.nn.camera_kernels import norm_see, see_out
 from causalreel.nn.dit import RMSNorm, modulate
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.masks import Context, frame_mask, frames_of
@@ -158,6 +159,7 @@ def compare(device: str = "cpu") -> None:
     high[:, -1] = 40  # in the smaller piece of a row
     scale = kernels.gelu(high, quantised=True)[1]
     assert scale is not None and torch.allclose(scale, torch.full_like(scale, 40 / 448)), "gelu, scale"
+    compare_cameras(device, formula, check)
     compare_writing(device, formula)
     compare_attention(device, formula)
     if device == "cuda":
@@ -177,6 +179,27 @@ def compare(device: str = "cpu") -> None:
                 got = out, scale
             else:
                 alike("merge", got, (out, scale))
+
+
+def compare_cameras(device: str, formula: Callable, check: Callable) -> None:
+    """Heads and their twins, in rows of their own and in a cache; and what they read, on its way out."""
+    batch, frames, tokens, heads, dim = 2, 3, 4, 3, 8
+    width, length = heads * dim, frames * tokens
+    qkv = torch.randn(batch, length, 3 * width, device=device)
+    weights = torch.randn(2, width, device=device)
+    turn = torch.randn(2, length, dim // 2, device=device)
+    views = torch.randn(2, batch, frames, 4, 4, device=device)
+    for turns_keys in (True, False):
+        args, how = (qkv, *weights, *turn, *views), {"heads": heads, "eps": 1e-6, "turns_keys": turns_keys}
+        check("norm_see", norm_see(*args, **how), formula(norm_see, *args, **how))
+    found = []
+    for run in (lambda f, *a, **k: f(*a, **k), formula):
+        buffer = torch.full((2, batch, 15, 2 * heads, dim), -7.0, device=device)
+        slots = torch.tensor([8, 0, 3, 1, 2, 6, 14, 10, 11, 13, 4, 7], device=device)
+        found.append(run(norm_see, *args, heads=heads, eps=1e-6, copies=3, into=(*buffer, slots)))
+    check("norm_see, into a cache", *found)
+    attended = torch.randn(batch, length, 2 * heads, dim, device=device)
+    check("see_out", [see_out(attended, views[0])], [formula(see_out, attended, views[0])])
 
 
 def packed_memory(device: str, tokens: int) -> PackedMemory:

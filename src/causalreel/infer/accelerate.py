@@ -32,12 +32,7 @@ def accelerate(pipeline: Pipeline, *, precision: str = "bf16", graphs: bool = Tr
     fast.check_precision(precision, pipeline.device)
     if denoiser.compute is not None:
         denoiser = denoiser.to(denoiser.compute)
-    if denoiser.config.camera == "prope":
-        if precision in fast.NEEDS:
-            raise ValueError(f"precision {precision}: networks whose heads see through cameras compute in bf16 only")
-        log.info("%s sees through cameras: its network is not accelerated", pipeline.export.name)
-    else:
-        fast.accelerate(denoiser, precision=precision, graphs=graphs and is_cuda)
+    fast.accelerate(denoiser, precision=precision, graphs=graphs and is_cuda)
     if precision in fast.NEEDS:
         assert isinstance(denoiser.run, fast.FastDiT)
         denoiser.run.release_originals()

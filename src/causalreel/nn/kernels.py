@@ -56,7 +56,7 @@ def residual_norm(
     frames = scale.shape[0] if scale.ndim == 2 else 1
     frames = max(frames, gate.shape[0] if gate is not None and gate.ndim == 2 else 1)
     together = next(n for n in (4, 2, 1) if tokens % n == 0 and n * width <= 2**13)
-    _triton().residual_norm[(rows // together,)](
+    triton_kernels().residual_norm[(rows // together,)](
         x,
         branch if branch is not None else x,
         gate if gate is not None else scale,
@@ -75,8 +75,8 @@ def residual_norm(
         HAS_GATE=gate is not None,
         QUANTISED=quantised,
         ROWS=together,
-        BLOCK=_power_of_two(width),
-        num_warps=2 * _warps(width) if together > 1 else _warps(width),
+        BLOCK=power_of_two(width),
+        num_warps=2 * warps(width) if together > 1 else warps(width),
     )
     return total, out, row_scale
 
@@ -121,10 +121,10 @@ def norm_rotate(
     v = torch.unflatten(qkv[..., 2 * width :], -1, (heads, -1))
     if not uses_triton(qkv):
         q, k = (
-            _rms(part, weight, eps)
+            normed(part, weight, eps)
             for part, weight in zip(torch.split(qkv, width, -1)[:2], (q_weight, k_weight), strict=True)
         )
-        q, k = (_rotate(torch.unflatten(part, -1, (heads, -1)), cos, sin).to(qkv.dtype) for part in (q, k))
+        q, k = (turned(torch.unflatten(part, -1, (heads, -1)), cos, sin).to(qkv.dtype) for part in (q, k))
         return q, k, v
     q = torch.empty(batch, length, heads, width // heads, dtype=qkv.dtype, device=qkv.device)
     k = torch.empty_like(q)
@@ -193,7 +193,7 @@ def norm_rotate_packed(
     blocks = -(-(run + 15) // columns)  # a run may begin within 16 columns
     grid = length // run * blocks, -(-width // channels), batch
     sizes = length, width, values.shape[3], run, blocks
-    _triton().store_columns[grid](qkv, values, slots, *sizes, COLUMNS=columns, CHANNELS=channels, num_warps=4)
+    triton_kernels().store_columns[grid](qkv, values, slots, *sizes, COLUMNS=columns, CHANNELS=channels, num_warps=4)
     return q
 
 
@@ -234,7 +234,7 @@ def _launch_norm_rotate(
 ) -> None:
     batch, length, width3 = qkv.shape
     width = width3 // 3
-    _triton().norm_rotate[(batch * length,)](
+    triton_kernels().norm_rotate[(batch * length,)](
         qkv,
         q_weight,
         k_weight,
@@ -253,27 +253,29 @@ def _launch_norm_rotate(
         COPIES=q.shape[0] if slots is not None else 1,
         HAS_SLOTS=slots is not None,
         PACKED=values is None,
-        BLOCK=_power_of_two(width),
-        num_warps=_warps(width),
+        BLOCK=power_of_two(width),
+        num_warps=warps(width),
     )
 
 
 def norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (R,E), weight (E) -> RMS-normed x."""
     if not uses_triton(x):
-        return _rms(x, weight, eps).to(x.dtype)
+        return normed(x, weight, eps).to(x.dtype)
     out = torch.empty_like(x)
     rows, width = x.shape
-    _triton().norm_rows[(rows,)](x, weight, out, width, eps, BLOCK=_power_of_two(width), num_warps=_warps(width))
+    triton_kernels().norm_rows[(rows,)](x, weight, out, width, eps, BLOCK=power_of_two(width), num_warps=warps(width))
     return out
 
 
-def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (...,E), weight (E) -> RMS-normed x, float32."""
     y = x.float()
     return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B,L,N,D), cos, sin (L,D/2) -> neighbouring channels turned as pairs."""
     even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)  # (B,L,N,D/2)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
@@ -343,7 +345,7 @@ def merge(parts: list[tuple[Tensor, Tensor]], out: Tensor, row_scale: Tensor | N
     for part in (first, extra, out.unsqueeze(0)):
         if part.stride(3) != 1 or part.stride(2) != width:
             raise ValueError(f"results must hold a token's heads side by side, got strides {part.stride()}")
-    _triton().merge[(length,)](
+    triton_kernels().merge[(length,)](
         first,
         lse,
         extra,
@@ -355,10 +357,10 @@ def merge(parts: list[tuple[Tensor, Tensor]], out: Tensor, row_scale: Tensor | N
         PARTS=first.shape[0],
         EXTRA=extra.shape[0] if len(parts) > 1 else 0,
         HEADS=heads,
-        HEAD_BLOCK=_power_of_two(heads),
+        HEAD_BLOCK=power_of_two(heads),
         WIDTH=width,
         QUANTISED=row_scale is not None,
-        num_warps=_warps(heads * width),
+        num_warps=warps(heads * width),
     )
 
 
@@ -385,15 +387,15 @@ def gelu(x: Tensor, *, quantised: bool = False) -> tuple[Tensor, Tensor | None]:
     rows, width = x.shape
     out = torch.empty_like(x, dtype=FP8) if quantised else torch.empty_like(x)
     row_scale = torch.empty(rows, 1, device=x.device) if quantised else None
-    _triton().gelu[(rows,)](
+    triton_kernels().gelu[(rows,)](
         x,
         out,
         row_scale if row_scale is not None else x,
         width,
         QUANTISED=quantised,
         BLOCK=(block := 1 << (width - 1).bit_length() - 1),  # the largest power of two below the width
-        REST=_power_of_two(width - block),
-        num_warps=_warps(width),
+        REST=power_of_two(width - block),
+        num_warps=warps(width),
     )
     return out, row_scale
 
@@ -403,7 +405,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
         rows, width = x.shape
         out, scale = torch.empty_like(x, dtype=FP8), torch.empty(rows, 1, device=x.device)
-        _triton().quantise[(rows,)](x, out, scale, width, BLOCK=_power_of_two(width), num_warps=_warps(width))
+        triton_kernels().quantise[(rows,)](x, out, scale, width, BLOCK=power_of_two(width), num_warps=warps(width))
         return out, scale
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
@@ -412,26 +414,28 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------------- Triton
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The smallest one from n on."""
     return 1 << (n - 1).bit_length()
 
 
-def _warps(width: int) -> int:
+def warps(width: int) -> int:
+    """For a program that handles so many channels."""
     return 4 if width <= 2048 else 8 if width <= 8192 else 16
 
 
 def _triton_attention() -> Any:
-    """As `_triton`, for the attention of its own."""
-    _triton()
+    """As `triton_kernels`, for the attention of its own."""
+    triton_kernels()
     from causalreel.nn import triton_attention
 
     return triton_attention
 
 
-def _triton() -> Any:
+def triton_kernels() -> Any:
     """The kernels; Triton comes with torch on Linux with CUDA."""
     try:
-        from causalreel.nn import triton_kernels
+        from causalreel.nn import triton_kernels as found
     except ImportError as error:
         raise ImportError("fused kernels on a GPU need triton: pip install triton") from error
-    return triton_kernels
+    return found

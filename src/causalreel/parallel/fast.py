@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from causalreel.nn import kernels
 from causalreel.nn.caches import growing_cache, static_kind
+from causalreel.nn.camera import CameraAttention, Views
+from causalreel.nn.camera_kernels import norm_see, see_out
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import Block, CallText, DiT, KeyValue, SelfAttention, TextRun, read_text
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
@@ -80,22 +83,34 @@ class Bf16Linear:
 
 
 class FastBlock:
-    """The products of one block; weights are shared with the block, not copied, but for layers with an adapter."""
+    """The products of one block; weights are shared with the block, not copied, but for layers with an adapter.
+
+    With heads that see through cameras, `o` takes what all heads and then all their twins read (2E).
+    """
 
     def __init__(self, block: Block, linear: type) -> None:
         attn, cross = block.self_attn, block.cross_attn
         self.qkv = linear(*_as_one([attn.q, attn.k, attn.v]))
-        rest = (attn.o, cross.q, cross.o, block.ffn[0], block.ffn[2])
-        self.o, self.cross_q, self.cross_o, self.up, self.down = (linear(*effective(layer)) for layer in rest)
+        rest = (cross.q, cross.o, block.ffn[0], block.ffn[2])
+        self.cross_q, self.cross_o, self.up, self.down = (linear(*effective(layer)) for layer in rest)
+        self.twin_bias: Tensor | None = None
+        """What `o` adds for the twins whatever they read."""
+        if isinstance(attn, CameraAttention):
+            self.o, self.twin_bias = linear(*_side_by_side(attn.o, attn.prope_o)), attn.prope_o.bias
+        else:
+            self.o = linear(*effective(attn.o))
         self.q_norm, self.k_norm, self.cross_norm = attn.norm_q.weight, attn.norm_k.weight, cross.norm_q.weight
         self.norm3 = block.norm3.weight.float(), block.norm3.bias.float()
 
+
+TWINS = "self_attn.prope_o"
 
 PRODUCTS = {
     "self_attn.q": ("qkv", 0),
     "self_attn.k": ("qkv", 1),
     "self_attn.v": ("qkv", 2),
     "self_attn.o": ("o", 0),
+    TWINS: ("o", 1),
     "cross_attn.q": ("cross_q", 0),
     "cross_attn.o": ("cross_o", 0),
     "ffn.0": ("up", 0),
@@ -113,12 +128,37 @@ def _as_one(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
+def _side_by_side(left: nn.Module, right: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weights (E,2E) of two layers whose products are added, and the sum of their bias; the layers become views."""
+    parts = [effective(layer) for layer in (left, right)]
+    weight = torch.cat([part.detach() for part, _ in parts], dim=1)
+    for layer, own in zip((left, right), weight.chunk(2, dim=1), strict=True):
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = own
+    return weight, parts[0][1].detach() + parts[1][1].detach()
+
+
 def _give_back(layer: nn.Module) -> None:
     """Take the storage of a layer's matrices, those of an adapter included."""
     for module in layer.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 2:
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What self-attention is told of a call."""
+
+    rotation: tuple[Tensor, Tensor]
+    reading: Reading
+    cache: FrameCache | None
+    size: tuple[int, int]
+    """Rows and columns of a frame's tokens."""
+    views: tuple[Tensor, Tensor] | None = None
+    """Cameras P and their inverses (B,F,4,4), of networks whose heads see through them."""
+    is_blind: bool = False
+    """No cameras were given to such a network."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +203,8 @@ class FastDiT:
             raise ValueError("only fp8 products are copies; in bf16 they share the network's weights")
         for block in self.model.blocks:
             attn, cross = block.self_attn, block.cross_attn
-            for layer in (attn.q, attn.k, attn.v, attn.o, cross.q, cross.o, block.ffn[0], block.ffn[2]):
+            twins = [attn.prope_o] if isinstance(attn, CameraAttention) else []
+            for layer in (attn.q, attn.k, attn.v, attn.o, *twins, cross.q, cross.o, block.ffn[0], block.ffn[2]):
                 _give_back(layer)
         self._is_released = True
 
@@ -182,7 +223,18 @@ class FastDiT:
             fast.norm3[leaf == "bias"].copy_(value)
         elif layer in PRODUCTS and leaf == "weight":
             product, part = PRODUCTS[layer]
-            getattr(fast, product).renew(value, part * len(value))
+            self._renew(fast, self.model.blocks[int(block)], product, part, value)
+
+    def _renew(self, fast: FastBlock, block: Block, product: str, part: int, value: Tensor) -> None:
+        """Other weights for a part of a product; `o` of heads and twins has its parts side by side."""
+        held, attn = getattr(fast, product), block.self_attn
+        if product != "o" or not isinstance(attn, CameraAttention):
+            held.renew(value, part * len(value))
+            return
+        halves = [value if place == part else effective(layer)[0] for place, layer in enumerate((attn.o, attn.prope_o))]
+        if any(half.is_meta for half in halves):
+            raise ValueError("output products of heads with cameras cannot change in fp8: load the model in bf16")
+        held.renew(torch.cat(halves, dim=1), 0)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -195,11 +247,14 @@ class FastDiT:
         for fast, block in zip(self.blocks, self.model.blocks, strict=True):
             for held, now in zip(fast.norm3, (block.norm3.weight, block.norm3.bias), strict=True):
                 held.copy_(now)
+            if isinstance(block.self_attn, CameraAttention):
+                fast.o.bias.copy_(effective(block.self_attn.o)[1] + effective(block.self_attn.prope_o)[1])
             for name, (product, part) in PRODUCTS.items():
+                if name == TWINS and fast.twin_bias is None:
+                    continue
                 layer = block.get_submodule(name)
                 if self.quantised or isinstance(layer, Adapted):
-                    weight, _ = effective(layer)
-                    getattr(fast, product).renew(weight, part * len(weight))
+                    self._renew(fast, block, product, part, effective(layer)[0])
         self.forget_levels()
 
     def forget_levels(self) -> None:
@@ -233,7 +288,7 @@ class FastDiT:
             kind = PackedMemory if is_packed else CacheMemory
             self._memories[key] = kind(
                 layers=config.layers,
-                heads=config.heads if exchange is None else config.heads // exchange.size,
+                heads=config.attention_heads if exchange is None else config.attention_heads // exchange.size,
                 head_dim=config.dim // config.heads,
                 tokens=tokens,
                 frames=key[0],
@@ -298,6 +353,24 @@ class FastDiT:
         head[:, 1] += 1
         return Levels(blocks.transpose(1, 2).contiguous(), head.transpose(0, 1).contiguous())
 
+    def _call_of(
+        self,
+        x: Tensor,
+        fields: Mapping[str, Tensor],
+        rotation: tuple[Tensor, Tensor],
+        reading: Reading,
+        cache: FrameCache | None,
+    ) -> _Call:
+        """What self-attention needs to know of a call."""
+        size = x.shape[3] // self.model.config.patch, x.shape[4] // self.model.config.patch
+        if self.model.config.camera != "prope":
+            return _Call(rotation, reading, cache, size)
+        views = self.model.views(fields)
+        if isinstance(views, Views):
+            return _Call(rotation, reading, cache, size, (views.project, views.lift))
+        blind = torch.zeros(*x.shape[:2], 4, 4, device=x.device)  # twins that see nothing add nothing
+        return _Call(rotation, reading, cache, size, (blind, blind), is_blind=True)
+
     def evaluate(
         self,
         x: Tensor,
@@ -313,15 +386,18 @@ class FastDiT:
         y = model.tokens(x, fields).contiguous()  # (B,F,S,E)
         shape, tokens = y.shape, y.shape[2]
         quantised = self.quantised
-        size = x.shape[3] // model.config.patch, x.shape[4] // model.config.patch
+        call = self._call_of(x, fields, rotation, reading, cache)
         y = y.flatten(0, 2)
         first = levels.blocks[0]
         _, z, scale = kernels.residual_norm(y, first[1], first[0], eps=eps, tokens=tokens, quantised=quantised)
         for layer, block in enumerate(self.blocks):
-            attended, scale = self._self_attention(layer, block, z, scale, shape, rotation, reading, cache, size)
+            attended, scale = self._self_attention(layer, block, z, scale, shape, call)
             here, norm3 = levels.blocks[layer], block.norm3
             how: dict[str, Any] = {"eps": eps, "tokens": tokens, "quantised": quantised}
-            y, z, scale = kernels.residual_norm(y, *norm3, branch=block.o(attended, scale), gate=here[2], **how)
+            branch = block.o(attended, scale)
+            if call.is_blind and block.twin_bias is not None:
+                branch = branch - block.twin_bias
+            y, z, scale = kernels.residual_norm(y, *norm3, branch=branch, gate=here[2], **how)
             q = kernels.norm_rows(block.cross_q(z, scale), block.cross_norm, eps)
             heads = q.view(shape[0], -1, model.config.heads, q.shape[-1] // model.config.heads)
             read = read_text(attend_plain, heads, text[layer]).flatten(2).flatten(0, 1)
@@ -340,52 +416,70 @@ class FastDiT:
         return model.unpatch(z, x.shape[3], x.shape[4]).float()
 
     def _self_attention(
-        self,
-        layer: int,
-        block: FastBlock,
-        z: Tensor,
-        scale: Tensor | None,
-        shape: torch.Size,
-        rotation: tuple[Tensor, Tensor],
-        reading: Reading,
-        cache: FrameCache | None,
-        size: tuple[int, int],
+        self, layer: int, block: FastBlock, z: Tensor, scale: Tensor | None, shape: torch.Size, call: _Call
     ) -> tuple[Tensor, Tensor | None]:
-        """z (B*F*S,E) -> what it reads (B*F*S,E), before the output projection; e4m3 with row scales for fp8."""
-        exchange, frames, tokens = self.model.exchange, shape[1], size[0] * size[1]
+        """z (B*F*S,E) -> what it reads (B*F*S,E), before the output projection; e4m3 with row scales for fp8.
+
+        With heads that see through cameras (B*F*S,2E): all heads, then all twins.
+        """
+        exchange, frames, cache = self.model.exchange, shape[1], call.cache
+        tokens = call.size[0] * call.size[1]
         qkv = block.qkv(z, scale).view(shape[0], frames * shape[2], -1)
-        weights = (block.q_norm, block.k_norm, *rotation)
-        if not reading.turns_keys:
-            out = self._by_groups(layer, qkv, block, rotation, reading, cache, size)
+        if call.views is not None:
+            out = see_out(self._twin_attention(layer, qkv, block, call, call.views, frames), call.views[0])
+            return kernels.quantise_rows(out) if self.quantised else (out, None)
+        weights, mask = (block.q_norm, block.k_norm, *call.rotation), call.reading.mask
+        if not call.reading.turns_keys:
+            out = self._by_groups(layer, qkv, block, call)
             return kernels.quantise_rows(out) if self.quantised else (out, None)
         if isinstance(cache, StaticCache) and isinstance(cache.memory, PackedMemory):
-            out, scale = self._packed_attention(layer, qkv, weights, frames, reading.mask, cache, cache.memory, tokens)
+            out, scale = self._packed_attention(layer, qkv, weights, frames, mask, cache, cache.memory, tokens)
         else:
-            queries, k, v = self._queries(layer, qkv, weights, frames, reading.mask, cache, tokens)
-            out, scale = attend_split(
-                queries, k, v, reading.mask, tokens, quantised=self.quantised and exchange is None
-            )
+            queries, k, v = self._queries(layer, qkv, weights, frames, mask, cache, tokens)
+            out, scale = attend_split(queries, k, v, mask, tokens, quantised=self.quantised and exchange is None)
         if exchange is None:
             return out.flatten(2).flatten(0, 1), scale
         out = exchange.to_tokens(out, frames).flatten(2).flatten(0, 1)
         return kernels.quantise_rows(out) if self.quantised else (out, None)
 
-    def _by_groups(
-        self,
-        layer: int,
-        qkv: Tensor,
-        block: FastBlock,
-        rotation: tuple[Tensor, Tensor],
-        reading: Reading,
-        cache: FrameCache | None,
-        size: tuple[int, int],
+    def _twin_attention(
+        self, layer: int, qkv: Tensor, block: FastBlock, call: _Call, views: tuple[Tensor, Tensor], frames: int
     ) -> Tensor:
+        """qkv (B,L,3E) -> what heads and their twins read (B,L,2N,D)."""
+        config, exchange, cache, mask = self.model.config, self.model.exchange, call.cache, call.reading.mask
+        tokens = call.size[0] * call.size[1]
+        see = partial(
+            norm_see, qkv, block.q_norm, block.k_norm, *call.rotation, *views, heads=config.heads, eps=config.eps
+        )
+        if not call.reading.turns_keys:
+            q, k, v = see(turns_keys=False)
+            cos, sin = (part.unsqueeze(1) for part in call.rotation)
+            return SelfAttention(cos, sin, call.reading, cache, call.size, exchange, "auto", views)(layer, q[0], k, v)
+        memory = cache.memory if isinstance(cache, StaticCache) else None
+        if exchange is None and isinstance(cache, StaticCache) and not isinstance(memory, PackedMemory):
+            k, v = cache.memory.view(layer, cache.rows)
+            seen = frames, k.shape[1] // tokens
+            copies = copies_for(mask, seen, tokens, config.attention_heads, qkv.device)
+            q, _, _ = see(copies=copies, into=(cache.memory.keys(layer), cache.memory.values(layer), cache.slots))
+            return attend_split(q, k, v, mask, tokens)[0]
+        (q,), k, v = see()
+        if exchange is not None:
+            q, k, v = exchange.to_heads(q, k, v, frames)
+        if isinstance(cache, StaticCache) and isinstance(memory, PackedMemory):
+            memory.store(layer, cache.slots, k, v)
+            out, _ = attend_packed(kernels.to_fp8(q), memory, layer, cache.rows, mask, tokens)
+        else:
+            k, v = (k, v) if cache is None else cache.extend(layer, k, v)
+            out, _ = attend_split(q.unsqueeze(0), k, v, mask, tokens)
+        return out if exchange is None else exchange.to_tokens(out, frames)
+
+    def _by_groups(self, layer: int, qkv: Tensor, block: FastBlock, call: _Call) -> Tensor:
         """qkv (B,L,3E) -> what it reads (B*L,E), where keys are stored before their rotation: as the plain network."""
-        config = self.model.config
+        config, rotation = self.model.config, call.rotation
         still = torch.ones_like(rotation[0]), torch.zeros_like(rotation[1])  # turned by nothing
         q, k, v = kernels.norm_rotate(qkv, block.q_norm, block.k_norm, *still, heads=config.heads, eps=config.eps)
         cos, sin = (part.unsqueeze(1) for part in rotation)
-        attention = SelfAttention(cos, sin, reading, cache, size, self.model.exchange, "auto")
+        attention = SelfAttention(cos, sin, call.reading, call.cache, call.size, self.model.exchange, "auto")
         return attention(layer, rotate(q, cos, sin), k, v).flatten(2).flatten(0, 1)
 
     def _queries(
@@ -542,10 +636,6 @@ def accelerate(denoiser: DiTDenoiser, *, precision: str = "bf16", graphs: bool =
         raise ValueError(
             f"accelerate needs weights in the type of the arithmetic; they are {denoiser.model.dtype}, "
             f"computed in {denoiser.compute}: call denoiser.to({denoiser.compute}) first"
-        )
-    if denoiser.config.camera == "prope":
-        raise ValueError(
-            "accelerate computes no heads that see through cameras (camera: prope): call the plain network"
         )
     denoiser.run = FastDiT(denoiser.model, precision=precision, graphs=graphs)
     return denoiser
