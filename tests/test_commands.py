@@ -34,15 +34,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 @dataclass(frozen=True)
-class Keys(Command):
+class Grip(Command):
     """The key that is held from now on: a command that no file of the package knows."""
 
-    name: ClassVar[str] = "keys"
+    name: ClassVar[str] = "grip"
     held: Annotated[str, Choice(("none", "left", "right"), "Which one.")]
     strength: Annotated[float, Number(0.0, 1.0, "How firmly.")] = 1.0
 
     def apply(self, video: Any) -> None:
-        video.keys = (self.held, self.strength)
+        video.grip = (self.held, self.strength)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def pipeline() -> Pipeline:
 
 @pytest.fixture(scope="module", autouse=True)
 def known() -> Iterator[None]:
-    COMMANDS["keys"] = Keys
+    COMMANDS["grip"] = Grip
     yield
-    del COMMANDS["keys"]
+    del COMMANDS["grip"]
 
 
 @pytest.fixture(scope="module")
@@ -137,18 +137,18 @@ WAYS: list[Way] = [by_http, by_websocket, by_webrtc, by_script, by_typing]
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_entry_in_one_place_is_taken_by_every_way_in(client: TestClient, way: Way, tmp_path: Path) -> None:
-    session = way(client, {"name": "keys", "held": "left", "strength": 0.5}, tmp_path)
-    wait_until(lambda: getattr(session.video, "keys", None) == ("left", 0.5), "the command to take effect")
+    session = way(client, {"name": "grip", "held": "left", "strength": 0.5}, tmp_path)
+    wait_until(lambda: getattr(session.video, "grip", None) == ("left", 0.5), "the command to take effect")
     wait_until(lambda: session.record()["commands"], "the record")
     (entry,) = session.record()["commands"]
-    assert (entry["name"], entry["arguments"]) == ("keys", {"held": "left", "strength": 0.5})
+    assert (entry["name"], entry["arguments"]) == ("grip", {"held": "left", "strength": 0.5})
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"name": "keys", "held": "up"}, "held must be one of none, left, right, got 'up'"),
-    ({"name": "keys"}, "held must be one of none, left, right, got None"),
-    ({"name": "keys", "held": "left", "strength": 2}, "strength must be a number from 0 to 1, got 2"),
-    ({"name": "keys", "held": "left", "firmly": 1}, "keys takes held, strength; got 'firmly'"),
+    ({"name": "grip", "held": "up"}, "held must be one of none, left, right, got 'up'"),
+    ({"name": "grip"}, "held must be one of none, left, right, got None"),
+    ({"name": "grip", "held": "left", "strength": 2}, "strength must be a number from 0 to 1, got 2"),
+    ({"name": "grip", "held": "left", "firmly": 1}, "grip takes held, strength; got 'firmly'"),
     ({"name": "prompt", "text": RED, "mode": "jump"}, "mode must be one of switch, recompute, fade, got 'jump'"),
     ({"name": "prompt", "text": " "}, "text must be a text that is not empty, got ' '"),
     ({"name": "prompt", "text": "a\x00b"}, "text must be a text without control characters"),
@@ -207,18 +207,18 @@ def test_what_a_video_begins_with_is_refused_in_the_same_words(client: TestClien
 def test_the_document_and_the_page_describe_every_command(client: TestClient) -> None:
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     names = schemas["CommandRequest"]["discriminator"]["mapping"]
-    assert list(names) == list(COMMANDS) and names["keys"] == "#/components/schemas/KeysCommand"
+    assert list(names) == list(COMMANDS) and names["grip"] == "#/components/schemas/GripCommand"
     assert len(schemas["CommandRequest"]["oneOf"]) == len(COMMANDS)
-    keys = schemas["KeysCommand"]
-    assert keys["required"] == ["name", "held"] and keys["properties"]["name"]["const"] == "keys"
-    assert keys["properties"]["strength"] == {
+    grip = schemas["GripCommand"]
+    assert grip["required"] == ["name", "held"] and grip["properties"]["name"]["const"] == "grip"
+    assert grip["properties"]["strength"] == {
         "type": "number", "minimum": 0.0, "maximum": 1.0, "default": 1.0, "description": "How firmly.",
     }  # fmt: skip
     described = client.get("/v1/model").json()["commands"]
     assert described == json.loads(json.dumps(describe())) and [one["name"] for one in described] == list(COMMANDS)
     assert described[-1]["about"] == "The key that is held from now on: a command that no file of the package knows."
     typed = {one["name"]: one["typed"] for one in described}
-    assert typed["keys"] == "/keys HELD [STRENGTH]" and typed["prompt"] == "/prompt TEXT" and typed["pause"] == "/pause"
+    assert typed["grip"] == "/grip HELD [STRENGTH]" and typed["prompt"] == "/prompt TEXT" and typed["pause"] == "/pause"
 
 
 def test_what_is_described_is_what_is_taken() -> None:
@@ -255,7 +255,7 @@ def test_the_documentation_names_every_command_and_argument(page: str) -> None:
         row = next(
             (line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line.split("|")[1]), ""
         )
-        assert row or name == "keys", name
+        assert row or name == "grip", name
         for one in values.parameters(kind) if row else ():
             assert f"`{one.name}`" in row, (name, one.name)
 

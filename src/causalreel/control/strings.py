@@ -48,6 +48,8 @@ _WORDS = {
     "up": MOVES["i"],
     "down": MOVES["k"],
 }
+MOTIONS: Mapping[str, Motion] = {**MOVES, **_WORDS}
+"""Of all keys, by letters and by words."""
 _LETTERS = {**_WASD_IJKL, "i": MOVES["k"], "k": MOVES["i"]}  # its i looks down
 _STRAFING_JL = {**_WASD_IJKL, "a": MOVES["j"], "d": MOVES["l"], "j": MOVES["a"], "l": MOVES["d"]}
 
@@ -77,6 +79,8 @@ class Dialect:
     jump; None: they always do."""
     fps: float = 16.0
     """Frames a second, for the inertia."""
+    halves_turn: bool = False
+    """Half of a turn or look before the step and half behind it; otherwise all of it before."""
 
 
 DIALECTS: Mapping[str, Dialect] = {
@@ -183,10 +187,18 @@ class Walk:
                 raise ValueError(_unknown(key, self.rule))
         forward, right, down, turn, look = self._velocity(pressed)
         length, angle = self.rule.step, math.radians(self.rule.degrees)
-        (self._walk if self.rule.walks else self._fly)(
-            np.array([right, down, forward]) * length, turn * angle, look * angle
-        )
+        move, how = np.array([right, down, forward]) * length, self._walk if self.rule.walks else self._fly
+        if self.rule.halves_turn:
+            how(move, turn * angle / 2, look * angle / 2)
+            how(np.zeros(3), turn * angle / 2, look * angle / 2)
+        else:
+            how(move, turn * angle, look * angle)
         return self.pose.copy()
+
+    def place(self, pose: Array) -> None:
+        """Go on from here: c2w (4,4)."""
+        self.pose = np.array(pose, dtype=np.float64)
+        self._pitch = float(np.arcsin(np.clip(-self.pose[1, 2], -1, 1)))
 
     def _velocity(self, pressed: frozenset[str]) -> Array:
         wanted = np.sum([self.rule.keys[key] for key in sorted(pressed)] or [(0.0,) * 5], axis=0)

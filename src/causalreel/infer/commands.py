@@ -11,9 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
+from causalreel.control.strings import DIALECTS
 from causalreel.foreign import parse_json
 from causalreel.infer import values
-from causalreel.infer.values import Choice, Name, Number, Numbers, NumbersByName, Picture, Reads, Text, Whole, Word
+from causalreel.infer.values import (
+    Choice,
+    Name,
+    Number,
+    Numbers,
+    NumbersByName,
+    Picture,
+    Reads,
+    Text,
+    Whole,
+    Word,
+    Words,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +36,8 @@ if TYPE_CHECKING:
 Mode = Literal["switch", "recompute", "fade"]
 MODES: tuple[str, ...] = get_args(Mode)
 
+MOST_CAMERA = 4096
+"""Numbers of the poses of a command: 256 poses."""
 MOST_CHUNKS = 1000
 """Of a step or a fade."""
 MOST_VALUES = 8192
@@ -93,6 +108,10 @@ class Command:
 
     def check(self, video: LiveVideo) -> None:
         """ValueError if this model cannot obey it. What words mean is found out when they are encoded."""
+
+    def is_idle(self, video: LiveVideo) -> bool:
+        """Whether it changes nothing, so that a record can do without it."""
+        return False
 
     def scene(self, before: Scene) -> Scene | None:
         """The scene from now on, for which words are encoded; None: it stays as it is."""
@@ -278,6 +297,68 @@ class Field(Command):
 
 
 @dataclass(frozen=True)
+class Keys(Command):
+    """The keys that are held from now on, in the order in which they were pressed; all others are released."""
+
+    name: ClassVar[str] = "keys"
+    group: ClassVar[str] = "camera"
+    pressed: Annotated[tuple[str, ...], Words("Names of keys; none: nothing is held.")] = ()
+
+    def supersede(self, old: Command) -> Command | None:
+        return self if isinstance(old, Keys | Trajectory) else None
+
+    def check(self, video: LiveVideo) -> None:
+        video.check_keys(self.pressed)
+
+    def is_idle(self, video: LiveVideo) -> bool:
+        return video.holds(self.pressed)
+
+    def apply(self, video: LiveVideo) -> None:
+        video.press(self.pressed)
+
+
+@dataclass(frozen=True)
+class Trajectory(Command):
+    """Move the camera by a trajectory string from where it is; then it stays. Keys that are held are released."""
+
+    name: ClassVar[str] = "trajectory"
+    group: ClassVar[str] = "camera"
+    dialect: Annotated[str, Choice(tuple(DIALECTS), "Whose string it is.")]
+    text: Annotated[str, Text("Such as w*8,l*4.")]
+
+    def supersede(self, old: Command) -> Command | None:
+        return self if isinstance(old, Keys | Trajectory) else None
+
+    def check(self, video: LiveVideo) -> None:
+        video.check_trajectory(self.text, self.dialect)
+
+    def apply(self, video: LiveVideo) -> None:
+        video.follow_string(self.text, self.dialect)
+
+
+@dataclass(frozen=True)
+class Camera(Command):
+    """Where the camera is in the frames to come, a pose a latent frame; then it stays. Keys are released."""
+
+    name: ClassVar[str] = "camera"
+    group: ClassVar[str] = "camera"
+    poses: Annotated[Any, Numbers("(4,4) or (N,4,4), in the axes of the video's first camera.", MOST_CAMERA)]
+    convention: Annotated[str, Choice(("c2w", "w2c"), "World from camera, or its inverse.")] = "c2w"
+    intrinsics: Annotated[Any, Numbers("fx fy cx cy, normalised by the image's size; null: as they are.")] = None
+
+    def supersede(self, old: Command) -> Command | None:
+        if isinstance(old, Camera):
+            return self if self.intrinsics is not None or old.intrinsics is None else None
+        return self if isinstance(old, Keys | Trajectory) else None
+
+    def check(self, video: LiveVideo) -> None:
+        video.check_poses(self.poses, self.convention, self.intrinsics)
+
+    def apply(self, video: LiveVideo) -> None:
+        video.follow_poses(self.poses, self.convention, self.intrinsics)
+
+
+@dataclass(frozen=True)
 class LoRA(Command):
     """The strength of a LoRA that the model was loaded with, 0 for without it; every session of the model changes."""
 
@@ -309,7 +390,23 @@ class Close(Command):
 
 
 COMMANDS: dict[str, type[Command]] = {
-    kind.name: kind for kind in (Prompt, Pause, Resume, Step, Restart, Steps, Rate, Image, Field, LoRA, Close)
+    kind.name: kind
+    for kind in (
+        Prompt,
+        Pause,
+        Resume,
+        Step,
+        Restart,
+        Steps,
+        Rate,
+        Image,
+        Keys,
+        Trajectory,
+        Camera,
+        Field,
+        LoRA,
+        Close,
+    )
 }
 """Name -> the command. What is entered here is taken by every way in, and described."""
 

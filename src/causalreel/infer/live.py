@@ -87,7 +87,9 @@ class Live:
     text (1,K,E): as `encode_prompt` returns it; with more rows, and a seed for each, streams that are made together and
     told the same at the same time. first: clean latents (1,P,C,H,W) that the stream begins behind, such as
     an encoded picture; P is a multiple of the chunk. They count as frames and are not returned. fields: theirs, name ->
-    (1,P,...), for a network that takes some; `next_chunk` then takes those of the frames it makes.
+    (1,P,...), for a network that takes some; `next_chunk` then takes those of the frames it makes. relative: of them
+    the one with poses (4,4), w2c, which every segment sees from its own first frame, as clips do in training: numbers
+    stay small however far a camera goes.
     """
 
     def __init__(
@@ -100,8 +102,9 @@ class Live:
         policy: Policy | None = None,
         first: Tensor | None = None,
         fields: Mapping[str, Tensor] | None = None,
+        relative: str | None = None,
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline, self._relative = pipeline, relative
         self.sampling = pipeline.sampling if sampling is None else sampling
         self.policy = Policy.of(pipeline.export, self.sampling) if policy is None else policy
         chunk = self.sampling.chunk
@@ -128,6 +131,8 @@ class Live:
         self._base = 0
         self._segment: Iterator[Chunk] | None = None
         self._begun_with: Sampling | None = None
+        self._origin: Tensor | None = None
+        """c2w (1,1,4,4) of the segment's first frame."""
 
     def tell(self, text: Tensor, *, mode: Mode = "recompute", chunks: int = 4) -> None:
         """Another prompt from the next chunk on.
@@ -201,6 +206,9 @@ class Live:
             sampling = replace(sampling, first_steps=None, levels=sampling.levels[-1:])
         plan = Schedule(self.policy.length, prefix, sampling, self.policy.context)
         self._base = self.frame - prefix
+        if self._relative is not None:
+            poses = self._conditioning.fields[self._relative]
+            self._origin = torch.linalg.inv_ex(poses[:, self._place(self._base)][:, None].double())[0]
         self._segment = self.pipeline.rollout(
             plan,
             self._conditioning_of,
@@ -247,9 +255,17 @@ class Live:
 
     def _conditioning_of(self, call: Call) -> Conditioning:
         """The conditioning of a call's frames: the fields that are kept end with the chunk that is being made."""
+        first = self._place(self._base + call.start)
+        told = self._conditioning.frames(first, first + call.frames)
+        if self._relative is None or self._origin is None:
+            return told
+        poses = (told.fields[self._relative].double() @ self._origin).float()
+        return replace(told, fields={**told.fields, self._relative: poses})
+
+    def _place(self, frame: int) -> int:
+        """Where a frame of the stream lies among the fields that are kept."""
         count = next((value.shape[1] for value in self._conditioning.fields.values()), 0)
-        first = self._base + call.start - (self.frame + self._chunk - count)
-        return self._conditioning.frames(first, first + call.frames)
+        return frame - (self.frame + self._chunk - count)
 
 
 class _Fade:

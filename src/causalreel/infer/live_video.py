@@ -6,19 +6,25 @@ function of how it began and of which command took effect before which chunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from causalreel.control import poses as P
+from causalreel.control.poses import Array
+from causalreel.control.steering import Course, Steering
+from causalreel.control.steering import Frame as Steered
 from causalreel.data.video import to_bytes
 from causalreel.infer.commands import Command, Mode, Options, Scene
 from causalreel.infer.live import Live, Policy, PolicyKind, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt
+from causalreel.nn.camera import ACTIONS, INTRINSICS, W2C
 from causalreel.types import Conditioning, DecodeStream
-from causalreel.weights.export import Sampling
+from causalreel.weights.export import Export, Sampling
 
 
 class LiveVideo:
@@ -38,7 +44,11 @@ class LiveVideo:
         self.to_step = 0
         """Chunks that a paused video still makes."""
         self.fields = _first_fields(pipeline, options.fields)
-        """Field of the conditioning -> what it holds for a frame."""
+        """Field of the conditioning -> what it holds for a frame, beside those that follow keys."""
+        self.course = None if pipeline.export.control is None else Course(pipeline.export.control)
+        """The camera that keys move, of a model that has some."""
+        self.seen: list[Steered] = []
+        """What the frames of the latest chunk were told by it."""
         self.text = self.encode(self.scene, begins=True)
         """(1,K,E): the prompt in force."""
         self.live: Live | None = None
@@ -67,6 +77,7 @@ class LiveVideo:
             policy=self.policy,
             first=first,
             fields=self._fields_of(1) if picture is not None else None,
+            relative=W2C if self.course is not None and W2C in self.pipeline.fields else None,
         )
         self._decode = self.pipeline.codec.stream() if self.pipeline.decoder is None else self.pipeline.decoder(1)
         return self.next_latents() if first is None else first
@@ -81,6 +92,8 @@ class LiveVideo:
         if self.live is not None:
             self.live.close()
         self.live = self._decode = None
+        if self.course is not None:
+            self.course.begin()
 
     # ---- commands ----
 
@@ -122,7 +135,7 @@ class LiveVideo:
 
     def check_field(self, name: str, value: Any) -> None:
         """ValueError unless the video began with this field and the value has the shape that it began with."""
-        _known_field(name, self.pipeline.fields)
+        _known_field(name, self.pipeline)
         if name not in self.fields:
             raise ValueError(f"this video began without the field {name!r}; give its first value in `fields`")
         began, got = self.fields[name].shape, torch.tensor(value).shape
@@ -133,6 +146,50 @@ class LiveVideo:
         """What a field holds from the next chunk on."""
         self.fields = {**self.fields, name: torch.tensor(value, dtype=torch.float32)}
 
+    # ---- keys and cameras ----
+
+    @property
+    def pressed(self) -> tuple[str, ...]:
+        """The keys held now."""
+        return () if self.course is None else self.course.pressed
+
+    def holds(self, pressed: Sequence[str]) -> bool:
+        """Whether these keys are held already, and nothing else moves the camera."""
+        return self.course is not None and self.course.holds(pressed)
+
+    def check_keys(self, pressed: Sequence[str]) -> None:
+        """ValueError for keys that the model does not have."""
+        steering_of(self.pipeline.export).check(pressed)
+
+    def press(self, pressed: Sequence[str]) -> None:
+        """These keys are held from the next frame on."""
+        assert self.course is not None
+        self.course.press(pressed)
+
+    def check_trajectory(self, text: str, dialect: str) -> None:
+        """ValueError for a string that the dialect cannot read, and for models without keys."""
+        steering_of(self.pipeline.export).ahead(text, dialect, np.eye(4))
+
+    def follow_string(self, text: str, dialect: str) -> None:
+        """The next frames go where the string leads."""
+        assert self.course is not None
+        self.course.follow(self.course.steering.ahead(text, dialect, self.course.pose))
+
+    def check_poses(self, poses: Any, convention: str, intrinsics: Any) -> None:
+        """ValueError for what are no poses or no normalised intrinsics, and for models without cameras."""
+        steering_of(self.pipeline.export)
+        if W2C not in self.pipeline.fields:
+            raise ValueError("camera: this model has keys and no camera; send keys")
+        _poses(poses, convention)
+        _intrinsics(intrinsics)
+
+    def follow_poses(self, poses: Any, convention: str, intrinsics: Any) -> None:
+        """The next frames have these poses."""
+        assert self.course is not None
+        self.course.follow(_poses(poses, convention), _intrinsics(intrinsics))
+
+    # ---- the rest ----
+
     def check_lora(self, name: str, strength: float) -> None:
         """ValueError unless the model was loaded with this LoRA and can have it at this strength."""
         if self.pipeline.loras is None:
@@ -141,7 +198,17 @@ class LiveVideo:
 
     def _fields_of(self, frames: int) -> dict[str, Tensor]:
         """Name -> (1,frames,...): what is in force, for frames to be made."""
-        return {name: value.expand(1, frames, *value.shape) for name, value in self.fields.items()}
+        held = {name: value.expand(1, frames, *value.shape) for name, value in self.fields.items()}
+        if self.course is None:
+            return held
+        self.seen = self.course.next(frames)
+        rows = {
+            W2C: [frame.w2c for frame in self.seen],
+            INTRINSICS: [frame.intrinsics for frame in self.seen],
+            ACTIONS: [frame.actions for frame in self.seen],
+        }
+        ours = (name for name in rows if name in self.pipeline.fields)
+        return held | {name: torch.tensor(np.array(rows[name]), dtype=torch.float32)[None] for name in ours}
 
 
 def in_range(picture: Tensor) -> Tensor:
@@ -149,17 +216,43 @@ def in_range(picture: Tensor) -> Tensor:
     return picture.permute(2, 0, 1).float() / 127.5 - 1
 
 
+def steering_of(export: Export) -> Steering:
+    """How a model is steered; ValueError if it has no keys."""
+    if export.control is None:
+        raise ValueError(f"{export.name} has no keys and no camera; prompts steer it")
+    return export.control
+
+
+def _poses(given: Any, convention: str) -> Array:
+    poses = np.array(given, dtype=np.float64)
+    poses = P.checked(poses[None] if poses.shape == (4, 4) else poses, "camera")
+    return poses if convention == "c2w" else P.inverted(poses)
+
+
+def _intrinsics(given: Any) -> list[float] | None:
+    if given is None:
+        return None
+    rows = P.intrinsics_rows(given, "camera: intrinsics")
+    if len(rows) != 1:
+        raise ValueError(f"camera: intrinsics are one row, fx fy cx cy, for all frames; got {len(rows)}")
+    P.check_unit(rows, is_normalised=True, what="camera: intrinsics")
+    return rows[0].tolist()
+
+
 def _first_fields(pipeline: Pipeline, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a model's fields hold at first; ValueError for others, and for values that its network does not take."""
     for name in given:
-        _known_field(name, pipeline.fields)
+        _known_field(name, pipeline)
     held = {name: torch.tensor(value, dtype=torch.float32) for name, value in given.items()}
     frame = Conditioning(torch.zeros(1, 1, 1), {name: value[None, None] for name, value in held.items()})
     pipeline.denoiser.model.check_fields(frame, 1)
     return held
 
 
-def _known_field(name: str, fields: frozenset[str]) -> None:
+def _known_field(name: str, pipeline: Pipeline) -> None:
+    fields = pipeline.fields
     if name not in fields:
         allowed = f"it has {', '.join(sorted(fields))}" if fields else "it has none"
         raise ValueError(f"this model has no field {name!r}; {allowed}")
+    if pipeline.export.control is not None and name in (W2C, INTRINSICS, ACTIONS):
+        raise ValueError(f"the field {name!r} of this model follows the keys: tell it keys, trajectory or camera")

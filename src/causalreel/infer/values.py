@@ -190,17 +190,38 @@ class Picture(Kind):
 
 
 @dataclass(frozen=True)
+class Words(Kind):
+    """Some words, each once, in their order; typed, they stand side by side."""
+
+    about: str = ""
+    most: int = 32
+    takes_rest: ClassVar[bool] = True
+
+    def read(self, name: str, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple) or len(value) > self.most:
+            raise WrongKind(f"{name} must be a list of at most {self.most} words, got {shown(value)}")
+        return tuple(dict.fromkeys(Word().read(f"{name}[{place}]", word) for place, word in enumerate(value)))
+
+    def typed(self, words: str) -> Any:
+        return words.replace(",", " ").replace("+", " ").split()
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": Word().schema(), "maxItems": self.most}
+
+
+@dataclass(frozen=True)
 class Numbers(Kind):
     """What a frame is given in a field: a number, or numbers in lists of equal lengths."""
 
     about: str = ""
+    most: int = MOST_NUMBERS
     takes_rest: ClassVar[bool] = True
 
     def read(self, name: str, value: Any) -> Any:
         value = value.tolist() if hasattr(value, "tolist") else value
-        if _shape(value) is None or _count(value) > MOST_NUMBERS:
+        if _shape(value, self.most) is None or _count(value) > self.most:
             raise WrongKind(
-                f"{name} must be a number, or at most {MOST_NUMBERS} in lists of equal lengths, from {-LARGEST:g} to "
+                f"{name} must be a number, or at most {self.most} in lists of equal lengths, from {-LARGEST:g} to "
                 f"{LARGEST:g}; got {shown(value)}"
             )
         return value
@@ -319,13 +340,13 @@ def _parsed(parse: Callable[[str], Any], words: str) -> Any:
         return words
 
 
-def _shape(value: Any, levels: int = 4) -> tuple[int, ...] | None:
-    """The shape of numbers in nested lists; None for anything else."""
+def _shape(value: Any, most: int, levels: int = 4) -> tuple[int, ...] | None:
+    """The shape of at most so many numbers in nested lists; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return () if -LARGEST <= value <= LARGEST else None
-    if not isinstance(value, list | tuple) or not 0 < len(value) <= MOST_NUMBERS or levels == 0:
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= most or levels == 0:
         return None
-    inner = {_shape(item, levels - 1) for item in value}
+    inner = {_shape(item, most, levels - 1) for item in value}
     below = inner.pop()
     return None if inner or below is None else (len(value), *below)
 

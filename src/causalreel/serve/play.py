@@ -12,9 +12,10 @@ from typing import Any, TextIO
 
 from causalreel.files import read_lines
 from causalreel.foreign import parse_json
-from causalreel.infer.commands import MOST_VALUES, Command, Prompt, Steps, describe, parse, parse_line
+from causalreel.infer.commands import MOST_VALUES, Command, Keys, Prompt, Steps, describe, parse, parse_line
 from causalreel.infer.inputs import read_picture
 from causalreel.infer.live import understand
+from causalreel.infer.live_video import steering_of
 from causalreel.infer.models import Profile
 from causalreel.infer.schedule import adapt
 from causalreel.infer.values import Reads, Text
@@ -39,9 +40,9 @@ LINE = 'expected "12.5 prompt text" or a JSON object with time and command'
 def read_script(path: Path, profile: Profile) -> list[Timed]:
     """A file of timed commands, in order, all of which the model takes; empty lines and those after # do not count.
 
-    A line is a time and a prompt (12.5 a blue square moves left), or JSON: {"time": 12.5, "command": "prompt", "text":
-    ..., "mode": "fade"}. A picture is named by its path from the script's folder. ValueError names the line that is
-    neither, or asks for what cannot be.
+    A line is a time and a prompt (12.5 a blue square moves left), a time and a command as it is typed (14 /keys w
+    left), or JSON: {"time": 12.5, "command": "prompt", "text": ..., "mode": "fade"}. A picture is named by its path
+    from the script's folder. ValueError names the line that is neither, or asks for what cannot be.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,6 +58,8 @@ def read_script(path: Path, profile: Profile) -> list[Timed]:
             understand(profile.export, timed.command.prompts)
             if isinstance(timed.command, Steps):
                 adapt(profile.sampling, steps=timed.command.steps)
+            if isinstance(timed.command, Keys):
+                steering_of(profile.export).check(timed.command.pressed)
             found.append(timed)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}:{row}: {error}") from None
@@ -79,6 +82,10 @@ def _timed(line: str, picture: Reads) -> Timed:
             raise ValueError(f"{LINE}; got {line!r:.80}") from None
         if not words.strip():
             raise ValueError(f"{LINE}; got {line!r:.80}")
+        if words.strip().startswith("/"):
+            command = parse_line(words, picture=picture)
+            assert command is not None
+            return Timed(_time(seconds), command)
         return Timed(_time(seconds), Prompt(Text().read("text", words.strip())))
     entry = parse_json(line, "the line", items=MOST_VALUES)
     if "time" not in entry:

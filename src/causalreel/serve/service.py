@@ -11,8 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from causalreel.control.strings import MOTIONS
 from causalreel.infer.commands import describe, parse
 from causalreel.infer.live import hints, understand
+from causalreel.nn.camera import W2C
 from causalreel.serve.guard import SMALL
 from causalreel.serve.handle import Handle
 from causalreel.serve.metrics import Metrics
@@ -106,7 +108,23 @@ class Service:
             "loras": {} if pipeline.loras is None else dict(pipeline.loras.strengths),
             **hints(pipeline.export),
             "fields": sorted(pipeline.fields),
+            "control": self.control(),
             "commands": describe(),
+        }
+
+    def control(self) -> dict[str, Any] | None:
+        """The keys of the model, if it has some."""
+        pipeline = self.scheduler.pipeline
+        steering = pipeline.export.control
+        if steering is None:
+            return None
+        return {
+            "keys": [list(group) for group in steering.keys],
+            "motions": {name: list(MOTIONS[name]) for name in steering.names},
+            "step": steering.step,
+            "degrees": steering.degrees,
+            "latent_frames_per_s": pipeline.export.fps / pipeline.geometry.temporal,
+            "has_camera": W2C in pipeline.fields,
         }
 
     def new_id(self) -> str:

@@ -7,6 +7,7 @@ decides what is shown. So its record replays to the same frames, bit for bit on 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from causalreel.control.steering import Frame as Steered
 from causalreel.infer import values
 from causalreel.infer.commands import COMMANDS, Command, Options, parse
 from causalreel.infer.live import PolicyKind
@@ -36,7 +38,7 @@ from causalreel.serve.records import (
     packed,
 )
 
-__all__ = ["Applied", "Emitted", "Options", "Session", "Timings", "with_queue"]
+__all__ = ["Applied", "Emitted", "Options", "Seen", "Session", "Timings", "with_queue"]
 
 MAX_TOLD = 1000
 """Commands, the last of them, of which the next chunk tells that they took effect."""
@@ -51,6 +53,10 @@ class Applied:
     arguments: dict[str, Any]
     latency_s: float
     """From the command to its first affected pixels being ready; time spent paused counts."""
+    chunk: int = 0
+    """Number of the chunk with which it took effect."""
+    frame: int = 0
+    """Number of that chunk's first pixel frame."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,19 @@ class Timings:
     """Waiting for the model, while it worked for other sessions."""
     encode_s: float = 0.0
     """Into stills or video, by whoever sends it."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A camera as a map shows it, in the axes of the video's first one: x to the right, y down, z forward."""
+
+    x: float
+    y: float
+    z: float
+    yaw: float
+    """Degrees to the right."""
+    pitch: float
+    """Degrees up."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,10 @@ class Emitted:
     timings: Timings
     commands: tuple[Applied, ...] = ()
     """What took effect with it."""
+    keys: tuple[str, ...] = ()
+    """Held while it was made."""
+    camera: tuple[Seen, ...] = ()
+    """Where the camera is in its latent frames, for models with keys."""
 
 
 @dataclass
@@ -126,6 +149,8 @@ class Session:
         """In force, but not yet reported with a chunk; when they were told, where their latency will be."""
         self._log: list[Recorded] = []
         self._is_full = False
+        self._last: Applied | None = None
+        """The latest command that a chunk has told of."""
         self._count = 0
         self._record = record
         self._waiting = deque(() if record is None else record.commands)
@@ -210,6 +235,8 @@ class Session:
                 "policy": video.policy.kind,
                 "has_image": video.scene.picture is not None,
                 "fields": {name: value.tolist() for name, value in video.fields.items()},
+                "keys": list(video.pressed),
+                "applied": None if self._last is None else _receipt(self._last),
                 "paused": video.paused,
                 "closed": video.closed,
                 "sequence": self.sequence,
@@ -235,8 +262,10 @@ class Session:
             for pending in taken:
                 if self.closed:
                     break
+                is_idle = pending.command.is_idle(self.video)
                 self.video.take(pending.command, pending.text)
-                self._keep(Recorded(self.sequence, pending.command, pending.number))
+                if not is_idle:
+                    self._keep(Recorded(self.sequence, pending.command, pending.number))
                 described = _described(pending.command.arguments)
                 self._taken.append(Applied(pending.number, pending.command.name, described, pending.told_s))
             del self._taken[:-MAX_TOLD]
@@ -271,11 +300,14 @@ class Session:
         done = self.clock()
         video.to_step = max(video.to_step - 1, 0)
         taken, self._taken = self._taken, []
-        commands = tuple(replace(applied, latency_s=done - applied.latency_s) for applied in taken)
+        place = {"chunk": self.sequence, "frame": self.frames}
+        commands = tuple(replace(applied, latency_s=done - applied.latency_s, **place) for applied in taken)
         timings = Timings(denoised - start, done - denoised)
-        emitted = Emitted(self.sequence, self.frames, frames, self.prompt, timings, commands)
+        steered = {"keys": video.pressed, "camera": tuple(map(_seen, video.seen))}
+        emitted = Emitted(self.sequence, self.frames, frames, self.prompt, timings, commands, **steered)
         with self._lock:
             self.sequence, self.frames = self.sequence + 1, self.frames + len(frames)
+            self._last = commands[-1] if commands else self._last
             if self._record is not None and self.sequence == self._record.chunks:
                 video.paused, video.to_step = True, 0
         return emitted
@@ -351,6 +383,19 @@ class Session:
 def _described(arguments: dict[str, Any]) -> dict[str, Any]:
     """As JSON takes it, without pixels."""
     return {k: f"{v.shape[1]} x {v.shape[0]} pixels" if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def _receipt(applied: Applied) -> dict[str, Any]:
+    """That a command took effect: its number, and the chunk and the pixel frame with which it did."""
+    return {"number": applied.number, "name": applied.name, "chunk": applied.chunk, "frame": applied.frame}
+
+
+def _seen(frame: Steered) -> Seen:
+    pose = frame.c2w
+    yaw = math.degrees(math.atan2(pose[0, 2], pose[2, 2]))
+    pitch = math.degrees(math.asin(min(1.0, max(-1.0, -pose[1, 2]))))
+    x, y, z = (round(float(number), 4) for number in pose[:3, 3])
+    return Seen(x, y, z, round(yaw, 3), round(pitch, 3))
 
 
 def _finish(x: Tensor) -> None:

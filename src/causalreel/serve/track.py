@@ -15,7 +15,7 @@ from torch import Tensor
 from causalreel.data.colour import BT601, BT709, to_yuv
 from causalreel.serve.handle import Ended, Handle, Lost
 from causalreel.serve.session import Emitted
-from causalreel.serve.wire import applied
+from causalreel.serve.wire import applied, steered
 
 try:
     from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
@@ -176,4 +176,5 @@ def header(chunk: Emitted, fps: float) -> dict[str, Any]:
         "prompt": chunk.prompt,
         "timings": asdict(chunk.timings),
         "commands": [applied(command) for command in chunk.commands],
+        **steered(chunk),
     }

@@ -88,6 +88,21 @@ class CommandView(BaseModel):
     """As JSON Schema has them."""
 
 
+class ControlView(BaseModel):
+    """The keys of a model that is steered by them."""
+
+    keys: list[list[str]]
+    """By group: of those of one group that are held, the one pressed last counts."""
+    motions: dict[str, list[float]]
+    """What each does in a latent frame, in steps and turns: forward, right, down, turn right, look up."""
+    step: float
+    degrees: float
+    latent_frames_per_s: float
+    """How often the keys that are held count."""
+    has_camera: bool
+    """Whether it takes poses (the command camera)."""
+
+
 class ModelView(BaseModel):
     """The model that this server runs."""
 
@@ -107,6 +122,8 @@ class ModelView(BaseModel):
     """Other spellings of these words."""
     fields: list[str]
     """Fields of its conditioning: what a session may begin with and change by the command field."""
+    control: ControlView | None
+    """Its keys; null: prompts alone steer it."""
     commands: list[CommandView]
     """What a session can be told."""
 
@@ -234,7 +251,19 @@ def plain(value: Any) -> Any:
 
 def applied(command: Applied) -> dict[str, Any]:
     """A command that took effect, as the header of a chunk tells it."""
-    return {"number": command.number, "name": command.name, "latency_s": command.latency_s}
+    return {
+        "number": command.number,
+        "name": command.name,
+        "chunk": command.chunk,
+        "frame": command.frame,
+        "latency_s": command.latency_s,
+    }
+
+
+def steered(emitted: Emitted) -> dict[str, Any]:
+    """The keys held while a chunk was made, and its camera: x, y, z, yaw and pitch a latent frame."""
+    camera = [[one.x, one.y, one.z, one.yaw, one.pitch] for one in emitted.camera]
+    return {"keys": list(emitted.keys), "camera": camera}
 
 
 def pack(emitted: Emitted, payloads: list[bytes], *, form: str, fps: float, keyframe: bool, encode_s: float) -> bytes:
@@ -257,6 +286,7 @@ def pack(emitted: Emitted, payloads: list[bytes], *, form: str, fps: float, keyf
             "queue_s": timings.queue_s,
         },
         "commands": [applied(command) for command in emitted.commands],
+        **steered(emitted),
     }
     coded = dumps(header).encode("ascii")
     return b"".join([len(coded).to_bytes(HEAD, "big"), coded, *payloads])

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from causalreel import config
 from causalreel.codecs.codec import Codec
 from causalreel.codecs.kinds import KINDS, kind_of
+from causalreel.control.steering import Steering
 from causalreel.files import write_text
 from causalreel.fingerprint import fingerprint
 from causalreel.flow import warp_steps
@@ -140,6 +141,8 @@ class Export:
     """The text encoder's name."""
     family: str = "tiny"
     """The family of models, a key of families.FAMILIES."""
+    control: Steering | None = None
+    """The keys that steer it, and how its cameras and actions follow them; null: it has none."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: recipe, commit, seed, metrics."""
     weights: str = field(default="", compare=False)
@@ -152,6 +155,10 @@ class Export:
             raise ValueError(f"fps must be positive, got {self.fps}")
         if self.latent.channels != self.model.channels:
             raise ValueError(f"latent has {self.latent.channels} channels, the model {self.model.channels}")
+        if self.control is not None and len(self.control.actions) != self.model.actions:
+            raise ValueError(
+                f"control.actions must have the model's {self.model.actions} columns, got {len(self.control.actions)}"
+            )
 
 
 @dataclass(frozen=True)
