@@ -5,7 +5,8 @@
 480x832, 21 latent frames, batch 1, a fixed random text embedding; text encoder and decoder excluded. Times of whole
 rollouts are wall clock around a synchronised GPU, median of --runs after one to warm up; blocks are synchronised one by
 one in a rollout of their own. Sections: errors, attention, settings (the fast network, fused calls), plain (calls not
-fused, and the plain network), profile, long, fp8.
+fused, and the plain network), profile, long, fp8, cameras (minWM's setting, and one frame in 2 steps, with heads that
+see through cameras beside the network without: --sections cameras alone).
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import Any
 
 import torch
 
+from causalreel.control.strings import latent_poses, view_matrices
 from causalreel.flow import warp_steps
 from causalreel.nn import kernels
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import Context, frame_mask, frames_of
-from causalreel.nn.presets import preset
+from causalreel.nn.presets import Camera, preset
 from causalreel.nn.split_attention import attend_plain, attend_split, attend_with_sum, parts_of
 from causalreel.parallel.fast import PRECISIONS, FastDiT, accelerate
 from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
@@ -44,7 +46,10 @@ SETTINGS = {
     "framewise-1step": (1, ONE, FOUR),
 }
 
-SECTIONS = ("errors", "attention", "settings", "plain", "fp8", "profile", "long")
+CAMERA_SETTINGS = {"minwm-4step": (4, FOUR, None), "framewise-2step": (1, TWO, FOUR)}
+"""minWM's: 20 frames in chunks of 4."""
+
+SECTIONS = ("errors", "attention", "settings", "plain", "fp8", "profile", "long", "cameras")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """A CPU only rehearses: sections errors, settings and long, at sizes given on the command line."""
@@ -55,9 +60,9 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def random_denoiser(name: str, *, layers: int | None = None) -> DiTDenoiser:
+def random_denoiser(name: str, *, layers: int | None = None, camera: Camera = "none") -> DiTDenoiser:
     """Wan's sizes with random weights, made on the GPU in bfloat16."""
-    config = preset(name)
+    config = type(preset(name))(**{**vars(preset(name)), "camera": camera})
     if layers is not None:
         config = type(config)(**{**vars(config), "layers": layers})
     with torch.device("meta"):
@@ -79,12 +84,15 @@ class Bench:
         self.args = args
         self.net = random_denoiser(args.preset, layers=args.layers)
         self.spec = LatentSpec(16, args.height // 8, args.width // 8)
-        text = torch.randn(1, 512, 4096, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        config = self.net.config
+        text = torch.randn(1, config.text_length, config.text_dim, generator=torch.Generator().manual_seed(1)).to(
+            DEVICE
+        )
         self.told = Conditioning(text)
         self.result: dict[str, Any] = {"conditions": conditions(args)}
 
     def rollout(self, net: DiTDenoiser, setting: str, *, frames: int, plan: str, context: Context, sync: bool = False):
-        chunk, steps, first = SETTINGS[setting]
+        chunk, steps, first = (SETTINGS | CAMERA_SETTINGS)[setting]
         sigmas = warp_steps(steps, 5.0)
         calls = chunked([chunk] * (frames // chunk), sigmas, first=None if first is None else warp_steps(first, 5.0))
         if isinstance(net.run, FastDiT):
@@ -95,7 +103,7 @@ class Bench:
         noise = KeyedNoise([0], self.spec, DEVICE)
         times, chunks = [time.perf_counter()], []
         with torch.no_grad():
-            told = net.prepare(self.told)
+            told = net.prepare(Conditioning(self.told.text, walk(frames) if net.config.camera == "prope" else {}))
             synchronise()
             times[0] = time.perf_counter()
             for part in rollout(
@@ -140,6 +148,24 @@ class Bench:
             f"spread {min(totals):.1f}-{max(totals):.1f}  peak {row['peak_gib']:.2f} GiB  warm-up {warm:.1f} s",
             flush=True,
         )
+
+    def cameras(self) -> None:
+        """The network with heads that see through cameras and without, in chunks of minWM's 4 frames and one by one."""
+        self.args.frames, self.net = 20, None  # type: ignore[assignment] - its memory
+        for camera in ("none", "prope"):
+            for precision in ("bf16", "fp8-attention", "eager"):
+                net = None  # its memory goes before the next one's comes
+                if DEVICE == "cuda":
+                    torch.cuda.empty_cache()
+                net = random_denoiser(self.args.preset, layers=self.args.layers, camera=camera)
+                if precision != "eager":
+                    net = accelerate(net, precision=precision)
+                if precision == "fp8-attention" and isinstance(net.run, FastDiT):
+                    net.run.release_originals()
+                for name in CAMERA_SETTINGS if precision != "eager" else ("minwm-4step",):
+                    self.setting(
+                        net, f"{precision}, camera {camera}", name, "plain" if precision == "eager" else "fused"
+                    )
 
     def long(self, net: DiTDenoiser, setting: str) -> None:
         """Past the window: is a block as fast after minutes as it was when the window had just filled?"""
@@ -246,6 +272,13 @@ class Bench:
         exact = torch.nn.functional.scaled_dot_product_attention(*some).transpose(1, 2)
         found = run()[0][:, :256].float()
         return micros(run), ((found * exact).sum() / exact.square().sum()).item()
+
+
+def walk(frames: int) -> dict[str, torch.Tensor]:
+    """Cameras of a walk forwards that turns left."""
+    w2c = torch.from_numpy(view_matrices(latent_poses("w*5,j*99", "minwm", latents=frames))).float()
+    intrinsics = torch.tensor([0.505, 0.898, 0.5, 0.5]).expand(1, frames, 4)
+    return {"w2c": w2c[None].to(DEVICE), "intrinsics": intrinsics.to(DEVICE)}
 
 
 def merged(q, k, v, parts):
@@ -363,6 +396,7 @@ def main() -> None:
     guarded("profile", lambda: each(bench.profile, ["framewise-1step", "chunkwise-4step"]))
     guarded("long", lambda: each(bench.long, args.long_settings))
     guarded("fp8", fp8)
+    guarded("cameras", bench.cameras)
 
 
 if __name__ == "__main__":

@@ -219,10 +219,10 @@ def test_running_out_of_memory_ends_one_session_with_a_message(
     unlucky, lucky = opened(client), opened(client)
     whole = Session.next_chunk
 
-    def next_chunk(self: Session) -> Any:
+    def next_chunk(self: Session, **how: Any) -> Any:
         if self.id == unlucky and self.sequence >= 2:
             raise error
-        return whole(self)
+        return whole(self, **how)
 
     monkeypatch.setattr(Session, "next_chunk", next_chunk)
     with client.websocket_connect(f"/v1/sessions/{unlucky}/stream") as stream:

@@ -364,10 +364,10 @@ def test_an_interrupted_run_keeps_the_record_that_was_there(
 ) -> None:
     made = Session.next_chunk
 
-    def interrupted(self: Session) -> object:
+    def interrupted(self: Session, **how: object) -> object:
         if self.sequence == 3:
             raise KeyboardInterrupt
-        return made(self)
+        return made(self, **how)
 
     monkeypatch.setattr(Session, "next_chunk", interrupted)
     if existed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from causalreel.nn.presets import ModelConfig
 from causalreel.nn.split_attention import attend_split
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
+from causalreel.serve.session import Options, Session
 from causalreel.types import Conditioning, LatentSpec
 from causalreel.weights.files import write_tensors
 
@@ -191,6 +193,19 @@ def test_the_tiny_model_makes_the_same_video_accelerated_and_ahead() -> None:
         video = torch.cat(list(pipeline.stream(prompt, seed=3, ahead=ahead)), 1).cpu()
         assert video.shape == exact.shape
         assert (video - exact).abs().mean() < 0.03  # bfloat16 against float32; another video differs by 0.3
+
+
+def test_a_session_that_begins_chunks_early_makes_the_same_bits() -> None:
+    """Decoded beside the next chunk's denoising, with commands between them."""
+    pipeline = accelerate_pipeline(causalreel.load("tiny/frame-2step", device="cuda"))
+    prompt = "a large red circle moves right"
+    one, shown = Session(pipeline, Options(prompt)), []
+    for chunk in range(30):
+        if chunk % 6 == 2:
+            one.command("prompt", text="a blue square moves left", mode=("switch", "recompute")[chunk % 4 // 2])
+        shown.append(one.next_chunk(ahead=lambda: True).frames)
+    again = [made.frames for made in Session.replay(pipeline, json.loads(json.dumps(one.record())))]
+    assert all(torch.equal(a, b) for a, b in zip(again, shown, strict=True))
 
 
 def test_strengths_of_loras_are_set_in_recorded_calls(tmp_path: Path) -> None:

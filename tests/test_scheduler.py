@@ -134,7 +134,7 @@ def manual(limits: Limits = Limits(), *paces: str) -> tuple[Scheduler, Clock, li
     scheduler = Scheduler(pipeline(TWO_STEP), limits, warm=None, clock=clock)
     handles = [scheduler.open(Options(PROMPTS[0], fps=4), pace=pace) for pace in paces]
     for handle in handles:
-        handle.session.next_chunk = lambda session=handle.session: canned(session)
+        handle.session.next_chunk = lambda session=handle.session, **how: canned(session)
     return scheduler, clock, handles
 
 
@@ -315,7 +315,7 @@ def test_a_failure_ends_one_session_with_a_message(
     bad = scheduler.open(Options(PROMPTS[0]), pace="max")
     take(bad, 1)
 
-    def fail() -> None:
+    def fail(**how: Any) -> None:
         raise error
 
     monkeypatch.setattr(bad.session, "next_chunk", fail)
@@ -400,3 +400,58 @@ def test_early_prompts_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(pipeline(TWO_STEP), policy="slide", warm=None)
     scheduler._warm_up_early_prompts(PROMPTS[0], 3)
     assert [n for n in read_again if n] == [1, 2]
+
+
+# ---- the next chunk of the same session is begun early where nobody else is to be run first --------------------------
+
+
+def asked(scheduler: Scheduler, handle: Handle) -> bool:
+    return scheduler._goes_on(handle)
+
+
+def test_a_session_is_begun_early_only_if_it_is_the_next_one() -> None:
+    scheduler, _, (fast, other) = manual(Limits(buffer_chunks=2), "max", "max")
+    assert not asked(scheduler, fast)  # the other one waits
+    scheduler._run_one(other)
+    scheduler._run_one(other)
+    assert asked(scheduler, fast) and not asked(scheduler, other)  # whose reader has two to take
+    scheduler._run_one(fast)
+    assert not asked(scheduler, fast)  # so would its reader have
+    fast.taken = fast.newest
+    assert asked(scheduler, fast)
+    fast.close()
+    assert not asked(scheduler, fast)
+
+
+def test_a_session_at_real_time_is_begun_early_only_where_it_is_behind() -> None:
+    scheduler, clock, (handle,) = manual(Limits(buffer_chunks=2), "realtime")
+    for _ in range(2):
+        scheduler._run_one(handle)
+        handle.taken = handle.newest
+    assert not handle.may_run(clock.now) or not asked(scheduler, handle)
+    while not handle.may_run(clock.now):
+        clock.now += 0.01
+    assert not asked(scheduler, handle)  # on time: the next one is due later
+    clock.now += 5
+    assert asked(scheduler, handle)
+
+
+def test_chunks_begun_early_are_the_same_and_commands_keep_their_order(started: Callable) -> None:
+    """Through the thread, with a reader who takes at once: some chunks are begun early, and the record replays."""
+    scheduler = started()
+    handle, early = scheduler.open(Options(PROMPTS[0], seed=3), pace="max"), []
+    inner = handle.session._begin_ahead
+    handle.session._begin_ahead = lambda: (early.append(handle.session.sequence), inner())
+    taken = []
+    for chunk in range(20):
+        if chunk % 4 == 1:
+            handle.command("prompt", text=PROMPTS[chunk % 2], mode="switch")
+        taken += take(handle, 1, after=chunk - 1)
+    wait_until(lambda: early, "a chunk that is begun early")
+    numbers = [command.number for made in taken for command in made.commands]
+    assert numbers == sorted(numbers)
+    handle.command("pause")
+    wait_until(lambda: handle.session.paused)
+    handle.close()
+    again = list(Session.replay(pipeline(TWO_STEP), handle.session.record()))
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(taken, again, strict=False))

@@ -518,3 +518,84 @@ def test_a_replay_pauses_at_its_end_and_goes_on_where_somebody_takes_over() -> N
     again.command("prompt", text="a green square")
     assert {again.next_chunk().prompt for _ in range(16)} == {"a green square"} and not again.paused
     assert [entry["name"] for entry in again.record()["commands"]] == ["resume", "prompt", "prompt"]
+
+
+# ---- the next chunk is begun while one is decoded --------------------------------------------------------------------
+
+
+def tell(one: Session, chunk: int) -> None:
+    """Commands between two chunks: of every kind, and some that end in a pause."""
+    if chunk % 5 == 1:
+        one.command("prompt", text=PROMPTS[chunk % 2], mode=("switch", "recompute", "fade")[chunk % 3])
+    if chunk % 7 == 3:
+        one.command("steps", steps=1 + chunk % 2)
+    if chunk % 11 == 6:
+        one.command("restart", seed=chunk)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chunks_begun_ahead_are_those_made_in_turn(seed: int) -> None:
+    """The record says before which chunk each command took effect; played in turn it makes the same bits."""
+    one, shown, draw = session(seed=seed), [], torch.Generator().manual_seed(seed)
+    for chunk in range(24):
+        before = one._count
+        tell(one, chunk)
+        is_ahead = bool(torch.randint(0, 2, (), generator=draw))
+        begun = one._begun is not None
+        made = one.next_chunk(ahead=lambda is_ahead=is_ahead: is_ahead)
+        assert made.sequence == chunk and made.first_frame == sum(len(other.frames) for other in shown)
+        told_for_it = [command.number for command in made.commands]
+        assert max(told_for_it, default=0) <= (before if begun else one._count)
+        shown.append(made)
+    record = json.loads(json.dumps(one.record()))
+    assert record["chunks"] == 24
+    again = list(Session.replay(pipeline(TWO_STEP), record))
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(again, shown, strict=True))
+    numbers = [command.number for made in shown for command in made.commands]
+    assert numbers == sorted(numbers) and len(set(numbers)) == len(numbers)
+    ahead = Session.of(pipeline(TWO_STEP), checked_record(record))
+    early = [ahead.next_chunk(ahead=lambda: True) for _ in range(24)]
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(early, shown, strict=True))
+    assert ahead.next_chunk(ahead=lambda: True) is None and ahead.paused  # and nothing was begun beyond its end
+
+
+def test_a_pause_holds_back_what_is_begun_and_a_close_drops_it() -> None:
+    one, free = session(), session()
+    expected = pictures(free, 5)
+    got = [one.next_chunk(ahead=lambda: True).frames]
+    one.command("pause")
+    assert one.next_chunk(ahead=lambda: True) is None and one.state()["sequence"] == 1
+    one.command("step")
+    got.append(one.next_chunk(ahead=lambda: True).frames)
+    assert one.next_chunk(ahead=lambda: True) is None
+    one.command("resume")
+    got += [one.next_chunk(ahead=lambda: True).frames for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert one._begun is not None
+    one.command("close")
+    assert one.next_chunk(ahead=lambda: True) is None and one._begun is None and one.closed
+
+
+def test_a_restart_lets_the_begun_chunk_be_shown_before_it() -> None:
+    one, free = session(seed=1), session(seed=1)
+    expected = pictures(free, 3)
+    got = [one.next_chunk(ahead=lambda: True) for _ in range(2)]
+    one.command("restart")
+    got += [one.next_chunk(ahead=lambda: True) for _ in range(2)]
+    assert torch.equal(got[2].frames, expected[2]) and got[2].commands == ()
+    assert torch.equal(got[3].frames, expected[0]) and [c.name for c in got[3].commands] == ["restart"]
+
+
+def test_a_chunk_that_fails_ahead_fails_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = session()
+    inner = Live.next_chunk
+
+    def fail(self: Live, fields: object = None) -> object:
+        if self.frame == 2:
+            raise RuntimeError("no more")
+        return inner(self, fields)
+
+    monkeypatch.setattr(Live, "next_chunk", fail)
+    assert len([one.next_chunk(ahead=lambda: True) for _ in range(2)]) == 2
+    with pytest.raises(RuntimeError, match="no more"):
+        one.next_chunk(ahead=lambda: True)

@@ -53,8 +53,8 @@ def check_target(path: str | os.PathLike[str], suffixes: Sequence[str], *, may_m
     return target
 
 
-def to_bytes(frames: Tensor) -> Tensor:
-    """Frames (...,3,H,W), uint8 or float in [-1,1] -> uint8 (T,H,W,3) on the CPU."""
+def to_bytes(frames: Tensor, *, leave: bool = False) -> Tensor:
+    """Frames (...,3,H,W), uint8 or float in [-1,1] -> uint8 (T,H,W,3) on the CPU; leave: where they are."""
     if frames.ndim < 3 or frames.shape[-3] != 3:
         raise ValueError(f"frames must be (T,3,H,W) or (3,H,W), got {tuple(frames.shape)}")
     frames = frames.detach().reshape(-1, *frames.shape[-3:])
@@ -62,7 +62,13 @@ def to_bytes(frames: Tensor) -> Tensor:
         if not frames.is_floating_point():
             raise ValueError(f"frames must be uint8 or floating point, got {frames.dtype}")
         frames = (torch.nan_to_num(frames.float(), nan=0.0).clamp(-1, 1) + 1).mul(127.5).round().to(torch.uint8)
-    return frames.permute(0, 2, 3, 1).contiguous().cpu()
+    frames = frames.permute(0, 2, 3, 1).contiguous()
+    return frames if leave else on_host(frames)
+
+
+def on_host(frames: Tensor) -> Tensor:
+    """Frames on the CPU, as soon as the current stream has made them."""
+    return frames.cpu()
 
 
 def write_video(

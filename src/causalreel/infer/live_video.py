@@ -17,7 +17,6 @@ from causalreel.control import poses as P
 from causalreel.control.poses import Array
 from causalreel.control.steering import Course, Steering
 from causalreel.control.steering import Frame as Steered
-from causalreel.data.video import to_bytes
 from causalreel.infer.commands import Command, Mode, Options, Scene
 from causalreel.infer.live import Live, Policy, PolicyKind, encode_prompt
 from causalreel.infer.pipeline import Pipeline
@@ -61,10 +60,10 @@ class LiveVideo:
 
     # ---- chunks ----
 
-    def next_latents(self) -> Tensor:
-        """(1,F,C,H,W): the next chunk, a given picture first of all."""
-        if self.live is not None:
-            return self.live.next_chunk(self._fields_of(self.sampling.chunk or 1)).latents
+    def next_latents(self) -> tuple[Tensor, DecodeStream]:
+        """(1,F,C,H,W): the next chunk, a given picture first of all; and what makes its pixels, chunk after chunk."""
+        if self.live is not None and self._decode is not None:
+            return self.live.next_chunk(self._fields_of(self.sampling.chunk or 1)).latents, self._decode
         first, picture = None, self.scene.picture
         if picture is not None:
             picture = in_range(picture)[None, None].to(self.pipeline.device)  # (1,1,3,H,W)
@@ -80,12 +79,7 @@ class LiveVideo:
             relative=W2C if self.course is not None and W2C in self.pipeline.fields else None,
         )
         self._decode = self.pipeline.codec.stream() if self.pipeline.decoder is None else self.pipeline.decoder(1)
-        return self.next_latents() if first is None else first
-
-    def pixels(self, latents: Tensor) -> Tensor:
-        """(1,F,C,H,W) -> (t,H,W,3) uint8 on the CPU."""
-        assert self._decode is not None
-        return to_bytes(self._decode(latents)[0])
+        return self.next_latents() if first is None else (first, self._decode)
 
     def reset(self) -> None:
         """Free all that it holds on its device; the next chunk is the scene's first one."""

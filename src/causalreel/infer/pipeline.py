@@ -203,7 +203,7 @@ class _Ahead:
 
     def __init__(self, chunks: Iterator[Chunk], device: torch.device, ahead: bool) -> None:
         self.chunks, self.ready = chunks, None
-        self.side = _side_stream(device) if ahead and device.type == "cuda" else None
+        self.side = side_stream(device) if ahead and device.type == "cuda" else None
         if self.side is not None:
             self.side.wait_stream(torch.cuda.current_stream(device))
 
@@ -229,6 +229,7 @@ class _Ahead:
 
 
 @lru_cache(maxsize=16)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all clips of a device: they share caches and recordings, so their chunks are made in turn."""
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where latents are made: one for all clips and sessions of a device, which share caches and recordings, so that
+    their chunks are made in turn."""
     return torch.cuda.Stream(device)

@@ -148,6 +148,11 @@ class Handle:
             return False
         return self.pace == "max" or self.due_s - self.lead_s <= now
 
+    def is_behind(self, now: float) -> bool:
+        """Whether playback at real time has room for another chunk at once when the one in the making is there."""
+        playing_s = self.lead_s / self.limits.buffer_chunks
+        return max(self.due_s, now) + playing_s - self.lead_s <= now
+
     def add(self, emitted: Emitted, start: float, now: float) -> None:
         """Keep a new chunk, made between `start` and `now`, for the reader, and move the deadline on."""
         playing_s = len(emitted.frames) / self.session.fps

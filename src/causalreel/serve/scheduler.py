@@ -220,7 +220,7 @@ class Scheduler:
     def _run_one(self, handle: Handle) -> None:
         start, session = self.clock(), handle.session
         try:
-            made = session.next_chunk()
+            made = session.next_chunk(ahead=lambda: self._goes_on(handle))
             self._measure(session)
         except Exception as error:
             _fail(handle, error)
@@ -230,6 +230,17 @@ class Scheduler:
             handle.add(made, start, self.clock())
         if session.closed:
             handle.end(Ended("closed by client"))
+
+    def _goes_on(self, handle: Handle) -> bool:
+        """Whether this session is the one to be run next, once the chunk in the making is there: then it may be begun
+        already. Whoever is ahead of his reader or of playback, or shares the model, begins none early, since commands
+        would come too late for it."""
+        now = self.clock()
+        if self._is_closed or handle.ended is not None or handle.waiting + 1 >= self.limits.buffer_chunks:
+            return False
+        if any(other is not handle and other.may_run(now) for other in self.handles()):
+            return False
+        return handle.pace == "max" or handle.is_behind(now)
 
     def _take_commands(self, handle: Handle) -> None:
         """Commands take effect though no chunk is due: also if nobody reads, or playback is far behind."""

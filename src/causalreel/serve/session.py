@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from causalreel.control.steering import Frame as Steered
+from causalreel.data.video import on_host
 from causalreel.infer import values
 from causalreel.infer.commands import COMMANDS, Command, Options, parse
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import step_count
+from causalreel.serve.begun import Begun, Timings, aside
 from causalreel.serve.records import (
     FORMAT,
     MAX_COMMANDS,
@@ -57,18 +59,6 @@ class Applied:
     """Number of the chunk with which it took effect."""
     frame: int = 0
     """Number of that chunk's first pixel frame."""
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where the time of a chunk went, in seconds."""
-
-    denoise_s: float
-    decode_s: float
-    queue_s: float = 0.0
-    """Waiting for the model, while it worked for other sessions."""
-    encode_s: float = 0.0
-    """Into stills or video, by whoever sends it."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +131,10 @@ class Session:
         """What the video began with; they may change for other sessions' sake."""
         self.sequence = self.frames = 0
         """Chunks and pixel frames made so far."""
+        self._started = 0
+        """Chunks begun so far; one more than made while the next one is on its way."""
+        self._begun: Begun | None = None
+        self._failure: Exception | None = None
         self._intended = self.video.scene
         """The scene when all pending commands have been taken."""
         self._order, self._lock = threading.Lock(), threading.Lock()
@@ -257,7 +251,7 @@ class Session:
 
     def take_commands(self) -> None:
         """Have the pending commands take effect now, between two chunks; for the thread that asks for chunks."""
-        with self._lock:
+        with self._lock, aside(self.pipeline.device):
             taken, self._pending = self._pending, []
             for pending in taken:
                 if self.closed:
@@ -265,11 +259,12 @@ class Session:
                 is_idle = pending.command.is_idle(self.video)
                 self.video.take(pending.command, pending.text)
                 if not is_idle:
-                    self._keep(Recorded(self.sequence, pending.command, pending.number))
+                    self._keep(Recorded(self._started, pending.command, pending.number))
                 described = _described(pending.command.arguments)
                 self._taken.append(Applied(pending.number, pending.command.name, described, pending.told_s))
             del self._taken[:-MAX_TOLD]
         if self.closed:
+            self._begun = None
             self.video.reset()
 
     def _keep(self, entry: Recorded) -> None:
@@ -282,39 +277,71 @@ class Session:
 
     # ---- chunks ----
 
-    def next_chunk(self) -> Emitted | None:
-        """Take the pending commands and make the next chunk; None while paused and after close."""
+    def next_chunk(self, *, ahead: Callable[[], bool] = lambda: False) -> Emitted | None:
+        """Take the pending commands and make the next chunk; None while paused and after close.
+
+        ahead: asked while pixels are made of the chunk: whether the one behind it is to be begun meanwhile, on a GPU at
+        the same time. The commands that have come until then take effect with that one; later ones with the one after.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
         self.take_commands()
+        begun, self._begun = self._begun or self._begin(), None
+        if begun is None or not self.can_run:
+            self._begun = begun
+            return None
+        self.video.to_step = max(self.video.to_step - 1, 0)
+        with torch.no_grad():
+            frames = begun.decoded()
+            if ahead():
+                self._begin_ahead()
+            pictures = on_host(frames)
+        done = self.clock()
+        place = {"chunk": self.sequence, "frame": self.frames}
+        commands = tuple(replace(applied, latency_s=done - applied.latency_s, **place) for applied in begun.taken)
+        emitted = Emitted(
+            self.sequence,
+            self.frames,
+            pictures,
+            begun.prompt,
+            begun.timings(done),
+            commands,
+            keys=begun.keys,
+            camera=tuple(map(_seen, begun.seen)),
+        )
+        with self._lock:
+            self.sequence, self.frames = self.sequence + 1, self.frames + len(pictures)
+            self._last = commands[-1] if commands else self._last
+            if self._record is not None and self.sequence == self._record.chunks:
+                self.video.paused, self.video.to_step = True, 0
+        return emitted
+
+    def _begin(self) -> Begun | None:
+        """Have the latents of the next chunk made, with what commands and the record say; None if there is none."""
         if self._record is not None and self.can_run:
             self._follow_record()
             self.take_commands()
         if not self.can_run:
             return None
-        video = self.video
-        with torch.no_grad():
-            start = self.clock()
-            latents = video.next_latents()
-            _finish(latents)
-            denoised = self.clock()
-            frames = video.pixels(latents)  # (t,H,W,3)
-        done = self.clock()
-        video.to_step = max(video.to_step - 1, 0)
-        taken, self._taken = self._taken, []
-        place = {"chunk": self.sequence, "frame": self.frames}
-        commands = tuple(replace(applied, latency_s=done - applied.latency_s, **place) for applied in taken)
-        timings = Timings(denoised - start, done - denoised)
-        steered = {"keys": video.pressed, "camera": tuple(map(_seen, video.seen))}
-        emitted = Emitted(self.sequence, self.frames, frames, self.prompt, timings, commands, **steered)
-        with self._lock:
-            self.sequence, self.frames = self.sequence + 1, self.frames + len(frames)
-            self._last = commands[-1] if commands else self._last
-            if self._record is not None and self.sequence == self._record.chunks:
-                video.paused, video.to_step = True, 0
-        return emitted
+        begun = Begun.of(self.video, self.clock)
+        begun.taken, self._taken = self._taken, []
+        self._started += 1
+        return begun
+
+    def _begin_ahead(self) -> None:
+        """Begin the chunk behind the one that is being decoded; what goes wrong is told when it is asked for."""
+        if self._record is not None and self._started >= self._record.chunks:
+            return
+        try:
+            self.take_commands()
+            self._begun = self._begin()
+        except Exception as error:
+            self._failure = error
 
     def _follow_record(self) -> None:
         """Tell what the record says before this chunk; pauses change no frame and are left out."""
-        while self._waiting and self._waiting[0].at <= self.sequence:
+        while self._waiting and self._waiting[0].at <= self._started:
             command = self._waiting.popleft().command
             if not command.is_always_taken:
                 self._tell(command)
@@ -326,6 +353,7 @@ class Session:
         with self._lock:
             self.video.closed = True
             self._pending.clear()
+        self._begun = None
         self.video.reset()
 
     # ---- the record ----
@@ -344,6 +372,7 @@ class Session:
                     "arguments": packed(entry.command.arguments),
                 }
                 for entry in self._log
+                if entry.at <= self.sequence  # a chunk may have been begun that nobody has yet
             ]
             return {
                 "format": FORMAT,
@@ -396,12 +425,6 @@ def _seen(frame: Steered) -> Seen:
     pitch = math.degrees(math.asin(min(1.0, max(-1.0, -pose[1, 2]))))
     x, y, z = (round(float(number), 4) for number in pose[:3, 3])
     return Seen(x, y, z, round(yaw, 3), round(pitch, 3))
-
-
-def _finish(x: Tensor) -> None:
-    """Wait until a GPU has made it, so that timings are true."""
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
 
 
 def with_queue(emitted: Emitted, queue_s: float) -> Emitted:

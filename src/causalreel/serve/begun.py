@@ -1,0 +1,96 @@
+"""A chunk on its way from latents to pixels, so that the next one can be begun meanwhile.
+
+On a GPU latents are made on a stream of their own and pixels on another: while one chunk is decoded the next one is
+denoised, and both are the same bits as one after the other. On a CPU the two follow each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from causalreel.control.steering import Frame
+from causalreel.data.video import to_bytes
+from causalreel.infer.live_video import LiveVideo
+from causalreel.infer.pipeline import side_stream
+from causalreel.types import DecodeStream
+
+if TYPE_CHECKING:
+    from causalreel.serve.session import Applied
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a chunk went, in seconds; what was done beside other chunks counts whole."""
+
+    denoise_s: float
+    decode_s: float
+    queue_s: float = 0.0
+    """Waiting for the model, while it worked for other sessions."""
+    encode_s: float = 0.0
+    """Into stills or video, by whoever sends it."""
+
+
+def aside(device: torch.device) -> AbstractContextManager[object]:
+    """The stream on which latents are made, for what they depend on."""
+    return torch.cuda.stream(side_stream(device)) if device.type == "cuda" else nullcontext()
+
+
+@dataclass
+class Begun:
+    """A chunk whose latents are made, or are being made on a GPU."""
+
+    latents: Tensor
+    decode: DecodeStream
+    prompt: str
+    keys: tuple[str, ...]
+    seen: list[Frame]
+    clock: Callable[[], float]
+    marks: list[torch.cuda.Event | float]
+    """When its latents were begun and done, and its pixels: by the clock, or by a GPU."""
+    taken: list[Applied] = field(default_factory=list)
+    """Commands that took effect with it."""
+
+    @staticmethod
+    def of(video: LiveVideo, clock: Callable[[], float]) -> Begun:
+        """Have the latents of the video's next chunk made; on a GPU it returns before they are."""
+        device = video.pipeline.device
+        with torch.no_grad(), aside(device):
+            start = _mark(device, clock)
+            latents, decode = video.next_latents()
+            made = _mark(device, clock)
+        return Begun(latents, decode, video.scene.prompt, video.pressed, video.seen, clock, [start, made])
+
+    def decoded(self) -> Tensor:
+        """Pixel frames (t,H,W,3) uint8 where they are made; on a GPU before they are."""
+        device, ready = self.latents.device, self.marks[1]
+        if isinstance(ready, torch.cuda.Event):
+            here = torch.cuda.current_stream(device)
+            here.wait_event(ready)
+            self.latents.record_stream(here)
+            self.marks[1:] = [ready, _mark(device, self.clock)]
+        frames = to_bytes(self.decode(self.latents)[0], leave=True)
+        self.marks.append(_mark(device, self.clock))
+        return frames
+
+    def timings(self, done: float) -> Timings:
+        """When the pixels are on the CPU. done: now, by the clock."""
+        events = [mark for mark in self.marks if isinstance(mark, torch.cuda.Event)]
+        if events:
+            start, made, begun, end = events
+            return Timings(start.elapsed_time(made) / 1000, begun.elapsed_time(end) / 1000)
+        start, made = (mark for mark in self.marks[:2] if not isinstance(mark, torch.cuda.Event))
+        return Timings(made - start, done - made)
+
+
+def _mark(device: torch.device, clock: Callable[[], float]) -> torch.cuda.Event | float:
+    if device.type != "cuda":
+        return clock()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
