@@ -233,6 +233,8 @@ def test_what_is_described_is_what_is_taken() -> None:
         "held": "left",
         "lora": "style-2",
         "strength": 0.5,
+        "dialect": "minwm",
+        "poses": 1.0,
     }
     for name, kind in COMMANDS.items():
         assert set(values.schema(kind)["properties"]) == {one.name for one in values.parameters(kind)}
