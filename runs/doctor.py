@@ -77,12 +77,12 @@ class Bench:
 
     def kinds(self) -> dict[str, Job]:
         """A healthy run of every kind."""
-        steps, every = (STEPS, 10) if not self.is_smoke else (dict.fromkeys(STEPS, 24) | {"dmd": 8}, 4)
+        steps, every = (STEPS, 10) if not self.is_smoke else (dict.fromkeys(STEPS, 16) | {"dmd": 6}, 4)
         found = {}
 
         def add(name: str, stage: str, recipe: str, *more: str, **roles: str) -> None:
             half = steps[stage] // 2
-            log, probe = (every, half // 2) if stage != "dmd" else (max(2, every // 5), half // 2)
+            log, probe = every if stage != "dmd" else max(2, every // 5), half if self.is_smoke else half // 2
             often = (f"trainer.steps={steps[stage]}", f"trainer.log_every={log}", f"trainer.save_every={half}")
             often += (
                 f"trainer.probe_every={probe}",
@@ -348,12 +348,8 @@ def main() -> int:
         run_all(bench, at_once=args.at_once or (1 if args.smoke else 7 * len(gpus)), until=until, gpus=gpus)
     is_as_expected = judge(bench)
     if args.results is not None:
-        for path in (
-            *out.glob("*.json"),
-            *out.glob("verdicts.md"),
-            *out.glob("*/metrics.jsonl"),
-            *out.glob("*/config.yaml"),
-        ):
+        small = ("*.json", "verdicts.md", "*/metrics.jsonl", "*/config.yaml", "*/export/config.yaml")
+        for path in (path for pattern in small for path in out.glob(pattern)):
             target = args.results / path.relative_to(out)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
