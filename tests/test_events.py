@@ -16,6 +16,7 @@ from causalreel.data.shards import load_prepared
 from causalreel.data.sources import LatentSource
 from causalreel.data.timed import joined, readings, timed
 from causalreel.data.world import SPEED_PIXELS, WorldConfig, WorldState, captions, render, simulate, told
+from causalreel.data.worlds import flat
 from causalreel.types import Conditioning
 from causalreel.vocabulary import BACKGROUND_RGB, DIRECTIONS, parse_caption
 
@@ -177,11 +178,12 @@ def test_a_caption_that_changes_is_a_line() -> None:
 
 def test_data_keep_the_text_of_every_frame(tmp_path: Path) -> None:
     config = WorldConfig(events=1.0, frames=17, max_objects=1)
-    folder = prepare(tmp_path, tiny_codec(0), codec_id="x", clips=3, seed=0, config=config, batch=3)
-    latents, lines = load_prepared(folder)
+    folder = prepare(tmp_path, tiny_codec(0), codec_id="x", clips=3, seed=0, world=flat(config), batch=3)
+    found = load_prepared(folder)
+    latents, lines = found.latents, found.captions
     assert [timed(line) for line in lines] == told(simulate(3, seed=0, config=config))
     with pytest.raises(ValueError, match="events"):
-        prepare(tmp_path, tiny_codec(0), codec_id="x", clips=3, seed=0, config=WorldConfig(frames=17))
+        prepare(tmp_path, tiny_codec(0), codec_id="x", clips=3, seed=0, world=flat(WorldConfig(frames=17)))
     texts, reads = readings([timed(line) for line in lines], latents.shape[1])
     codes = torch.arange(len(texts)).float().view(-1, 1, 1)
     source = LatentSource(latents, Conditioning(codes), reads)

@@ -80,6 +80,7 @@ print(json.dumps(report))
 ENCODE = """
 from causalreel.data.prepare import prepare
 from causalreel.data.world import WorldConfig
+from causalreel.data.worlds import flat
 from causalreel.data.shards import load_prepared
 
 class Codec:
@@ -90,10 +91,10 @@ def begin():
     pass
 
 def work():
-    prepare(folder, Codec(), codec_id="c", clips=7, seed=3, shard=3, batch=2, config=WorldConfig(frames=5, size=64))
+    prepare(folder, Codec(), codec_id="c", clips=7, seed=3, shard=3, batch=2, world=flat(WorldConfig(frames=5, size=64)))
 
 def look():
-    return len(load_prepared(folder)[1])
+    return len(load_prepared(folder).captions)
 """
 
 EXPORT = """

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import causalreel
 from causalreel import cli, config
 from causalreel.codecs.tiny import tiny_codec
-from causalreel.data.shards import load_prepared
+from causalreel.data.shards import Prepared, load_prepared
 from causalreel.train.arithmetic import flushes_denormals
 from causalreel.train.checkpoint import latest
 from causalreel.train.run import SETTINGS, Recipe, describe, resolve
@@ -134,17 +134,17 @@ def test_the_whole_chain_in_miniature(place: Path, capsys: pytest.CaptureFixture
 
 
 def test_encoding_goes_on_where_it_stopped(place: Path) -> None:
-    def encode(clips: int) -> tuple[torch.Tensor, list[str]]:
+    def encode(clips: int) -> Prepared:
         reel("encode", "--codec", "codec/export", "--out", "data", "--clips", str(clips), "--device", "cpu")
         return load_prepared("data")
 
-    latents, told = load_prepared("data")
+    before = load_prepared("data")
     written = Path("data/latents-00000.safetensors").stat().st_mtime_ns
-    assert len(encode(6)[0]) == len(encode(2)[0]) == 6
+    assert len(encode(6).latents) == len(encode(2).latents) == 6
     assert Path("data/latents-00000.safetensors").stat().st_mtime_ns == written
-    more, told_more = encode(8)
-    assert len(more) == len(told_more) == 8 and told_more[:6] == told
-    torch.testing.assert_close(more[:6], latents, rtol=1e-2, atol=1e-2)  # other batches, other rounding
+    more = encode(8)
+    assert len(more.latents) == len(more.captions) == 8 and more.captions[:6] == before.captions
+    torch.testing.assert_close(more.latents[:6], before.latents, rtol=1e-2, atol=1e-2)  # other batches, other rounding
 
 
 def test_encoding_with_another_codec_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_captions_that_training_cannot_use(tmp_path: Path, text: bytes, parts: l
 )
 def test_captions_end_at_line_feeds_only(tmp_path: Path, text: bytes, told: list[str]) -> None:
     shard(tmp_path, "0", clips(), text)
-    assert load_prepared(tmp_path)[1] == told
+    assert load_prepared(tmp_path).captions == told
 
 
 def test_files_that_are_not_there_or_are_others(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_files_that_are_not_there_or_are_others(tmp_path: Path) -> None:
 def test_rows_and_where_their_captions_are(tmp_path: Path) -> None:
     for name, count in (("0", 2), ("1", 3)):
         shard(tmp_path, name, clips(count), b"".join(b"%d\n" % n for n in range(count)))
-    assert load_prepared(tmp_path, rows=3)[1] == ["0", "1", "0"]
+    assert load_prepared(tmp_path, rows=3).captions == ["0", "1", "0"]
     assert caption_place(tmp_path, 3).endswith("latents-1.txt, line 2")
     with pytest.raises(ValueError, match="has 5 clips, 6 were asked for"):
         load_prepared(tmp_path, rows=6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -55,12 +55,14 @@ def train(args: Train) -> int:
 
 @dataclass(frozen=True)
 class Encode(ThreadFlag):
-    """Prepare training data: render clips of the tiny world, encode them into latent shards. Continues if stopped."""
+    """Prepare training data: render clips of a tiny world, encode them into latent shards. Continues if stopped."""
 
     codec: Path
     """Folder of a trained codec, or tiny for the one of the package."""
     out: Path
     """Folder for the shards."""
+    world: Literal["flat", "walk"] = "flat"
+    """Objects that move on a plane, or a place that one walks in, with cameras and keys."""
     clips: Annotated[int, Range(1, 100_000_000)] = 32768
     """Clips to render."""
     seed: Annotated[int, SEED] = 0
@@ -76,9 +78,13 @@ class Encode(ThreadFlag):
 def encode(args: Encode) -> int:
     from causalreel.data.prepare import prepare
     from causalreel.data.world import WorldConfig
+    from causalreel.data.worlds import WORLDS, flat
     from causalreel.infer.models import choose_device
     from causalreel.weights.export import codec_identity, load_codec
 
+    if args.events and args.world != "flat":
+        raise ValueError(f"--events are of the flat world, not of --world {args.world}")
+    world = flat(WorldConfig(events=args.events)) if args.events else WORLDS[args.world]()
     args.set_threads([], args.device)
     device = choose_device(args.device)
     codec = load_codec(args.codec).to(device)
@@ -88,7 +94,7 @@ def encode(args: Encode) -> int:
         codec_id=codec_identity(args.codec),
         clips=args.clips,
         seed=args.seed,
-        config=WorldConfig(events=args.events),
+        world=world,
         batch=args.batch or (256 if device.type == "cuda" else 4),
         device=device,
     )

@@ -1,8 +1,8 @@
-"""Training data on disk: latents and captions of the tiny world, in shards that are whole or absent.
+"""Training data on disk: latents and captions of the tiny worlds, in shards that are whole or absent.
 
-A prepared folder holds `latents-00000.safetensors` (latents (R,F,C,h,w) float16), captions beside each shard, one a
-line (`data.timed` where they change), and `info.yaml` (what made it). Preparing again continues where it stopped;
-`data.shards` reads it.
+A prepared folder holds `latents-00000.safetensors` (latents (R,F,C,h,w) float16, and the world's fields if it has
+any), captions beside each shard, one a line (`data.timed` where they change), and `info.yaml` (what made it).
+Preparing again continues where it stopped; `data.shards` reads it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from causalreel import config as configs
 from causalreel.data.manifest import read_manifest
 from causalreel.data.shards import layout, read_captions
-from causalreel.data.timed import joined
-from causalreel.data.world import WorldConfig, captions, render, simulate, told
+from causalreel.data.world import WorldConfig, captions, render, simulate
+from causalreel.data.worlds import World, flat
 from causalreel.files import replacing, write_text
 from causalreel.fingerprint import fingerprint
 from causalreel.folders import claim
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 
 def render_clips(
-    count: int, *, seed: int, config: WorldConfig = WorldConfig(), device: torch.device | str = "cpu"
+    count: int, *, seed: int, world: World = flat(), device: torch.device | str = "cpu", batch: int = 256
 ) -> Tensor:
     """-> (count,T,3,H,W) uint8 on `device`: clips of the training world, for the codec."""
     parts = []
-    for first in range(0, count, 1024):
-        state = simulate(min(1024, count - first), seed=seed, first=first, config=config, device=device)
-        parts.append(((render(state) + 1) * 127.5).round().to(torch.uint8))
+    for first in range(0, count, batch):
+        clips = world.clips(min(batch, count - first), seed=seed, first=first, device=device)
+        parts.append(((clips.video + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(parts)
 
 
@@ -49,18 +49,17 @@ def prepare(
     codec_id: str,
     clips: int,
     seed: int,
-    config: WorldConfig = WorldConfig(),
+    world: World = flat(),
     device: torch.device | str = "cpu",
     shard: int = 8192,
     batch: int = 256,
 ) -> Path:
-    """Render clips of world `seed`, encode them, write shards. Raises ValueError where `out` holds other data.
+    """Render clips of a world, encode them, write shards. Raises ValueError where `out` holds other data.
 
     codec_id: what tells this codec from others, such as `weights.export.codec_identity`.
     """
     folder = Path(out)
-    info = {"world_seed": seed, "shard": shard, "frames": config.frames, "size": config.size, "codec": codec_id}
-    info["events"] = f"{config.events} in {config.morph} frames" if config.events else None
+    info = {"world_seed": seed, "shard": shard, **world.facts, "codec": codec_id}
     with claim(folder, "encoding"):
         _agree(folder, info)
         for number, first in enumerate(range(0, clips, shard)):
@@ -68,13 +67,15 @@ def prepare(
             size = min(shard, clips - first)
             if path.is_file() and _is_done(path, size):
                 continue
-            lines, parts = list[str](), []
+            lines: list[str] = []
+            parts: list[dict[str, Tensor]] = []
             for start in range(first, first + size, batch):
-                state = simulate(min(batch, first + size - start), seed=seed, first=start, config=config, device=device)
-                parts.append(codec.encode(render(state)).half().cpu())
-                lines += map(joined, told(state))
+                made = world.clips(min(batch, first + size - start), seed=seed, first=start, device=device)
+                named = {f"field.{name}": value.cpu() for name, value in made.fields.items()}
+                parts.append({"latents": codec.encode(made.video).half().cpu()} | named)
+                lines += made.captions
             write_text(path.with_suffix(".txt"), "\n".join(lines) + "\n")
-            _write_latents(path, torch.cat(parts))
+            _write_latents(path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
             log.info("prepared %d of %d clips", first + size, clips)
     return folder
 
@@ -114,8 +115,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     return configs.read(path) if path.is_file() else {}
 
 
-def _write_latents(path: Path, latents: Tensor) -> None:
-    tensors = {"latents": latents}
+def _write_latents(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with replacing(path) as partial:
         write_tensors(partial, tensors, {"sha256": fingerprint(tensors)})
 

@@ -8,6 +8,7 @@ in a float type; shards of prompts alone have neither. Beside it:
 - `captions` (N) uint8 and `captions_rows` (R), the captions in UTF-8, byte for byte; or `latents-NAME.txt` with one
   caption a line, which ends at line feeds only.
 - `sources` and `sources_rows`, in the same form: where a clip comes from.
+- `field.NAME` (R,F,...), float: fields of the conditioning with an entry for each latent frame, such as cameras.
 
 Shards may be made by hand; those of the package hold a hash of their tensors, which is compared when they are read
 whole, and a manifest beside them names each with the hash of its file (`data.manifest`).
@@ -34,6 +35,9 @@ CAPTIONS_BYTES = 1 << 28
 
 CLIPS = {"latents": 5, "trajectories": 6}
 """Tensors of clips and their dimensions."""
+
+FIELD = "field."
+"""What names of fields begin with."""
 
 REMEDY = "delete it and run again what made it (`causalreel prepare`, `causalreel import` or `causalreel encode`)"
 
@@ -106,6 +110,13 @@ def read_shard(path: Path) -> Shard:
         shape, dtype = tuple(rest), TYPES[name]
     for name in ("text", "captions", "sources"):
         _check_ragged(path, entries, name, clips)
+    for name, entry in entries.items():
+        frames = shape[-4] if shape else 0
+        if name.startswith(FIELD) and (entry.shape[:2] != (clips, frames) or entry.dtype not in TYPES):
+            raise ValueError(
+                f"{path} holds {shown(name)} {entry.shape} in {entry.dtype}, expected ({clips},{frames},...), an entry "
+                f"for each latent frame of each clip, in {' or '.join(TYPES)}"
+            )
     return Shard(path, clips, kind, shape, dtype, entries, start)
 
 
@@ -129,25 +140,38 @@ def layout(shard: Path) -> tuple[tuple[int, ...], str]:
     return (found.clips, *found.shape), str(found.dtype).removeprefix("torch.")
 
 
-def load_prepared(folder: str | Path, *, rows: int | None = None) -> tuple[Tensor, list[str]]:
-    """-> latents (R,F,C,h,w) on the CPU and their captions; the first `rows` of them. For sets that fit in memory.
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared set in memory, on the CPU."""
+
+    latents: Tensor
+    """(R,F,C,h,w)."""
+    captions: list[str]
+    fields: dict[str, Tensor]
+    """Name -> (R,F,...) float32."""
+
+
+def load_prepared(folder: str | Path, *, rows: int | None = None) -> Prepared:
+    """The first `rows` clips of a folder, all by default. For sets that fit in memory.
 
     Raises ValueError, in one line that names the file, for shards that do not fit each other or their captions.
     """
     folder = Path(folder)
-    first, latents, told = None, [], []
+    first, parts, told = None, list[dict[str, Tensor]](), list[str]()
     for path in shards(folder):
         shard = read_shard(path)
         first = agree(first, shard)
         if shard.kind != "latents":
             raise ValueError(f"{path} holds {shard.kind or 'only prompts'}, expected {EXPECTED}")
-        latents.append(_values(path))
+        parts.append(_values(path))
         told += read_captions(path, shard.clips)
         if rows is not None and len(told) >= rows:
             break
     if rows is not None and rows > len(told):
         raise ValueError(f"{folder} has {len(told)} clips, {rows} were asked for")
-    return torch.cat(latents)[:rows], told[:rows]
+    held = {name: torch.cat([part[name] for part in parts])[:rows] for name in parts[0]}
+    fields = {name.removeprefix(FIELD): value.float() for name, value in held.items() if name.startswith(FIELD)}
+    return Prepared(held["latents"], told[:rows], fields)
 
 
 def agree(first: Shard | None, shard: Shard) -> Shard:
@@ -160,6 +184,10 @@ def agree(first: Shard | None, shard: Shard) -> Shard:
             f"{shard.path} holds clips of {kinds[0]}, {first.path.name} of {kinds[1]}: "
             "all shards need the same (frames,channels,height,width) and type"
         )
+    fields = [{name: e.shape[1:] for name, e in s.entries.items() if name.startswith(FIELD)} for s in (shard, first)]
+    if fields[0] != fields[1]:
+        told = [", ".join(f"{name} {shape}" for name, shape in sorted(found.items())) or "none" for found in fields]
+        raise ValueError(f"{shard.path} has fields: {told[0]}; {first.path.name}: {told[1]}; all shards need the same")
     texts = [(s.entries["text"].shape[1], s.entries["text"].dtype) if s.text_width else None for s in (shard, first)]
     if texts[0] != texts[1]:
         told = ["no text" if text is None else f"text of width {text[0]} in {text[1]}" for text in texts]
@@ -223,8 +251,8 @@ def caption_place(folder: str | Path, row: int) -> str:
     raise IndexError(f"{folder} has no clip {row}")
 
 
-def _values(shard: Path) -> Tensor:
-    """The latents of a shard, finite and as they were written."""
+def _values(shard: Path) -> dict[str, Tensor]:
+    """The latents and fields of a shard, finite and as they were written."""
     try:
         with safe_open(shard, framework="pt") as file:
             claimed = (file.metadata() or {}).get("sha256")
@@ -233,15 +261,14 @@ def _values(shard: Path) -> Tensor:
         raise damaged(shard, error) from None
     if claimed is not None and claimed != fingerprint(tensors):
         raise damaged(shard, "its latents are not those that were written")
-    latents = tensors["latents"]
-    for start in itertools.count(0, 1024):
-        part = latents[start : start + 1024]
-        if not len(part):
-            return latents
-        if not part.sum(dtype=torch.float64).isfinite():
-            row = int((~part.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"{shard}: clip {start + row} has latents that are not finite, numbers are expected")
-    raise AssertionError
+    found = {name: value for name, value in tensors.items() if name == "latents" or name.startswith(FIELD)}
+    for name, values in found.items():
+        for start in range(0, len(values), 1024):
+            part = values[start : start + 1024]
+            if not part.sum(dtype=torch.float64).isfinite():
+                row = int((~part.isfinite()).flatten(1).any(1).nonzero()[0])
+                raise ValueError(f"{shard}: clip {start + row} has {name} that are not finite, numbers are expected")
+    return found
 
 
 def damaged(shard: Path, error: object) -> ValueError:

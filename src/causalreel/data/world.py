@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from causalreel.data.draws import keys_of, uniform
 from causalreel.data.drawing import BOUNDS, RADII, SQUARE, TRIANGLE, coverage, render
 from causalreel.data.events import DRAWS, QUIET, ROOM, Change, gone_as_before, nothing, wanted_events
 from causalreel.vocabulary import (
@@ -167,28 +168,6 @@ class WorldState:
 # ---------------------------------------------------------------------------------------------------------- random
 
 
-def _mix(x: Tensor) -> Tensor:
-    """int64 -> int64, the finaliser of SplitMix64 (Steele, Lea and Flood 2014) in wrapping arithmetic."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def _uniform(keys: Tensor, purpose: int, count: int = 1) -> Tensor:
-    """keys (B,) int64 -> (B,count) float64 in [0, 1): draws number purpose, purpose+1, ... of each clip."""
-    number = torch.arange(purpose + 1, purpose + 1 + count, dtype=torch.int64)
-    bits = _mix(keys[:, None] + number * -0x61C8864680B583EB)  # (B,count)
-    return ((bits >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
-
-
-def _keys(seed: int, first: int, count: int, held_out: bool) -> Tensor:
-    """(count,) int64: one well mixed number per clip."""
-    if not 0 <= seed < 1 << 62:
-        raise ValueError(f"seed must be 0 to 2**62 - 1, got {seed}")
-    base = _mix(torch.tensor([2 * seed + int(held_out)], dtype=torch.int64) ^ 0x5851F42D4C957F2D)
-    return _mix(base + _mix(torch.arange(first, first + count, dtype=torch.int64)))
-
-
 def _heading(index: Tensor) -> Tensor:
     """(...) long -> (...,2) unit vector."""
     return torch.tensor(_HEADING_TABLE, dtype=torch.float64)[index % _HEADINGS]
@@ -212,9 +191,9 @@ def simulate(
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    keys = _keys(seed, first, count, held_out)
+    keys = keys_of(seed, first, count, held_out)
     n = config.max_objects
-    draw = _uniform(keys, _ATTRIBUTE, 32)  # (B,32)
+    draw = uniform(keys, _ATTRIBUTE, 32)  # (B,32)
 
     def classes(column: int, size: int) -> Tensor:
         return (draw[:, column : column + n] * size).long()  # (B,N)
@@ -241,7 +220,7 @@ def simulate(
     if config.events:
         looks = {"shape": shape, "color": color, "scale": scale, "direction": direction, "speed": speed}
         now = nothing(looks, background, present, config.frames)
-        events = _Events(keys, now, wanted_events(now, _uniform(keys, _EVENT, DRAWS), config), body, config)
+        events = _Events(keys, now, wanted_events(now, uniform(keys, _EVENT, DRAWS), config), body, config)
     path = _run(keys, position, velocity, pace, present, body, config, events)
     happened = None if events is None else events.happened
     state = WorldState(
@@ -287,7 +266,7 @@ def _place(keys: Tensor, velocity: Tensor, body: _Body, config: WorldConfig) -> 
     travel = velocity * config.quiet
     low = torch.maximum(body.low, body.low - travel)[:, None]  # (B,1,N,2)
     high = torch.minimum(body.high, body.high - travel)[:, None]
-    draws = _uniform(keys, _PLACEMENT, _PLACEMENTS * MAX_OBJECTS * 2).view(count, _PLACEMENTS, MAX_OBJECTS, 2)[:, :, :n]
+    draws = uniform(keys, _PLACEMENT, _PLACEMENTS * MAX_OBJECTS * 2).view(count, _PLACEMENTS, MAX_OBJECTS, 2)[:, :, :n]
     tries = low + draws * (high - low)  # (B,tries,N,2)
     if n == 1:
         return tries[:, 0], torch.ones(count, dtype=torch.bool)
@@ -319,7 +298,7 @@ def _run(
             both = events.there.all(dim=1) if n > 1 else None
         turned = torch.zeros_like(present)
         if t >= config.quiet:
-            draw = _uniform(keys, _FRAME + 2 * MAX_OBJECTS * t, 2 * MAX_OBJECTS)  # (B,4)
+            draw = uniform(keys, _FRAME + 2 * MAX_OBJECTS * t, 2 * MAX_OBJECTS)  # (B,4)
             turned = draw[:, :n] < config.turn_probability
             if events is not None:
                 turned &= ~events.is_quiet(t)[:, None]
@@ -384,7 +363,7 @@ class _Events:
         kept = velocity[due] * (speed / pace[due])[..., None]
         there, comes = first.present | new.present, new.present & ~first.present
         both, count = there.all(1), there.shape[1]
-        draws = _uniform(self.keys[due], _ARRIVAL, _PLACEMENTS * 3 * MAX_OBJECTS).view(len(due), _PLACEMENTS, 3, -1)
+        draws = uniform(self.keys[due], _ARRIVAL, _PLACEMENTS * 3 * MAX_OBJECTS).view(len(due), _PLACEMENTS, 3, -1)
         done = torch.zeros_like(both)
         place, goal, direction = position[due], kept, new.direction
         for attempt in range(_PLACEMENTS):

@@ -50,7 +50,10 @@ class Views:
 def seen(x: Tensor, matrices: Tensor) -> Tensor:
     """x (B,F*S,N,D), matrices (B,F,4,4) -> every group of 4 neighbouring channels times its frame's matrix."""
     grouped = torch.unflatten(torch.unflatten(x.float(), 1, (matrices.shape[1], -1)), -1, (-1, 4))  # (B,F,S,N,D/4,4)
-    moved = torch.matmul(grouped, matrices.mT[:, :, None, None])
+    columns = matrices.float()[:, :, None, None, None].unbind(-1)  # four of (B,F,1,1,1,4)
+    moved = grouped[..., 0:1] * columns[0]
+    for number in (1, 2, 3):  # products of numbers, which autocast leaves in float32 and a compiler fuses
+        moved = moved + grouped[..., number : number + 1] * columns[number]
     return moved.flatten(-2).flatten(1, 2).to(x.dtype)
 
 
@@ -81,9 +84,13 @@ class CameraBlock(Block):
             return super().forward(x, time, text, attention)
         cos, sin, turns_keys = attention.cos, attention.sin, attention.reading.turns_keys
         q, k, v = self.before_cameras(x, time, cos, sin, views, turns_keys)
-        plain, camera = torch.unflatten(attention(self.layer, q, k, v), 2, (-1, 2)).unbind(3)
-        attended = _twins(plain, seen(camera, views.project))
+        attended = self.seen_again(attention(self.layer, q, k, v), views.project)
         return self.after_attention(x, attended, time, text.of_block(self.layer, self.cross_attn.key_value))
+
+    def seen_again(self, attended: Tensor, project: Tensor) -> Tensor:
+        """attended (B,L,2N,D) with the twins' values brought into the reader's camera, project (B,F,4,4)."""
+        plain, camera = torch.unflatten(attended, 2, (-1, 2)).unbind(3)
+        return _twins(plain, seen(camera, project))
 
     def before_cameras(
         self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, views: Views, turns_keys: bool = True

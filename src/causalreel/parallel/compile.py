@@ -9,11 +9,15 @@ import torch
 
 from causalreel.nn.denoiser import DiTDenoiser
 
+HALVES = ("before_attention", "after_attention", "before_cameras", "seen_again")
+"""Methods of blocks, the last two of those that see through cameras."""
+
 
 def compile_blocks(denoiser: DiTDenoiser) -> DiTDenoiser:
     """Compile in place and return the same denoiser; parameters and their names stay as they are."""
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for block in denoiser.model.blocks:
-        block.before_attention = torch.compile(block.before_attention, dynamic=False)
-        block.after_attention = torch.compile(block.after_attention, dynamic=False)
+        for name in HALVES:
+            if hasattr(block, name):
+                setattr(block, name, torch.compile(getattr(block, name), dynamic=False))
     return denoiser

@@ -6,7 +6,7 @@ What is missing is said with the command that makes it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,6 +118,7 @@ def gather(recipe: Recipe, device: torch.device, team: Team | None = None, *, is
     )
     for role, net in roles.items():
         _check_fits(role, net, spec, null.shape[2])
+    _check_fields(source, roles, recipe.data)
     contents: tuple[Content, ...] = ()
     if recipe.trainer.check:
         _check_codec_of_data(recipe.data, recipe.codec)
@@ -235,6 +236,10 @@ def _clips_of(data: PreparedSet, recipe: Recipe) -> tuple[LatentSpec, int]:
             f"data: {data.folder} has {data.rows} clips{' (rows)' if recipe.rows else ''}, a batch has "
             f"settings.batch={batch}: prepare more clips or lower settings.batch"
         )
+    if data.kind is None and getattr(recipe.settings, "given", 0):
+        raise ValueError(
+            f"settings.given needs true first frames, and {data.folder} holds only prompts: give 0 or clips"
+        )
     if data.kind is None:
         student = read_export(recipe.init["student"])
         return student.latent, student.frames
@@ -262,22 +267,22 @@ def _held(data: PreparedSet, family: Family, device: torch.device) -> tuple[Data
 
     -> the source, the unconditional text (1,K,E), the set's fingerprint.
     """
-    latents, told = load_prepared(data.folder, rows=data.rows)
+    held = load_prepared(data.folder, rows=data.rows)
     if family.text.files:
         raise ValueError(
             f"{data.folder} stores no text, which {family.text.name} would have to read from files again in every run: "
             f"`causalreel import --model` stores it"
         )
-    encoder, captions = family.encoder(), [timed(line) for line in told]
+    encoder, captions = family.encoder(), [timed(line) for line in held.captions]
     reads = None
     if any(len(clip) > 1 for clip in captions):
-        texts, reads = readings(captions, latents.shape[1])
+        texts, reads = readings(captions, held.latents.shape[1])
         reads = reads.to(device)
     else:
-        texts = list(told)
+        texts = list(held.captions)
     text = _encode(encoder, texts, captions, data.folder)
-    source = LatentSource(latents.to(device), Conditioning(text.to(device)), reads)
-    return source, encoder.null(1).to(device), fingerprint({"latents": latents}, *told)
+    source = LatentSource(held.latents.to(device), Conditioning(text, held.fields).to(device), reads)
+    return source, encoder.null(1).to(device), fingerprint({"latents": held.latents, **held.fields}, *held.captions)
 
 
 def _streamed(
@@ -350,6 +355,18 @@ def _check_fits(role: str, net: DiTDenoiser, spec: LatentSpec, text_width: int) 
             f"{role} takes latents whose sides are multiples of {net.config.patch}, "
             f"the data have {spec.height} x {spec.width}"
         )
+
+
+def _check_fields(source: DataSource, roles: Mapping[str, DiTDenoiser], data: Path) -> None:
+    """ValueError for a network that takes cameras or keys that the data lack, or lacks what takes theirs."""
+    fields = source.batch(torch.tensor([0])).conditioning.fields
+    for role, net in roles.items():
+        if lacking := sorted(net.model.fields - fields.keys()):
+            raise ValueError(f"{role} takes {', '.join(lacking)}, which {data} does not hold: give data with cameras")
+        if odd := sorted(fields.keys() - net.model.fields):
+            raise ValueError(
+                f"{data} holds {', '.join(odd)}, which {role} does not take: start from a network that does"
+            )
 
 
 def _check_codec_of_data(data: Path, codec: Path) -> None:

@@ -189,6 +189,12 @@ def per_frame(values: Tensor, sizes: Sequence[int]) -> Tensor:
     return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=1, output_size=sum(sizes))
 
 
+def given_first(step: StepContext, batch: int, frames: int, share: float) -> Tensor:
+    """-> (B,F) bool: true at frame 0 of that share of the clips, which are to continue a given picture."""
+    rows = uniform(step, "given", batch, 1) <= share
+    return rows & (torch.arange(frames, device=rows.device) == 0)
+
+
 def drop_text(step: StepContext, conditioning: Conditioning, probability: float) -> Conditioning:
     """Blank the text of some rows, so that the network also learns the unconditional velocity."""
     if probability == 0:

@@ -27,7 +27,10 @@ def velocity_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor) -
 def bidirectional_loss(
     student: Denoise, x0: Tensor, conditioning: Conditioning, *, sigma: Tensor, noise: Tensor, weight: Tensor
 ) -> Tensor:
-    """Flow matching of whole clips: x0 (B,F,C,H,W), one noise level a clip, sigma (B,1)."""
+    """Flow matching of whole clips: x0 (B,F,C,H,W), noise levels sigma (B,1) or (B,F), weight as sigma.
+
+    A frame that is given is clean, at level 0, where the velocity to learn would be noise: it needs weight 0.
+    """
     velocity = student(add_noise(x0, noise, sigma), sigma, conditioning)
     return velocity_loss(velocity, x0, noise, weight.expand(x0.shape[:2]))
 
@@ -109,7 +112,7 @@ def consistency_loss(
 def distribution_matching_gradient(
     generated: Tensor, real: Denoise, fake: Denoise, conditioning: Conditioning, *, sigma: Tensor, noise: Tensor
 ) -> Tensor:
-    """generated (B,F,C,H,W), sigma (B,1) -> what the generated latents should lose, (B,F,C,H,W) float32.
+    """generated (B,F,C,H,W), sigma (B,1) or (B,F) -> what the generated latents should lose, (B,F,C,H,W) float32.
 
     (fake - real) clean estimates, per sample divided by the mean distance |generated - real|, as in DMD
     (arXiv 2311.18828), eq. 7-8. `real` is guided (scale 4 here is the released `guidance_scale: 3`).
@@ -128,11 +131,19 @@ def surrogate_loss(generated: Tensor, gradient: Tensor) -> Tensor:
 
 
 def critic_loss(
-    critic: Denoise, generated: Tensor, conditioning: Conditioning, *, sigma: Tensor, noise: Tensor
+    critic: Denoise,
+    generated: Tensor,
+    conditioning: Conditioning,
+    *,
+    sigma: Tensor,
+    noise: Tensor,
+    given: int = 0,
 ) -> Tensor:
-    """Flow matching of the critic on generated latents (B,F,C,H,W), sigma (B,1), unweighted.
+    """Flow matching of the critic on generated latents (B,F,C,H,W), sigma (B,1) or (B,F), unweighted.
+
+    given: leading frames that the student was given, at level 0: not learnt.
 
     The velocity is regressed directly; the released code goes through a clean estimate and two different tables.
     """
     velocity = critic(add_noise(generated, noise, sigma), sigma, conditioning)
-    return (velocity - (noise - generated).float()).square().mean()
+    return (velocity - (noise - generated).float())[:, given:].square().mean()

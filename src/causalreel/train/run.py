@@ -27,6 +27,7 @@ from causalreel.config import FREE
 from causalreel.data.prepare import render_clips
 from causalreel.data.sources import ClipSource
 from causalreel.data.world import WorldConfig
+from causalreel.data.worlds import WORLDS, flat
 from causalreel.files import remove_folder
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.folders import claim
@@ -118,8 +119,10 @@ class Recipe:
     """Prepared data (see `causalreel prepare` and `encode`); the codec stage renders its own clips."""
     rows: int | None = None
     """Clips used of the data; null for all."""
+    world: Literal["flat", "walk"] = "flat"
+    """What the codec stage renders: objects on a plane, or a place that one walks in."""
     data_seed: int = 0
-    """World of the clips that the codec stage renders."""
+    """Which world of that kind."""
     codec: Path | None = field(default=None, metadata=FREE)
     """Codec that made the data: a folder, tiny, or wan (of Wan2.1); used for previews and named in the export."""
     lora: dict[str, LoRAConfig] = field(default_factory=dict)
@@ -293,8 +296,8 @@ def _build_codec(recipe: Recipe, device: torch.device, team: Team) -> Prepared:
     codec = codec.to(device)
     if device.type == "cuda":
         codec.forward = torch.autocast("cuda", torch.bfloat16)(torch.compile(codec.forward))  # float32 weights stay
-    world = WorldConfig(events=recipe.settings.events)
-    clips = render_clips(recipe.rows or 4096, seed=recipe.data_seed, config=world, device=device)
+    world = flat(WorldConfig(events=recipe.settings.events)) if recipe.settings.events else WORLDS[recipe.world]()
+    clips = render_clips(recipe.rows or 4096, seed=recipe.data_seed, world=world, device=device)
     stage = CodecStage(codec, recipe.settings)
 
     def export(folder: Path) -> None:
@@ -396,6 +399,8 @@ def _pretrain(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
 
 def _ar_diffusion(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: ARDiffusionConfig = recipe.settings
+    if c.policy is not None:
+        made.roles["student"].context = policy_from(c.policy, frames=made.frames // c.chunk * c.chunk, chunk=c.chunk)
     sampling = Sampling(chunk=c.chunk, solver="unipc", guidance=2.0, multistep=48, shift=c.shift)
     viewer = Viewer(made.codec, unipc_sigmas(16, c.shift)[:-1], chunk=c.chunk, solver="unipc")
     stage = ARDiffusion(c, student=made.roles["student"], viewer=viewer)

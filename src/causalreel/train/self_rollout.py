@@ -69,6 +69,8 @@ class Record:
 
     first: int = 0
     """Frame from which on exit calls are kept."""
+    given: Tensor | None = None
+    """Clean leading frames (B,P,C,H,W) that were not generated; part of `latents` and of `committed`."""
     latents: Tensor = field(default_factory=lambda: torch.empty(0))
     """What was generated (B,F,C,H,W), all of it."""
     exits: list[Exit] = field(default_factory=list)
@@ -85,11 +87,13 @@ def training_plan(
     exits: Sequence[int],
     *,
     first: Sequence[float] | None = None,
+    prefix: Sequence[int] = (),
     context_sigma: float = 0.0,
     commit_last: bool = False,
 ) -> Plan:
     """The inference plan cut off at the exit steps; `exits[0]` is the first chunk's, the last entry everyone else's."""
-    plan = chunked(sizes, sigmas, first=first, context_sigma=context_sigma, commit_last=commit_last)
+    how = {"context_sigma": context_sigma, "commit_last": commit_last}
+    plan = chunked(sizes, sigmas, first=first, prefix=prefix, **how)
     return truncate(plan, exits)
 
 
@@ -115,12 +119,15 @@ def record_rollout(
     cache: ReplayCache,
     keep_caches: bool = False,
     first: int = 0,
+    given: Tensor | None = None,
 ) -> Record:
     """Run a training plan without gradient and remember its exit calls; `told` is the clip's conditioning.
 
-    first: the frame, at the beginning of a chunk, from which on they are remembered.
+    first: the frame, at the beginning of a chunk, from which on they are remembered. given: clean frames (B,P,C,H,W)
+    with which the plan begins, each as a chunk.
     """
-    record = Record(first)
+    record = Record(first, given)
+    record.sizes = [] if given is None else [1] * given.shape[1]
     estimates: dict[int, Tensor] = {}
 
     def observe(call: Call, x: Tensor, velocity: Tensor) -> None:
@@ -140,12 +147,13 @@ def record_rollout(
             record.context_sigma = call.parts[0].sigma
 
     with torch.no_grad():
-        chunks = list(rollout(student, plan, conditioning=told, noise=noise, cache=cache, observe=observe))
+        how = {"conditioning": told, "noise": noise, "cache": cache, "prefix": given, "observe": observe}
+        chunks = list(rollout(student, plan, **how))
     if estimates:
         record.sizes = [chunk.latents.shape[1] for chunk in chunks]
         record.latents = torch.cat([estimates[frame] for frame in range(sum(record.sizes))], dim=1)
     else:
-        record.latents = collect(chunks)
+        record.latents = torch.cat([*([] if given is None else [given.float()]), collect(chunks)], dim=1)
     return record
 
 
@@ -165,18 +173,29 @@ def as_clip(codec: VideoCodec, latents: Tensor, begin: int) -> Tensor:
 
 
 def parallel_pass(student: Denoiser, record: Record, conditioning: Conditioning) -> Tensor:
-    """-> the generated latents from `record.first` on (B,F,C,H,W) again, with gradient to the student, in one pass."""
+    """-> the generated latents from `record.first` on (B,F,C,H,W) again, with gradient to the student, in one pass.
+
+    Given frames lead: they go through it at noise level 0, where the clean estimate is the frame itself.
+    """
     if any(one.x.shape[1] > max(record.sizes) for one in record.exits):
         raise ValueError("a rolling rollout cannot be made again in one pass: replay it")
-    x, sigma = torch.cat([one.x for one in record.exits], 1), torch.cat([one.sigma() for one in record.exits], 1)
+    exits = [*_given(record), *record.exits]
+    x, sigma = torch.cat([one.x for one in exits], 1), torch.cat([one.sigma() for one in exits], 1)
     # The last chunk's context is read by nobody: any latents will do where it was not committed.
     past = torch.cat(record.committed, dim=1)
     clean = torch.cat([past, record.latents[:, past.shape[1] :]], dim=1)
     clean_sigma = torch.full_like(clean[:, :, 0, 0, 0], record.context_sigma)
     context = student.context_of(clean, conditioning, sizes=record.sizes, clean_sigma=clean_sigma)
-    sizes, here = [one.sizes[0] for one in record.exits], conditioning.frames(record.first, clean.shape[1])
-    velocity = student.behind(context, x, sigma, here, sizes=sizes, start=record.first)
+    start, sizes = exits[0].start, [one.sizes[0] for one in exits]
+    here = conditioning.frames(start, clean.shape[1])
+    velocity = student.behind(context, x, sigma, here, sizes=sizes, start=start)
     return velocity_to_x0(x, velocity, sigma)
+
+
+def _given(record: Record) -> list[Exit]:
+    """Given frames as calls that make nothing."""
+    frames = [] if record.given is None else record.given.float().split(1, dim=1)
+    return [Exit(start, x, (0.0,), (1,), None) for start, x in enumerate(frames)]
 
 
 def replay_passes(student: Denoiser, record: Record, conditioning: Conditioning) -> list[Piece]:

@@ -52,6 +52,8 @@ class ARDiffusionConfig:
     """Share of clips trained without text; 0 where guidance uses a negative prompt."""
     context_noise: float = 0.0
     """Largest noise level put on the clean context, 0 for none; teacher forcing only."""
+    policy: str | None = None
+    """What a chunk sees, where it is not as in what the student starts from, such as window:window=12."""
     ema: EMAConfig = EMAConfig()
     """The average that becomes the AR teacher."""
 

@@ -81,6 +81,8 @@ class DMDConfig:
     and changes the samples slightly: the released code has no such mode."""
     guidance: float = 4.0
     """Guidance of the teacher, standard convention; the released `guidance_scale: 3` is 4 here."""
+    given: float = 0.0
+    """Share of rollouts that continue the data's first latent frame, which scores see clean: image to video."""
     context_sigma: float = 0.0
     """Noise level at which finished chunks are written to the cache."""
     student_pass: Literal["parallel", "replay"] = "parallel"
@@ -109,6 +111,14 @@ class DMDConfig:
             raise ValueError(f"rolling and longest are for samples: self_rollout, got {self.samples}")
         if self.longest is not None and (self.longest < self.chunk or self.longest % self.chunk):
             raise ValueError(f"longest must be a multiple of the chunk's {self.chunk} frames, got {self.longest}")
+        if not 0 <= self.given <= 1:
+            raise ValueError(f"given must be 0 to 1, a share of the rollouts; got {self.given}")
+        if self.given and (self.chunk != 1 or self.samples != "self_rollout" or self.rolling or self.longest):
+            raise ValueError(
+                f"given needs chunk: 1 and samples: self_rollout, without rolling and longest, so that a first frame "
+                f"alone can be given; got chunk={self.chunk}, samples={self.samples}, rolling={self.rolling}, "
+                f"longest={self.longest}"
+            )
         if self.student_samples == "critic" and self.critic_rollouts not in (None, self.critic_samples):
             raise ValueError("student_samples: critic needs critic_rollouts: null, so that a rollout is of one batch")
 
@@ -136,10 +146,12 @@ class Samples:
     """-> the latents again, in pieces along the frames, with gradient."""
     bind: Callable[[Denoiser], Denoise]
     """Score network -> denoiser of these samples: itself, or itself behind their true context."""
+    given: int = 0
+    """Leading latent frames that the student did not make."""
 
     def rows(self, start: int, stop: int) -> Samples:
         """Some rows, for critic updates only: they cannot be made again."""
-        return Samples(self.latents[start:stop], self.conditioning[start:stop], list, self.bind)
+        return Samples(self.latents[start:stop], self.conditioning[start:stop], list, self.bind, self.given)
 
 
 def _whole(make: Callable[[], Tensor], latents: Tensor) -> list[Piece]:
@@ -202,18 +214,23 @@ class DMD:
             made = self._make(step, step.batch(config.batch, LatentBatch), "student")
         yield Update("student", self._student_losses(step, made))
 
-    def _score_sigma(self, step: StepContext, purpose: str, batch: int) -> Tensor:
-        """One level a clip, (B,1), kept where scores say something."""
+    def _score_sigma(self, step: StepContext, purpose: str, made: Samples) -> Tensor:
+        """One level a clip, (B,1), kept where scores say something; (B,F), 0 in given frames, if there are."""
+        batch, frames = made.latents.shape[:2]
         u = uniform(step, f"{purpose} score sigma", batch, 1)
-        return shift_sigma(u, self.config.shift).clamp(*SCORE_SIGMA_RANGE)
+        sigma = shift_sigma(u, self.config.shift).clamp(*SCORE_SIGMA_RANGE)
+        if not self.config.given:
+            return sigma
+        return sigma * (torch.arange(frames, device=sigma.device) >= made.given)
 
     def _critic_loss(self, step: StepContext, made: Samples, purpose: str) -> Loss:
-        sigma = self._score_sigma(step, purpose, len(made.conditioning))
+        sigma = self._score_sigma(step, purpose, made)
         noise = randn(step, f"{purpose} score noise", made.latents)
-        return critic_loss(made.bind(self.critic), made.latents, made.conditioning, sigma=sigma, noise=noise), {}
+        how = {"sigma": sigma, "noise": noise, "given": made.given}
+        return critic_loss(made.bind(self.critic), made.latents, made.conditioning, **how), {}
 
     def _student_losses(self, step: StepContext, made: Samples) -> list[Callable[[], Loss]]:
-        sigma = self._score_sigma(step, "student", len(made.conditioning))
+        sigma = self._score_sigma(step, "student", made)
         noise = randn(step, "student score noise", made.latents)
         real, fake = made.bind(self.teacher), made.bind(self.critic)
         gradient = distribution_matching_gradient(made.latents, real, fake, made.conditioning, sigma=sigma, noise=noise)
@@ -235,22 +252,30 @@ class DMD:
         config, conditioning = self.config, batch.conditioning
         sizes = chunk_sizes(self._length(step, batch, purpose), config.chunk)
         begin = sum(sizes) - batch.frames  # what is before it only leads there
-        first = begin + config.chunk if begin else 0  # its first chunk holds a frame that the student has not made
+        given = self._given(step, purpose)
+        first = begin + config.chunk if begin else given  # its first chunk holds a frame that the student has not made
         noise = RolloutNoise(step, f"{purpose} rollout", len(batch), batch.spec)
         sampler = self._current_sampler()
         with torch.no_grad():
             prepared = sampler.prepare(conditioning)
         record = record_rollout(
             sampler,
-            self._plan(step, sizes, purpose),
+            self._plan(step, sizes, purpose, given),
             told=prepared,
             noise=noise,
             cache=self._cache(sampler, batch),
             keep_caches=config.student_pass == "replay",
             first=first,
+            given=batch.latents[:, :given].float() if given else None,
         )
-        latents = as_clip(self.viewer.codec, record.latents, begin)
-        return Samples(latents, conditioning, lambda: self._again(record, conditioning, begin), lambda net: net)
+        latents = record.latents if not begin else as_clip(self.viewer.codec, record.latents, begin)
+        return Samples(latents, conditioning, lambda: self._again(record, conditioning, begin), lambda net: net, given)
+
+    def _given(self, step: StepContext, purpose: str) -> int:
+        """Frames that a rollout is given: 1 for the share of rollouts that the config says, else 0."""
+        if not self.config.given:
+            return 0
+        return int(draw_index(step, f"{purpose} given", 1 << 20) < self.config.given * (1 << 20))
 
     def _length(self, step: StepContext, batch: LatentBatch, purpose: str) -> int:
         """Latent frames of a rollout."""
@@ -263,15 +288,16 @@ class DMD:
             raise ValueError("longest is for clips with one prompt: nothing says what is beyond their last frame")
         return batch.frames + chunk * draw_index(step, f"{purpose} length", (longest - batch.frames) // chunk + 1)
 
-    def _plan(self, step: StepContext, sizes: Sequence[int], purpose: str) -> Plan:
+    def _plan(self, step: StepContext, sizes: Sequence[int], purpose: str, given: int = 0) -> Plan:
         config = self.config
         share = torch.rand((), generator=step.generator(f"{purpose} rolling", device="cpu")) if config.rolling else 1
         if share < config.rolling:
             turn = draw_index(step, f"{purpose} rolling exit", len(config.sigmas))
             return rolling_training_plan(sizes, config.sigmas, turn, context_sigma=config.context_sigma)
         exits = self._exits(step, purpose)
-        how = {"first": config.first_sigmas, "context_sigma": config.context_sigma}
-        plan = training_plan(sizes, config.sigmas, exits, **how)
+        first, prefix = config.first_sigmas, sizes[:given]
+        how = {"first": first, "prefix": prefix, "context_sigma": config.context_sigma}
+        plan = training_plan(sizes[given:], config.sigmas, exits, **how)
         return plan if self.student.context.selects else fuse(plan)
 
     def _exits(self, step: StepContext, purpose: str) -> list[int]:
@@ -286,8 +312,9 @@ class DMD:
         """Pieces of the latents that are matched, which begin at this frame of the rollout."""
         if self.config.student_pass == "replay":
             return [replace(p, start=p.start - begin) for p in replay_passes(self.student, record, conditioning)]
-        frames = record.latents.shape[1] - record.first
-        return [Piece(record.first - begin, frames, lambda: parallel_pass(self.student, record, conditioning))]
+        first = record.first if record.given is None else 0  # given frames lead
+        frames = record.latents.shape[1] - first
+        return [Piece(first - begin, frames, lambda: parallel_pass(self.student, record, conditioning))]
 
     def _denoise_data(self, step: StepContext, batch: LatentBatch, purpose: str) -> Samples:
         """CausVid: clean estimates of data noised chunk by chunk to levels of the step list, behind noisy chunks."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from causalreel.flow import shift_sigma, uniform_weight
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.train.kit import EMAConfig, Viewer, drop_text, probe, randn, uniform
+from causalreel.train.kit import EMAConfig, Viewer, drop_text, given_first, probe, randn, uniform
 from causalreel.train.losses import bidirectional_loss
 from causalreel.train.stage import Loss, StepContext, Update
 from causalreel.types import LatentBatch
@@ -25,8 +25,14 @@ class PretrainConfig:
     """Shift of the uniform noise levels."""
     text_dropout: float = 0.1
     """Share of clips trained without text, for guidance."""
+    given: float = 0.0
+    """Share of clips whose first latent frame is given, clean and at noise level 0: image to video."""
     ema: EMAConfig = EMAConfig(decay=0.999)
     """The average that becomes the base."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.given <= 1:
+            raise ValueError(f"given must be 0 to 1, a share of the clips; got {self.given}")
 
 
 class Pretrain:
@@ -46,6 +52,9 @@ class Pretrain:
             sigma = shift_sigma(uniform(step, "sigma", len(batch), 1), self.config.shift)
             conditioning = drop_text(step, batch.conditioning, self.config.text_dropout)
             weight = uniform_weight(sigma, self.config.shift)
+            if self.config.given:
+                given = given_first(step, *x0.shape[:2], self.config.given)
+                sigma, weight = sigma.masked_fill(given, 0.0), weight.masked_fill(given, 0.0)  # (B,F)
             noise = randn(step, "noise", x0)
             return bidirectional_loss(self.student, x0, conditioning, sigma=sigma, noise=noise, weight=weight), {}
 
