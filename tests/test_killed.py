@@ -91,7 +91,8 @@ def begin():
     pass
 
 def work():
-    prepare(folder, Codec(), codec_id="c", clips=7, seed=3, shard=3, batch=2, world=flat(WorldConfig(frames=5, size=64)))
+    world = flat(WorldConfig(frames=5, size=64))
+    prepare(folder, Codec(), codec_id="c", clips=7, seed=3, shard=3, batch=2, world=world)
 
 def look():
     return len(load_prepared(folder).captions)

@@ -111,7 +111,7 @@ def test_rows_and_where_their_captions_are(tmp_path: Path) -> None:
 
 def test_a_flipped_bit_in_a_prepared_shard(tmp_path: Path) -> None:
     path = shard(tmp_path, "0", clips())
-    _write_latents(path, clips())
+    _write_latents(path, {"latents": clips()})
     contents = bytearray(path.read_bytes())
     load_prepared(tmp_path)
     contents[-7] ^= 1

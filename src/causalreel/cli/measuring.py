@@ -120,11 +120,17 @@ class Evaluate(ThreadFlag):
     out: Path = Path("runs/eval")
     """Folder for the table, the scores of every clip and contact sheets."""
     clips: Annotated[int | None, Range(2, 1_000_000)] = None
-    """Held-out prompts; default: 512, or 32 for long videos."""
+    """Held-out prompts; default: 512, 256 with --control, or 32 for long videos."""
     seed: Annotated[int, SEED] = 0
     """Which held-out prompts, and the noise."""
     batch: Annotated[int | None, BATCH] = None
     """Clips generated together; default: 128 on a GPU, 8 on a CPU, whose caches are small."""
+    control: bool = False
+    """Models of the walkable world: whether they go where cameras and keys say, and still know what they have seen."""
+    steps: Annotated[int, Range(1, 1000)] = 24
+    """With --control: denoising steps of many-step models."""
+    guidance: Annotated[float, Range(0.1, 100)] = 1.5
+    """With --control: guidance of many-step models."""
     metrics: Path | None = None
     """Python file with metrics of your own, see docs/evaluation.md; their columns join the table."""
     device: str | None = None
@@ -154,14 +160,28 @@ def evaluate(args: Evaluate) -> int:
 
     models = args.models or (() if args.videos else ("tiny",))
     args.set_threads([network_of(parse_model(spec)[1]) for spec in models], args.device)
+    if args.long and args.control:
+        raise ValueError("--long and --control measure different things: give one of them")
     if args.long:
         return _evaluate_long(args, models)
     for name in ("policies", "videos", "vbench", "prompt_file"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for --long")
+    if args.control:
+        return _evaluate_control(args, models)
     how = {"seed": args.seed, "batch": args.batch, "device": args.device, "metrics": args.metrics}
     rows = run(models, out=args.out, clips=args.clips or 512, **how)
     print(table(rows))
+    return 0
+
+
+def _evaluate_control(args: Evaluate, models: tuple[str, ...]) -> int:
+    from causalreel.eval.walking import run, table
+
+    if args.metrics is not None:
+        raise ValueError("--metrics is for clips with captions alone; with --control leave it out")
+    how = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed, "batch": args.batch, "device": args.device}
+    print(table(run(models, out=args.out, clips=args.clips or 256, **how)))
     return 0
 
 

@@ -113,7 +113,7 @@ class WalkState:
         return dataclasses.replace(self, keys=keys, yaw=yaw, at=at)
 
 
-# ---- keys to poses ----------------------------------------------------------------------------------------------------
+# ---- keys to poses ---------------------------------------------------------------------------------------------------
 
 
 def walk(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +191,7 @@ def between(values: Tensor) -> Tensor:
     return torch.cat([values[:, :1], (before + share * (after - before)).flatten(1, 2)], dim=1)
 
 
-# ---- random scenes and paths ------------------------------------------------------------------------------------------
+# ---- random scenes and paths -----------------------------------------------------------------------------------------
 
 
 def simulate(
@@ -276,6 +276,12 @@ def _chosen(u: Tensor, shares: Sequence[float]) -> Tensor:
     return torch.bucketize(u.contiguous(), torch.tensor(shares, dtype=torch.float64).cumsum(0)[:-1], right=True)
 
 
+def is_free(state: WalkState) -> Tensor:
+    """(B,) bool: no frame's camera is nearer to an object than paths of the world come."""
+    hits = torch.stack([_hits(at, state) for at in state.at.unbind(1)])
+    return ~hits.any(0)
+
+
 def reach(scene: WalkState) -> Tensor:
     """(B,6) float64: how far from each object's middle it ends at most; 0 where there is none."""
     outer = torch.tensor((RADIUS[0], RADIUS[1] * math.sqrt(2)), dtype=torch.float64, device=scene.shape.device)
@@ -288,7 +294,7 @@ def _hits(at: Tensor, scene: WalkState) -> Tensor:
     return ((distance < reach(scene) + _CLEAR) & scene.present).any(1)
 
 
-# ---- captions ---------------------------------------------------------------------------------------------------------
+# ---- captions --------------------------------------------------------------------------------------------------------
 
 
 def scenes(state: WalkState) -> list[Scene]:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from causalreel.data.draws import keys_of, uniform
 from causalreel.data.drawing import BOUNDS, RADII, SQUARE, TRIANGLE, coverage, render
+from causalreel.data.draws import keys_of, uniform
 from causalreel.data.events import DRAWS, QUIET, ROOM, Change, gone_as_before, nothing, wanted_events
 from causalreel.vocabulary import (
     BACKGROUNDS,

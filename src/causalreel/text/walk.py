@@ -1,4 +1,4 @@
-"""The walkable world's text encoder: fixed codes, nothing learned; a token for each direction, the floor and the sky."""
+"""The walkable world's text encoder: fixed codes, nothing learned, a token for each direction, floor and sky."""
 
 from __future__ import annotations
 

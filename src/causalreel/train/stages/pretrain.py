@@ -53,7 +53,7 @@ class Pretrain:
             conditioning = drop_text(step, batch.conditioning, self.config.text_dropout)
             weight = uniform_weight(sigma, self.config.shift)
             if self.config.given:
-                given = given_first(step, *x0.shape[:2], self.config.given)
+                given = given_first(step, len(batch), batch.frames, self.config.given)
                 sigma, weight = sigma.masked_fill(given, 0.0), weight.masked_fill(given, 0.0)  # (B,F)
             noise = randn(step, "noise", x0)
             return bidirectional_loss(self.student, x0, conditioning, sigma=sigma, noise=noise, weight=weight), {}
