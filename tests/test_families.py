@@ -240,4 +240,4 @@ def test_names_are_taken_once() -> None:
         families.of(replace(export, family="round"))
     with pytest.raises(ValueError, match="unknown text encoder 'umt5'; models of square have fixed"):
         families.of(replace(export, text="umt5"))
-    assert json.dumps(sorted(families.FAMILIES)) == '["square", "tiny", "wan21"]'
+    assert json.dumps(sorted(families.FAMILIES)) == '["square", "tiny", "walk", "wan21"]'
