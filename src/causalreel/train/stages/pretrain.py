@@ -61,7 +61,8 @@ class Pretrain:
         yield Update("student", [loss])
 
     def probe(self, step: StepContext) -> dict[str, Tensor]:
-        return probe(step, self.config.batch, lambda x, sigma, _, told: self.student(x, sigma[:, :1], told))
+        each = None if self.config.given else 1  # noise levels of a clip, as in training
+        return probe(step, self.config.batch, lambda x, sigma, _, told: self.student(x, sigma[:, :each], told))
 
     def preview(self, step: StepContext) -> Tensor:
         return self.viewer.show(self.average, step, cached=False)
