@@ -85,7 +85,9 @@ def test_a_rollout_behind_a_given_frame_is_its_gradient_in_three_ways(sigma: flo
         training_plan([1] * (FRAMES - 1), (1.0, 0.6), [1, 0], first=(1.0, 0.9, 0.5), prefix=[1], context_sigma=sigma)
     )
     noise = StreamNoise(rows, SPEC, torch.Generator().manual_seed(5))
-    record = record_rollout(net, plan, told=told, noise=noise, cache=net.new_cache(), prefix=given, keep_caches=True)
+    record = record_rollout(
+        net, plan, told=told, noise=noise, cache=net.new_cache(), given=given, first=1, keep_caches=True
+    )
     assert torch.equal(record.latents[:, :1], given) and record.latents.shape[1] == FRAMES
     weight = torch.randn(rows, FRAMES, *SPEC.shape)
 

@@ -180,7 +180,13 @@ def _evaluate_control(args: Evaluate, models: tuple[str, ...]) -> int:
 
     if args.metrics is not None:
         raise ValueError("--metrics is for clips with captions alone; with --control leave it out")
-    how = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed, "batch": args.batch, "device": args.device}
+    how = {
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "seed": args.seed,
+        "batch": args.batch,
+        "device": args.device,
+    }
     print(table(run(models, out=args.out, clips=args.clips or 256, **how)))
     return 0
 
