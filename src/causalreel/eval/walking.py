@@ -2,7 +2,7 @@
 
 Every model gets the same scenes, paths and noise: random walks, turns of 60 degrees and back, five steps and back, all
 behind a true first frame; and captions alone, turning right. The result is a folder: `control.json` (means, standard
-errors, intervals), `control.md`, and a contact sheet of each model.
+errors, intervals), `control.md`, and of each model a contact sheet and pictures (B,F,h,w,3).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from causalreel.data.video import contact_sheet
+from causalreel.data.video import contact_sheet, to_bytes
 from causalreel.data.walk import (
     TEMPORAL,
     WalkConfig,
@@ -42,6 +42,7 @@ from causalreel.infer.schedule import noise_levels
 from causalreel.rollout import KeyedNoise, chunked, collect, rollout
 from causalreel.solvers import SOLVERS
 from causalreel.types import Conditioning, Denoise
+from causalreel.weights.files import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -271,13 +272,20 @@ def _save(
     true = shown["true render"]
     for label, pictures in shown.items():
         name = "".join(c if c.isalnum() else "-" for c in label)
+        kept = {
+            task.name: to_bytes(made).unflatten(0, made.shape[:2]) for task, made in zip(asked, pictures, strict=True)
+        }
+        write_tensors(out / f"{name}.safetensors", {task: made.contiguous() for task, made in kept.items()})
         clips, told = [], []
         for task, real, made in zip(asked, true, pictures, strict=True):
             count = min(4 if task.name in ("walk", "text") else 2, len(made))
             for number, caption in enumerate(captions(task.state[:count])):
                 clips += [real[number], made[number]]
                 told += [f"{task.name}, true: {caption}", f"{label}"]
-        contact_sheet(clips, out / f"{name}.png", told, columns=16)
+        try:
+            contact_sheet(clips, out / f"{name}.png", told, columns=16)
+        except ImportError as error:  # the numbers took minutes
+            log.warning("no contact sheet of %s, its pictures are in %s.safetensors: %s", label, name, error)
 
 
 def _known(estimate: Estimate) -> dict[str, float | None]:
