@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from causalreel.infer.clips import ClipRequest
     from causalreel.infer.models import Profile
     from causalreel.infer.requests import Wanted
+    from causalreel.infer.restyle import GivenVideo
     from causalreel.parallel.mesh import Mesh
 
 log = logging.getLogger("causalreel")
@@ -57,7 +58,9 @@ class Generate(MannerFlags):
     image: Path | None = None
     """Picture that the video starts with; or a folder of pictures, each with its prompt in a .txt of the same name."""
     video: Path | None = None
-    """Video to continue; it becomes the beginning of the result."""
+    """Video to continue; it becomes the beginning of the result. With `strength`: video to make another of."""
+    strength: float | None = None
+    """Noise level in (0, 1] from which each chunk of `video` is denoised anew: the higher, the less is kept of it."""
     fit: Literal["crop", "pad"] = "crop"
     """A picture or video of another shape keeps its aspect: cut to fill the frame, or set between black bars."""
     sheet: Path | None = None
@@ -89,8 +92,11 @@ def _generate(args: Generate, mesh: Mesh | None, made: contextlib.ExitStack) -> 
         check_target(args.sheet, SHEET_SUFFIXES)
     profile = args.profile()
     frames = _frames(args, profile)
-    beginning = None if args.video is None else _beginning(args, profile, frames)
-    requests = [partial(_request, args, profile, frames, beginning, *item) for item in enumerate(wanted)]
+    if args.strength is not None:
+        given: Any = _given(args, profile, frames)
+    else:
+        given = None if args.video is None else _beginning(args, profile, frames)
+    requests = [partial(_request, args, profile, frames, given, *item) for item in enumerate(wanted)]
     for request in requests:  # before anything is loaded; pictures are read again, and not all of them kept
         request().check(profile, encoder_of(profile.export))
     device, gpus = (None, 1) if mesh is None else (mesh.device, mesh.size)
@@ -199,15 +205,17 @@ def _frames(args: Generate, profile: Profile) -> int | None:
 
 
 def _request(
-    args: Generate, profile: Profile, frames: int | None, beginning: Tensor | None, index: int, one: Wanted
+    args: Generate, profile: Profile, frames: int | None, given: Tensor | GivenVideo | None, index: int, one: Wanted
 ) -> ClipRequest:
-    """A video that is asked for; beginning (T,3,H,W): that of all of them, if they have one."""
+    """A video that is asked for; given: the beginning (T,3,H,W) of all, or what all are made of, if anything."""
     from causalreel.data.pictures import read_picture
     from causalreel.infer.clips import ClipRequest
 
-    picture = one.image or args.image
-    prefix = beginning if picture is None else read_picture(picture, profile.size, args.fit)
-    return ClipRequest(one.prompt, frames, args.seed + index if one.seed is None else one.seed, prefix=prefix)
+    picture, seed = one.image or args.image, args.seed + index if one.seed is None else one.seed
+    if args.strength is not None:
+        return ClipRequest(one.prompt, frames, seed, video=given, strength=args.strength)
+    prefix: Any = given if picture is None else read_picture(picture, profile.size, args.fit)
+    return ClipRequest(one.prompt, frames, seed, prefix=prefix)
 
 
 def _outputs(output: str, wanted: Sequence[Wanted]) -> tuple[bool, list[Path]]:
@@ -234,6 +242,18 @@ def _folder(path: Path) -> Iterator[None]:
         yield
     finally:
         folders.unmake(made)
+
+
+def _given(args: Generate, profile: Profile, frames: int | None) -> GivenVideo:
+    """The video that all are made of, not yet decoded; ValueError."""
+    from causalreel.infer.restyle import GivenVideo, check_strength
+
+    assert args.strength is not None
+    check_strength(args.strength)
+    if args.video is None:
+        raise ValueError("--strength is for --video, the video to make another of")
+    how: dict[str, Any] = {"fps": profile.export.fps, "how": args.fit, "most": frames}
+    return GivenVideo.of_file(args.video, profile.size, **how)
 
 
 def _beginning(args: Generate, profile: Profile, frames: int | None) -> Tensor:

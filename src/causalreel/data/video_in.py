@@ -111,6 +111,15 @@ def open_video(
         yield Reel(upright, _pictures(timed, stream, size, how))
 
 
+def count_frames(path: str | os.PathLike[str], *, fps: float, most: int | None = None) -> int:
+    """How many frames a file has at a rate, at most `most`; they are decoded and not looked at. Raises as there."""
+    with _opened(path) as (container, stream):
+        count = sum(1 for _ in itertools.islice(_at_rate(path, _frames(path, container, stream), fps), most))
+    if count == 0:
+        raise ValueError(f"{path} holds no frames that can be decoded")
+    return count
+
+
 def _between(shown: Iterator[_Shown], start: float, end: float | None) -> Iterator[_Shown]:
     """The frames shown from `start` on and before `end`, their times counted from `start`."""
     for each in shown:

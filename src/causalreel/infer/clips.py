@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from causalreel.infer.restyle import GivenVideo, check_strength, latents_in
 from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.infer.scripts import Spoken, Spread, chunks_of, is_script, read_script, spread
 from causalreel.types import Geometry, TextEncoder
@@ -45,6 +46,11 @@ class ClipRequest:
     prefix: Tensor | None = None
     """The clip's first frames, (3,H,W), (T,3,H,W) or (B,T,3,H,W) in [-1,1]: one picture is image-to-video, more is
     continuation. It is encoded, decoded again and yielded first, and counts in `frames`."""
+    video: GivenVideo | Tensor | None = None
+    """A video to make another of, (T,3,H,W) in [-1,1] at the model's rate or a `GivenVideo`, the same for all prompts:
+    each chunk is noised to `strength` and denoised from there. The clip is as long as its whole chunks, or `frames`."""
+    strength: float | None = None
+    """With `video`: noise level in (0, 1] at which its chunks begin; of 1 nothing of it is left."""
     fields: Mapping[str, Tensor] = field(default_factory=dict)
     """For models whose conditioning has fields: name -> (B,F,...) or (1,F,...), a value for each of the F latent frames
     of the clip, those of the prefix included."""
@@ -70,10 +76,17 @@ class ClipRequest:
             raise ValueError(f"the prefix must be {_by(model.size)} pixels, got {_by(given.shape[-2:])}")
         length = 0 if given is None else model.geometry.latents_of(given.shape[1], name="the prefix")
         sampling = adapt(model.sampling, steps=self.steps, chunk=self.chunk)
+        video = self._video(model, sampling)
         how: dict[str, Any] = {"trained": model.export.frames, "context": model.export.context}
         script = self._script(prompts, sampling.chunk)
         frames = self.frames if self.frames is not None or not script else _length(script, sampling, model)
+        if video is not None:
+            most = model.geometry.frames_of(latents_in(video, model.geometry, sampling.chunk or 1))
+            if frames is not None and frames > most:
+                raise ValueError(f"frames must be at most the {most} of the given video's whole chunks, got {frames}")
+            frames = most if frames is None else frames
         plan = schedule(sampling, model.geometry, **how, frames=frames, prefix=length)
+        plan = plan if video is None else replace(plan, strength=self.strength)
         spoken = None
         if script and sampling.chunk is not None:
             counts = chunks_of(script, per_second=_per_second(model), chunk=sampling.chunk)
@@ -86,7 +99,26 @@ class ClipRequest:
             pictures += [None] * (len(prompts) - len(pictures))  # only a script's first prompt begins with one
             words = zip(prompts, seeds_of, pictures, strict=True)
             prompts = [encoder.complete(prompt, seed, picture) for prompt, seed, picture in words]
-        return CheckedClips(prompts, seeds, plan, given, spoken)
+        return CheckedClips(prompts, seeds, plan, given, spoken, video)
+
+    def _video(self, model: Model, sampling: Sampling) -> GivenVideo | None:
+        """The video that the clip is made of; ValueError unless it and `strength` go together."""
+        if self.strength is not None:
+            check_strength(self.strength)
+        if self.video is None:
+            if self.strength is not None:
+                raise ValueError("strength is for a given video; there is none")
+            return None
+        if self.strength is None:
+            raise ValueError("a given video needs a strength in (0, 1], the noise level at which its chunks begin")
+        if self.prefix is not None:
+            raise ValueError("a clip begins with a prefix or is made of a given video, not both")
+        if sampling.chunk is None or sampling.plan != "chunked":
+            raise ValueError(f"a given video needs a model that goes chunk by chunk; {model.export.name} does not")
+        video = self.video if isinstance(self.video, GivenVideo) else GivenVideo.of(self.video)
+        if video.size != model.size:
+            raise ValueError(f"the given video must be {_by(model.size)} pixels, got {_by(video.size)}")
+        return video
 
     @staticmethod
     def _script(prompts: Sequence[str], chunk: int | None) -> tuple[Spoken, ...]:
@@ -123,6 +155,8 @@ class CheckedClips:
     """Pixels (B,T,3,H,W) that the clips begin with."""
     spread: Spread | None = None
     """Where a script's prompts, which `prompts` then are, are read in the only clip."""
+    video: GivenVideo | None = None
+    """What the clips are made of, from `plan.strength` on."""
 
 
 def _per_second(model: Model) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from causalreel.infer.clips import CheckedClips, ClipRequest
 from causalreel.infer.loras import Loras
+from causalreel.infer.restyle import Over, encoded
 from causalreel.infer.schedule import Schedule
 from causalreel.nn.caches import growing_cache
 from causalreel.nn.denoiser import DiTDenoiser, Guided
@@ -87,7 +88,8 @@ class Pipeline:
         """Yield pixel frames (B,t,3,H,W) float32 in [-1,1], chunk by chunk as they are made.
 
         prompts: a `ClipRequest`, or its prompts with its other fields by name: frames, seed, steps, chunk, prefix,
-        fields, fused, ahead. Everything is checked here, before the first frame is asked for; raises ValueError.
+        video and strength, fields, fused, ahead. Everything is checked here, before the first frame is asked for;
+        raises ValueError.
         """
         wanted = ClipRequest.of(prompts, **request)
         return self._stream(wanted, *self._checked(wanted))
@@ -131,8 +133,14 @@ class Pipeline:
         self, request: ClipRequest, checked: CheckedClips, conditioning: Conditioning, prefix: Tensor | None
     ) -> Iterator[Chunk]:
         noise = KeyedNoise(checked.seeds, self.export.latent, self.device)
-        prepared, batch = self.denoiser_for(checked.plan.sampling).prepare(conditioning), len(conditioning)
-        return self.rollout(checked.plan, prepared, noise, batch=batch, prefix=prefix, fused=request.fused)
+        prepared = self.denoiser_for(checked.plan.sampling).prepare(conditioning)
+        how: dict[str, Any] = {"batch": len(conditioning), "prefix": prefix, "fused": request.fused}
+        strength = checked.plan.strength
+        if checked.video is None or strength is None:
+            yield from self.rollout(checked.plan, prepared, noise, **how)
+            return
+        with encoded(self.codec, checked.video, self.device) as given:
+            yield from self.rollout(checked.plan, prepared, Over(noise, given, strength), **how)
 
     def denoiser_for(self, sampling: Sampling) -> DiTDenoiser | Guided:
         """The denoiser, guided if `sampling` says so; its `prepare` makes the conditioning for `rollout`."""
@@ -158,7 +166,7 @@ class Pipeline:
         sampling = plan.sampling
         rows = batch if sampling.guidance == 1 else 2 * batch
         denoise: Denoise = self.denoiser_for(sampling)
-        if sampling.levels:
+        if sampling.levels and plan.strength is None:
             noise = _Below(noise, sampling.levels[0][0])
         return rollout(
             denoise if sampling.times == "exact" else partial(_told_in_bfloat16, denoise),

@@ -180,6 +180,11 @@ class TwoCodecs:
     def encode(self, video: Tensor) -> Tensor:
         return self._encoder.encode(video)
 
+    @property
+    def encode_stream(self) -> Any:
+        """As the encoder's, if it has one."""
+        return getattr(self._encoder, "encode_stream", None)
+
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder.decode(latents)
 

@@ -27,6 +27,8 @@ class Schedule:
     sampling: Sampling
     context: ContextPolicy = Context()
     """The context policy."""
+    strength: float | None = None
+    """Noise level at which chunks begin, where they are made of a given video; None: they are made of noise."""
 
     def plan(self, *, fused: bool = True) -> Plan:
         """The calls of the rollout; `fused` says the same in fewer of them."""
@@ -34,14 +36,24 @@ class Schedule:
         sizes, prefix = repeat(chunk, (self.frames - self.prefix) // chunk), [chunk] * (self.prefix // chunk)
         if self.sampling.plan == "rolling":
             return rolling(sizes, noise_levels(self.sampling), prefix=prefix)
+        first = first_noise_levels(self.sampling)
+        levels = self.sampling.levels or (noise_levels(self.sampling),)
+        if self.strength is not None:
+            levels = tuple(below(one, self.strength) for one in levels)
+            first = None if first is None else below(first, self.strength)
         plan = chunked(
             sizes,
-            self.sampling.levels or noise_levels(self.sampling),
-            first=first_noise_levels(self.sampling),
+            levels,
+            first=first,
             prefix=prefix,
             noisy_from=self.sampling.noisy_from,
         )
         return fuse(plan) if fused and not self.context.selects else plan
+
+
+def below(levels: Sequence[float], strength: float) -> tuple[float, ...]:
+    """Noise levels of a chunk that begins at `strength`: that, and those of the model's own that are below it."""
+    return (strength, *(level for level in levels if level < strength))
 
 
 def even_steps(count: int) -> tuple[float, ...]:

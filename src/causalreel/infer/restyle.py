@@ -1,0 +1,148 @@
+"""Video to video: a given video, noised to a level and denoised from there, chunk by chunk as it is decoded.
+
+Only where a chunk begins differs from any other rollout, so that is all there is here: noise whose first draw holds the
+given frames. What a video keeps of the given one depends on the level: at 1 nothing, and the result is that of the
+prompt alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalreel.data.pictures import Fit
+from causalreel.data.video_in import count_frames, open_video
+from causalreel.flow import add_noise
+from causalreel.types import Geometry, NoiseSource, VideoCodec
+
+
+@dataclass(frozen=True, eq=False)
+class GivenVideo:
+    """A video to be made another of: its frames at the model's rate and of the model's size, once for each use."""
+
+    frames: int
+    """Pixel frames."""
+    size: tuple[int, int]
+    """Their height and width."""
+    read: Callable[[], Iterable[Tensor]]
+    """-> parts (1,t,3,H,W) in [-1,1], in order; asked for when they are needed."""
+
+    @staticmethod
+    def of(video: Tensor) -> GivenVideo:
+        """A video that is there: (T,3,H,W) in [-1,1]."""
+        if video.ndim != 4 or video.shape[1] != 3 or not video.is_floating_point():
+            raise ValueError(f"the given video must be (T,3,H,W) in [-1,1], got {tuple(video.shape)} of {video.dtype}")
+        height, width = video.shape[-2:]
+        return GivenVideo(len(video), (height, width), lambda: [video[None]])
+
+    @staticmethod
+    def of_file(
+        path: str | os.PathLike[str], size: tuple[int, int], *, fps: float, how: Fit = "crop", most: int | None = None
+    ) -> GivenVideo:
+        """A file of any size and rate; decoded twice: to count its frames, at most `most`, and when it is used."""
+
+        def read() -> Iterator[Tensor]:
+            with open_video(Path(path), fps=fps, size=size, how=how) as reel:
+                for picture in reel.frames:
+                    yield _as_video(picture)
+
+        return GivenVideo(count_frames(path, fps=fps, most=most), size, read)
+
+
+def _as_video(picture: np.ndarray) -> Tensor:
+    """(H,W,3) uint8 -> (1,1,3,H,W) in [-1,1]."""
+    return torch.from_numpy(picture).permute(2, 0, 1)[None, None].float().div_(127.5).sub_(1)
+
+
+def check_strength(strength: float) -> None:
+    """ValueError unless it is a noise level at which something is left to be done."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength:g}")
+
+
+class Over:
+    """Noise over the latents of a given video: a chunk's first draw is these, noised to `strength`. See NoiseSource."""
+
+    def __init__(self, noise: NoiseSource, given: Callable[[int], Tensor], strength: float) -> None:
+        """given: a number of latent frames -> the next ones (1,F,C,H,W), in order."""
+        self.noise, self.given, self.strength = noise, given, strength
+
+    def initial(self, start: int, frames: int) -> Tensor:
+        drawn, kept = self.noise.initial(start, frames), self.given(frames)
+        level = torch.full((1, 1), self.strength, device=drawn.device)
+        return add_noise(kept.to(drawn).expand_as(drawn), drawn, level)
+
+    def renoise(self, start: int, frames: int, draw: int) -> Tensor:
+        return self.noise.renoise(start, frames, draw)
+
+
+@contextmanager
+def encoded(codec: VideoCodec, given: GivenVideo, device: torch.device) -> Iterator[Callable[[int], Tensor]]:
+    """A given video as latents: what it gives takes a number of latent frames -> the next ones (1,F,C,H,W).
+
+    Frames are decoded and encoded as they are asked for; a codec that cannot encode piece by piece does it at once.
+    """
+    stream: Any = getattr(codec, "encode_stream", None)
+    pixels = _Frames(given.read())
+    geometry, begun, rest = codec.geometry, False, torch.empty(0)
+
+    @torch.no_grad()
+    def take(frames: int) -> Tensor:
+        nonlocal begun, rest
+        if stream is None:
+            if not begun:
+                rest, begun = codec.encode(pixels.take(given.frames).to(device)), True
+            made, rest = rest[:, :frames], rest[:, frames:]
+            return made
+        count = geometry.temporal * frames if begun else geometry.frames_of(frames)
+        begun = True
+        return encode(pixels.take(count).to(device))
+
+    encode = None if stream is None else stream()
+    try:
+        yield take
+    finally:
+        pixels.close()
+
+
+class _Frames:
+    """Frames of a video taken in other numbers than they come."""
+
+    def __init__(self, parts: Iterable[Tensor]) -> None:
+        self._parts, self._held = iter(parts), list[Tensor]()
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` frames (1,count,3,H,W); ValueError if the video ends before."""
+        while sum(part.shape[1] for part in self._held) < count:
+            part = next(self._parts, None)
+            if part is None:
+                raise ValueError("the given video ended before its last frame: it was counted longer")
+            self._held.append(part)
+        joined = torch.cat(self._held, dim=1)
+        self._held = [joined[:, count:]]
+        return joined[:, :count]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._held = []
+        close = getattr(self._parts, "close", None)
+        if close is not None:
+            close()
+
+
+def latents_in(given: GivenVideo, geometry: Geometry, chunk: int) -> int:
+    """Latent frames of its whole chunks; ValueError if it has none."""
+    found = geometry.latents_in(given.frames) // chunk * chunk
+    if found == 0:
+        raise ValueError(
+            f"the given video has {given.frames} frames, fewer than one chunk ({geometry.frames_of(chunk)})"
+        )
+    return found
