@@ -42,8 +42,10 @@ def from_scratch(
     sigmas: tuple[float, ...],
     read: Callable[[int, int], Read],
     remember: Callable[[Past, int], None] = lambda past, start: None,
+    read_done: Callable[[int, int], Read] | None = None,
 ) -> Tensor:
-    """-> latents (B,F,C,4,4) of a chunked rollout; read(layer, start) says what the chunk that starts there sees.
+    """-> latents (B,F,C,4,4) of a chunked rollout; read(layer, start) says what the chunk that starts there sees, and
+    read_done what it sees when it is read for the cache, if that is something else.
 
     remember: called after each commit with a block's keys and values and the next chunk's start, to make up some more.
     """
@@ -64,7 +66,7 @@ def from_scratch(
         time6 = model.time_projection(time).unflatten(-1, (6, -1))
         y = model.tokens(x, {})
         for layer, block in enumerate(model.blocks):
-            seen = read(layer, start)
+            seen = (read_done or read)(layer, start) if keep else read(layer, start)
             own = [(token, position) for position in seen.own for token in range(4)]
             shift, scale, gate, shift2, scale2, gate2 = (block.modulation + time6).unbind(2)
             z = nn.functional.layer_norm(y, y.shape[-1:], eps=config.eps) * (1 + scale[:, :, None]) + shift[:, :, None]

@@ -48,7 +48,7 @@ class Schedule:
             prefix=prefix,
             noisy_from=self.sampling.noisy_from,
         )
-        return fuse(plan) if fused and not self.context.selects else plan
+        return fuse(plan) if fused and self.context.fuses else plan
 
 
 def below(levels: Sequence[float], strength: float) -> tuple[float, ...]:

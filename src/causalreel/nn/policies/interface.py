@@ -49,6 +49,11 @@ class ContextPolicy:
     """Finished chunks that are read once more for the cache (`Frame.done`, at noise level 0) see something else."""
 
     @property
+    def fuses(self) -> bool:
+        """Whether a finished chunk may be read for the cache in the next one's first call (`rollout.fuse`)."""
+        return not (self.selects or self.tells_done)
+
+    @property
     def is_absolute(self) -> bool:
         """Every frame is read at its own index, in order: keys are stored rotated, and a mask says everything."""
         return False

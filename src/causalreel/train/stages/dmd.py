@@ -298,7 +298,7 @@ class DMD:
         first, prefix = config.first_sigmas, sizes[:given]
         how = {"first": first, "prefix": prefix, "context_sigma": config.context_sigma}
         plan = training_plan(sizes[given:], config.sigmas, exits, **how)
-        return plan if self.student.context.selects else fuse(plan)
+        return fuse(plan) if self.student.context.fuses else plan
 
     def _exits(self, step: StepContext, purpose: str) -> list[int]:
         """Exit step of the first chunk and of the others."""
