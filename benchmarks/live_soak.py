@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--weights")
     parser.add_argument("--decoder")
-    parser.add_argument("--policy", choices=("renew", "slide"))
+    parser.add_argument("--policy", help="renew, slide, or a context policy such as memrope")
     parser.add_argument("--precision", default="bf16", choices=("eager", *PRECISIONS))
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--minute", type=float, default=60, help="seconds that a row of the table covers")
@@ -53,10 +53,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in ("weights", "decoder") if getattr(args, name) is not None}
-    pipeline = load(args.model, **given)
+    kind = args.policy if args.policy in (None, "renew", "slide") else "slide"
+    pipeline = load(args.model, **given, policy=None if kind == args.policy else args.policy)
     if args.precision != "eager" and pipeline.device.type == "cuda":
         pipeline = accelerate(pipeline, precision=args.precision)
-    scheduler = Scheduler(pipeline, Limits(sessions=max(args.sessions)), policy=args.policy)
+    scheduler = Scheduler(pipeline, Limits(sessions=max(args.sessions)), policy=kind)
     begun = time.monotonic()
     scheduler.start()
     while not scheduler.is_ready:

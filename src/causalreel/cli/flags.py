@@ -20,6 +20,7 @@ from causalreel.cli.parsing import CHUNK, LORA, SIDE, Range
 if TYPE_CHECKING:
     import torch
 
+    from causalreel.infer.live import PolicyKind
     from causalreel.infer.manner import Manner
     from causalreel.infer.models import Profile
     from causalreel.infer.pipeline import Pipeline
@@ -168,6 +169,28 @@ class MannerFlags(ModelFlags):
         from causalreel.infer.manner import Manner
 
         return Manner(self.policy, self.plan, self.any_plan, self.noisy_context)
+
+
+@dataclass(frozen=True)
+class StreamFlags(ModelFlags):
+    """And how a stream goes on for ever."""
+
+    policy: Annotated[str | None, arg(metavar="NAME[:key=value,...]")] = None
+    """How it goes on for ever: renew, in segments of the trained length; slide, in a window that slides; or a context
+    policy with its numbers, such as memrope (see `causalreel policy`). Default: the model's."""
+
+    @property
+    def kind(self) -> PolicyKind | None:
+        """Of `infer.live.Policy`: whatever the context policy, one that is named is not cut into segments."""
+        if self.policy == "renew":
+            return "renew"
+        return None if self.policy is None else "slide"
+
+    def manner(self) -> Manner:
+        """With the context policy, if one is named."""
+        from causalreel.infer.manner import Manner
+
+        return Manner(None if self.policy in ("renew", "slide") else self.policy)
 
 
 def cache_folder(name: str) -> Path | None:

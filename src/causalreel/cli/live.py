@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from causalreel.cli.flags import ModelFlags
+from causalreel.cli.flags import StreamFlags
 from causalreel.cli.parsing import FRAMES, Range
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Serve(ModelFlags):
+class Serve(StreamFlags):
     """Serve live sessions and videos over HTTP and WebSocket, with a page for browsers. Listens on loopback only,
     unless --host says otherwise."""
 
@@ -85,7 +85,7 @@ def serve(args: Serve) -> int:
         pipeline = args.load(
             adjustable=True
         )  # after all that may be refused at once: a port that is taken, a folder that is not one
-        scheduler = Scheduler(pipeline, limits)
+        scheduler = Scheduler(pipeline, limits, policy=args.kind)
         app = create_app(scheduler, settings, store=store)
         host, port = door.getsockname()[:2]
         if args.webrtc:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from causalreel.cli.flags import ModelFlags, ending, pixel_scale
+from causalreel.cli.flags import StreamFlags, ending, pixel_scale
 from causalreel.cli.parsing import FRAMES, Range
 from causalreel.foreign import parse_json
 from causalreel.infer.commands import MOST_VALUES, RATE, SEED, STEPS, Close, Options, Pause, Resume, Step
@@ -35,7 +35,7 @@ MOST_FRAMES = 1 << 40
 
 
 @dataclass(frozen=True)
-class Stream(ModelFlags):
+class Stream(StreamFlags):
     """Play an endless video whose prompt changes on the way, in a window or into a file or pipe.
 
     Without -o it plays in a window (space pauses, r restarts, q closes). With --stdin a typed line is the next prompt;
@@ -59,8 +59,6 @@ class Stream(ModelFlags):
     """Picture that the video starts with."""
     fields: Annotated[str | None, arg(metavar="JSON")] = None
     """What the fields of the model's conditioning, if it has any, hold at first: '{"actions": [0, 0, 1]}'."""
-    policy: Literal["renew", "slide"] | None = None
-    """How it goes on for ever: segments of the trained length, or a window that slides; default: the model's."""
     script: Path | None = None
     """Timed commands, a line each: "12.5 a blue square moves left", or JSON with time and command; checked as a whole
     before the model is loaded."""
@@ -92,7 +90,7 @@ def stream(args: Stream) -> int:
         pipeline = args.load(adjustable=True)
         steady_heap()
         options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image, _fields(args))
-        session = Session(pipeline, options, policy=args.policy)
+        session = Session(pipeline, options, policy=args.kind)
         typed = Typed(sys.stdin) if args.stdin else None
         how: dict[str, Any] = {"script": script, "typed": typed, "realtime": args.realtime}
         stack.enter_context(_recording(session, args.record))
@@ -133,7 +131,7 @@ def _check_words(args: Stream, profile: Profile, image: Tensor | None) -> list[T
     from causalreel.infer.live import Policy, understand
     from causalreel.serve.play import read_script
 
-    Policy.of(profile.export, profile.sampling, args.policy)
+    Policy.of(profile.export, profile.sampling, args.kind)
     understand(profile.export, [args.prompt], image)
     script = [] if args.script is None else read_script(args.script, profile)
     if image is not None or any(timed.command.picture is not None for timed in script):
@@ -210,7 +208,7 @@ def _write_record(session: Session, path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay(ModelFlags):
+class Replay(StreamFlags):
     """Make the video of a replay file again: one that the live page saved, or `causalreel stream --record`.
 
     With the same model, version and device its frames are those that were shown, bit for bit; what differs is said.
@@ -220,6 +218,8 @@ class Replay(ModelFlags):
     """Replay file (.json)."""
     model: str = ""
     """Model that makes it; default: the one that it was recorded with."""
+    policy: Annotated[str | None, arg(metavar="NAME[:key=value,...]")] = None
+    """Context policy; default: the one that it was recorded with."""
     output: Annotated[Path, arg(aliases=["-o"])] = Path("out.mp4")
     """Video file (.mp4, .mkv, .mov, .webm, .gif)."""
     frames: Annotated[int | None, FRAMES] = None
@@ -239,12 +239,14 @@ def replay(args: Replay) -> int:
         raise ValueError("--frames and --until exclude each other")
     if args.steps is not None or args.chunk is not None:
         raise ValueError("--steps and --chunk are what the replay file says; leave them out")
+    if args.policy in ("renew", "slide"):
+        raise ValueError(f"--policy {args.policy} is what the replay file says; a context policy may be named")
     record = read_record(args.file)
     if record.chunks == 0:
         raise ValueError(f"{args.file} was saved before anything was shown: there is nothing to replay")
     check_target(args.output, OUTPUT_SUFFIXES)
     flags = dataclasses.replace(args, model=args.model or record.model)
-    profile = _recorded_profile(flags, record)
+    flags, profile = _recorded_profile(flags, record)
     fps = record.options.fps or profile.export.fps
     frames = _frames(args.frames, args.until, "--until", fps)
     with ending():
@@ -262,10 +264,12 @@ def replay(args: Replay) -> int:
     return 0
 
 
-def _recorded_profile(flags: Replay, record: Record) -> Profile:
-    """What is known of the model that replays the record; ValueError that names the file if it cannot."""
+def _recorded_profile(flags: Replay, record: Record) -> tuple[Replay, Profile]:
+    """The flags with the context policy that was recorded, and what is known of the model that replays the record;
+    ValueError that names the file if it cannot."""
     from causalreel.infer.live import Policy, understand
     from causalreel.infer.schedule import adapt
+    from causalreel.nn.policies.registry import described
 
     try:
         profile = flags.profile()
@@ -273,7 +277,11 @@ def _recorded_profile(flags: Replay, record: Record) -> Profile:
         if flags.model != record.model:
             raise
         raise ValueError(f"{flags.file} was recorded with {record.model[:80]!r}; give --model: {error}") from None
+    recorded = record.made_by.get("context")
     try:
+        if flags.policy is None and recorded not in (None, described(profile.export.context)):
+            flags = dataclasses.replace(flags, policy=recorded)
+            profile = flags.profile()
         sampling = adapt(profile.sampling, steps=record.options.steps, chunk=record.options.chunk)
         profile = dataclasses.replace(profile, sampling=sampling)
         record.fits(profile.size)
@@ -283,7 +291,7 @@ def _recorded_profile(flags: Replay, record: Record) -> Profile:
         Policy.of(profile.export, profile.sampling, record.policy)
     except ValueError as error:
         raise ValueError(f"{flags.file}: {error}") from None
-    return profile
+    return flags, profile
 
 
 # -------------------------------------------------------------------------------------------------------------- output

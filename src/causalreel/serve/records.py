@@ -22,6 +22,7 @@ from causalreel.infer import values
 from causalreel.infer.commands import Close, Command, Options, parse
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.values import Text, Whole
+from causalreel.nn.policies.registry import described
 
 if TYPE_CHECKING:
     from causalreel.infer.pipeline import Pipeline
@@ -41,7 +42,7 @@ MOST_PIXELS = 1 << 26
 """Of all its pictures together."""
 
 KEYS = {"format", "model", "policy", "options", "commands", "chunks"}
-MADE_BY = ("version", "torch", "device", "size", "weights", "loras")
+MADE_BY = ("version", "torch", "device", "size", "context", "weights", "loras")
 """What else the frames depend on; files of earlier versions leave it out."""
 
 
@@ -100,6 +101,7 @@ def made_by(pipeline: Pipeline, loras: Mapping[str, float] | None = None) -> dic
     device = torch.cuda.get_device_name(pipeline.device) if is_cuda else pipeline.device.type
     size = f"{pipeline.size[1]}x{pipeline.size[0]}"
     known = {"version": __version__, "torch": torch.__version__, "device": device, "size": size}
+    known["context"] = described(pipeline.export.context)
     if pipeline.loras is not None:  # whose weights change with the strengths
         strengths = pipeline.loras.strengths if loras is None else loras
         return {**known, "loras": ", ".join(f"{name} {strength:g}" for name, strength in strengths.items())}

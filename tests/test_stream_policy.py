@@ -1,0 +1,57 @@
+"""Context policies of live streams, from the command line to the replay file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from causalreel import cli
+from causalreel.data.video_in import read_video
+from causalreel.foreign import read_json
+
+RED = "a large red circle moves right"
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind", "context"),
+    [
+        ("memrope", "slide", "memrope:sink=1,local=8,alpha_long=0.01,alpha_short=0.1"),
+        ("renew", "renew", "full"),
+        (None, "renew", "full"),
+    ],
+)
+def test_a_stream_takes_a_policy_and_its_record_makes_it_again(
+    policy: str | None, kind: str, context: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = [] if policy is None else ["--policy", policy]
+    record, shown, again = (str(tmp_path / name) for name in ("r.json", "a.mp4", "b.mp4"))
+    told = ["stream", RED, "--device", "cpu", "--frames", "53", "-o", shown, "--record", record, *how]
+    assert cli.main(told) == 0
+    found = read_json(record)
+    assert (found["policy"], found["context"]) == (kind, context)
+    capsys.readouterr()
+    assert cli.main(["replay", record, "--device", "cpu", "-o", again]) == 0
+    assert "may differ" not in capsys.readouterr().err
+    (first, _), (second, _) = read_video(shown), read_video(again, frames=53)
+    assert (first - second[:53]).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["stream", RED, "--policy", "memrop", "--frames", "5", "-o", "x.mp4"], "did you mean 'memrope'"),
+        (["stream", RED, "--policy", "sink:window=1,sink=1", "--frames", "5", "-o", "x.mp4"], "window must exceed sink"),
+        (["serve", "--policy", "sinks", "--port", "0"], "did you mean 'sink'"),
+        (["generate", RED, "--plan", "rolling", "-o", "x.mp4"], "--any-plan allows it"),
+        (["generate", RED, "--policy", "sink:window=2,sink=2", "-o", "x.mp4"], "window must exceed sink"),
+        (["generate", "a[5s] | b[-2s]", "-o", "x.mp4"], "a script cannot go back in time"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    command: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command, "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and message in told and list(tmp_path.iterdir()) == []
