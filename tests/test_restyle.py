@@ -20,7 +20,7 @@ from causalreel.flow import warp_steps
 from causalreel.infer.clips import ClipRequest
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.restyle import GivenVideo, encoded
+from causalreel.infer.restyle import Encoded, GivenVideo
 from causalreel.infer.schedule import below
 from causalreel.types import Geometry
 from causalreel.vocabulary import Caption, compose
@@ -135,8 +135,11 @@ def test_a_codec_that_encodes_whole_clips_does() -> None:
 
     expected = codec.encode(video[None])
     for one in (codec, Whole()):
-        with encoded(one, GivenVideo.of(video), torch.device("cpu")) as given:  # type: ignore[arg-type]
-            torch.testing.assert_close(torch.cat([given(1), given(2), given(1)], 1), expected, atol=1e-4, rtol=1e-4)
+        given = Encoded(one, GivenVideo.of(video), torch.device("cpu"))  # type: ignore[arg-type]
+        assert given.has(2) and given.has(4) and (one is not codec or not given.has(5))
+        made = torch.cat([given(1), given(2), given(1)], 1)
+        torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+        given.close()
 
 
 def test_files_of_any_size_and_rate(tmp_path: Path, small: dict[str, Pipeline]) -> None:

@@ -41,7 +41,10 @@ def test_a_stream_takes_a_policy_and_its_record_makes_it_again(
     ("command", "message"),
     [
         (["stream", RED, "--policy", "memrop", "--frames", "5", "-o", "x.mp4"], "did you mean 'memrope'"),
-        (["stream", RED, "--policy", "sink:window=1,sink=1", "--frames", "5", "-o", "x.mp4"], "window must exceed sink"),
+        (
+            ["stream", RED, "--policy", "sink:window=1,sink=1", "--frames", "5", "-o", "x.mp4"],
+            "window must exceed sink",
+        ),
         (["serve", "--policy", "sinks", "--port", "0"], "did you mean 'sink'"),
         (["generate", RED, "--plan", "rolling", "-o", "x.mp4"], "--any-plan allows it"),
         (["generate", RED, "--policy", "sink:window=2,sink=2", "-o", "x.mp4"], "window must exceed sink"),

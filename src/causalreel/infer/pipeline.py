@@ -7,6 +7,7 @@ What a clip shows depends on its prompt and seed alone, not on the batch it is i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from causalreel.infer.clips import CheckedClips, ClipRequest
 from causalreel.infer.loras import Loras
-from causalreel.infer.restyle import Over, encoded
+from causalreel.infer.restyle import Encoded, Over
 from causalreel.infer.schedule import Schedule
 from causalreel.nn.caches import growing_cache
 from causalreel.nn.denoiser import DiTDenoiser, Guided
@@ -139,7 +140,7 @@ class Pipeline:
         if checked.video is None or strength is None:
             yield from self.rollout(checked.plan, prepared, noise, **how)
             return
-        with encoded(self.codec, checked.video, self.device) as given:
+        with closing(Encoded(self.codec, checked.video, self.device)) as given:
             yield from self.rollout(checked.plan, prepared, Over(noise, given, strength), **how)
 
     def denoiser_for(self, sampling: Sampling) -> DiTDenoiser | Guided:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,33 +83,43 @@ class Over:
         return self.noise.renoise(start, frames, draw)
 
 
-@contextmanager
-def encoded(codec: VideoCodec, given: GivenVideo, device: torch.device) -> Iterator[Callable[[int], Tensor]]:
-    """A given video as latents: what it gives takes a number of latent frames -> the next ones (1,F,C,H,W).
+class Encoded:
+    """A given video as latents, decoded and encoded as they are asked for; all at once by a codec that must."""
 
-    Frames are decoded and encoded as they are asked for; a codec that cannot encode piece by piece does it at once.
-    """
-    stream: Any = getattr(codec, "encode_stream", None)
-    pixels = _Frames(given.read())
-    geometry, begun, rest = codec.geometry, False, torch.empty(0)
+    def __init__(self, codec: VideoCodec, given: GivenVideo, device: torch.device) -> None:
+        self._codec, self._device, self._pixels = codec, device, _Frames(given.read())
+        self._rest: Tensor | None = None
+        """Latents that were encoded and not yet asked for."""
+        self._begun = False
+        stream: Any = getattr(codec, "encode_stream", None)
+        self._encode: Callable[[Tensor], Tensor] = codec.encode if stream is None else stream()
+        self._at_once = given.frames if stream is None else None
+
+    def has(self, frames: int) -> bool:
+        """Whether there are so many more latent frames; waits for a video that is still being made."""
+        held = 0 if self._rest is None else self._rest.shape[1]
+        return held >= frames or self._pixels.hold(self._count(frames - held))
 
     @torch.no_grad()
-    def take(frames: int) -> Tensor:
-        nonlocal begun, rest
-        if stream is None:
-            if not begun:
-                rest, begun = codec.encode(pixels.take(given.frames).to(device)), True
-            made, rest = rest[:, :frames], rest[:, frames:]
-            return made
-        count = geometry.temporal * frames if begun else geometry.frames_of(frames)
-        begun = True
-        return encode(pixels.take(count).to(device))
+    def __call__(self, frames: int) -> Tensor:
+        """The next latent frames (1,F,C,H,W); ValueError if the video ends before."""
+        if self._rest is None or self._rest.shape[1] < frames:
+            missing = frames - (0 if self._rest is None else self._rest.shape[1])
+            count = self._count(missing) if self._at_once is None else self._at_once
+            made = self._encode(self._pixels.take(count).to(self._device))
+            self._begun = True
+            self._rest = made if self._rest is None else torch.cat([self._rest, made], dim=1)
+        made, self._rest = self._rest[:, :frames], self._rest[:, frames:]
+        return made
 
-    encode = None if stream is None else stream()
-    try:
-        yield take
-    finally:
-        pixels.close()
+    def _count(self, frames: int) -> int:
+        """Pixel frames of so many latent ones."""
+        geometry = self._codec.geometry
+        return geometry.temporal * frames if self._begun else geometry.frames_of(frames)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._pixels.close()
 
 
 class _Frames:
@@ -121,14 +130,20 @@ class _Frames:
 
     def take(self, count: int) -> Tensor:
         """The next `count` frames (1,count,3,H,W); ValueError if the video ends before."""
-        while sum(part.shape[1] for part in self._held) < count:
-            part = next(self._parts, None)
-            if part is None:
-                raise ValueError("the given video ended before its last frame: it was counted longer")
-            self._held.append(part)
+        if not self.hold(count):
+            raise ValueError("the given video ended before its last frame: it was counted longer")
         joined = torch.cat(self._held, dim=1)
         self._held = [joined[:, count:]]
         return joined[:, :count]
+
+    def hold(self, count: int) -> bool:
+        """Read on until so many frames are there; whether they are."""
+        while sum(part.shape[1] for part in self._held) < count:
+            part = next(self._parts, None)
+            if part is None:
+                return False
+            self._held.append(part)
+        return True
 
     def close(self) -> None:
         """Let go of the file."""
