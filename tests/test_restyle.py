@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from torch import Tensor
 
 from causalreel import cli
 from causalreel.codecs.wan_vae import CausalVAE
-from causalreel.data.video import write_video
+from causalreel.data.video import to_bytes, write_video
 from causalreel.data.video_in import count_frames, read_video
 from causalreel.data.world import render, simulate, specs
 from causalreel.eval.metrics import measure
@@ -20,8 +24,9 @@ from causalreel.flow import warp_steps
 from causalreel.infer.clips import ClipRequest
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.restyle import Encoded, GivenVideo
+from causalreel.infer.restyle import Encoded, GivenVideo, Restyle
 from causalreel.infer.schedule import below
+from causalreel.serve.session import Options, Session
 from causalreel.types import Geometry
 from causalreel.vocabulary import Caption, compose
 from causalreel.weights.export import Sampling, save_codec, save_export
@@ -211,3 +216,95 @@ def test_a_prompt_changes_the_colour_and_keeps_the_rest(tmp_path: Path) -> None:
     here, there = ((v - v.flatten(2).median(2).values[..., None, None]).abs().sum(1) > 0.4 for v in (made, video))
     overlap = (here & there).sum((1, 2)) / (here | there).sum((1, 2))
     assert overlap.mean() > 0.6  # the same place, frame for frame
+
+
+# ---- streams
+
+
+def test_a_stream_is_made_of_a_video_and_ends_with_it(small: dict[str, Pipeline]) -> None:
+    """Beyond a training clip, through a prompt change; at little strength it is the video."""
+    pipeline, video = small["two"], clip(61)
+    restyle = Restyle(GivenVideo.of(video), 1e-6)
+    session = Session(pipeline, Options(RED), restyle=restyle)
+    shown = []
+    while not session.closed:
+        if session.sequence == 3:
+            session.command("prompt", text=BLUE)
+        made = session.next_chunk()
+        shown += [] if made is None else [made.frames]
+    latents = pipeline.codec.encode(video[None])
+    expected = torch.cat([to_bytes(pipeline.codec.decode(latents)[0])])
+    assert torch.cat(shown).shape == expected.shape  # 16 latent frames, eight chunks
+    assert (torch.cat(shown).int() - expected.int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="strength must be above 0"):
+        Session(pipeline, Options(RED), restyle=Restyle(GivenVideo.of(video), 0.0))
+    with pytest.raises(ValueError, match="must be 32x32 pixels"):
+        Session(pipeline, Options(RED), restyle=Restyle(GivenVideo.of(video[..., :16]), 0.5))
+
+
+def test_the_first_clip_of_a_stream_is_the_clip(small: dict[str, Pipeline]) -> None:
+    pipeline, video = small["two"], clip(29)
+    session = Session(pipeline, Options(RED, seed=3), restyle=Restyle(GivenVideo.of(video), 0.7), policy="slide")
+    shown = torch.cat([made.frames for made in iter(session.next_chunk, None)])
+    expected = to_bytes(pipeline.generate(RED, seed=3, video=video, strength=0.7)[0])
+    assert shown.shape == expected.shape and (shown.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_pipe_is_read_as_it_comes(tmp_path: Path) -> None:
+    """The stream shows frames before the pipe has ended."""
+    path = tmp_path / "camera.y4m"
+    os.mkfifo(path)
+    went_on = threading.Event()
+    frames = (torch.rand(30, 48, 40, 3, generator=torch.Generator().manual_seed(0)) * 255).byte()
+
+    def camera() -> None:
+        with open(path, "wb") as out:
+            out.write(b"YUV4MPEG2 W40 H48 F16:1 C444\n")
+            for number, frame in enumerate(frames):
+                if number == 20:
+                    went_on.wait(30)
+                out.write(b"FRAME\n" + frame.permute(2, 0, 1).contiguous().numpy().tobytes())
+                out.flush()
+
+    thread = threading.Thread(target=camera, daemon=True)
+    thread.start()
+    parts = iter(GivenVideo.of_stream(path, (32, 32), fps=16).read())
+    first = [next(parts) for _ in range(5)]
+    went_on.set()
+    rest = list(parts)
+    thread.join(30)
+    assert len(first) + len(rest) == 30 and all(part.shape == (1, 1, 3, 32, 32) for part in first + rest)
+    with pytest.raises(ValueError, match="known length"):
+        ClipRequest(RED, video=GivenVideo.of_stream(path, (64, 64), fps=16), strength=0.5).check(
+            load("tiny", device="cpu"), None
+        )
+
+
+def test_the_stream_command_takes_a_file_and_standard_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.mp4"
+    write_video(source, render(simulate(1, seed=3))[0][:29], 16)
+    how = [sys.executable, "-m", "causalreel", "stream", BLUE, "--strength", "0.5", "--device", "cpu", "--video"]
+    for given, name in ((str(source), "a.mp4"), ("-", "b.mp4")):
+        done = subprocess.run([*how, given, "-o", str(tmp_path / name)], stdin=source.open("rb"), capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+    (one, _), (other, _) = read_video(tmp_path / "a.mp4"), read_video(tmp_path / "b.mp4")
+    assert one.shape[0] == 29 and torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strength", "0.5", "--frames", "5"], "--video and --strength go together"),
+        (["--video", "none.mp4", "--strength", "0.5"], "no video file at none.mp4"),
+        (["--video", "-", "--strength", "2"], "strength must be above 0 and at most 1, got 2"),
+        (["--video", "-", "--strength", "1", "--stdin"], "both read standard input"),
+        (["--video", "-", "--strength", "1", "--image", "a.png"], "exclude each other"),
+        (["--video", "-", "--strength", "1", "--record", "r.json"], "which a replay file does not hold"),
+    ],
+)
+def test_a_stream_that_cannot_be_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["stream", RED, "--device", "cpu", "-o", str(tmp_path / "x.mp4"), *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and message in told

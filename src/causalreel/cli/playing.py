@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from causalreel.infer.models import Profile
+    from causalreel.infer.restyle import Restyle
     from causalreel.serve.play import Timed
     from causalreel.serve.records import Record
     from causalreel.serve.session import Emitted, Session
@@ -57,6 +58,13 @@ class Stream(StreamFlags):
     """The same in seconds."""
     image: Path | None = None
     """Picture that the video starts with."""
+    video: str | None = None
+    """Video to make another of: a file, a named pipe, or - for standard input, read as it comes; the stream ends with
+    it. Needs `strength`."""
+    strength: float | None = None
+    """Noise level in (0, 1] from which each chunk of `video` is denoised anew: the higher, the less is kept of it."""
+    fit: Literal["crop", "pad"] = "crop"
+    """How `video` is brought to the model's shape: cut to fill the frame, or set between black bars."""
     fields: Annotated[str | None, arg(metavar="JSON")] = None
     """What the fields of the model's conditioning, if it has any, hold at first: '{"actions": [0, 0, 1]}'."""
     script: Path | None = None
@@ -90,7 +98,7 @@ def stream(args: Stream) -> int:
         pipeline = args.load(adjustable=True)
         steady_heap()
         options = Options(args.prompt, args.seed, args.steps, args.chunk, args.fps, image, _fields(args))
-        session = Session(pipeline, options, policy=args.kind)
+        session = Session(pipeline, options, policy=args.kind, restyle=_restyle(args, profile))
         typed = Typed(sys.stdin) if args.stdin else None
         how: dict[str, Any] = {"script": script, "typed": typed, "realtime": args.realtime}
         stack.enter_context(_recording(session, args.record))
@@ -111,12 +119,44 @@ def _check_stream(args: Stream) -> None:
         raise ValueError("--frames and --seconds exclude each other")
     if args.output not in (None, "-"):
         check_target(args.output, OUTPUT_SUFFIXES)
-        if args.frames is None and args.seconds is None and not args.stdin:
+        if args.frames is None and args.seconds is None and not args.stdin and args.video is None:
             raise ValueError("a file needs an end: --frames, --seconds, or --stdin and /close")
     if args.record is not None:
         check_target(args.record, (".json",))
+    _check_given(args)
     Text().read("the prompt", args.prompt)
     _fields(args)
+
+
+def _check_given(args: Stream) -> None:
+    """ValueError unless a given video and what else is asked for go together."""
+    from causalreel.infer.restyle import check_strength
+
+    if args.strength is not None:
+        check_strength(args.strength)
+    if (args.video is None) != (args.strength is None):
+        raise ValueError("--video and --strength go together: what to make another video of, and how much of it")
+    if args.video is None:
+        return
+    if args.image is not None:
+        raise ValueError("--image and --video exclude each other")
+    if args.record is not None:
+        raise ValueError("--record is for streams without --video, which a replay file does not hold")
+    if args.video == "-" and args.stdin:
+        raise ValueError("--stdin and --video - both read standard input")
+    path = Path(args.video)
+    if args.video != "-" and not (path.is_file() or path.is_fifo()):
+        raise FileNotFoundError(f"no video file at {path}")
+
+
+def _restyle(args: Stream, profile: Profile) -> Restyle | None:
+    """What the stream is made of, if it is made of a video."""
+    from causalreel.infer.restyle import GivenVideo, Restyle
+
+    if args.video is None or args.strength is None:
+        return None
+    source = sys.stdin.buffer if args.video == "-" else args.video
+    return Restyle(GivenVideo.of_stream(source, profile.size, fps=profile.export.fps, how=args.fit), args.strength)
 
 
 def _fields(args: Stream) -> dict[str, Any]:

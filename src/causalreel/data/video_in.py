@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class Reel:
 
 @contextlib.contextmanager
 def open_video(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | BinaryIO,
     *,
     fps: float,
     size: tuple[int, int],
@@ -147,16 +147,17 @@ def _aspect(stream: Any) -> float:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
-    """A file's container and its video stream; checked by its head."""
+def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]]:
+    """The container of a file, a named pipe or what is open, and its video stream; checked by its head."""
     import av
     from av.error import FFmpegError
     from av.stream import Disposition
 
-    if not Path(path).is_file():
+    if isinstance(path, str | os.PathLike) and not (Path(path).is_file() or Path(path).is_fifo()):
         raise FileNotFoundError(f"no video file at {path}")
     options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
-    with open(path, "rb") as file:  # an open file has no name that FFmpeg could take for a protocol
+    with contextlib.ExitStack() as stack:  # an open file has no name that FFmpeg could take for a protocol
+        file = stack.enter_context(open(path, "rb")) if isinstance(path, str | os.PathLike) else path
         try:
             container = av.open(file, options=options, metadata_errors="replace")
         except (FFmpegError, OSError, ValueError, MemoryError) as error:
@@ -179,7 +180,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
             yield container, stream
 
 
-def _frames(path: str | os.PathLike[str], container: Any, stream: Any) -> Iterator[_Shown]:
+def _frames(path: Any, container: Any, stream: Any) -> Iterator[_Shown]:
     """Frames as they are decoded, their times counted from the first and never falling. What is damaged is left out,
     and said at the end."""
     from av.error import FFmpegError
@@ -219,7 +220,7 @@ def _frames(path: str | os.PathLike[str], container: Any, stream: Any) -> Iterat
         log.warning("%s is damaged or was cut off: %.2f s of %.2f s can be decoded", path, end, max(told, end))
 
 
-def _at_rate(path: str | os.PathLike[str], shown: Iterator[_Shown], fps: float) -> Iterator[_Shown]:
+def _at_rate(path: Any, shown: Iterator[_Shown], fps: float) -> Iterator[_Shown]:
     """What a player shows at 0, 1/fps, 2/fps ...: at each of these times the latest frame that is due."""
     held, count = None, 0
     for decoded, each in enumerate(shown, start=1):

@@ -10,7 +10,7 @@ Pixels, threads and sessions are not its business: see `serve.session`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from causalreel import families
 from causalreel.infer.commands import MODES, Mode
 from causalreel.infer.models import encoder_of
 from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.restyle import Over
 from causalreel.infer.schedule import Schedule
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.window import Context
@@ -89,7 +90,8 @@ class Live:
     an encoded picture; P is a multiple of the chunk. They count as frames and are not returned. fields: theirs, name ->
     (1,P,...), for a network that takes some; `next_chunk` then takes those of the frames it makes. relative: of them
     the one with poses (4,4), w2c, which every segment sees from its own first frame, as clips do in training: numbers
-    stay small however far a camera goes.
+    stay small however far a camera goes. over: what the noise of chunks is laid over, see `infer.restyle`; strength:
+    the noise level at which they then begin.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class Live:
         first: Tensor | None = None,
         fields: Mapping[str, Tensor] | None = None,
         relative: str | None = None,
+        over: Callable[[int], Tensor] | None = None,
+        strength: float | None = None,
     ) -> None:
         self.pipeline, self._relative = pipeline, relative
         self.sampling = pipeline.sampling if sampling is None else sampling
@@ -122,7 +126,11 @@ class Live:
         self._strengths: dict[str, float] = {}
         """Of LoRAs, waiting for the next chunk."""
         self._version = 0 if pipeline.loras is None else pipeline.loras.version
-        self._noise = KeyedNoise([seed] if isinstance(seed, int) else seed, pipeline.export.latent, pipeline.device)
+        seeds = [seed] if isinstance(seed, int) else seed
+        self._noise: NoiseSource = KeyedNoise(seeds, pipeline.export.latent, pipeline.device)
+        self._strength = strength
+        if over is not None and strength is not None:
+            self._noise = Over(self._noise, over, strength)
         self._conditioning = self._prepare(Conditioning(text.to(pipeline.device), fields or {}))
         """The text in force, and the fields of the last frames."""
         self._fade: _Fade | None = None
@@ -204,7 +212,7 @@ class Live:
         sampling = self.sampling
         if not self._is_first:
             sampling = replace(sampling, first_steps=None, levels=sampling.levels[-1:])
-        plan = Schedule(self.policy.length, prefix, sampling, self.policy.context)
+        plan = Schedule(self.policy.length, prefix, sampling, self.policy.context, self._strength)
         self._base = self.frame - prefix
         if self._relative is not None:
             poses = self._conditioning.fields[self._relative]

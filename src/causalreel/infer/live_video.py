@@ -20,6 +20,7 @@ from causalreel.control.steering import Frame as Steered
 from causalreel.infer.commands import Command, Mode, Options, Scene
 from causalreel.infer.live import Live, Policy, PolicyKind, encode_prompt
 from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.restyle import Encoded, Restyle
 from causalreel.infer.schedule import adapt
 from causalreel.nn.camera import ACTIONS, INTRINSICS, W2C
 from causalreel.types import Conditioning, DecodeStream
@@ -29,8 +30,15 @@ from causalreel.weights.export import Export, Sampling
 class LiveVideo:
     """A video that goes on for ever. Raises ValueError for options that the model cannot meet."""
 
-    def __init__(self, pipeline: Pipeline, options: Options, policy: PolicyKind | None = None) -> None:
-        """policy: see `infer.live.Policy`; None: the model's."""
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        options: Options,
+        policy: PolicyKind | None = None,
+        *,
+        restyle: Restyle | None = None,
+    ) -> None:
+        """policy: see `infer.live.Policy`; None: the model's. restyle: a video that it is made of, and ends with."""
         self.pipeline = pipeline
         self.options = options = options.checked()
         self.sampling = adapt(pipeline.sampling, steps=options.steps, chunk=options.chunk)
@@ -52,6 +60,12 @@ class LiveVideo:
         """(1,K,E): the prompt in force."""
         self.live: Live | None = None
         self._decode: DecodeStream | None = None
+        self._restyle = restyle
+        self._given: Encoded | None = None
+        if restyle is not None:
+            restyle.check(pipeline.size, self.sampling)
+            if options.image is not None:
+                raise ValueError("a video begins with a picture or is made of a given one, not both")
 
     @property
     def can_run(self) -> bool:
@@ -59,6 +73,14 @@ class LiveVideo:
         return not self.closed and (not self.paused or self.to_step > 0)
 
     # ---- chunks ----
+
+    def has_input(self) -> bool:
+        """Whether what it is made of, if anything, has another chunk; waits for a video that is still being made."""
+        if self._restyle is None:
+            return True
+        if self._given is None:
+            self._given = Encoded(self.pipeline.codec, self._restyle.video, self.pipeline.device)
+        return self._given.has(self.sampling.chunk or 1)
 
     def next_latents(self) -> tuple[Tensor, DecodeStream]:
         """(1,F,C,H,W): the next chunk, a given picture first of all; and what makes its pixels, chunk after chunk."""
@@ -76,6 +98,8 @@ class LiveVideo:
             policy=self.policy,
             first=first,
             fields=self._fields_of(1) if picture is not None else None,
+            over=self._given if self.has_input() else None,
+            strength=None if self._restyle is None else self._restyle.strength,
             relative=W2C if self.course is not None and W2C in self.pipeline.fields else None,
         )
         self._decode = self.pipeline.codec.stream() if self.pipeline.decoder is None else self.pipeline.decoder(1)
@@ -86,6 +110,9 @@ class LiveVideo:
         if self.live is not None:
             self.live.close()
         self.live = self._decode = None
+        if self._given is not None:
+            self._given.close()
+            self._given = None
         if self.course is not None:
             self.course.begin()
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -21,14 +20,15 @@ from causalreel.data.pictures import Fit
 from causalreel.data.video_in import count_frames, open_video
 from causalreel.flow import add_noise
 from causalreel.types import Geometry, NoiseSource, VideoCodec
+from causalreel.weights.export import Sampling
 
 
 @dataclass(frozen=True, eq=False)
 class GivenVideo:
     """A video to be made another of: its frames at the model's rate and of the model's size, once for each use."""
 
-    frames: int
-    """Pixel frames."""
+    frames: int | None
+    """Pixel frames; None: nobody knows yet, it is still being made."""
     size: tuple[int, int]
     """Their height and width."""
     read: Callable[[], Iterable[Tensor]]
@@ -48,12 +48,46 @@ class GivenVideo:
     ) -> GivenVideo:
         """A file of any size and rate; decoded twice: to count its frames, at most `most`, and when it is used."""
 
-        def read() -> Iterator[Tensor]:
-            with open_video(Path(path), fps=fps, size=size, how=how) as reel:
-                for picture in reel.frames:
-                    yield _as_video(picture)
+        count = count_frames(path, fps=fps, most=most)
+        return GivenVideo(count, size, lambda: _pictures(path, size, fps, how))
 
-        return GivenVideo(count_frames(path, fps=fps, most=most), size, read)
+    @staticmethod
+    def of_stream(
+        source: str | os.PathLike[str] | BinaryIO, size: tuple[int, int], *, fps: float, how: Fit = "crop"
+    ) -> GivenVideo:
+        """A file, a named pipe or standard input, read as it comes; asked for again, an open one goes on."""
+        reels: list[Iterator[Tensor]] = []
+
+        def read() -> Iterator[Tensor]:
+            if not reels or isinstance(source, str | os.PathLike):
+                reels[:] = [_pictures(source, size, fps, how)]
+            return (part for part in reels[0])  # which does not close it
+
+        return GivenVideo(None, size, read)
+
+
+@dataclass(frozen=True, eq=False)
+class Restyle:
+    """What a live video is made of, instead of noise alone."""
+
+    video: GivenVideo
+    strength: float
+
+    def check(self, size: tuple[int, int], sampling: Sampling) -> None:
+        """ValueError unless a video of this size, sampled like that, can be made of it."""
+        check_strength(self.strength)
+        if self.video.size != size:
+            raise ValueError(f"the given video must be {size[1]}x{size[0]} pixels, got {self.video.size}")
+        if sampling.plan != "chunked":
+            raise ValueError("a given video needs a model that goes chunk by chunk")
+
+
+def _pictures(
+    source: str | os.PathLike[str] | BinaryIO, size: tuple[int, int], fps: float, how: Fit
+) -> Iterator[Tensor]:
+    with open_video(source, fps=fps, size=size, how=how) as reel:
+        for picture in reel.frames:
+            yield _as_video(picture)
 
 
 def _as_video(picture: np.ndarray) -> Tensor:
@@ -94,6 +128,8 @@ class Encoded:
         stream: Any = getattr(codec, "encode_stream", None)
         self._encode: Callable[[Tensor], Tensor] = codec.encode if stream is None else stream()
         self._at_once = given.frames if stream is None else None
+        if stream is None and given.frames is None:
+            raise ValueError("this model's codec encodes whole clips only, so nothing can be made of a stream")
 
     def has(self, frames: int) -> bool:
         """Whether there are so many more latent frames; waits for a video that is still being made."""
@@ -155,6 +191,8 @@ class _Frames:
 
 def latents_in(given: GivenVideo, geometry: Geometry, chunk: int) -> int:
     """Latent frames of its whole chunks; ValueError if it has none."""
+    if given.frames is None:
+        raise ValueError("a clip needs a given video of known length; a stream takes one that is still being made")
     found = geometry.latents_in(given.frames) // chunk * chunk
     if found == 0:
         raise ValueError(

@@ -26,6 +26,7 @@ from causalreel.infer.commands import COMMANDS, Command, Options, parse
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.restyle import Restyle
 from causalreel.infer.schedule import step_count
 from causalreel.serve.begun import Begun, Timings, aside
 from causalreel.serve.records import (
@@ -122,11 +123,13 @@ class Session:
         policy: PolicyKind | None = None,
         clock: Callable[[], float] = time.monotonic,
         record: Record | None = None,
+        restyle: Restyle | None = None,
     ) -> None:
-        """record: what it does by itself until somebody else changes the picture; at its end the session pauses."""
+        """record: what it does by itself until somebody else changes the picture; at its end the session pauses.
+        restyle: a given video that it is made of, at whose end it closes."""
         self.id = uuid.uuid4().hex if id is None else id
         self.pipeline, self.clock = pipeline, clock
-        self.video = LiveVideo(pipeline, options, policy)
+        self.video = LiveVideo(pipeline, options, policy, restyle=restyle)
         self._loras = {} if pipeline.loras is None else dict(pipeline.loras.strengths)
         """What the video began with; they may change for other sessions' sake."""
         self.sequence = self.frames = 0
@@ -323,6 +326,10 @@ class Session:
             self._follow_record()
             self.take_commands()
         if not self.can_run:
+            return None
+        if not self.video.has_input():
+            self.video.closed = True
+            self.video.reset()
             return None
         begun = Begun.of(self.video, self.clock)
         begun.taken, self._taken = self._taken, []
