@@ -175,10 +175,11 @@ def background_of(text: str) -> str | None:
     return _gather(text)[1]
 
 
-def complete(text: str, seed: int, *, background: str | None = None) -> str:
+def complete(text: str, seed: int, *, background: str | None = None, before: str | None = None) -> str:
     """Prompt -> a full sentence in the wording of training; what it leaves open is drawn by (prompt, seed).
 
-    background: the one that holds unless the prompt names another.
+    background: the one that holds unless the prompt names another. before: the sentence that holds until now, if the
+    prompt changes a video that goes on: then what it leaves open stays as it was (`_succeeding`).
 
     The world's captions name every attribute, and a model trained on them reads a shorter prompt poorly: this is to the
     tiny world what rewriting prompts is to large models. A full sentence comes back as it was; `tokenize` refuses the
@@ -186,6 +187,8 @@ def complete(text: str, seed: int, *, background: str | None = None) -> str:
     """
     chance = random.Random(f"{seed}/{' '.join(text.split()).lower()}")
     objects, named_background = _gather(text)
+    if before is not None:
+        objects, background = _succeeding(objects, before)
     background = named_background or background or chance.choice(BACKGROUNDS)
     objects = objects or [{}]
     named = {attributes["color"] for attributes in objects if "color" in attributes}
@@ -195,6 +198,33 @@ def complete(text: str, seed: int, *, background: str | None = None) -> str:
         for slot in ("shape", "size", "direction", "speed"):
             attributes.setdefault(slot, chance.choice(SLOTS[slot]))
     return compose(Caption(tuple(ObjectSpec(**attributes) for attributes in objects), background))
+
+
+def _succeeding(objects: list[dict[str, str]], before: str) -> tuple[list[dict[str, str]], str | None]:
+    """The objects that a prompt names, filled from those of the sentence before it, and the background that was.
+
+    An object named in a colour that is there is that one, the others follow in their order; those not named go. Of a
+    prompt that names none all stay.
+    """
+    old, background = _gather(before)
+    objects = objects or [{} for _ in old]
+    left = list(range(len(old)))
+    matched: dict[int, dict[str, str]] = {}
+    for number, attributes in enumerate(objects):
+        same = [i for i in left if "color" in attributes and old[i].get("color") == attributes["color"]]
+        if same:
+            matched[number] = old[same[0]]
+            left.remove(same[0])
+    for number in range(len(objects)):
+        if number not in matched and left:
+            matched[number] = old[left.pop(0)]
+    return [matched.get(number, {}) | attributes for number, attributes in enumerate(objects)], background
+
+
+def said_of(text: str) -> Caption:
+    """What a prompt says, with "" for a colour or a shape that it leaves open."""
+    objects, background = _gather(text)
+    return Caption(tuple(ObjectSpec(**({"color": "", "shape": ""} | attributes)) for attributes in objects), background)
 
 
 def _gather(text: str) -> tuple[list[dict[str, str]], str | None]:

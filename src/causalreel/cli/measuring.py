@@ -133,6 +133,8 @@ class Evaluate(ThreadFlag):
     """With --control: guidance of many-step models."""
     metrics: Path | None = None
     """Python file with metrics of your own, see docs/evaluation.md; their columns join the table."""
+    changes: Annotated[int | None, Range(1, 100_000)] = None
+    """Instead of clips: play so many live videos that are told another prompt, and judge the frames around it."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
     long: bool = False
@@ -155,6 +157,7 @@ class Evaluate(ThreadFlag):
 
 
 def evaluate(args: Evaluate) -> int:
+    from causalreel.eval import streams
     from causalreel.eval.run import parse_model, run, table
     from causalreel.infer.models import network_of
 
@@ -169,6 +172,10 @@ def evaluate(args: Evaluate) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is for --long")
     if args.control:
         return _evaluate_control(args, models)
+    if args.changes is not None:
+        rows = streams.run(models, out=args.out, streams=args.changes, seed=args.seed, device=args.device)
+        print(streams.table(rows))
+        return 0
     how = {"seed": args.seed, "batch": args.batch, "device": args.device, "metrics": args.metrics}
     rows = run(models, out=args.out, clips=args.clips or 512, **how)
     print(table(rows))

@@ -304,6 +304,35 @@ def measure(
     return _score(reading, want, config, video.shape[-2:])
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What T frames show of a caption's N objects."""
+
+    found: Tensor
+    """(T,N) bool: something in its colour."""
+    centre: Tensor
+    """(T,N,2) x, y."""
+    shape: Tensor
+    """(T,N) long, the best of the templates, as `size`."""
+    size: Tensor
+    background: Tensor
+    """(T,) long: the nearest."""
+
+
+@torch.no_grad()
+def look(frames: Tensor, caption: Caption, *, config: MetricConfig = MetricConfig()) -> Sight:
+    """frames (T,3,H,W) in [-1,1] -> where the objects of one caption are, and what they look like, in each of them."""
+    want = _Request.of([caption], frames.device)
+    read = _read(frames, want[torch.zeros(len(frames), dtype=torch.long, device=frames.device)], config)
+    kinds = torch.tensor(_TEMPLATES, device=frames.device)[read.template]  # (T,N,2)
+    known = torch.tensor(BACKGROUND_RGB, device=frames.device) / 255
+    middle = _median((frames.float().clamp(-1, 1)[:, :, ::2, ::2].flatten(2) + 1) / 2)  # (T,3)
+    nearest = (middle[:, None] - known).square().sum(-1).argmin(1)
+    count = len(caption.objects)
+    shape, size = kinds[:, :count, 0], kinds[:, :count, 1]
+    return Sight(read.found[:, :count], read.centre[:, :count], shape, size, nearest)
+
+
 def _score(r: _Reading, want: _Request, config: MetricConfig, size: Sequence[int]) -> Scores:
     """Reading with leading (B,E) -> Scores."""
     named = want.named[:, None].expand_as(r.found)  # (B,E,N)

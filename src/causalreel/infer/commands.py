@@ -81,6 +81,8 @@ class Scene:
     seed: int
     picture: Tensor | None = None
     """(H,W,3) uint8 that it begins with."""
+    said: str | None = None
+    """The completed prompt that holds, which a change of it leaves as it is where it says nothing; None: at first."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Restart(Command):
 
     def scene(self, before: Scene) -> Scene:
         seed = before.seed if self.seed is None else self.seed
-        return replace(before, prompt=self.prompt or before.prompt, seed=seed)
+        return replace(before, prompt=self.prompt or before.prompt, seed=seed, said=None)
 
     def apply(self, video: LiveVideo) -> None:
         video.reset()
@@ -271,7 +273,7 @@ class Image(Command):
             video.check_picture(self.image)
 
     def scene(self, before: Scene) -> Scene:
-        return replace(before, picture=self.image)
+        return replace(before, picture=self.image, said=None)
 
     def apply(self, video: LiveVideo) -> None:
         video.reset()

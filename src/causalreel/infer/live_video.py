@@ -7,6 +7,7 @@ function of how it began and of which command took effect before which chunk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from causalreel.control.poses import Array
 from causalreel.control.steering import Course, Steering
 from causalreel.control.steering import Frame as Steered
 from causalreel.infer.commands import Command, Mode, Options, Scene
-from causalreel.infer.live import Live, Policy, PolicyKind, encode_prompt
+from causalreel.infer.live import Live, Policy, PolicyKind
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.restyle import Encoded, Restyle
 from causalreel.infer.schedule import adapt
@@ -45,7 +46,7 @@ class LiveVideo:
         self.policy = Policy.of(pipeline.export, self.sampling, policy)
         if options.image is not None:
             self.check_picture(options.image)
-        self.scene = Scene(options.prompt, options.seed, options.image)
+        scene = Scene(options.prompt, options.seed, options.image)
         self.fps = pipeline.export.fps if options.fps is None else options.fps
         self.paused = self.closed = False
         self.to_step = 0
@@ -56,8 +57,8 @@ class LiveVideo:
         """The camera that keys move, of a model that has some."""
         self.seen: list[Steered] = []
         """What the frames of the latest chunk were told by it."""
-        self.text = self.encode(self.scene, begins=True)
-        """(1,K,E): the prompt in force."""
+        self.scene, self.text = self.encode(scene, begins=True)
+        """The scene, and (1,K,E) the prompt in force."""
         self.live: Live | None = None
         self._decode: DecodeStream | None = None
         self._restyle = restyle
@@ -118,15 +119,21 @@ class LiveVideo:
 
     # ---- commands ----
 
-    def encode(self, scene: Scene, *, begins: bool) -> Tensor:
-        """A scene's words -> (1,K,E), where the encoder makes it; ValueError. begins: with the scene's picture."""
-        picture = None if scene.picture is None or not begins else in_range(scene.picture)
-        return encode_prompt(self.pipeline, scene.prompt, scene.seed, picture)
+    def encode(self, scene: Scene, *, begins: bool) -> tuple[Scene, Tensor]:
+        """A scene -> the same with its prompt completed, and that as (1,K,E), where the encoder makes it; ValueError.
 
-    def take(self, command: Command, text: Tensor | None) -> None:
-        """A command takes effect. text: its scene's words, encoded, if it has a scene."""
-        if text is not None:
-            self.scene, self.text = command.scene(self.scene) or self.scene, text
+        begins: with the scene's picture.
+        """
+        picture = None if scene.picture is None or not begins else in_range(scene.picture)
+        text = self.pipeline.text
+        with torch.no_grad():
+            said = text.complete(scene.prompt, scene.seed, picture, before=scene.said)
+            return replace(scene, said=said), text.encode([said])
+
+    def take(self, command: Command, encoded: tuple[Scene, Tensor] | None) -> None:
+        """A command takes effect. encoded: what `encode` made of its scene, if it has one."""
+        if encoded is not None:
+            self.scene, self.text = encoded
         command.apply(self)
 
     def read_prompt(self, mode: Mode, chunks: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from causalreel.control.steering import Frame as Steered
 from causalreel.data.video import on_host
 from causalreel.infer import values
-from causalreel.infer.commands import COMMANDS, Command, Options, parse
+from causalreel.infer.commands import COMMANDS, Command, Options, Scene, parse
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.pipeline import Pipeline
@@ -103,8 +103,8 @@ class _Pending:
     number: int
     command: Command
     told_s: float
-    text: Tensor | None
-    """What its scene says, encoded."""
+    encoded: tuple[Scene, Tensor] | None
+    """Its scene with what it says, and that encoded."""
 
 
 class Session:
@@ -190,14 +190,14 @@ class Session:
                 raise ValueError(f"session {self.id} is closed")
             self._refuse_more(command)
             scene = command.scene(self._intended)
-            text = None if scene is None else self.video.encode(scene, begins=command.begins_again)
-            self._intended = scene or self._intended
+            encoded = None if scene is None else self.video.encode(scene, begins=command.begins_again)
+            self._intended = self._intended if encoded is None else encoded[0]
             if ends_replay:
                 self._record = None
                 self._waiting.clear()
             self._count += 1
             with self._lock:
-                self._pending.append(_Pending(self._count, command, told_s, text))
+                self._pending.append(_Pending(self._count, command, told_s, encoded))
             return self._count
 
     def _refuse_more(self, command: Command) -> None:
@@ -260,7 +260,7 @@ class Session:
                 if self.closed:
                     break
                 is_idle = pending.command.is_idle(self.video)
-                self.video.take(pending.command, pending.text)
+                self.video.take(pending.command, pending.encoded)
                 if not is_idle:
                     self._keep(Recorded(self._started, pending.command, pending.number))
                 described = _described(pending.command.arguments)

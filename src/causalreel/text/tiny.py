@@ -64,7 +64,7 @@ class TinyTextEncoder:
         self._place_row = {place: next(rows) for place in PLACES}
         self._codes = code_table().to(device, torch.float32) * 0.5**0.5
 
-    def complete(self, prompt: str, seed: int, picture: Tensor | None = None) -> str:
+    def complete(self, prompt: str, seed: int, picture: Tensor | None = None, *, before: str | None = None) -> str:
         """The prompt as a full sentence of the tiny world; see `vocabulary.complete`.
 
         A picture (3,H,W) settles a background that the prompt leaves open. ValueError if the prompt names another one
@@ -77,7 +77,7 @@ class TinyTextEncoder:
                 f"the prompt asks for a {named} background, but the picture that the video begins with has a {seen} "
                 f"one: {prompt!r}"
             )
-        return complete(prompt, seed, background=seen)
+        return complete(prompt, seed, background=seen, before=before)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> text (B,length,width) float32, one row a describing word, zero rows after the last."""

@@ -1,0 +1,184 @@
+"""The moment of change: what a tiny-world video shows around the frame from which another caption holds, by pixels.
+
+A frame is clean if it shows the background, the objects, what they turn into on the straight way there, and nothing
+else. How the world itself changes is `data.events`; the same code scores rendered clips, reconstructions and live
+videos (`eval.streams`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from causalreel.data.drawing import BOUNDS, COLOR_RGB, RADII
+from causalreel.data.world import SPEED_PIXELS
+from causalreel.eval.metrics import Sight, look
+from causalreel.vocabulary import (
+    BACKGROUND_RGB,
+    BACKGROUNDS,
+    COLORS,
+    DIRECTIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    Caption,
+)
+
+LOOKED_AT = 16
+"""Frames from a change that are looked at."""
+SHOWN_BY, TURNED_BY = 8, 12
+"""Frames from a change by which what is named shows, and is where it is told to go."""
+BLEND = 0.25
+"""Distance of a pixel (RGB 0..1) from the straight way between background and objects, above which it is foreign."""
+DRAWN = 0.2
+"""Distance from the background above which a pixel is drawn on."""
+REACH = 16
+"""Half width of the window around an object."""
+SPOTS = 24
+"""Pixels of anything else that a frame may have: soft edges."""
+LARGEST = 420
+"""Pixels that one object may cover while it changes; the largest has 315."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """How one change went; None where there is nothing to be seen of it."""
+
+    noise: float
+    """Share of the frames from the change on that show something else."""
+    is_shown: float | None
+    """Share of objects whose colour and shape are the new ones within 8 frames."""
+    turned: float | None
+    """Share of objects told where to go, with room to go there, that do so within 12 frames."""
+    kept: float | None
+    """Share of what the new caption does not name (colour, shape, size, background) that is as before."""
+
+
+def judge(video: Tensor, start: int, before: Caption, after: Caption, said: Caption) -> Changed:
+    """video (T,3,H,W) in [-1,1] with at least 13 frames from `start` on; the captions that hold before and from there
+    on; and the later one with what was said alone, object by object."""
+    if start < 1 or len(video) < start + TURNED_BY + 1:
+        raise ValueError(
+            f"video must show a frame before {start} and {TURNED_BY + 1} from there on, got {len(video)} frames"
+        )
+    behind = video[start : start + LOOKED_AT]
+    new = look(video[start : start + TURNED_BY + 1], after)
+    return Changed(
+        noise=1 - _mean(clean(behind, before, after).tolist(), 0.0),
+        is_shown=_mean(_shown(new, after, said)) if after.objects else None,
+        turned=_mean(_turned(new, after, said, video.shape[-2:])),
+        kept=_mean(_kept(new, after, said)),
+    )
+
+
+def _mean(values: Iterable[bool], empty: Any = None) -> Any:
+    found = list(values)
+    return sum(found) / len(found) if found else empty
+
+
+@torch.no_grad()
+def clean(frames: Tensor, before: Caption, after: Caption) -> Tensor:
+    """frames (T,3,H,W) in [-1,1] from a change on -> which of them show only what belongs there (T,) bool."""
+    picture = ((frames.float().nan_to_num(0.0).clamp(-1, 1) + 1) / 2).flatten(2)  # (T,3,P)
+    old, new = _backgrounds(before), _backgrounds(after)
+    ground = torch.stack([_median(channel) for channel in picture.unbind(1)], dim=1)  # (T,3)
+    way = torch.linspace(0, 1, 9)[:, None]
+    between = torch.lerp(old, new, way)  # (9,3)
+    is_ground = (ground[:, None] - between).norm(dim=-1).amin(1) < 2 * 0.1
+    paint = torch.cat([torch.lerp(a, b, way) for a, b in _paints(before, after)])  # (n,3)
+    offset = picture - ground[..., None]  # (T,3,P)
+    towards = paint - ground[:, None]  # (T,n,3)
+    share = ((towards @ offset) / towards.square().sum(-1, keepdim=True).clamp_min(1e-4)).clamp(0, 1)  # (T,n,P)
+    rest = (offset[:, None] - share[:, :, None] * towards[..., None]).norm(dim=2).amin(1)  # (T,P)
+    foreign = (rest > BLEND).sum(1)
+    drawn = (offset.norm(dim=1) > DRAWN).float().view(len(frames), *frames.shape[-2:])  # (T,H,W)
+    stray, mass = _stray(drawn, max(len(before.objects), len(after.objects)))
+    return is_ground & (foreign <= SPOTS) & (mass <= LARGEST) & (stray <= SPOTS)
+
+
+def _median(values: Tensor) -> Tensor:
+    return values.median(dim=-1).values
+
+
+def _backgrounds(caption: Caption) -> Tensor:
+    assert caption.background is not None
+    return torch.tensor(BACKGROUND_RGB[BACKGROUNDS.index(caption.background)]) / 255
+
+
+def _paints(before: Caption, after: Caption) -> list[tuple[Tensor, Tensor]]:
+    """Colours that objects may go over from and to: any old one to any new one."""
+    old, new = ([torch.tensor(COLOR_RGB[COLORS.index(o.color)]) / 255 for o in c.objects] for c in (before, after))
+    return [(a, b) for a in old for b in new]
+
+
+def _stray(drawn: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(T,H,W) -> pixels (T,) that are far from the `count` places where most are drawn, and those of the fullest."""
+    height, width = drawn.shape[1:]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    at = torch.stack([x, y], dim=-1).flatten(0, 1).float()  # (P,2)
+    solid = (F.avg_pool2d(drawn[:, None], 3, stride=1, padding=1)[:, 0] > 0.7).flatten(1)  # (T,P), no lone pixels
+    weight = drawn.flatten(1)
+    centre = (weight[..., None] * at).sum(1) / weight.sum(1, keepdim=True).clamp_min(1)  # (T,2)
+    centres = centre[:, None]  # (T,1,2)
+    if count > 1:
+        for _ in range(2):  # the pixel farthest from the middle, then the one farthest from that
+            distance = (at - centres[:, :1]).norm(dim=-1) * solid
+            centres = torch.cat([at[distance.argmax(1)][:, None], centres[:, :1]], dim=1)
+        centres = torch.cat([centres[:, :1], centres[:, 1:2]], dim=1)
+    mass = weight.sum(1, keepdim=True)
+    for _ in range(5):
+        nearest = (at - centres[:, :, None]).norm(dim=-1).argmin(1)  # (T,P)
+        share = torch.stack([weight * (nearest == i) for i in range(centres.shape[1])], dim=1)  # (T,count,P)
+        mass = share.sum(-1)
+        moved = (share @ at) / mass.clamp_min(1)[..., None]
+        centres = torch.where(mass[..., None] > 0, moved, centres)
+    reach = (at - centres[:, :, None]).abs().amax(-1).amin(1)  # (T,P)
+    return (weight * (reach > REACH)).sum(1), mass.amax(1)
+
+
+def _shown(sight: Sight, after: Caption, said: Caption) -> Iterable[bool]:
+    """Of each object whose colour or shape was said: whether it is there, as said, by `SHOWN_BY`."""
+    for i, (whole, spec) in enumerate(zip(after.objects, said.objects, strict=True)):
+        if spec.color or spec.shape:
+            is_shape = spec.shape is None or SHAPES.index(whole.shape) == int(sight.shape[SHOWN_BY, i])
+            yield bool(sight.found[SHOWN_BY, i]) and is_shape
+
+
+def _kept(sight: Sight, after: Caption, said: Caption) -> Iterable[bool]:
+    """Of everything that was not said, as far as the new caption has it from the old one: whether it is so."""
+    at = SHOWN_BY
+    if said.background is None and after.background is not None:
+        yield BACKGROUNDS.index(after.background) == int(sight.background[at])
+    for i, (whole, spec) in enumerate(zip(after.objects, said.objects, strict=True)):
+        found = bool(sight.found[at, i])
+        if not spec.color:
+            yield found
+        if not spec.shape:
+            yield found and SHAPES.index(whole.shape) == int(sight.shape[at, i])
+        if spec.size is None and whole.size is not None:
+            yield found and SIZES.index(whole.size) == int(sight.size[at, i])
+
+
+def _turned(sight: Sight, after: Caption, said: Caption, size: Sequence[int]) -> Iterable[bool]:
+    """Of each object that was told where to go and has room to go there: whether it does."""
+    ways = torch.tensor([(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)])
+    for i, (whole, spec) in enumerate(zip(after.objects, said.objects, strict=True)):
+        if spec.direction is None:
+            continue
+        way = ways[DIRECTIONS.index(spec.direction)]
+        pace = SPEED_PIXELS[SPEEDS.index(whole.speed)] if whole.speed else max(SPEED_PIXELS)
+        reach = BOUNDS[SHAPES.index(whole.shape)] * RADII[SIZES.index(whole.size)] if whole.size else 14.0
+        begin, end = sight.centre[TURNED_BY - 6, i], sight.centre[TURNED_BY, i]
+        goal = begin + way * pace * 6
+        room = torch.tensor([size[1], size[0]]) - reach - 1
+        if not ((goal >= reach + 1) & (goal <= room)).all() and bool(sight.found[TURNED_BY - 6, i]):
+            continue
+        move = end - begin
+        is_seen = bool(sight.found[TURNED_BY, i] & sight.found[TURNED_BY - 6, i])
+        along = (move @ way).item()
+        yield is_seen and along > 0.7071 * move.norm().item() and along >= 0.5

@@ -1,0 +1,179 @@
+"""`causalreel eval --changes`: live videos of the tiny world that are told another prompt, judged around that moment.
+
+Half of the second prompts name everything, half of them a few words; what these leave open should stay. The moment is
+drawn too. A table, every stream's numbers and contact sheets of the frames around the change are written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from causalreel.data.video import contact_sheet, to_bytes
+from causalreel.data.world import prompts
+from causalreel.eval.changes import LOOKED_AT, Changed, judge
+from causalreel.eval.run import parse_model, with_steps
+from causalreel.files import write_text
+from causalreel.folders import claim
+from causalreel.infer.commands import Mode, Options, Prompt
+from causalreel.infer.live_video import LiveVideo
+from causalreel.infer.models import load
+from causalreel.infer.pipeline import Pipeline
+from causalreel.vocabulary import (
+    BACKGROUNDS,
+    COLORS,
+    DIRECTIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    ObjectSpec,
+    parse_caption,
+    said_of,
+)
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("clean", "noise", "shown", "turned", "kept")
+"""Of the table: share of the streams without a foreign frame, then the means of `Changed`."""
+SHEETS = 10
+BEFORE, BEHIND = 2, LOOKED_AT
+"""Frames of a contact sheet before the change and from it on."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """One stream: what it is told, and when."""
+
+    seed: int
+    first: str
+    second: str
+    at: int
+    """Latent frames before the change, at least."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How it went."""
+
+    told: Told
+    result: Changed
+    frames: Tensor
+    """(t,3,H,W) uint8 around the change."""
+
+
+def draw(count: int, *, seed: int) -> list[Told]:
+    """What `count` streams are told, the same for every model."""
+    whole = prompts(2 * count, seed=seed + 17)
+    found = []
+    for number in range(count):
+        chance = random.Random(f"{seed}/{number}/change")
+        second = whole[count + number] if chance.random() < 0.5 else _open(chance)
+        found.append(Told(seed + number, whole[number], second, chance.randrange(3, 15)))
+    return found
+
+
+def _open(chance: random.Random) -> str:
+    """A prompt of a few words."""
+    pick = chance.choice
+    kinds = (
+        lambda: f"a {pick(COLORS)} {pick(SHAPES)}",
+        lambda: f"a {pick(SHAPES)}",
+        lambda: f"a {pick(SIZES)} {pick(COLORS)} {pick(SHAPES)}",
+        lambda: f"a {pick(COLORS)} {pick(SHAPES)} moves {pick(DIRECTIONS)}",
+        lambda: f"a {pick(COLORS)} {pick(SHAPES)} moves {pick(DIRECTIONS)} {pick(SPEEDS)}",
+        lambda: f"a {pick(COLORS)} {pick(SHAPES)} on a {pick(BACKGROUNDS)} background",
+        lambda: f"on a {pick(BACKGROUNDS)} background",
+    )
+    return pick(kinds)()
+
+
+@torch.no_grad()
+def play(pipeline: Pipeline, told: Told, *, mode: Mode | None = None) -> Stream:
+    """One live video and its change; mode None: as a prompt is taken that names none."""
+    video = LiveVideo(pipeline, Options(told.first, told.seed))
+    chunk = video.sampling.chunk or 1
+    frames: list[Tensor] = []
+
+    def go_on(latents: int) -> int:
+        for _ in range(-(-latents // chunk)):
+            made, decode = video.next_latents()
+            frames.append(to_bytes(decode(made)[0]))
+        return sum(map(len, frames))
+
+    start = go_on(told.at)
+    before = parse_caption(video.scene.said or told.first)
+    command = Prompt(told.second) if mode is None else Prompt(told.second, mode)
+    scene = command.scene(video.scene)
+    video.take(command, video.encode(scene, begins=False))
+    after = parse_caption(video.scene.said or told.second)
+    go_on(1 + BEHIND // pipeline.geometry.temporal)
+    shown = torch.cat(frames).movedim(-1, 1)  # (T,3,H,W) uint8
+    said = said_of(told.second)
+    if not said.objects:  # it names none, and all stay
+        said = dataclasses.replace(said, objects=(ObjectSpec("", ""),) * len(after.objects))
+    result = judge(shown / 127.5 - 1, start, before, after, said)
+    video.reset()
+    return Stream(told, result, shown[start - BEFORE : start + BEHIND])
+
+
+def numbers(streams: Sequence[Stream]) -> dict[str, float]:
+    """Column -> its mean over the streams that have it."""
+    found = {
+        "clean": [float(s.result.noise == 0) for s in streams],
+        "noise": [s.result.noise for s in streams],
+        "shown": [s.result.is_shown for s in streams],
+        "turned": [s.result.turned for s in streams],
+        "kept": [s.result.kept for s in streams],
+    }
+    known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: sum(values) / len(values) if values else float("nan") for name, values in known.items()}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """A Markdown table."""
+    lines = ["| model | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+    lines += [
+        f"| {label} | " + " | ".join(f"{row[name]:.3f}" for name in COLUMNS) + " |" for label, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def run(
+    models: Sequence[str],
+    *,
+    out: Path,
+    streams: int = 100,
+    seed: int = 0,
+    mode: Mode | None = None,
+    device: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Play, judge and write -> the rows of the table."""
+    rows: dict[str, dict[str, float]] = {}
+    with claim(out, "evaluation"):
+        for spec in models:
+            label, model, steps = parse_model(spec)
+            pipeline = with_steps(load(model, device=device), steps)
+            found = []
+            for number, told in enumerate(draw(streams, seed=seed), 1):
+                found.append(play(pipeline, told, mode=mode))
+                if number % 10 == 0:
+                    log.info("%s: %d of %d streams", label, number, streams)
+            rows[label] = numbers(found)
+            name = "".join(c if c.isalnum() else "-" for c in label)
+            worst = sorted(found, key=lambda s: -s.result.noise)[: SHEETS // 2]
+            some = worst + [s for s in found if s not in worst][: SHEETS - len(worst)]
+            sheet = torch.stack([s.frames for s in some]) / 127.5 - 1
+            captions = [f"{s.told.first} | {s.told.second}" for s in some]
+            contact_sheet(sheet, out / f"changes-{name}.png", captions, columns=BEFORE + BEHIND)
+            told = [{**dataclasses.asdict(s.told), **dataclasses.asdict(s.result)} for s in found]
+            write_text(out / f"changes-{name}.json", json.dumps({"means": rows[label], "streams": told}, indent=1))
+        write_text(out / "changes.md", table(rows) + "\n")
+    return rows

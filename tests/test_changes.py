@@ -1,0 +1,144 @@
+"""The moment of change: the metric on the world's own changes and on spoiled ones; what a live video keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from causalreel.data.world import WorldConfig, WorldState, render, simulate, told
+from causalreel.eval import streams
+from causalreel.eval.changes import Changed, clean, judge
+from causalreel.infer.commands import Options, Prompt, Restart
+from causalreel.infer.live_video import LiveVideo
+from causalreel.infer.models import load
+from causalreel.infer.pipeline import Pipeline
+from causalreel.serve.session import Session
+from causalreel.vocabulary import COLORS, Caption, complete, parse_caption, said_of
+
+BEFORE = "a large red circle moves right slowly and a small blue square moves up quickly on a dark background"
+
+
+@pytest.fixture(scope="module")
+def changes() -> list[tuple[torch.Tensor, int, Caption, Caption]]:
+    """Clips of the world that change: video (T,3,H,W), the frame, both captions."""
+    state = simulate(60, seed=3, config=WorldConfig(events=1.0), held_out=True)
+    video, found = render(state), []
+    for clip, captions in enumerate(told(state)):
+        if len(captions) == 2 and _start(state, clip) <= 29:
+            found.append((video[clip], _start(state, clip), *(parse_caption(text) for _, text in captions)))
+    return found
+
+
+def _start(state: WorldState, clip: int) -> int:
+    assert state.change is not None
+    return int(state.change.start[clip])
+
+
+def test_the_worlds_own_changes_are_faultless(changes: list) -> None:
+    found = [judge(*one, one[3]) for one in changes]
+    assert len(found) > 20 and all(one.noise == 0 and one.is_shown == 1 for one in found)
+    turned = [one.turned for one in found if one.turned is not None]
+    assert sum(turned) / len(turned) > 0.9 and len(turned) > 10  # others met a wall or the other object
+    for video, start, before, after in changes[:8]:
+        open_ones = Caption(tuple(dataclasses.replace(o, color="", shape="", size=None) for o in after.objects))
+        found_open = judge(video, start, before, after, open_ones)
+        assert found_open == Changed(0, None, found_open.turned, 1)
+
+
+def test_what_does_not_belong_there_is_found(changes: list) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for video, start, before, after in changes[:8]:
+        noisy, blob, grey = video.clone(), video.clone(), video.clone()
+        noisy[start + 3] = torch.rand(3, 64, 64, generator=generator) * 2 - 1
+        used = {one.color for one in (*before.objects, *after.objects)}
+        other = next(color for color in COLORS if color not in used)
+        blob[start + 5, :, 2:10, 2:10] = render(simulate(1, seed=0))[0, 0, :, :1, :1] * 0 + _paint(other)
+        grey[start + 1] = 0.45
+        for spoiled, frames in ((noisy, 1), (blob, 1), (grey, 1)):
+            assert judge(spoiled, start, before, after, after).noise == pytest.approx(frames / 16), frames
+        assert clean(video[start : start + 16], before, after).all()
+    video, start, before, after = changes[0]
+    stays = video.clone()
+    stays[start:] = video[start - 1]
+    assert judge(stays, start, before, after, after).is_shown in (0.0, 0.5, 1.0)
+    still = judge(stays, start, before, after, after).turned
+    assert still is None or still == 0
+    with pytest.raises(ValueError, match="must show a frame before"):
+        judge(video[: start + 5], start, before, after, after)
+
+
+def _paint(color: str) -> torch.Tensor:
+    from causalreel.data.drawing import COLOR_RGB
+
+    return torch.tensor(COLOR_RGB[COLORS.index(color)])[:, None, None] / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ("a blue circle", "a small blue circle moves up quickly on a dark background"),
+        ("a square", "a large red square moves right slowly on a dark background"),
+        ("on a light background", BEFORE.replace("dark", "light")),
+        (
+            "a green triangle and a red square moves left",
+            "a small green triangle moves up quickly and a large red square moves left slowly on a dark background",
+        ),
+        (BEFORE.replace("red", "green"), BEFORE.replace("red", "green")),
+    ],
+)
+def test_what_a_change_leaves_open_stays(text: str, after: str) -> None:
+    """By colour, then in order; what is not named goes; of a prompt that names no object all stay."""
+    assert complete(text, 0, before=BEFORE) == after == complete(text, 7, before=BEFORE)
+
+
+def test_what_comes_is_drawn_in_a_colour_of_its_own() -> None:
+    before = "a large red circle moves right slowly on a grey background"
+    found = {complete("a yellow circle and a square", seed, before=before) for seed in range(20)}
+    assert len(found) > 5
+    for sentence in found:
+        first, second = parse_caption(sentence).objects
+        assert (first.color, first.shape, first.size, first.direction) == ("yellow", "circle", "large", "right")
+        assert second.shape == "square" and second.color not in ("yellow",) and second.size and second.speed
+        assert sentence.endswith("on a grey background")
+    said = said_of("a square moves left")
+    assert said.objects[0].color == "" and said.objects[0].direction == "left" and said.background is None
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Pipeline:
+    return load("tiny", device="cpu")
+
+
+def test_a_live_video_keeps_what_a_prompt_leaves_open_until_it_begins_again(tiny: Pipeline) -> None:
+    session = Session(tiny, Options(BEFORE, seed=3))
+    assert session.video.scene.said == BEFORE
+    session.command("prompt", text="a blue circle")
+    session.command("prompt", text="on a light background")  # behind the first, though neither has taken effect
+    session.take_commands()
+    kept = "a small blue circle moves up quickly on a light background"
+    assert session.video.scene.said == kept and session.prompt == "on a light background"
+    assert torch.equal(session.video.text, tiny.text.encode([kept]))
+    session.command("restart")
+    session.take_commands()
+    assert session.video.scene.said == complete("on a light background", 3)
+    again = Session.replay(tiny, session.record())
+    assert list(again) == []  # of no chunks
+    fresh = LiveVideo(tiny, Options("a red circle", seed=5))
+    assert fresh.scene.said == complete("a red circle", 5)
+    scene, _ = fresh.encode(Restart(seed=6).scene(fresh.scene), begins=True)
+    assert scene.said == complete("a red circle", 6)
+    scene, _ = fresh.encode(Prompt("a square").scene(fresh.scene), begins=False)
+    assert scene.said == complete("a square", 5, before=complete("a red circle", 5))
+
+
+def test_streams_are_played_and_judged(tmp_path: Path) -> None:
+    rows = streams.run(["two=tiny"], out=tmp_path, streams=2, device="cpu")
+    assert set(rows) == {"two"} and 0 <= rows["two"]["noise"] <= 1
+    held = json.loads((tmp_path / "changes-two.json").read_text())
+    assert [one["second"] for one in held["streams"]] == [one.second for one in streams.draw(2, seed=0)]
+    assert (tmp_path / "changes-two.png").stat().st_size > 1000
+    assert "| two |" in (tmp_path / "changes.md").read_text() and "shown" in streams.table(rows)
