@@ -19,8 +19,8 @@ from causalreel.families import FAMILIES, MODELS
 from causalreel.infer import models
 from causalreel.infer.estimate import (
     GIB,
-    Estimate,
-    Request,
+    MemoryEstimate,
+    MemoryRequest,
     cache_bytes,
     estimate,
     text_bytes,
@@ -42,8 +42,8 @@ from causalreel.types import Conditioning, LatentSpec
 MODEL = ModelConfig(dim=96, ffn_dim=400, heads=4, layers=5, text_dim=8, text_length=4, freq_dim=32, channels=4)
 LATENT = LatentSpec(4, 16, 24)
 WAN21 = FAMILIES["wan21"]
-SMALL = Request(MODEL, LATENT, chunk=2, frames=12, decoder=None, dtype="float32", form="eager", steps=2)
-WAN = Request(preset("wan-1.3b"), LatentSpec(16, 60, 104))
+SMALL = MemoryRequest(MODEL, LATENT, chunk=2, frames=12, decoder=None, dtype="float32", form="eager", steps=2)
+WAN = MemoryRequest(preset("wan-1.3b"), LatentSpec(16, 60, 104))
 
 # ---------------------------------------------------------------------------------------------------- measured on GPUs
 
@@ -105,7 +105,7 @@ def test_weights_of_the_full_sizes() -> None:
     assert UMT5Sizes().bytes == 2 * 5_680_910_336
 
 
-def roll(request: Request, network: DiTDenoiser, observe: Callable[..., None] | None = None) -> Any:
+def roll(request: MemoryRequest, network: DiTDenoiser, observe: Callable[..., None] | None = None) -> Any:
     """A real rollout -> what it held at its end: cache, text keys."""
     try:
         return _roll(request, network, observe)
@@ -115,7 +115,7 @@ def roll(request: Request, network: DiTDenoiser, observe: Callable[..., None] | 
         pytest.skip("torch's attention in bfloat16 does not run on a processor that hides its AVX-512")
 
 
-def _roll(request: Request, network: DiTDenoiser, observe: Callable[..., None] | None) -> Any:
+def _roll(request: MemoryRequest, network: DiTDenoiser, observe: Callable[..., None] | None) -> Any:
     text = torch.randn(request.rows, request.model.text_length, request.model.text_dim)
     noise = KeyedNoise([0] * request.rows, request.latent, "cpu")
     assert request.frames is not None
@@ -134,7 +134,7 @@ def _roll(request: Request, network: DiTDenoiser, observe: Callable[..., None] |
     return cache, told.prepared[0].pairs.values()
 
 
-def network(request: Request) -> DiTDenoiser:
+def network(request: MemoryRequest) -> DiTDenoiser:
     torch.manual_seed(0)
     net = DiTDenoiser(request.model, context=request.context).to(getattr(torch, request.dtype)).requires_grad_(False)
     if request.form != "eager":
@@ -219,7 +219,7 @@ CODECS: dict[str, Any] = {
 }
 
 
-def decoding(name: str, chunk: int, form: Any) -> tuple[Estimate, Any, torch.Tensor]:
+def decoding(name: str, chunk: int, form: Any) -> tuple[MemoryEstimate, Any, torch.Tensor]:
     """-> estimate, codec, latents of a chunk."""
     latent = LatentSpec(16 if name == "taehv" else 4, 8, 12)
     model = replace(MODEL, channels=latent.channels)
@@ -260,7 +260,7 @@ def test_a_fast_decoder_remembers_what_is_said(name: str) -> None:
 def test_what_parts_come_to() -> None:
     names = {part[0]: 1 for part in estimate(SMALL).parts}
     sizes = names | {"weights": 10, "cache": 50, "activations": 3, "decoder workspace": 20}
-    plain = Estimate(tuple((name, size, "") for name, size in sizes.items()), 10, "bf16", False)
+    plain = MemoryEstimate(tuple((name, size, "") for name, size in sizes.items()), 10, "bf16", False)
     others = sum(sizes.values()) - 83
     assert plain.least == 83 + others and plain.needed == round(1.19 * plain.least)
     assert plain.tensors == round(1.02 * (80 + others))  # network and decoder take turns at allocating
@@ -363,7 +363,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
 def test_requests_by_name() -> None:
     assert request_for("wan-1.3b") == WAN == request_for("causal-forcing/chunkwise")
     long = request_for("wan-14b", height=720, width=1280, frames=0, window=21, chunk=1)
-    assert long == Request(preset("wan-14b"), LatentSpec(16, 90, 160), 1, Context(window=21), None)
+    assert long == MemoryRequest(preset("wan-14b"), LatentSpec(16, 90, 160), 1, Context(window=21), None)
     assert request_for("wan-14b", frames=0).context.window == 21  # as a clip that streams on
     tiny = request_for("tiny", form="eager")
     assert tiny.model == preset("tiny") and tiny.frames == 12 and isinstance(tiny.decoder, VAEConfig)

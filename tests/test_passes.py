@@ -27,7 +27,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def needs_triton() -> None:
     pytest.importorskip("triton")
-    importlib.import_module("causalreel.codecs.kernels")
+    importlib.import_module("causalreel.codecs.triton_passes")
 
 
 def run(backend: passes.Backend, source: str, sink: str | None, dtype: torch.dtype, fresh: bool) -> list[Tensor | None]:

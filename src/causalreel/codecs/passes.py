@@ -2,7 +2,7 @@
 
 A pass reads what a convolution left (its source), adds bias and residual, normalises, applies SiLU, and writes what
 the next convolution wants (its sink), together with the two frames that a stream has to remember. Every function has
-two backends: "torch", plain operations and the reference, and "triton", one kernel each (`codecs.kernels`).
+two backends: "torch", plain operations and the reference, and "triton", one kernel each (`codecs.triton_passes`).
 Activations are channels-last. Arithmetic inside a pass is float32, storage is that of the tensors.
 
 Sources, as stored -> frames (B,T,H,W,C):
@@ -96,9 +96,9 @@ def between(
     fresh: a new video begins, what states and pending sums hold does not count.
     """
     if backend == "triton":
-        from causalreel.codecs import kernels
+        from causalreel.codecs import triton_passes
 
-        return kernels.between(source, sink, residual=residual, keep=keep, fresh=fresh)
+        return triton_passes.between(source, sink, residual=residual, keep=keep, fresh=fresh)
     x = _read(source, fresh)
     if source.bias is not None:
         x = x + source.bias
@@ -177,9 +177,9 @@ def gather_head(
     -> scale * sum + shift, clamped to [-1, 1], (B,T,O,H,W) float32.
     """
     if backend == "triton":
-        from causalreel.codecs import kernels
+        from causalreel.codecs import triton_passes
 
-        return kernels.gather_head(parts, bias, shape, pending=pending, fresh=fresh, scale=scale, shift=shift)
+        return triton_passes.gather_head(parts, bias, shape, pending=pending, fresh=fresh, scale=scale, shift=shift)
     (b, t, h, w), outputs = shape, bias.numel()
     g = parts[: times * 9 * outputs].float().view(times, 3, 3, outputs, b, t, h, w)
     g = F.pad(g, (1, 1, 1, 1))
@@ -202,9 +202,9 @@ def gather_head(
 def spread_phases(data: Tensor, times: int, *, rectify: bool, backend: Backend = "torch") -> Tensor:
     """data (B,T,h+1,w+1,4*times*C), channels ordered (row phase, column phase, frame, C) -> (B,T*times,2h,2w,C)."""
     if backend == "triton":
-        from causalreel.codecs import kernels
+        from causalreel.codecs import triton_passes
 
-        return kernels.spread_phases(data, times, rectify=rectify)
+        return triton_passes.spread_phases(data, times, rectify=rectify)
     frames = _read(Source("phases", data), False)  # (B,T,2h,2w,times*C)
     frames = frames.unflatten(-1, (times, -1)).movedim(-2, 2).flatten(1, 2)
     return (F.relu(frames) if rectify else frames).to(data.dtype).contiguous()

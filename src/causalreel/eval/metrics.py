@@ -105,7 +105,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _Captions:
     """Captions as class numbers (B,N), -1 where open; `named` (B,N) bool; background (B,)."""
 
     named: Tensor
@@ -117,7 +117,7 @@ class _Request:
     background: Tensor
 
     @staticmethod
-    def of(captions: Sequence[str | Caption], device: torch.device) -> _Request:
+    def of(captions: Sequence[str | Caption], device: torch.device) -> _Captions:
         parsed = [parse_caption(c) if isinstance(c, str) else c for c in captions]
         for caption in parsed:
             if len({spec.color for spec in caption.objects}) < len(caption.objects):
@@ -128,7 +128,7 @@ class _Request:
             return torch.tensor(rows, device=device)
 
         color = table(COLORS, "color")
-        return _Request(
+        return _Captions(
             named=color != _ANY,
             color=color,
             shape=table(SHAPES, "shape"),
@@ -138,8 +138,8 @@ class _Request:
             background=torch.tensor([_index(BACKGROUNDS, c.background) for c in parsed], device=device),
         )
 
-    def __getitem__(self, rows: Tensor) -> _Request:
-        return _Request(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+    def __getitem__(self, rows: Tensor) -> _Captions:
+        return _Captions(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
 
 
 def _padded(caption: Caption) -> list[ObjectSpec | None]:
@@ -164,7 +164,7 @@ class _Reading:
     error: Tensor  # (M,) mean squared error against the ideal drawing, in units of the full range
 
 
-def _read(frames: Tensor, want: _Request, config: MetricConfig) -> _Reading:
+def _read(frames: Tensor, want: _Captions, config: MetricConfig) -> _Reading:
     """frames (M,3,H,W) in [-1,1], one request row per frame."""
     picture = (torch.nan_to_num(frames.float(), nan=0.0).clamp(-1, 1) + 1) / 2
     background = _median(picture[:, :, ::2, ::2].flatten(2))  # (M,3)
@@ -293,7 +293,7 @@ def measure(
         raise ValueError(f"video must be (B,T,3,H,W), got {tuple(video.shape)}")
     if len(captions) != len(video):
         raise ValueError(f"captions must be one per clip: {len(video)} clips, {len(captions)} captions")
-    want = _Request.of(captions, video.device)
+    want = _Captions.of(captions, video.device)
     picked = video[:, :: config.stride]  # (B,E,3,H,W)
     count, steps = picked.shape[:2]
     frames = picked.flatten(0, 1)
@@ -322,7 +322,7 @@ class Sight:
 @torch.no_grad()
 def look(frames: Tensor, caption: Caption, *, config: MetricConfig = MetricConfig()) -> Sight:
     """frames (T,3,H,W) in [-1,1] -> where the objects of one caption are, and what they look like, in each of them."""
-    want = _Request.of([caption], frames.device)
+    want = _Captions.of([caption], frames.device)
     read = _read(frames, want[torch.zeros(len(frames), dtype=torch.long, device=frames.device)], config)
     kinds = torch.tensor(_TEMPLATES, device=frames.device)[read.template]  # (T,N,2)
     known = torch.tensor(BACKGROUND_RGB, device=frames.device) / 255
@@ -333,7 +333,7 @@ def look(frames: Tensor, caption: Caption, *, config: MetricConfig = MetricConfi
     return Sight(read.found[:, :count], read.centre[:, :count], shape, size, nearest)
 
 
-def _score(r: _Reading, want: _Request, config: MetricConfig, size: Sequence[int]) -> Scores:
+def _score(r: _Reading, want: _Captions, config: MetricConfig, size: Sequence[int]) -> Scores:
     """Reading with leading (B,E) -> Scores."""
     named = want.named[:, None].expand_as(r.found)  # (B,E,N)
     right = ((r.good | ~named).all(-1) & r.clean).float()  # (B,E)
@@ -378,7 +378,7 @@ def _median(values: Tensor) -> Tensor:
     return values.sort(dim=-1).values.gather(-1, ((count - 1) // 2).clamp_min(0))[..., 0]
 
 
-def _direction(r: _Reading, want: _Request, config: MetricConfig) -> Tensor:
+def _direction(r: _Reading, want: _Captions, config: MetricConfig) -> Tensor:
     """(B,): the heading over the quiet frames (from where the object is first to where it is last found in them)."""
     last = min(config.quiet // config.stride, r.found.shape[1] - 1)
     if last < 1:
@@ -397,7 +397,7 @@ def _direction(r: _Reading, want: _Request, config: MetricConfig) -> Tensor:
     return _mean(obeyed.float(), want.named & (want.direction != _ANY), dim=(1,))
 
 
-def _speed(distance: Tensor, tracked: Tensor, want: _Request, config: MetricConfig) -> Tensor:
+def _speed(distance: Tensor, tracked: Tensor, want: _Captions, config: MetricConfig) -> Tensor:
     """(B,): relative error of the median speed."""
     pace = torch.where(tracked, distance / config.stride, float("nan"))
     if pace.shape[1] == 0:

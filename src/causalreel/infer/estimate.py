@@ -46,7 +46,7 @@ Part = tuple[str, int, str]
 
 
 @dataclass(frozen=True)
-class Request:
+class MemoryRequest:
     """What memory depends on. ValueError for what cannot be."""
 
     model: ModelConfig
@@ -186,7 +186,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes on one device."""
 
     parts: tuple[Part, ...]
@@ -239,11 +239,11 @@ class Estimate:
         return "\n".join(f"{name:18}{size / GIB:9.3f} GiB  {what}" for name, size, what in rows)
 
 
-def estimate(request: Request) -> Estimate:
+def estimate(request: MemoryRequest) -> MemoryEstimate:
     """Every part of the memory of `request`, on the first GPU."""
     weights = weight_bytes(request.model, request.dtype, request.form)
     original = weight_bytes(request.model, request.dtype) if request.narrow < request.width else 0
-    return Estimate(
+    return MemoryEstimate(
         (*_network_parts(request, weights), *_decoder_parts(request)),
         loading=original + weights,
         margins="fp8-attention" if request.narrow < request.width else "bf16",
@@ -254,7 +254,7 @@ def estimate(request: Request) -> Estimate:
 # ----------------------------------------------------------------------------------------------------------- network
 
 
-def _network_parts(request: Request, weights: int) -> Iterator[Part]:
+def _network_parts(request: MemoryRequest, weights: int) -> Iterator[Part]:
     model, places = request.model, request.places
     kind = f"{request.dtype}, and e4m3 in the blocks" if request.narrow < request.width else request.dtype
     yield "weights", weights, f"the network's parameters, {kind}"
@@ -289,7 +289,7 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16", form: Form = "eage
     return model.layers * (products * (1 if form.startswith("fp8") else width) + rest * width) + ends * width
 
 
-def cache_bytes(request: Request, frames: int, *, packed: bool = False) -> int:
+def cache_bytes(request: MemoryRequest, frames: int, *, packed: bool = False) -> int:
     """Keys and values of so many latent frames in all blocks, of this GPU's heads; packed: in e4m3, values as columns
     in blocks of 128."""
     rows = frames * request.tokens
@@ -298,13 +298,13 @@ def cache_bytes(request: Request, frames: int, *, packed: bool = False) -> int:
     return request.model.layers * request.rows * both * request.model.dim // request.gpus * width
 
 
-def text_bytes(request: Request) -> int:
+def text_bytes(request: MemoryRequest) -> int:
     """Text keys and values of all heads, in all blocks."""
     model = request.model
     return 2 * model.layers * request.rows * model.text_length * model.dim * request.width
 
 
-def activation_bytes(request: Request) -> int:
+def activation_bytes(request: MemoryRequest) -> int:
     """What a call holds at its widest moment, beside weights, text keys, and keys and values that the cache holds."""
     if request.chunk is None:
         lent = 2 * request.unit  # the call's own keys and values
@@ -315,7 +315,7 @@ def activation_bytes(request: Request) -> int:
     return _eager_call(request, lent) if request.form == "eager" else lent + _fast_call(request)
 
 
-def _eager_call(request: Request, lent: int) -> int:
+def _eager_call(request: MemoryRequest, lent: int) -> int:
     """`nn.dit.Block`, or the commit behind it."""
     unit = request.unit
     hidden = unit * request.model.ffn_dim // request.model.dim
@@ -330,7 +330,7 @@ def _eager_call(request: Request, lent: int) -> int:
     return max(ffn, attention, commit)
 
 
-def _fast_call(request: Request) -> int:
+def _fast_call(request: MemoryRequest) -> int:
     """`parallel.fast.FastDiT.evaluate`: its names stay bound from one block to the next."""
     model, wide, narrow = request.model, request.width, request.narrow
     tokens, dim = request.rows * request.fresh * request.tokens // request.gpus, model.dim
@@ -345,7 +345,7 @@ def _fast_call(request: Request) -> int:
     return tokens * (between + max(ffn, model.ffn_dim * narrow + attention))
 
 
-def table_bytes(request: Request) -> int:
+def table_bytes(request: MemoryRequest) -> int:
     """Rotary tables, float32, one for every set of positions; and masks, a byte for each pair of tokens."""
     model, chunk, room = request.model, request.chunk or request.fresh, rope_table.cache_parameters()["maxsize"]
     chunks = room if request.frames is None else request.frames // chunk
@@ -355,7 +355,7 @@ def table_bytes(request: Request) -> int:
     return rotary + request.mask_rows * (last * (last + 1) // 2 - 1) * chunk * request.tokens
 
 
-def recording_bytes(request: Request) -> int:
+def recording_bytes(request: MemoryRequest) -> int:
     """What recordings of calls hold between them: latents in and out, modulation, rotation; and modulations kept."""
     if request.places is None or request.chunk is None:
         return 0
@@ -370,7 +370,7 @@ def recording_bytes(request: Request) -> int:
 # ----------------------------------------------------------------------------------------------------------- decoder
 
 
-def _decoder_parts(request: Request) -> Iterator[Part]:
+def _decoder_parts(request: MemoryRequest) -> Iterator[Part]:
     weights = state = workspace = 0
     if request.decoder is not None:
         kind, is_fast, geometry = kind_of(request.decoder), request.form != "eager", request.decoder.geometry

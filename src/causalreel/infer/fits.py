@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from causalreel.infer.estimate import GIB, Estimate, Request, estimate
+from causalreel.infer.estimate import GIB, MemoryEstimate, MemoryRequest, estimate
 from causalreel.nn.policies.window import Context
 
 
-def check(request: Request, free: int, *, where: str = "the GPU") -> Estimate:
+def check(request: MemoryRequest, free: int, *, where: str = "the GPU") -> MemoryEstimate:
     """The estimate in the form that takes less, eager or bf16: which one will run is not known yet.
 
     ValueError if even that, without any reserve, is more than is free; it names changes that would help, and what each
@@ -32,26 +32,26 @@ def check(request: Request, free: int, *, where: str = "the GPU") -> Estimate:
     )
 
 
-def _decoding(request: Request, decoder: Any | None) -> Estimate:
+def _decoding(request: MemoryRequest, decoder: Any | None) -> MemoryEstimate:
     return _smallest(replace(request, decoder=decoder))
 
 
-def _smallest(request: Request) -> Estimate:
+def _smallest(request: MemoryRequest) -> MemoryEstimate:
     return min((estimate(replace(request, form=form)) for form in ("eager", "bf16")), key=lambda found: found.least)
 
 
-def _with(request: Request, context: Context) -> Request:
+def _with(request: MemoryRequest, context: Context) -> MemoryRequest:
     if not isinstance(request.context, Context):
         raise ValueError(f"{request.context} has no window to be halved")
     return replace(request, context=context)
 
 
-def _savings(request: Request, found: Estimate) -> Iterator[tuple[str, int]]:
+def _savings(request: MemoryRequest, found: MemoryEstimate) -> Iterator[tuple[str, int]]:
     """Single changes of a request that take less, and what is needed with them; the largest saving first."""
     window = request.context.most_seen(request.chunk or 1) or request.frames or 0
     half = request.context if isinstance(request.context, Context) else Context(window)  # the latter is not offered
     half = replace(half, window=max(window // 2, half.sink + (request.chunk or 0), 1))
-    changes: dict[str, Callable[[], Estimate]] = {
+    changes: dict[str, Callable[[], MemoryEstimate]] = {
         **{f"--decoder {name}": partial(_decoding, request, sizes) for name, sizes in request.decoders},
         "another GPU for decoding (--decode-device)": partial(_decoding, request, None),
         "the text encoder on the CPU": lambda: _smallest(replace(request, text_encoder="cpu")),

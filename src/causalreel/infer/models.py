@@ -18,7 +18,7 @@ from causalreel.families import MODELS, Family
 from causalreel.families.family import ReleasedModel
 from causalreel.families.files import model_files
 from causalreel.foreign import shown
-from causalreel.infer.estimate import Request, weight_bytes
+from causalreel.infer.estimate import MemoryRequest, weight_bytes
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.loras import Loras, find_loras
 from causalreel.infer.manner import Manner
@@ -206,7 +206,7 @@ def _codec_sizes(folder: Path, export: Export) -> Any:
     return released.sizes if released and released.file else read_codec(codec_file(folder, export.codec)).codec
 
 
-def _check_memory(ask: Callable[[], Request], device: torch.device) -> None:
+def _check_memory(ask: Callable[[], MemoryRequest], device: torch.device) -> None:
     """ValueError if what is asked for plainly does not fit on the GPU; models small beside it are not looked at."""
     if device.type != "cuda":
         return
@@ -218,11 +218,11 @@ def _check_memory(ask: Callable[[], Request], device: torch.device) -> None:
 def _check_released(export: Export, device: torch.device, *, decoder: str | None, gpus: int) -> None:
     """As `_check_memory`, for a clip as long as those of training."""
     asked = _asked_by(export, export.sampling) | {"context": export.context, "frames": export.frames}
-    _check_memory(lambda: Request(**asked, **_decoding(families.of(export), decoder), gpus=gpus), device)
+    _check_memory(lambda: MemoryRequest(**asked, **_decoding(families.of(export), decoder), gpus=gpus), device)
 
 
 def _asked_by(export: Export, sampling: Sampling) -> dict[str, Any]:
-    """The fields of a `Request` that a model decides."""
+    """The fields of a `MemoryRequest` that a model decides."""
     return {
         "model": export.model,
         "latent": export.latent,
@@ -234,7 +234,7 @@ def _asked_by(export: Export, sampling: Sampling) -> dict[str, Any]:
 
 
 def _decoding(family: Family, decoder: str | None) -> dict[str, Any]:
-    """The fields of a `Request` that say what makes the pixels and reads the prompt of a released model."""
+    """The fields of a `MemoryRequest` that say what makes the pixels and reads the prompt of a released model."""
     sizes = None if decoder == "none" else family.decoder(decoder).sizes
     others = tuple((name, other.sizes) for name, other in family.decoders.items() if other != family.own)
     text = {"text_encoder_bytes": family.text.bytes} if family.text.files else {"text_encoder": "none"}
@@ -252,11 +252,11 @@ def request_for(
     window: int | None = None,
     decoder: str | None = None,
     **options: Any,
-) -> Request:
+) -> MemoryRequest:
     """What a video of `model` (as for `load`, or wan-1.3b and wan-14b) asks of memory; None: its own choice.
 
     height, width and frames are pixels and pixel frames, the latter 0 where the clip does not end; window is latent
-    frames; options: fields of `infer.estimate.Request`. ValueError as for `load` and for what they would refuse.
+    frames; options: fields of `infer.estimate.MemoryRequest`. ValueError as for `load` and for what they would refuse.
     """
     family = next((family for family in families.FAMILIES.values() if family.models and model in family.presets), None)
     size = None if family is None else family.presets[str(model)]
@@ -285,7 +285,7 @@ def request_for(
     else:
         plan = replace(known, export=replace(export, context=context)).schedule(frames)
         asked["frames"], context = plan.frames, plan.context
-    return Request(
+    return MemoryRequest(
         **{**asked, **{name: value for name, value in options.items() if value is not None}}, context=context
     )
 

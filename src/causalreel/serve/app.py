@@ -27,10 +27,10 @@ except ImportError as error:
 from causalreel import __version__
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.bodies import BODY, DOOR, describe, errors, read_body, read_json, takes
+from causalreel.serve.counters import CONTENT_TYPE
 from causalreel.serve.guard import Guard, refuse
 from causalreel.serve.handle import Handle
 from causalreel.serve.jobs import Jobs, VideoLimits
-from causalreel.serve.metrics import CONTENT_TYPE
 from causalreel.serve.safety import ApiError, Settings
 from causalreel.serve.scheduler import Scheduler
 from causalreel.serve.service import Service
@@ -69,7 +69,7 @@ def create_app(model: Scheduler | Pipeline, settings: Settings = Settings(), *, 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         limits = VideoLimits(queued=settings.queued_videos, kept=settings.kept_videos)
         records = Store(settings.data, replica=settings.replica) if store is None else store
-        service.jobs = Jobs(service.scheduler, records, limits, service.metrics)
+        service.jobs = Jobs(service.scheduler, records, limits, service.counters)
         if owns:
             service.scheduler.start()
         service.jobs.start()
@@ -168,7 +168,7 @@ async def readyz(request: Request, response: Response) -> dict[str, Any]:
 @health.get("/metrics", responses=DOOR)
 async def metrics(request: Request) -> Response:
     """Numbers in Prometheus's text format."""
-    body = await run_in_threadpool(service_of(request).metrics.render)
+    body = await run_in_threadpool(service_of(request).counters.render)
     return Response(body, media_type=CONTENT_TYPE)
 
 

@@ -25,7 +25,7 @@ from causalreel.serve.session import Emitted, Options
 from causalreel.serve.store import Store, disk
 
 if TYPE_CHECKING:
-    from causalreel.serve.metrics import Metrics
+    from causalreel.serve.counters import Counters
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,10 @@ class VideoLimits:
 class Jobs:
     """The queue and the thread that works it off."""
 
-    def __init__(self, scheduler: Scheduler, store: Store, limits: VideoLimits, metrics: Metrics | None = None) -> None:
-        self.scheduler, self.store, self.limits, self.metrics = scheduler, store, limits, metrics
+    def __init__(
+        self, scheduler: Scheduler, store: Store, limits: VideoLimits, counters: Counters | None = None
+    ) -> None:
+        self.scheduler, self.store, self.limits, self.counters = scheduler, store, limits, counters
         self.progress: dict[str, int] = {}
         """Percent of the video being made; not worth a write to disk each."""
         self.outcomes: dict[str, dict[str, Any]] = {}
@@ -185,8 +187,8 @@ class Jobs:
         row = self.store.get(video)
         if row is not None:
             log.info("video %s %s", video, row["status"])
-            if self.metrics is not None:
-                self.metrics.videos.labels(row["status"]).inc()
+            if self.counters is not None:
+                self.counters.videos.labels(row["status"]).inc()
 
     def _open(self, row: dict[str, Any]) -> Handle | None:
         """A session for the video as soon as there is room; None if it is not wanted any more or cannot be."""
@@ -225,8 +227,8 @@ class Jobs:
             frames = pulled.frames[:left].permute(0, 3, 1, 2)  # (t,H,W,3) -> (t,3,H,W)
             left -= len(frames)
             self.progress[row["id"]] = min(99, 100 * (row["frames"] - left) // row["frames"])
-            if self.metrics is not None:
-                self.metrics.given(pulled, "video")
+            if self.counters is not None:
+                self.counters.given(pulled, "video")
             yield frames
 
 

@@ -15,9 +15,9 @@ from causalreel.control.strings import MOTIONS
 from causalreel.infer.commands import describe, parse
 from causalreel.infer.live import hints, understand
 from causalreel.nn.camera import W2C
+from causalreel.serve.counters import Counters
 from causalreel.serve.guard import SMALL
 from causalreel.serve.handle import Handle
-from causalreel.serve.metrics import Metrics
 from causalreel.serve.records import parse_record
 from causalreel.serve.safety import ApiError, Rates, Settings, decode_base64, decode_picture
 from causalreel.serve.scheduler import Busy, Scheduler
@@ -42,7 +42,7 @@ class Service:
 
     def __init__(self, scheduler: Scheduler, settings: Settings) -> None:
         self.scheduler, self.settings = scheduler, settings
-        self.metrics = Metrics(self.facts)
+        self.counters = Counters(self.facts)
         self.rates = Rates(settings.requests_per_s, settings.burst)
         self.jobs: Jobs | None = None
         self.is_stopping = False
@@ -68,7 +68,7 @@ class Service:
 
     def refused(self, code: str) -> None:
         """Count a request that was answered with an error."""
-        self.metrics.refused.labels(code).inc()
+        self.counters.refused.labels(code).inc()
 
     def open(self, request: SessionRequest) -> Handle:
         """Open a session; ApiError 400 for what the model cannot do, 503 when there is no room."""

@@ -79,7 +79,7 @@ class Viewer:
             asyncio.TimeoutError,
         ) as error:
             if getattr(error, "code", None) not in CLEAN:
-                self.service.metrics.dropped.inc()
+                self.service.counters.dropped.inc()
         finally:
             deaf()
             if viewers.get(key) is self:
@@ -97,7 +97,7 @@ class Viewer:
             await asyncio.wait(tasks)
         code, reason = next(iter(done)).result()
         if code == SLOW:
-            self.service.metrics.dropped.inc()
+            self.service.counters.dropped.inc()
         await asyncio.wait_for(self.socket.close(code, reason), LOOK_S)
 
     async def listen(self) -> tuple[int, str]:
@@ -130,9 +130,9 @@ class Viewer:
                 await asyncio.wait_for(self.send(message), SEND_S)
             except asyncio.TimeoutError:
                 return SLOW, "not read"
-            self.service.metrics.sent.observe(time.monotonic() - start)
-            self.service.metrics.bytes.inc(len(message))
-            self.service.metrics.given(pulled, "stream")
+            self.service.counters.sent.observe(time.monotonic() - start)
+            self.service.counters.bytes.inc(len(message))
+            self.service.counters.given(pulled, "stream")
             after = pulled.sequence
             if pulled.commands:
                 await self.tell(self.service.state(self.handle))
@@ -149,7 +149,7 @@ class Viewer:
 
     async def cannot_resume(self, error: Exception) -> tuple[int, str]:
         """Say so, and after what the viewer may go on."""
-        self.service.metrics.lost.inc()
+        self.service.counters.lost.inc()
         after = max(self.handle.session.state()["sequence"] - 1, -1)
         await self.tell({"type": "error", "id": None, "code": "lost", "message": str(error), "after": after})
         return LOST, "lost"

@@ -369,8 +369,8 @@ async def connect_session(request: Request, session_id: str) -> Answer:
     talk = Talk(service, handle, client_of(request.scope))
     hooks = Hooks(
         talk.answer,
-        partial(service.metrics.given, to="webrtc"),
-        service.metrics.dropped.inc,
+        partial(service.counters.given, to="webrtc"),
+        service.counters.dropped.inc,
         lambda: talk.is_too_much,
     )
     try:

@@ -1,8 +1,5 @@
 """Triton kernels of `codecs.passes`, for CUDA (and, for tests, Triton's interpreter)."""
 
-# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false
-# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import torch
@@ -18,19 +15,19 @@ SINKS = {"none": 0, "frames": 1, "halo": 2, "taps": 3, "winograd": 4, "alone": 5
 
 @triton.jit(do_not_specialize=["pixels", "width"])
 def _between(
-    data,  # noqa: ANN001
-    product1,  # noqa: ANN001
-    product2,  # noqa: ANN001
-    product3,  # noqa: ANN001
-    bias,  # noqa: ANN001
-    pending,  # noqa: ANN001
-    residual,  # noqa: ANN001
-    kept,  # noqa: ANN001
-    gamma,  # noqa: ANN001
-    sink,  # noqa: ANN001
-    state,  # noqa: ANN001
-    pixels,  # noqa: ANN001
-    width,  # noqa: ANN001
+    data,
+    product1,
+    product2,
+    product3,
+    bias,
+    pending,
+    residual,
+    kept,
+    gamma,
+    sink,
+    state,
+    pixels,
+    width,
     T: tl.constexpr,
     C: tl.constexpr,
     LANES: tl.constexpr,
@@ -201,15 +198,15 @@ def between(
 
 @triton.jit(do_not_specialize=["pixels", "width", "columns"])
 def _gather_head(
-    parts,  # noqa: ANN001
-    bias,  # noqa: ANN001
-    pending,  # noqa: ANN001
-    video,  # noqa: ANN001
-    pixels,  # noqa: ANN001
-    width,  # noqa: ANN001
-    columns,  # noqa: ANN001
-    scale,  # noqa: ANN001
-    shift,  # noqa: ANN001
+    parts,
+    bias,
+    pending,
+    video,
+    pixels,
+    width,
+    columns,
+    scale,
+    shift,
     T: tl.constexpr,
     TIMES: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -288,10 +285,10 @@ def gather_head(
 
 @triton.jit(do_not_specialize=["pixels", "width"])
 def _spread_phases(
-    data,  # noqa: ANN001
-    frames,  # noqa: ANN001
-    pixels,  # noqa: ANN001
-    width,  # noqa: ANN001
+    data,
+    frames,
+    pixels,
+    width,
     TIMES: tl.constexpr,
     C: tl.constexpr,
     LANES: tl.constexpr,
