@@ -183,6 +183,25 @@ def test_a_session_is_told_strengths() -> None:
         Session(small(), Options(PROMPTS[0], 3)).command("lora", lora="a", strength=1.0)
 
 
+def test_strengths_that_another_session_sets_are_in_the_record() -> None:
+    """Its frames change with them, and a replay makes the same."""
+    made = small((A, 0.0))
+    watching, setting = (Session(made, Options(PROMPTS[0], seed)) for seed in (3, 4))
+    frames = [watching.next_chunk().frames for _ in range(2)]
+    for strength in (0.5, 1.0):
+        setting.command("lora", lora="a", strength=strength)
+        setting.next_chunk()
+        frames.append(watching.next_chunk().frames)
+    record = watching.record()
+    assert [(entry["at"], entry["arguments"]) for entry in record["commands"]] == [
+        (2, {"lora": "a", "strength": 0.5}),
+        (3, {"lora": "a", "strength": 1.0}),
+    ]
+    again = [emitted.frames for emitted in Session.replay(small((A, 0.0)), record)]
+    assert all(torch.equal(one, other) for one, other in zip(again, frames, strict=True))
+    assert not torch.equal(Session.replay(small((A, 0.0)), {**record, "commands": []}).__next__().frames, frames[2])
+
+
 # ---- models by name, and the commands
 
 

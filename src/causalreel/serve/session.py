@@ -22,7 +22,7 @@ from torch import Tensor
 from causalreel.control.steering import Frame as Steered
 from causalreel.data.video import on_host
 from causalreel.infer import values
-from causalreel.infer.commands import COMMANDS, Command, Options, Scene, parse
+from causalreel.infer.commands import COMMANDS, Command, LoRA, Options, Scene, parse
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.pipeline import Pipeline
@@ -130,7 +130,7 @@ class Session:
         self.id = uuid.uuid4().hex if id is None else id
         self.pipeline, self.clock = pipeline, clock
         self.video = LiveVideo(pipeline, options, policy, restyle=restyle)
-        self._loras = {} if pipeline.loras is None else dict(pipeline.loras.strengths)
+        self._loras = self._loras_now()
         """What the video began with; they may change for other sessions' sake."""
         self.sequence = self.frames = 0
         """Chunks and pixel frames made so far."""
@@ -138,6 +138,8 @@ class Session:
         """Chunks begun so far; one more than made while the next one is on its way."""
         self._begun: Begun | None = None
         self._failure: Exception | None = None
+        self._told_loras = dict(self._loras)
+        """As far as the record knows them."""
         self._intended = self.video.scene
         """The scene when all pending commands have been taken."""
         self._order, self._lock = threading.Lock(), threading.Lock()
@@ -255,6 +257,7 @@ class Session:
     def take_commands(self) -> None:
         """Have the pending commands take effect now, between two chunks; for the thread that asks for chunks."""
         with self._lock, aside(self.pipeline.device):
+            self._keep_loras()
             taken, self._pending = self._pending, []
             for pending in taken:
                 if self.closed:
@@ -265,10 +268,20 @@ class Session:
                     self._keep(Recorded(self._started, pending.command, pending.number))
                 described = _described(pending.command.arguments)
                 self._taken.append(Applied(pending.number, pending.command.name, described, pending.told_s))
+            self._told_loras = self._loras_now()
             del self._taken[:-MAX_TOLD]
         if self.closed:
             self._begun = None
             self.video.reset()
+
+    def _keep_loras(self) -> None:
+        """Log what other sessions of the model made of its LoRAs since: these frames change with them."""
+        for name, strength in self._loras_now().items():
+            if strength != self._told_loras[name]:
+                self._keep(Recorded(self._started, LoRA(lora=name, strength=strength)))
+
+    def _loras_now(self) -> dict[str, float]:
+        return {} if self.pipeline.loras is None else dict(self.pipeline.loras.strengths)
 
     def _keep(self, entry: Recorded) -> None:
         """Log a command that took effect. A full log has none of those always taken: the frames are the same."""
