@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from causalreel.control.poses import turn_right
 from causalreel.control.strings import latent_poses, view_matrices
+from causalreel.infer.live_video import check_values
 from causalreel.nn.camera import Views, network, seen
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.kv_cache import FrameCache
@@ -346,3 +347,20 @@ def test_a_file_shows_what_a_network_takes(config: ModelConfig) -> None:
     found = config_of(shapes)
     assert found is not None
     assert (found.camera, found.actions) == (config.camera, config.actions)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("w2c", torch.full((4, 4), float("nan")), "finite"),
+        ("w2c", torch.zeros(4, 4), "last row"),
+        ("w2c", torch.diag(torch.tensor([2.0, 2, 2, 1])), "no rotation"),
+        ("intrinsics", torch.tensor([0.0, 1, 0.5, 0.5]), "fx, fy above 0"),
+        ("actions", torch.tensor([float("inf")]), "finite"),
+    ],
+)
+def test_a_live_camera_is_checked(name: str, value: torch.Tensor, message: str) -> None:
+    check_values("w2c", torch.eye(4))
+    check_values("intrinsics", torch.tensor([0.9, 1.1, 0.5, 0.5]))
+    with pytest.raises(ValueError, match=message):
+        check_values(name, value)

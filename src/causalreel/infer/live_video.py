@@ -166,9 +166,10 @@ class LiveVideo:
         _known_field(name, self.pipeline)
         if name not in self.fields:
             raise ValueError(f"this video began without the field {name!r}; give its first value in `fields`")
-        began, got = self.fields[name].shape, torch.tensor(value).shape
-        if began != got:
-            raise ValueError(f"{name} must have the shape {tuple(began)}, as at the beginning; got {tuple(got)}")
+        began, got = self.fields[name].shape, torch.tensor(value)
+        if began != got.shape:
+            raise ValueError(f"{name} must have the shape {tuple(began)}, as at the beginning; got {tuple(got.shape)}")
+        check_values(name, got)
 
     def set_field(self, name: str, value: Any) -> None:
         """What a field holds from the next chunk on."""
@@ -272,9 +273,21 @@ def _first_fields(pipeline: Pipeline, given: Mapping[str, Any]) -> dict[str, Ten
     for name in given:
         _known_field(name, pipeline)
     held = {name: torch.tensor(value, dtype=torch.float32) for name, value in given.items()}
+    for name, value in held.items():
+        check_values(name, value)
     frame = Conditioning(torch.zeros(1, 1, 1), {name: value[None, None] for name, value in held.items()})
     pipeline.denoiser.model.check_fields(frame, 1)
     return held
+
+
+def check_values(name: str, value: Tensor) -> None:
+    """ValueError for numbers that are not finite, and for a camera that is none."""
+    if not value.isfinite().all():
+        raise ValueError(f"{name} must be finite numbers of float32")
+    if name == W2C and value.shape == (4, 4):
+        P.checked(value[None].double().numpy(), name)
+    if name == INTRINSICS and value.shape == (4,):
+        P.intrinsics_rows(value[None].double().numpy(), name)
 
 
 def _known_field(name: str, pipeline: Pipeline) -> None:
