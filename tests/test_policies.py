@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from by_hand import Past, Read, frames_at, from_scratch
 from causalreel import config
-from causalreel.infer.estimate import estimate
+from causalreel.infer.estimate import MemoryRequest, estimate
 from causalreel.infer.live import Live, encode_prompt
 from causalreel.infer.live import Policy as LivePolicy
 from causalreel.infer.manner import Manner
@@ -341,6 +341,7 @@ def test_a_policy_is_read_from_its_name_and_numbers() -> None:
         ("deep-forcing:budget=3,sink=2,recent=2", "budget must hold sink and recent"),
         ("relax-forcing:alignment=1.5", "alignment must be from 0 to 1"),
         ("memrope:alpha_long=-1", "alpha_long must be from 0 to 1"),
+        ("sink:window=9,sink=3,window=12", "policy sink: window is given twice"),
     ],
 )
 def test_a_wrong_policy_is_one_line(text: str, message: str) -> None:
@@ -365,6 +366,37 @@ def test_exports_name_the_policy_and_its_numbers(policy: ContextPolicy) -> None:
         with pytest.raises(ValueError, match="context: one key must choose the variant: policy: 'rolling-sink'"):
             config.loads(wrong, Export)
     assert all(field.default is not dataclasses.MISSING for field in dataclasses.fields(policy))  # type: ignore[arg-type]
+
+
+def test_a_rolling_window_has_room_for_all_that_is_denoised_together() -> None:
+    """Also where a training clip is shorter; numbers that are named are taken as they are."""
+    sampling = Sampling(steps=(1000, 800, 600, 400, 200), chunk=3)
+    card = Export("short", CONFIG, sampling, Context(), 6, 16.0, SPEC)  # type: ignore[arg-type]
+    for policy in (None, "rolling-forcing"):
+        export, asked = Manner(policy, plan="rolling", any_plan=True).of(card, sampling)
+        export.context.check(3 * len(asked.steps))
+        assert (export.context.window, export.context.sink) == (18, 3)  # type: ignore[union-attr]
+    export, _ = Manner("rolling-forcing:window=7", plan="rolling", any_plan=True).of(card, sampling)
+    assert export.context.window == 7  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_estimates_count_keys_as_stored_and_as_read(name: str) -> None:
+    net = denoiser(SELECTING[name])
+    cache, held = net.new_cache(), list[int]()
+    assert isinstance(cache, TokenCache)
+
+    def count(*_: object) -> None:
+        stored = [x for entries in cache.layers if entries is not None for x in (entries.keys, entries.values)]
+        tensors = [*stored, *cache._turned.values(), *(x for k, v, _ in cache._fresh.values() for x in (k, v))]
+        held.append(sum(x.nbytes for x in tensors))
+
+    plan = chunked([2] * 12, SIGMAS)
+    collect(rollout(net, plan, conditioning=given(), noise=noise(), cache=cache, observe=count))
+    request = MemoryRequest(
+        CONFIG, SPEC, 2, SELECTING[name], None, dtype="float32", form="eager", batch=len(given()), decoder=None
+    )
+    assert 0.8 * estimate(request)["cache"] <= max(held) <= estimate(request)["cache"]
 
 
 # ---- streams

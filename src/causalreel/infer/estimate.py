@@ -134,10 +134,10 @@ class MemoryRequest:
 
     @property
     def fresh(self) -> int:
-        """Latent frames of the largest call: two chunks, because a commit travels with the next chunk's first step; or
-        all that a rolling plan denoises together."""
+        """Latent frames of the largest call: two chunks, because a commit travels with the next chunk's first step, for
+        which policies that look at what frames hold do not wait; or all that a rolling plan denoises together."""
         is_fused = self.chunk is not None and self.frames != self.chunk
-        together = max(2, self.joint) * (self.chunk or 0)
+        together = max(1 if self.context.selects else 2, self.joint) * (self.chunk or 0)
         return min(together, self.frames or together) if is_fused else self.chunk or self.window
 
     @property
@@ -263,7 +263,10 @@ def _network_parts(request: MemoryRequest, weights: int) -> Iterator[Part]:
         yield "cache", held, f"keys and values of {places} latent frames, {model.layers} blocks"
     elif request.chunk is not None:
         held = cache_bytes(request, request.kept) + cache_bytes(request, request.fresh)
-        yield "cache", held, f"keys and values of {request.kept} finished latent frames and {request.fresh} in work"
+        turned = cache_bytes(request, request.kept) // 2 if request.context.selects else 0
+        twice = "; the finished ones' keys twice, as stored and as read" if turned else ""
+        what = f"keys and values of {request.kept} finished latent frames and {request.fresh} in work{twice}"
+        yield "cache", held + turned, what
     else:
         yield "cache", 0, "none: the clip is made at once"
     copies = 1 if places is None else 2
@@ -312,7 +315,10 @@ def activation_bytes(request: MemoryRequest) -> int:
         lent = cache_bytes(request, request.read) // request.model.layers  # one block's, gathered for its attention
     else:
         lent = 0  # they are in the cache
-    return _eager_call(request, lent) if request.form == "eager" else lent + _fast_call(request)
+    call = _eager_call(request, lent) if request.form == "eager" else lent + _fast_call(request)
+    if request.context.selects:  # what stays is gathered anew; the keys as they were read are gone by then
+        return max(call, cache_bytes(request, request.kept) // 2)
+    return call
 
 
 def _eager_call(request: MemoryRequest, lent: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from causalreel.infer.schedule import step_count
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.registry import described, policy_from
 from causalreel.nn.policies.rolling_forcing import RollingForcing
@@ -43,13 +44,16 @@ class Manner:
             sampling = replace(
                 sampling, plan=self.plan, first_steps=None if self.plan == "rolling" else sampling.first_steps
             )
+        is_rolling = sampling.plan == "rolling"
+        frames = export.frames // chunk * chunk
+        if is_rolling:  # all that is denoised together, and the sink before it
+            frames = max(frames, (step_count(sampling) + 1) * chunk)
         policy = self.policy
         if isinstance(policy, str):
-            policy = policy_from(policy, frames=export.frames // chunk * chunk, chunk=chunk)
-        is_rolling = sampling.plan == "rolling"
+            policy = policy_from(policy, frames=frames, chunk=chunk)
         if policy is None and is_rolling != isinstance(export.context, RollingForcing):
             name = "rolling-forcing" if is_rolling else "full"
-            policy = policy_from(name, frames=export.frames // chunk * chunk, chunk=chunk)
+            policy = policy_from(name, frames=frames, chunk=chunk)
         if policy is not None:
             export = replace(export, context=policy)
         if is_rolling and not isinstance(export.context, Context | RollingForcing):

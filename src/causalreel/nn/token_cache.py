@@ -74,16 +74,18 @@ class TokenCache:
         """As FrameCache.commit; then the policy says what stays."""
         if not 0 < frames <= len(self._call):
             raise ValueError(f"commit takes 1 to {len(self._call)} frames of the latest call, got {frames}")
+        self._turned = {}
         layers: list[Entries] = []
         count = frames * self._tokens
         for layer, (k, v, _) in sorted(self._fresh.items()):
             held, new = self.layers[layer], self._entries(k, v).part(0, count)
             layers.append(new if held is None else Entries.joined([held, new]))
+            self.layers[layer] = layers[-1]  # so that no more than one block is there twice
         asked = [queries[:, :frames] for _, (_, _, queries) in sorted(self._fresh.items())]
         self.end, self.state = self.end + frames, dict(self.state)
         now = Committed(layers, frames, self.end, self._tokens, asked, self._turn, self.state)
         self.layers = list(self.context.settle(now))
-        self._fresh, self._call, self._turned = {}, (), {}
+        self._fresh, self._call = {}, ()
 
     def copy(self) -> TokenCache:
         """The same context by reference."""

@@ -62,12 +62,15 @@ def policy_from(text: str, *, frames: int = 21, chunk: int = 3) -> ContextPolicy
         )
     cls, fit = POLICIES[name]
     kinds = {key: kind for key, kind in typing.get_type_hints(cls).items() if key in numbers_of(cls)}
-    given = fit(frames, chunk)
+    given, told = fit(frames, chunk), set[str]()
     for entry in filter(None, (entry.strip() for entry in rest.split(","))):
         key, equals, value = (part.strip() for part in entry.partition("="))
         if key not in kinds or not equals:
             takes = ", ".join(f"{key}=..." for key in kinds)
             raise ValueError(f"policy {name} takes {takes}; got {shown(entry, 40)!r}{_meant(key, kinds)}")
+        if key in told:
+            raise ValueError(f"policy {name}: {key} is given twice")
+        told.add(key)
         given[key] = _number(name, key, value, kinds[key])
     try:
         policy = cls(**given)
