@@ -507,3 +507,21 @@ def test_a_refused_load_leaves_the_module_as_it_was(change: float | torch.dtype,
     with pytest.raises(ValueError, match=f"^x: .*{said}"):
         load_strictly(net, tensors, source="x")
     assert same(net)
+
+
+@pytest.mark.parametrize("top", [None, "generator"])
+def test_a_counter_beside_the_weights_is_no_parameter(top: str | None, tmp_path: Path) -> None:
+    path, net = tmp_path / "weights.pt", network(0)
+    found = named("model.") | {"step": torch.tensor(600), "epoch": torch.tensor(1.5)}
+    torch.save(found if top is None else {top: found, "step": torch.tensor(600)}, path)
+    load_file_into(net, path)
+    assert same(net)
+    torch.save({"step": torch.tensor(600)}, path)
+    refused(path, "holds no parameters")
+
+
+def test_complex_weights_are_called_so(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "weights.safetensors", named("")
+    name = next(iter(tensors))
+    write_tensors(path, tensors | {name: tensors[name].to(torch.complex64)})
+    refused(path, "complex numbers where weights should be", name, "complex64")

@@ -574,3 +574,12 @@ def test_an_export_of_ones_own_finds_the_files_of_its_family(place: Path) -> Non
         load(folder, wan_dir=files, height=64, device="cpu")
     with pytest.raises(ValueError, match="decoder must be wan or taehv, got 'vae'"):
         load(folder, wan_dir=files, decoder="vae", device="cpu")
+
+
+def test_messages_name_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    family, model = MODELS["causal-forcing/framewise-1step"]
+    other = dataclasses.replace(family, name="other")
+    with pytest.raises(ValueError, match="the folder of other's files is not there: nowhere"):
+        model_files(other, model, wan_dir="nowhere")

@@ -44,7 +44,7 @@ def model_files(
     chosen = family.decoder(decoder)
     folder = None if wan_dir is None else Path(wan_dir)
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"the folder of Wan2.1's files is not there: {folder}")
+        raise ValueError(f"the folder of {family.name}'s files is not there: {folder}")
     if weights is not None and not Path(weights).exists():
         raise ValueError(f"weights not found: {weights}")
     wanted = [*([chosen.file] if chosen.file else []), *family.text.files]
@@ -53,7 +53,7 @@ def model_files(
     missing = [file for file in wanted if file not in places]
     if missing:
         flags = [] if chosen == family.own else [f"--decoder {decoder}"]
-        raise ValueError(_message(model, missing, reason, folder, flags))
+        raise ValueError(_message(model, missing, reason, folder or _home(family), flags))
     own = Path() if weights is None else Path(weights)
     if weights is None and model.files:
         own = places[model.files[0]]
@@ -81,12 +81,17 @@ def codec_mark(path: Path) -> str:
     return sha256_of(path)[:16] if path.is_file() else path.name
 
 
-def _message(
-    model: ReleasedModel, missing: Sequence[HubFile], reason: str, folder: Path | None, flags: Sequence[str]
-) -> str:
+def _home(family: Family) -> Path:
+    """Where the commands put the files that a family's models share: a folder by the name of their repository."""
+    shared = [*family.text.files, *([family.own.file] if family.own.file else [])]
+    return Path("wan_models" if family.name == "wan21" else family.name) / (
+        shared[0].repo.split("/")[-1] if shared else ""
+    )
+
+
+def _message(model: ReleasedModel, missing: Sequence[HubFile], reason: str, place: Path, flags: Sequence[str]) -> str:
     """What is missing and the commands that fetch it: one line, the commands ready to be pasted."""
     size = sum(file.size_gb for file in missing)
-    place = folder or Path("wan_models/Wan2.1-T2V-1.3B")
     own = [file for file in missing if file in model.files]
     lines, given = [], []
     if own:

@@ -142,9 +142,15 @@ def choose(
         if which == "generator_ema":
             log.info("%s has only the averaged weights (generator_ema), which are used", source)
     chosen = flat if which is None else {n: v for n, v in found[which].items() if isinstance(v, Tensor)}
+    chosen = {name: value for name, value in chosen.items() if not _is_counter(str(name), value)}
     if not chosen:
         raise ValueError(f"{source} holds no parameters" + (f" under {which!r}" if which else ""))
     return chosen, which
+
+
+def _is_counter(name: str, value: Tensor) -> bool:
+    """A number beside the weights, such as `step`: parameters of a network have a dot in their name, or a shape."""
+    return "." not in name and value.ndim == 0 and value.dtype not in FP8
 
 
 def bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -238,10 +244,13 @@ def _layout(tensors: Mapping[str, Tensor], bare: Mapping[str, Tensor], key: str 
 def _refuse_quantised(tensors: Mapping[str, Tensor], path: Path) -> None:
     scales = [name for name in tensors if name.endswith(("scale_weight", "scale_input", "scaled_fp8"))]
     low = [name for name, value in tensors.items() if value.dtype in FP8]
+    unreal = [name for name, value in tensors.items() if value.is_complex()]
     whole = [name for name, value in tensors.items() if not value.is_floating_point() and name not in scales]
     if scales or low or whole:
         first = (low or scales or whole)[0]
         what = "fp8 (quantised) weights" if scales or low else "integers where weights should be (quantised?)"
+        if unreal and not (scales or low):
+            first, what = unreal[0], "complex numbers where weights should be"
         dtype = str(tensors[first].dtype).removeprefix("torch.")
         raise ValueError(
             f"{path} holds {what} (first: {shown(first)}, {dtype}), which are not read; "

@@ -26,7 +26,7 @@ from causalreel.headers import NAME, read_header
 from causalreel.weights.files import PICKLE_SUFFIXES, read_metadata, read_tensors
 from causalreel.weights.lora_config import Scales, in_metadata, read_adapter_config
 from causalreel.weights.lora_names import Key, is_adapter, understand
-from causalreel.weights.strict import check_finite
+from causalreel.weights.strict import ANY_FLOATS, check_finite
 
 TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 """What a folder of one adapter calls its tensors; the first two are peft's, beside an adapter_config.json."""
@@ -39,7 +39,6 @@ STRENGTHS = 100.0
 GENERATOR = "generator_lora"
 """Top-level key under which a .pt of DMD training with adapters keeps the generator's."""
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WHOLE = (torch.int64, torch.int32)
 """Types that an alpha may have, too."""
 
@@ -139,7 +138,7 @@ def from_tensors(found: Mapping[str, Tensor], scales: Scales, source: str) -> Lo
         except ValueError as error:
             raise ValueError(f"{source} cannot be used as a LoRA: {_why(found, error)}") from None
         is_count = key.part == "alpha" and tensor.dtype in WHOLE
-        if tensor.dtype not in FLOATS and not is_count:
+        if tensor.dtype not in ANY_FLOATS and not is_count:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{source}: '{shown(text)}' is {dtype}; float32, bfloat16 and float16 are read")
         there = by_place.get((key.layer, key.part))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from causalreel.foreign import shown
 from causalreel.weights.sets import Wanted
+from causalreel.weights.strict import ANY_FLOATS
 
 CHANNELS = 16
 """Of the latents of Wan 2.1's VAE."""
 
 PROMPT_BYTES = 1 << 20
 """Of one caption."""
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Types of latents and text that are read."""
 
 
 def check_channels(found: int, place: str) -> None:
@@ -27,7 +24,7 @@ def check_channels(found: int, place: str) -> None:
 
 def channels_first(latents: Tensor, place: str, wanted: Wanted) -> Tensor:
     """latents (C,F,H,W), as most projects keep them -> (F,C,H,W), checked."""
-    if latents.ndim != 4 or latents.dtype not in FLOATS or 0 in latents.shape:
+    if latents.ndim != 4 or latents.dtype not in ANY_FLOATS or 0 in latents.shape:
         got = f"{tuple(latents.shape)} in {latents.dtype}"
         raise ValueError(f"{place}: latents of rank {latents.ndim}, {got}; (channels,frames,height,width) is expected")
     check_channels(latents.shape[0], place)
@@ -47,7 +44,7 @@ def finished(clip: Tensor, place: str, wanted: Wanted) -> Tensor:
 
 def check_text(text: Tensor, place: str) -> Tensor:
     """Text embeddings (K,E), checked."""
-    if text.ndim != 2 or text.dtype not in FLOATS or 0 in text.shape[1:]:
+    if text.ndim != 2 or text.dtype not in ANY_FLOATS or 0 in text.shape[1:]:
         raise ValueError(f"{place}: text embeddings {tuple(text.shape)} in {text.dtype}; (tokens,width) is expected")
     if not text.isfinite().all():
         raise ValueError(f"{place}: text embeddings are not finite, NaN or infinity is among them")
