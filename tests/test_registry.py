@@ -447,7 +447,7 @@ def test_what_only_released_models_take(place: Path) -> None:
         load("causal-forcing/longvideo", weights="random", **FAST)
     with pytest.raises(ValueError, match=r"weights not found: none\.pt"):
         load(CF_2STEP, weights="none.pt", **FAST)
-    with pytest.raises(ValueError, match=r"folder of Wan2\.1's files is not there: none"):
+    with pytest.raises(ValueError, match=r"folder of wan21's files is not there: none"):
         load(CF_2STEP, wan_dir="none", **FAST)
     with pytest.raises(ValueError, match="did you mean 'causal-forcing/framewise'"):
         load("causal-forcing/frame-wise", device="cpu")
