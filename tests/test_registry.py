@@ -26,6 +26,7 @@ from causalreel.infer import released as building
 from causalreel.infer.models import load, request_for
 from causalreel.infer.released import TwoCodecs, choose_dtype
 from causalreel.infer.schedule import schedule
+from causalreel.nn.policies.rolling_forcing import RollingForcing
 from causalreel.nn.presets import ModelConfig
 from causalreel.text.fixed import FixedTextEncoder
 from causalreel.types import Geometry, LatentSpec
@@ -428,6 +429,14 @@ def test_taehv_decodes_and_the_vae_encodes(place: Path) -> None:
     assert len(codecs.read) == 2
 
 
+def test_a_model_of_a_rolling_window_generates_by_itself(place: Path) -> None:
+    pipe = load("causal-forcing/longvideo", weights="random", **FAST)
+    chunks = list(pipe.latents("x", frames=93))
+    assert pipe.export.context == RollingForcing() and pipe.sampling.plan == "rolling"
+    assert [chunk.start for chunk in chunks] == list(range(0, 24, 3))
+    assert all(chunk.latents.isfinite().all() for chunk in chunks)
+
+
 def test_two_codecs_are_one() -> None:
     one, other = codec(), codec()
     both = TwoCodecs(one, lambda: other)
@@ -443,8 +452,6 @@ def test_what_only_released_models_take(place: Path) -> None:
         causalreel.load("tiny", height=480, width=832, device="cpu")
     with pytest.raises(ValueError, match="decoder must be wan or taehv, got 'vae'"):
         load(CF_2STEP, weights="random", decoder="vae", **FAST)
-    with pytest.raises(ValueError, match="rolling window"):
-        load("causal-forcing/longvideo", weights="random", **FAST)
     with pytest.raises(ValueError, match=r"weights not found: none\.pt"):
         load(CF_2STEP, weights="none.pt", **FAST)
     with pytest.raises(ValueError, match=r"folder of wan21's files is not there: none"):

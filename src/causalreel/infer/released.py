@@ -68,11 +68,6 @@ def load_released(
     chunk: int | None = None,
 ) -> Pipeline:
     """A pipeline for a released model. Everything that can be refused is refused before anything large is read."""
-    if model.sampling.plan == "rolling":
-        raise ValueError(
-            f"{model.name} is made by a rolling window of chunks at rising noise levels, which is not supported yet; "
-            f"causalreel convert reads its file"
-        )
     decoder = family.decoder(choices.decoder)
     export = family.export(model, height=choices.height, width=choices.width)
     sampling = adapt(export.sampling, steps=steps, chunk=chunk)
