@@ -281,6 +281,41 @@ def test_another_config_is_an_error_that_names_the_keys(tmp_path: Path) -> None:
         train(Toy(), Rows(65), here, recipe=Recipe(8, here))
 
 
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+
+
+@dataclass(frozen=True)
+class Later(Recipe):
+    """The same with settings that older checkpoints do not know."""
+
+    kind: str = "flat"
+    inner: Inner = Inner()
+    other: Inner | None = None
+
+
+def test_a_checkpoint_older_than_a_setting_has_its_default(tmp_path: Path) -> None:
+    here = toy_config(tmp_path / "old", 3)
+    train(Toy(), Rows(), here, recipe=Recipe(8, here))
+    more = toy_config(tmp_path / "old", 6)
+    for changed, message in (
+        (Later(8, more, kind="deep"), r"kind \('flat' there, 'deep' here\)"),
+        (Later(8, more, inner=Inner(0.25)), r"inner.rate \(0.5 there, 0.25 here\)"),
+        (Later(8, more, other=Inner()), r"other.rate \('absent' there, 0.5 here\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(Toy(), Rows(), more, recipe=changed)
+    train(Toy(), Rows(), more, recipe=Later(8, more))
+    whole = toy_config(tmp_path / "whole", 6)
+    train(Toy(), Rows(), whole, recipe=Later(8, whole))
+    resumed, straight = (stored(tmp_path / name) for name in ("old", "whole"))
+    for role, tensors in straight.roles.items():
+        assert all(torch.equal(tensor, resumed.roles[role][name]) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match="kind"):  # a checkpoint that knows a setting keeps its own
+        train(Toy(), Rows(), whole, recipe=Later(8, whole, kind="deep"))
+
+
 def test_other_weights_are_errors_that_name_the_first_key(tmp_path: Path) -> None:
     train(Toy(), Rows(), toy_config(tmp_path, 3))
     for change, message in (

@@ -395,6 +395,25 @@ def fixed(config: Any) -> dict[str, Any]:
     return found
 
 
+def defaults(config: Any) -> dict[str, Any]:
+    """Of what `fixed` gives, the values of fields that are not set: what a run had before a field was known."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if not field.init or field.metadata.get("free"):
+            continue
+        value = getattr(config, field.name)
+        entries = value if isinstance(value, Mapping) else {"": value}
+        for name, entry in entries.items():
+            if dataclasses.is_dataclass(entry) and field.default is not None:
+                place = _join(field.name, name) if name else field.name
+                found |= {_join(place, key): item for key, item in defaults(entry).items()}
+        if field.default is not dataclasses.MISSING:
+            found |= _fixed(field.default, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            found |= _fixed(field.default_factory(), field.name)
+    return found
+
+
 def _fixed(value: Any, place: str) -> dict[str, Any]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {_join(place, key): item for key, item in fixed(value).items()}

@@ -112,13 +112,19 @@ def contents_of(path: Path) -> dict[str, str]:
     return _manifest(path).get("contents", {})
 
 
-def check_same(path: Path, fixed: Mapping[str, Any], contents: Sequence[Content] = ()) -> None:
-    """Raise a ValueError naming what differs between this run and the checkpoint: settings, then contents."""
+def check_same(
+    path: Path, fixed: Mapping[str, Any], contents: Sequence[Content] = (), *, before: Mapping[str, Any] | None = None
+) -> None:
+    """Raise a ValueError naming what differs between this run and the checkpoint: settings, then contents.
+
+    before: the defaults of settings, which are those of a checkpoint that is older than a setting.
+    """
     manifest = _manifest(path)
     saved, missing = manifest["fixed"], "absent"
     if "contents" not in manifest:  # places were compared instead
         saved = {name: value for name, value in saved.items() if not name.startswith(_PLACES) or name in fixed}
     here = json.loads(json.dumps(fixed))
+    saved = {key: value for key, value in json.loads(json.dumps(before or {})).items() if key in here} | saved
     differing = [k for k in dict.fromkeys((*saved, *here)) if saved.get(k, missing) != here.get(k, missing)]
     if differing:
         shown = ", ".join(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from causalreel.config import dump, fixed
+from causalreel.config import defaults, dump, fixed
 from causalreel.nn.lora import adapter_state
 from causalreel.parallel.sharding import Team
 from causalreel.train import checkpoint, sharded
@@ -341,7 +341,7 @@ def resumable(config: TrainerConfig, recipe: Any, contents: Sequence[Content] = 
     path = checkpoint.latest(Path(config.out) / "checkpoints")
     if path is None:
         return None
-    checkpoint.check_same(path, fixed(recipe), contents if config.check else ())
+    checkpoint.check_same(path, fixed(recipe), contents if config.check else (), before=defaults(recipe))
     done = checkpoint.step_of(path)
     if done > config.steps:
         raise ValueError(f"steps: got {config.steps}, but {path} has {done}; ask for {done} or more or use another out")
