@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from causalreel import cli, load
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
-from causalreel.nn.lora import LoRAConfig, LoRALinear, adapter_state, adapters, add_lora, distinct_bytes, twin
+from causalreel.nn.lora import LoRAConfig, LoRALinear, adapter_state, adapters, add_lora, twin
 from causalreel.parallel.fast import accelerate
 from causalreel.parallel.sharding import Team
 from causalreel.train.checkpoint import latest
@@ -35,6 +36,16 @@ FAST = (
     "trainer.optimisers.student.warmup_steps=0",
     "trainer.optimisers.student.schedule=constant",
 )
+
+
+def distinct_bytes(modules: Iterable[torch.nn.Module]) -> int:
+    """Bytes of the storages that hold the modules' parameters and buffers, each once."""
+    held: dict[int, int] = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
 
 
 def adapted(config: LoRAConfig = CONFIG, *, seed: int = 0) -> DiTDenoiser:

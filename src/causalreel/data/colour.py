@@ -11,7 +11,6 @@ BT709 = 1
 """The matrix, the primaries and the transfer function of BT.709 have the same number in H.273, and so in FFmpeg."""
 LIMITED, FULL = 1, 2
 """FFmpeg's numbers of the two ranges: 16 to 235, and 0 to 255."""
-UNKNOWN = 2
 BT601 = 5
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 """H.273's numbers of matrices -> swscale's, of those that it converts."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from causalreel.codecs.codec import Codec
 from causalreel.codecs.fast_decode import FastDecoder, fast_decoder
@@ -56,11 +53,3 @@ def _fast_decoders(pipeline: Pipeline) -> Callable[[int], DecodeStream] | None:
         return made[clips].stream()
 
     return open_stream
-
-
-def warm_up(pipeline: Pipeline, prompt: str, **request: Any) -> None:
-    """Make one clip and throw it away, so that kernels are compiled and calls recorded before anybody waits."""
-    for _ in pipeline.stream(prompt, **request):
-        pass
-    if pipeline.device.type == "cuda":
-        torch.cuda.synchronize(pipeline.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -128,13 +128,3 @@ def twin(module: Module) -> Module:
     """A copy whose frozen parameters are the original's own: they never change, and take no memory twice."""
     frozen = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
     return copy.deepcopy(module, frozen)
-
-
-def distinct_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of the storages that hold the modules' parameters and buffers, each once."""
-    held: dict[int, int] = {}
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
-    return sum(held.values())

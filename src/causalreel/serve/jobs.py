@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = ("queued", "in_progress")
 RETRY_S = 0.2
 """How often a job asks again for room."""
 LEAST_WAIT_S, MOST_WAIT_S = 1.0, 16.0

@@ -14,9 +14,6 @@ from torch import Tensor
 from causalreel.flow import add_noise, expand, velocity_to_x0
 from causalreel.types import Conditioning, Denoise, Denoiser
 
-Weight = Callable[[Tensor, float], Tensor]
-"""sigma, shift -> weight of the same shape; see `flow.bell_weight` and `flow.uniform_weight`."""
-
 
 def velocity_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
     """velocity, x0, noise (B,F,C,H,W), weight (B,F) -> scalar: weighted mean square of velocity - (noise - x0)."""

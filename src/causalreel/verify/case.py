@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +95,7 @@ class Case:
 
     def size(self) -> ModelConfig:
         """The size of the case's networks."""
-        model = self.model
-        return ModelConfig(
-            dim=model["dim"],
-            ffn_dim=model["ffn_dim"],
-            heads=model["num_heads"],
-            layers=model["num_layers"],
-            text_dim=model["text_dim"],
-            text_length=model["text_len"],
-            freq_dim=model.get("freq_dim", 256),
-            channels=model.get("in_dim", 16),
-            eps=model.get("eps", 1e-6),
-            camera="prope" if "in.viewmats" in self.tensors else "none",
-        )
+        return replace(size_of(self.model), camera="prope" if "in.viewmats" in self.tensors else "none")
 
     def network(self, role: str = "generator", context: ContextPolicy = Context()) -> DiTDenoiser:
         """A network of the case's size with the weights that this role has, read by their official names."""
@@ -254,3 +242,18 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     scale = b.abs().max().item()
     error = (a - b).abs().max().item() / (scale or 1.0)
     return error if math.isfinite(error) else math.inf
+
+
+def size_of(model: Mapping[str, Any]) -> ModelConfig:
+    """A network's size as the released code names its numbers."""
+    return ModelConfig(
+        dim=model["dim"],
+        ffn_dim=model["ffn_dim"],
+        heads=model["num_heads"],
+        layers=model["num_layers"],
+        text_dim=model["text_dim"],
+        text_length=model["text_len"],
+        freq_dim=model.get("freq_dim", 256),
+        channels=model.get("in_dim", 16),
+        eps=model.get("eps", 1e-6),
+    )

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from causalreel.codecs.wan_vae import CausalVAE, VAEConfig
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import DiT
-from causalreel.nn.presets import ModelConfig
-from causalreel.verify.case import Case, Findings
+from causalreel.verify.case import Case, Findings, size_of
 from causalreel.verify.words import message_of, refusal
 from causalreel.weights.build import load_denoiser
 from causalreel.weights.diffusers import to_diffusers
@@ -104,17 +103,7 @@ def shapes(case: Case, found: Findings) -> None:
 
 
 def _dit(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    config = ModelConfig(
-        dim=sizes["dim"],
-        ffn_dim=sizes["ffn_dim"],
-        heads=sizes["num_heads"],
-        layers=sizes["num_layers"],
-        text_dim=sizes["text_dim"],
-        text_length=sizes["text_len"],
-        freq_dim=sizes.get("freq_dim", 256),
-        channels=sizes.get("in_dim", 16),
-    )
-    return _shapes_of(lambda: DiT(config))
+    return _shapes_of(lambda: DiT(size_of(sizes)))
 
 
 def _vae(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -125,8 +114,7 @@ def _vae(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         z=sizes["z_dim"],
         temporal_down=tuple(sizes["temperal_downsample"]),
     )
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in CausalVAE(config).state_dict().items()}
+    return _shapes_of(lambda: CausalVAE(config))
 
 
 def _umt5(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
