@@ -16,7 +16,7 @@ from torch import Tensor
 from causalreel.data.drawing import COLOR_RGB
 from causalreel.data.world import WorldConfig, WorldState, captions, render, simulate, specs
 from causalreel.eval.metrics import MetricConfig, Scores, measure
-from causalreel.eval.statistics import compare, features, frechet, interval, summarise
+from causalreel.eval.statistics import compare, estimate, features, frechet, summarise
 
 COUNT = 24
 
@@ -268,14 +268,14 @@ def test_frechet_of_broken_videos_is_finite(video: Tensor) -> None:
     assert math.isfinite(frechet(video[:4], torch.full((4, 9, 3, 64, 64), float("nan"))))
 
 
-def test_intervals() -> None:
+def test_estimates() -> None:
     values = torch.randn(400, generator=torch.Generator().manual_seed(1)) + 3
-    found = interval(values)
+    found = estimate(values)
     assert found.mean == pytest.approx(values.mean().item(), abs=1e-6) and found.count == 400
     assert found.stderr == pytest.approx(values.std().item() / 20, rel=1e-5)
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * found.stderr, rel=0.1)
-    assert interval(torch.cat([values, torch.full((9,), float("nan"))])) == found
-    empty = interval(torch.full((3,), float("nan")))
+    assert estimate(torch.cat([values, torch.full((9,), float("nan"))])) == found
+    empty = estimate(torch.full((3,), float("nan")))
     assert empty.count == 0 and math.isnan(empty.mean)
 
 
@@ -286,7 +286,7 @@ def test_tables_and_paired_differences(real: Scores, video: Tensor, state: World
     soft = measure(blurred(video, 1.0), captions(state))
     difference = compare(real, soft, resamples=500)["quality"]
     assert difference.low > 0
-    assert difference.stderr < interval(soft.quality).stderr  # pairing removes what clips have in common
+    assert difference.stderr < estimate(soft.quality).stderr  # pairing removes what clips have in common
     assert compare(real, real, resamples=10)["dynamic"].mean == 0
     with pytest.raises(ValueError, match="equal length"):
         compare(real, real[:3])

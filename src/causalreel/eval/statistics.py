@@ -25,7 +25,7 @@ no full rank below half of that. With 2 clips it is over a million where 512 giv
 
 
 @dataclass(frozen=True)
-class Interval:
+class Estimate:
     """A mean over clips, its standard error, and a bootstrap confidence interval; NaN clips are left out."""
 
     mean: float
@@ -35,19 +35,19 @@ class Interval:
     count: int
 
 
-def interval(values: Tensor, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """values (B,) -> Interval by percentile bootstrap over clips."""
+def estimate(values: Tensor, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> Estimate:
+    """values (B,) -> Estimate by percentile bootstrap over clips."""
     values = values.detach().cpu().double()
     values = values[~values.isnan()]
     count = len(values)
     if count == 0:
-        return Interval(*[float("nan")] * 4, count=0)
+        return Estimate(*[float("nan")] * 4, count=0)
     rows = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
     tail = (1 - confidence) / 2
     means = values[rows].mean(1)
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     stderr = (values.std() / count**0.5).item() if count > 1 else float("nan")
-    return Interval(values.mean().item(), stderr, low, high, count)
+    return Estimate(values.mean().item(), stderr, low, high, count)
 
 
 def by_name(scores: Mapping[str, Tensor] | Any) -> Mapping[str, Tensor]:
@@ -57,15 +57,15 @@ def by_name(scores: Mapping[str, Tensor] | Any) -> Mapping[str, Tensor]:
     return {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
 
 
-def summarise(scores: Mapping[str, Tensor] | Any, *, resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
-    """Metric name -> Interval over the clips."""
-    return {name: interval(values, resamples=resamples, seed=seed) for name, values in by_name(scores).items()}
+def summarise(scores: Mapping[str, Tensor] | Any, *, resamples: int = 2000, seed: int = 0) -> dict[str, Estimate]:
+    """Metric name -> Estimate over the clips."""
+    return {name: estimate(values, resamples=resamples, seed=seed) for name, values in by_name(scores).items()}
 
 
 def compare(
     a: Mapping[str, Tensor] | Any, b: Mapping[str, Tensor] | Any, *, resamples: int = 2000, seed: int = 0
-) -> dict[str, Interval]:
-    """Metric name -> Interval of a - b, paired: clip i of both answers the same prompt."""
+) -> dict[str, Estimate]:
+    """Metric name -> Estimate of a - b, paired: clip i of both answers the same prompt."""
     first, second = by_name(a), by_name(b)
     for name, values in first.items():
         if len(values) != len(second[name]):
