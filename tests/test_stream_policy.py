@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from causalreel import cli
+from causalreel import cli, families
 from causalreel.data.video_in import read_video
 from causalreel.foreign import read_json
+from causalreel.infer.live import Policy
+from causalreel.infer.models import load, profile, request_for
+from causalreel.nn.policies.registry import policy_from
+from causalreel.nn.policies.window import Context
 
 RED = "a large red circle moves right"
 
@@ -58,3 +63,18 @@ def test_what_cannot_be_is_one_line(
     assert cli.main([*command, "--device", "cpu"]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and message in told and list(tmp_path.iterdir()) == []
+
+
+def test_beyond_a_training_clip_a_family_may_have_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In clips and in streams that slide; clips of a training clip's length, and policies that are named, stay."""
+    monkeypatch.setitem(families.FAMILIES, "tiny", dataclasses.replace(families.FAMILIES["tiny"], longer="memrope"))
+    pipeline = load("tiny/chunk-4step", device="cpu")
+    expected = policy_from("memrope", frames=12, chunk=3)
+    assert pipeline.schedule(57).context == expected == profile("tiny/chunk-4step").schedule(57).context
+    assert pipeline.schedule(45).context == Context() == pipeline.export.context
+    assert Policy.of(pipeline.export, pipeline.sampling, "slide").context == expected
+    assert request_for("tiny/chunk-4step", frames=0).context == expected
+    named = load("tiny/chunk-4step", policy="sink", device="cpu")
+    assert named.schedule(57).context == Context(12, 3)
+    clip, long = pipeline.generate(RED, seed=1), pipeline.generate(RED, frames=57, seed=1)
+    assert long.shape[1] == 57 and (long[:, :45] - clip).abs().max() < 2e-3

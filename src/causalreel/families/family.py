@@ -111,6 +111,9 @@ class Family:
     policy: Literal["renew", "slide"] = "slide"
     """How live streams outlast a training clip, see `infer.live.Policy`: renew where that was measured to be better;
     slide, as the released code for long videos does, elsewhere."""
+    longer: str | None = None
+    """Context policy beyond a training clip's length, as `--policy` reads it, of models whose own keeps everything:
+    what was measured to drift least; None: a window of that length."""
     kinds: tuple[CodecKind, ...] = ()
     """Kinds of codecs that it brings; `add` enters them in `codecs.kinds`."""
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from causalreel.infer.manner import beyond
 from causalreel.infer.restyle import GivenVideo, check_strength, latents_in
 from causalreel.infer.schedule import Schedule, adapt, schedule
 from causalreel.infer.scripts import Spoken, Spread, chunks_of, is_script, read_script, spread
@@ -78,6 +79,7 @@ class ClipRequest:
         sampling = adapt(model.sampling, steps=self.steps, chunk=self.chunk)
         video = self._video(model, sampling)
         how: dict[str, Any] = {"trained": model.export.frames, "context": model.export.context}
+        how["longer"] = beyond(model.export, sampling)
         script = self._script(prompts, sampling.chunk)
         frames = self.frames if self.frames is not None or not script else _length(script, sampling, model)
         if video is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from causalreel import families
 from causalreel.infer.commands import MODES, Mode
+from causalreel.infer.manner import beyond
 from causalreel.infer.models import encoder_of
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.restyle import Over
@@ -77,7 +78,7 @@ class Policy:
             raise ValueError(f"keep must be a multiple of {chunk}, from {chunk} to {trained - chunk}; got {keep}")
         if kind == "renew":
             return Policy(kind, trained, keep, export.context)
-        context = export.context.bounded(trained)
+        context = beyond(export, sampling) or export.context.bounded(trained)
         length = ENDLESS if context.is_endless else POSITIONS
         return Policy(kind, max(length, trained) // chunk * chunk, keep, context)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from causalreel import families
 from causalreel.infer.schedule import step_count
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.registry import described, policy_from
@@ -66,3 +67,12 @@ class Manner:
                 raise ValueError(f"noisy_context must be at least 0, got {self.noisy_context}")
             sampling = replace(sampling, noisy_from=self.noisy_context)
         return export, sampling
+
+
+def beyond(export: Export, sampling: Sampling) -> ContextPolicy | None:
+    """What a video beyond a training clip's length sees, where its family has something better than a window for models
+    whose own policy keeps everything; else None."""
+    chunk, longer = sampling.chunk, families.of(export).longer
+    if longer is None or chunk is None or sampling.plan != "chunked" or export.context != Context():
+        return None
+    return policy_from(longer, frames=export.frames // chunk * chunk, chunk=chunk)

@@ -21,7 +21,7 @@ from causalreel.foreign import shown
 from causalreel.infer.estimate import MemoryRequest, weight_bytes
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.loras import Loras, find_loras
-from causalreel.infer.manner import Manner
+from causalreel.infer.manner import Manner, beyond
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import Choices, choose_dtype, load_released, open_codec, open_text
 from causalreel.infer.schedule import Schedule, adapt, schedule, step_count
@@ -176,6 +176,7 @@ class Profile:
     def schedule(self, frames: int | None, prefix: int = 0) -> Schedule:
         """How a clip of `frames` pixel frames would be made behind `prefix` latent frames; ValueError if it cannot."""
         how: dict[str, Any] = {"trained": self.export.frames, "context": self.export.context}
+        how["longer"] = beyond(self.export, self.sampling)
         return schedule(self.sampling, self.geometry, **how, frames=frames, prefix=prefix)
 
 
@@ -280,7 +281,7 @@ def request_for(
         raise ValueError(f"window: the context policy of {name} has none, it is {described(context)}")
     context = replace(context, window=window) if window is not None and isinstance(context, Context) else context
     if frames == 0:
-        context = context.bounded(export.frames)
+        context = beyond(replace(export, context=context), known.sampling) or context.bounded(export.frames)
         asked["frames"] = None
     else:
         plan = replace(known, export=replace(export, context=context)).schedule(frames)

@@ -119,11 +119,12 @@ def schedule(
     frames: int | None = None,
     prefix: int = 0,
     context: ContextPolicy = Context(),
+    longer: ContextPolicy | None = None,
 ) -> Schedule:
     """Check a request for `frames` pixel frames (None: a training clip's) behind `prefix` given latent frames.
 
-    trained: latent frames of a training clip. context: the model's; a clip longer than those of training gets a window
-    of their length. Raises ValueError naming the nearest numbers of frames that are possible.
+    trained: latent frames of a training clip. context: the model's; a clip longer than those of training gets `longer`,
+    or a window of their length. Raises ValueError naming the nearest numbers of frames that are possible.
     """
     chunk = sampling.chunk
     if chunk is None:
@@ -146,7 +147,9 @@ def schedule(
         return Schedule(wanted, prefix, sampling, context)
     wanted = geometry.latents_in(frames)
     if wanted > prefix and wanted % unit == 0 and geometry.frames_of(wanted) == frames:
-        return Schedule(wanted, prefix, sampling, context.bounded(trained) if wanted > trained else context)
+        if wanted > trained:
+            context = context.bounded(trained) if longer is None else longer
+        return Schedule(wanted, prefix, sampling, context)
     below = max(wanted // unit * unit, prefix + unit)
     above = below + unit if geometry.frames_of(below) < frames else below
     nearest = " or ".join(str(geometry.frames_of(n)) for n in dict.fromkeys((below, above)))
