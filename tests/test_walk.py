@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from causalreel.data.draws import uniform
+from causalreel.data.packing import Row, pack
 from causalreel.data.prepare import prepare
 from causalreel.data.shards import load_prepared, read_shard
+from causalreel.data.streaming import ShardSource, open_set
 from causalreel.data.walk import (
     CELL,
     EYE,
@@ -272,6 +275,27 @@ def test_prepared_sets_hold_cameras_and_keys(tmp_path: Path) -> None:
     assert held_.fields["actions"].shape[-1] == len(KEYS)
     with pytest.raises(ValueError, match="frames=29, asked for frames=25"):
         prepare(tmp_path, Squeeze(), codec_id="c", clips=5, seed=3, world=walkable(WalkConfig(32, 7)), shard=3)
+
+
+def test_sets_with_stored_text_give_the_same_fields(tmp_path: Path) -> None:
+    state = simulate(5, seed=3, config=CONFIG)
+    told, made = WalkTextEncoder().encode(captions(state)), fields(state)
+    latents = torch.randn(5, 8, 3, 4, 4)
+    rows = [
+        Row("c", f"clip {i}", latents[i], told[i], {name: value[i] for name, value in made.items()}) for i in range(5)
+    ]
+    pack(tmp_path / "latents-00000.safetensors", rows[:3])
+    pack(tmp_path / "latents-00001.safetensors", rows[3:])
+    source = ShardSource(open_set(tmp_path), length=8)
+    batch = source.batch(torch.tensor([4, 0, 2]))
+    assert torch.equal(batch.conditioning.text, told[[4, 0, 2]])
+    for name, value in made.items():
+        assert torch.equal(batch.conditioning.fields[name], value[[4, 0, 2]])
+    source.close()
+    with pytest.raises(ValueError, match=r"clip 1 has fields .*all clips need the same"):
+        pack(tmp_path / "x.safetensors", [rows[0], replace(rows[1], fields={})])
+    with pytest.raises(ValueError, match=r"w2c \(7, 4, 4\), expected finite numbers \(8,\.\.\.\)"):
+        pack(tmp_path / "x.safetensors", [replace(rows[0], fields={"w2c": made["w2c"][0, 1:]})])
 
 
 def test_fields_that_do_not_fit_are_refused(tmp_path: Path) -> None:

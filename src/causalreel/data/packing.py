@@ -5,7 +5,7 @@ Whoever prepares or imports data writes with `pack`, whatever the data was befor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from causalreel.data.manifest import NULL, ShardEntry
+from causalreel.data.shards import FIELD
 from causalreel.files import replacing
 from causalreel.fingerprint import fingerprint
 from causalreel.hashed import write_tensors
@@ -32,6 +33,8 @@ class Row:
     """Latents (F,C,h,w) or a trajectory (S,F,C,h,w), whose last entry is the true clip; None for a prompt alone."""
     text: Tensor | None = None
     """Its text embeddings (K,E); zero rows at the end are left out."""
+    fields: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Fields of the conditioning, such as w2c: name -> (F,...), an entry for each latent frame."""
 
 
 def without_zeros(text: Tensor) -> Tensor:
@@ -53,6 +56,8 @@ def pack(path: Path, rows: Sequence[Row]) -> ShardEntry:
         tensors["latents" if first.clip.ndim == 4 else "trajectories"] = torch.stack(
             [r.clip for r in rows if r.clip is not None]
         )
+    for name in first.fields:
+        tensors[FIELD + name] = torch.stack([row.fields[name] for row in rows]).contiguous()
     if first.text is not None:
         texts = [without_zeros(row.text) for row in rows if row.text is not None]
         tensors["text"], tensors["text_rows"] = torch.cat(texts), _lengths(texts)
@@ -96,6 +101,16 @@ def _check(row: Row, first: Row) -> None:
             )
         if not value.isfinite().all():
             raise ValueError(f"{row.source} has {what} that are not finite, numbers are expected")
+    shapes = [{name: (tuple(value.shape), value.dtype) for name, value in one.fields.items()} for one in (row, first)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{row.source} has fields {shapes[0]}, {first.source} {shapes[1]}: all clips need the same")
+    frames = 0 if row.clip is None else row.clip.shape[-4]
+    for name, value in row.fields.items():
+        if value.shape[:1] != (frames,) or not value.isfinite().all():
+            raise ValueError(
+                f"{row.source} has {name} {tuple(value.shape)}, expected finite numbers ({frames},...), an entry for "
+                f"each latent frame"
+            )
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from causalreel.data.manifest import NULL, Manifest, read_manifest
-from causalreel.data.shards import TYPES, Shard, agree, damaged, read_ragged_text, read_shard, shards
+from causalreel.data.shards import FIELD, TYPES, Shard, agree, damaged, read_ragged_text, read_shard, shards
 from causalreel.types import Batch, Conditioning, LatentBatch, TrajectoryBatch
 
 OPEN = 64
@@ -113,6 +113,18 @@ def open_set(folder: str | Path, *, rows: int | None = None) -> PreparedSet:
     return PreparedSet(folder, tuple(found), manifest, total if rows is None else rows)
 
 
+@dataclass(frozen=True)
+class _Row:
+    """What is read of a row."""
+
+    clip: Tensor | None
+    """Its latents or trajectory, if the set has any."""
+    text: Tensor
+    """(K,E)."""
+    fields: dict[str, Tensor]
+    """Name -> (F,...)."""
+
+
 class ShardSource:
     """Implements `train.stage.DataSource` for a prepared set with stored text.
 
@@ -137,7 +149,7 @@ class ShardSource:
         self._ends = [np.cumsum(shard.lengths("text")) for shard in data.shards]
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
         self._reader = ThreadPoolExecutor(1, "causalreel data")
-        self._ahead: dict[int, Future[tuple[Tensor | None, Tensor]]] = {}
+        self._ahead: dict[int, Future[_Row]] = {}
         longest = max(int(np.diff(ends, prepend=0).max()) for ends in self._ends)
         if longest > length:
             raise ValueError(f"{data.folder} has texts of {longest} tokens, the network takes {length}")
@@ -155,21 +167,23 @@ class ShardSource:
                 self._ahead[row] = self._reader.submit(self._read, row)
 
     def batch(self, indices: Tensor) -> Batch:
-        """Rows (B,) -> latents (B,F,C,H,W) or trajectories (B,S,F,C,H,W) as they are stored, text (B,length,E)."""
+        """Rows (B,) -> latents (B,F,C,H,W) or trajectories (B,S,F,C,H,W) as they are stored, text (B,length,E), and the
+        set's fields (B,F,...) float32."""
         order = indices.tolist()
         waiting = {
             row: self._ahead.pop(row, None) or self._reader.submit(self._read, row) for row in dict.fromkeys(order)
         }
         found = {row: future.result() for row, future in waiting.items()}
         rows = [found[row] for row in order]
-        text = self._moved([text for _, text in rows])
+        text = self._moved([row.text for row in rows])
         text = F.pad(text, (0, 0, 0, self.length - text.shape[1]))  # (B,K,E) -> (B,length,E)
-        clips = [clip for clip, _ in rows if clip is not None]
+        fields = {name: self._moved([row.fields[name] for row in rows]).float() for name in rows[0].fields}
+        conditioning, clips = Conditioning(text, fields), [row.clip for row in rows if row.clip is not None]
         if not clips and self.blank is not None:
-            return LatentBatch(Conditioning(text), text.new_zeros(()).expand(len(text), *self.blank))
+            return LatentBatch(conditioning, text.new_zeros(()).expand(len(text), *self.blank))
         if not clips:
-            return Batch(Conditioning(text))
-        return (LatentBatch if self.data.kind == "latents" else TrajectoryBatch)(Conditioning(text), self._moved(clips))
+            return Batch(conditioning)
+        return (LatentBatch if self.data.kind == "latents" else TrajectoryBatch)(conditioning, self._moved(clips))
 
     def close(self) -> None:
         """Stop reading ahead and let go of the files."""
@@ -191,18 +205,23 @@ class ShardSource:
 
     # ---- in the reader's thread
 
-    def _read(self, number: int) -> tuple[Tensor | None, Tensor]:
-        """-> a row's clip, if the set has any, and its text (K,E)."""
+    def _read(self, number: int) -> _Row:
         shard, row = self._place(number)
         held, ends = self.data.shards[shard], self._ends[shard]
         entry, first = held.entries["text"], int(ends[row - 1]) if row else 0
         text = torch.empty((int(ends[row]) - first, entry.shape[1]), dtype=TYPES[entry.dtype])
         self._fill(text, shard, "text", row, first * entry.shape[1] * text.element_size())
         if held.kind is None:
-            return None, text
+            return _Row(None, text, {})
         clip = torch.empty(held.shape, dtype=held.dtype)
         self._fill(clip, shard, held.kind, row, row * clip.nbytes)
-        return clip, text
+        fields: dict[str, Tensor] = {}
+        for name, entry in held.entries.items():
+            if name.startswith(FIELD):
+                value = torch.empty(entry.shape[1:], dtype=TYPES[entry.dtype])
+                self._fill(value, shard, name, row, row * value.nbytes)
+                fields[name.removeprefix(FIELD)] = value
+        return _Row(clip, text, fields)
 
     def _place(self, row: int) -> tuple[int, int]:
         """A row of the set -> its shard and its row there."""
@@ -225,8 +244,7 @@ class ShardSource:
                 raise damaged(held.path, "it became shorter while it was read")
             done += got
         if not torch.isfinite(target).all():
-            what = "text" if name == "text" else "latents"
-            raise ValueError(f"{held.path}: clip {row} has {what} that are not finite, numbers are expected")
+            raise ValueError(f"{held.path}: clip {row} has {name} that are not finite, numbers are expected")
 
     def _file(self, shard: int) -> BinaryIO:
         if shard not in self._files:
