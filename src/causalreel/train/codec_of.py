@@ -42,11 +42,12 @@ def name_in_export(name: Path, folder: Path) -> str:
     return codec_name(name, folder) if released_codec(str(name)) is None else str(name)
 
 
-def maker_of_data(codec: Path, data: Path, rows: int | None) -> str:
-    """The command that makes data with this codec."""
+def maker_of_data(codec: Path, data: Path, rows: int | None, world: str) -> str:
+    """The command that makes data of a world, or of videos, with this codec."""
     released = released_codec(str(codec))
     if released is None:
-        return f"causalreel encode --codec {codec} --out {data} --clips {rows or 2048}"
+        which = "" if world == "flat" else f" --world {world}"
+        return f"causalreel encode{which} --codec {codec} --out {data} --clips {rows or 2048}"
     models = [name for name, (family, row) in MODELS.items() if family is released[0] and row.sampling.chunk is None]
     return f"causalreel prepare VIDEOS --out {data} --model {models[0] if models else 'MODEL'}"
 

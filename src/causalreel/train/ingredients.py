@@ -181,7 +181,7 @@ def missing(recipe: Recipe) -> list[str]:
     try:
         shards(recipe.data)
     except ValueError:
-        made = maker_of_data(recipe.codec, recipe.data, recipe.rows)
+        made = maker_of_data(recipe.codec, recipe.data, recipe.rows, recipe.world)
         problems.append(f"no prepared data in {recipe.data}: make it with `{made}`")
     try:
         check_codec(recipe.codec)

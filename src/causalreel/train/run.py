@@ -120,7 +120,7 @@ class Recipe:
     rows: int | None = None
     """Clips used of the data; null for all."""
     world: Literal["flat", "walk"] = "flat"
-    """What the codec stage renders: objects on a plane, or a place that one walks in."""
+    """Whose clips the codec stage renders, and the data are of: objects on a plane, or a place that one walks in."""
     data_seed: int = 0
     """Which world of that kind."""
     codec: Path | None = field(default=None, metadata=FREE)
