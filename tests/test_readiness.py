@@ -46,7 +46,8 @@ def test_what_a_recipe_needs_is_named_with_the_command_that_makes_it(
         assert status == 0 and not commands
         return
     assert status == 2 and errors.count("\n") == 1
-    assert ["encode", "--codec", "tiny", "--out", str(recipe.data), "--clips", "2048"] in commands
+    world = [] if recipe.world == "flat" else ["--world", recipe.world]
+    assert ["encode", *world, "--codec", str(recipe.codec), "--out", str(recipe.data), "--clips", "2048"] in commands
     for role, folder in recipe.init.items():
         if is_embedded(folder):
             continue

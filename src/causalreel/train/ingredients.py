@@ -186,7 +186,8 @@ def missing(recipe: Recipe) -> list[str]:
     try:
         check_codec(recipe.codec)
     except ValueError as error:
-        problems.append(f"{error}; {_maker(recipe.codec)}codec=tiny is the one that comes with the package")
+        there = "codec=tiny is the one that comes with the package" if recipe.world == "flat" else "give another"
+        problems.append(f"{error}; {_maker(recipe.codec)}{there}")
     wanted = wanted_roles(recipe)
     for role in recipe.init:
         if role not in wanted:
