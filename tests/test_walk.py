@@ -39,8 +39,10 @@ from causalreel.data.walk import (
 )
 from causalreel.data.walk_render import COLOR_RGB, FLOOR, HEIGHTS, RADIUS, SKY, meet, paint, render, seen, shown, slopes
 from causalreel.data.worlds import walkable
+from causalreel.parallel.sharding import Team
 from causalreel.scenery import DIRECTIONS, KEYS, complete, compose, parse
 from causalreel.text.walk import WalkTextEncoder
+from causalreel.train.run import _build_codec, resolve
 from causalreel.types import Geometry
 
 CONFIG = WalkConfig(size=32, latents=8)
@@ -296,6 +298,15 @@ def test_sets_with_stored_text_give_the_same_fields(tmp_path: Path) -> None:
         pack(tmp_path / "x.safetensors", [rows[0], replace(rows[1], fields={})])
     with pytest.raises(ValueError, match=r"w2c \(7, 4, 4\), expected finite numbers \(8,\.\.\.\)"):
         pack(tmp_path / "x.safetensors", [replace(rows[0], fields={"w2c": made["w2c"][0, 1:]})])
+
+
+def test_the_codec_learns_the_world_that_its_recipe_names() -> None:
+    recipe = resolve("tiny/walk_codec", ["rows=2"])
+    stage = _build_codec(recipe, torch.device("cpu"), Team())
+    clips = stage.source.batch(torch.tensor([0, 1])).video
+    torch.testing.assert_close(clips, render(simulate(2, seed=0)), rtol=0, atol=0.01)
+    with pytest.raises(ValueError, match="the world 'walk' has none"):
+        resolve("tiny/walk_codec", ["settings.events=0.5"])
 
 
 def test_fields_that_do_not_fit_are_refused(tmp_path: Path) -> None:
