@@ -146,7 +146,7 @@ class Recipe:
             )
         if self.stage == "codec" and self.model != "tiny":
             raise ValueError(f"model: got {self.model!r}, the codec stage trains only 'tiny'")
-        if self.stage == "codec" and self.world != "flat" and self.settings.events:
+        if isinstance(self.settings, CodecConfig) and self.world != "flat" and self.settings.events:
             raise ValueError(f"settings.events: got {self.settings.events}, the world {self.world!r} has none: give 0")
         for role in self.lora:
             if role not in self.trainer.optimisers or self.stage == "codec":
