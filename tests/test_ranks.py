@@ -77,6 +77,7 @@ CASES: dict[str, Callable[[], tuple[Stage, DataSource]]] = {
     "causal score distillation": lambda: make_dmd(dataclasses.replace(DMD, samples="teacher_forced")),
     "teacher forcing, text by frame": lambda: changing("teacher forcing"),
     "DMD, text by frame": lambda: changing("DMD"),
+    "DMD, prompts that change": lambda: make_dmd(dataclasses.replace(DMD, prompt_changes=0.5)),
 }
 STEPS = 3
 STEADY = dataclasses.replace(OPTIMISER, eps=1e-3)

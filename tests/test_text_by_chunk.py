@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.sources import LatentSource
 from causalreel.flow import add_noise
+from causalreel.infer.live import Live, Policy
+from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.schedule import Schedule
 from causalreel.nn.denoiser import DiTDenoiser, Guided
+from causalreel.nn.masks import Context
 from causalreel.parallel.fast import accelerate
 from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, fuse, rollout
+from causalreel.text.tiny import TinyTextEncoder
 from causalreel.train.losses import surrogate_loss
 from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
+from causalreel.train.stage import DataCursor, StepContext
+from causalreel.train.stages.dmd import DMD
 from causalreel.train.trajectories import cached_causal_trajectories, causal_trajectories
 from causalreel.types import Conditioning
+from causalreel.weights.export import Export, Sampling
 from test_laws import CONFIG, FOUR, SPEC, TWO, close, latents, make
+from test_stages import SELF_ROLLOUT, make_dmd
 
 FRAMES = 6
 NULL = Conditioning(torch.zeros(1, 5, 8))
@@ -131,3 +143,73 @@ def test_cached_trajectories_are_the_parallel_ones(chunk: int) -> None:
     how: dict = {"noise": noise, "sizes": chunk_sizes(FRAMES, chunk), "sigmas": (*TWO, 0.0), "keep": (0, 1, 2)}
     whole = guided.prepare(told())
     close(cached_causal_trajectories(guided, clean, whole, **how), causal_trajectories(guided, clean, whole, **how))
+
+
+def test_rows_go_over_to_another_text() -> None:
+    texts = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(3))
+    one, other = Conditioning(texts[:2], {"speed": torch.zeros(2, 4)}), Conditioning(texts[2:])
+    rows = torch.tensor([True, False])
+    found = one.changing(other, rows, 1, 4)
+    assert found.prompts == (0, 1, 1, 1) and found.fields == one.fields
+    assert torch.equal(found.text, torch.stack([texts[:2], torch.stack([texts[2], texts[1]])], dim=1))
+    several = told().changing(told()[torch.tensor([1, 0])], rows, 3, FRAMES)
+    assert several.prompts == tuple(range(FRAMES))
+    assert torch.equal(several.text[1], told().text[1])
+    assert torch.equal(several.text[0], torch.cat([told().text[0, :3], told().text[1, 3:]]))
+
+
+def test_training_rollouts_change_their_prompts() -> None:
+    config = dataclasses.replace(SELF_ROLLOUT, prompt_changes=1.0)
+    stage, rows = make_dmd(config)
+    seen: list[Conditioning] = []
+    assert isinstance(stage, DMD)
+    forward = stage.critic.forward
+
+    def watched(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, **how: object) -> torch.Tensor:
+        seen.append(conditioning)
+        return forward(x, sigma, conditioning, **how)
+
+    stage.critic.forward = watched  # type: ignore[method-assign]
+    step = StepContext(0, 0, rows, DataCursor(len(rows), 0), torch.device("cpu"))
+    for update in stage.updates(step):
+        for loss in update.losses:
+            value, _ = loss()
+            assert value.isfinite()
+    assert seen and all(one.prompts is not None and one.prompts[0] == 0 and one.prompts[-1] == 1 for one in seen)
+    assert all(not torch.equal(one.text[:, 0], one.text[:, 1]) for one in seen)
+    for wrong in ({"prompt_changes": 1.5}, {"prompt_changes": 0.5, "samples": "data"}):
+        with pytest.raises(ValueError, match="prompt_changes"):
+            dataclasses.replace(SELF_ROLLOUT, **wrong)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@torch.no_grad()
+def test_a_live_stream_keeps_what_frames_were_told(guidance: float) -> None:
+    """switch: as a clip whose later frames read the new text, also where a new segment reads old frames again."""
+    codec, spec = tiny_codec(0), SPEC
+    config = dataclasses.replace(CONFIG, text_dim=64, text_length=16)
+    torch.manual_seed(0)
+    net = DiTDenoiser(config).requires_grad_(False)
+    torch.nn.init.normal_(net.model.head.head.weight, std=0.2)
+    sampling = Sampling(chunk=1, guidance=guidance)
+    card = Export("told", config, sampling, Context(), FRAMES, 16.0, spec)
+    pipe = Pipeline(net, card, sampling, codec, TinyTextEncoder(), torch.device("cpu"))
+    old, new = (pipe.text.encode([f"a large {color} square moves right"]) for color in ("red", "blue"))
+    live, made, calls = Live(pipe, old, seed=3, policy=Policy("renew", FRAMES, 2)), [], []
+    told_of = live._conditioning_of
+    live._conditioning_of = lambda call: calls.append((live._base + call.start, told_of(call))) or calls[-1][1]  # type: ignore
+    for frame in range(9):
+        if frame == 4:
+            live.tell(new, mode="switch")
+        made.append(live.next_chunk().latents)
+    whole = Conditioning(torch.stack([old, new], dim=1), prompts=(0, 0, 0, 0, 1, 1))
+    plan = Schedule(FRAMES, 0, sampling, Context())
+    noise = KeyedNoise([3], spec)
+    expected = collect(pipe.rollout(plan, pipe.denoiser_for(sampling).prepare(whole), noise))
+    close(torch.cat(made[:FRAMES], 1), expected, 1e-4)
+    for start, conditioning in calls:
+        count = len(conditioning.prompts) if conditioning.prompts else 1
+        for f in range(count):
+            text = conditioning.text[:, conditioning.prompts[f]] if conditioning.prompts else conditioning.text
+            assert torch.equal(text, new if start + f >= 4 else old), (start, f)
+    assert live.segments == 2 and [at for at, _ in live._spans] == [0, 4]

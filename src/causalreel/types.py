@@ -91,6 +91,20 @@ class Conditioning:
         keep = ~rows.view(-1, *[1] * (self.text.ndim - 1))
         return replace(self, text=self.text * keep, prepared=None)
 
+    def changing(self, other: Conditioning, rows: Tensor, frame: int, frames: int) -> Conditioning:
+        """These rows (B) bool read the other's text from `frame` of so many frames on; fields stay."""
+        if self.prompts is None and other.prompts is None:
+            own, new, prompts = self.text, other.text, (0,) * frame + (1,) * (frames - frame)
+            later = torch.where(rows.view(-1, 1, 1), new, own)
+            return replace(self, text=torch.stack([own, later], dim=1), prompts=prompts, prepared=None)
+        own, new = (
+            torch.stack([c.text[:, n] for n in c.prompts] if c.prompts else [c.text] * frames, dim=1)
+            for c in (self, other)
+        )
+        later = torch.where(rows.view(-1, 1, 1, 1), new[:, frame:], own[:, frame:])
+        text = torch.cat([own[:, :frame], later], dim=1)  # (B,F,K,E)
+        return replace(self, text=text, prompts=tuple(range(frames)), prepared=None)
+
     def named(self) -> dict[str, Tensor]:
         """All of it as tensors by name, a row for each row: for files."""
         found = {"text": self.text, **{f"field.{name}": value for name, value in self.fields.items()}}

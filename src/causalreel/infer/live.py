@@ -134,6 +134,8 @@ class Live:
             self._noise = Over(self._noise, over, strength)
         self._conditioning = self._prepare(Conditioning(text.to(pipeline.device), fields or {}))
         """The text in force, and the fields of the last frames."""
+        self._spans = [(0, self._conditioning)]
+        """The texts of the last frames: each with the frame of the stream from which it is read."""
         self._fade: _Fade | None = None
         self._kept = None if first is None else first[:, -self.policy.keep :]  # (1,<=keep,C,H,W)
         self._is_first = True
@@ -146,7 +148,8 @@ class Live:
     def tell(self, text: Tensor, *, mode: Mode = "recompute", chunks: int = 4) -> None:
         """Another prompt from the next chunk on.
 
-        switch: the network reads the new text; what it keeps of the past stays as it was read under the old one.
+        switch: new frames read the new text; those of the past stay as they were read under the old one, and read that
+        again where a new segment begins with them.
         recompute: the last `policy.keep` frames are read again under the new text, in a new segment. fade: as switch,
         but the text moves from the old to the new embedding in `chunks` equal moves, the last of which is the new text.
         """
@@ -161,6 +164,7 @@ class Live:
         self._fade = None
         self._say(text)
         if mode == "recompute":
+            self._spans = self._spans[-1:]
             self._segment = None
 
     def resample(self, sampling: Sampling) -> None:
@@ -169,7 +173,7 @@ class Live:
             raise ValueError(f"chunk cannot change in a stream: it is {self.sampling.chunk}, got {sampling.chunk}")
         if sampling != self.sampling:
             self.sampling = sampling
-            self._conditioning = self._prepare(self._conditioning)
+            self._prepare_again()
 
     def set_loras(self, strengths: Mapping[str, float]) -> None:
         """Other strengths of the pipeline's LoRAs, by name, from the next chunk on, in a new segment.
@@ -240,10 +244,20 @@ class Live:
         if loras.version != self._version:
             self._version = loras.version
             self._segment = None
-            self._conditioning = self._prepare(self._conditioning)
+            self._prepare_again()
 
     def _say(self, text: Tensor) -> None:
+        """Another text for the frames to come."""
         self._conditioning = self._prepare(replace(self._conditioning, text=text))
+        self._spans.append((self.frame, self._conditioning))
+        oldest = self.frame - self.policy.keep - self._chunk  # before it nothing is read again
+        while len(self._spans) > 1 and self._spans[1][0] <= oldest:
+            del self._spans[0]
+
+    def _prepare_again(self) -> None:
+        """What is kept of the texts is of no more use."""
+        self._spans = [(at, self._prepare(told)) for at, told in self._spans]
+        self._conditioning = self._prepare(self._conditioning)
 
     def _prepare(self, conditioning: Conditioning) -> Conditioning:
         return self.pipeline.denoiser_for(self.sampling).prepare(conditioning)
@@ -265,11 +279,24 @@ class Live:
     def _conditioning_of(self, call: Call) -> Conditioning:
         """The conditioning of a call's frames: the fields that are kept end with the chunk that is being made."""
         first = self._place(self._base + call.start)
-        told = self._conditioning.frames(first, first + call.frames)
+        told = self._by_frame(
+            self._conditioning.frames(first, first + call.frames), self._base + call.start, call.frames
+        )
         if self._relative is None or self._origin is None:
             return told
         poses = (told.fields[self._relative].double() @ self._origin).float()
         return replace(told, fields={**told.fields, self._relative: poses})
+
+    def _by_frame(self, told: Conditioning, first: int, frames: int) -> Conditioning:
+        """The conditioning of a call's frames, from `first` of the stream on, each with the text that it was told."""
+        starts = [at for at, _ in self._spans]
+        numbers = [max(sum(at <= first + f for at in starts) - 1, 0) for f in range(frames)]
+        if numbers[0] == len(starts) - 1:
+            return told
+        used = self._spans[numbers[0] : numbers[-1] + 1]
+        text = torch.stack([one.text for _, one in used], dim=1)  # (B,P,K,E)
+        prepared = [kept for _, one in used for kept in one.prepared]
+        return replace(told, text=text, prompts=tuple(n - numbers[0] for n in numbers), prepared=prepared)
 
     def _place(self, frame: int) -> int:
         """Where a frame of the stream lies among the fields that are kept."""

@@ -85,6 +85,9 @@ class DMDConfig:
     """Share of rollouts that continue the data's first latent frame, which scores see clean: image to video."""
     context_sigma: float = 0.0
     """Noise level at which finished chunks are written to the cache."""
+    prompt_changes: float = 0.0
+    """Share of the clips of a self-rollout that go over to another prompt of the data at a chunk border, one for all of
+    them, as live videos do; their context stays as it was read, and the scores see text by frame."""
     student_pass: Literal["parallel", "replay"] = "parallel"
     """How the student's gradient is computed: all chunks at once, or one after the other in less memory."""
     longest: int | None = None
@@ -99,6 +102,12 @@ class DMDConfig:
     """The average that is exported."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.prompt_changes <= 1:
+            raise ValueError(f"prompt_changes must be 0 to 1, got {self.prompt_changes}")
+        if self.prompt_changes and self.samples != "self_rollout":
+            raise ValueError("prompt_changes needs samples: self_rollout, in which the student sees its own past")
+        if self.prompt_changes and self.longest is not None:
+            raise ValueError("prompt_changes and longest do not go together: a rollout beyond a clip has one prompt")
         if not 1 <= self.critic_repeats <= max(1, self.critic_updates):
             raise ValueError(f"critic_repeats must be 1 to {self.critic_updates}, got {self.critic_repeats}")
         if self.critic_rollouts is not None and not 1 <= self.critic_rollouts <= self.critic_samples:
@@ -249,7 +258,7 @@ class DMD:
 
     def _roll_out(self, step: StepContext, batch: LatentBatch, purpose: str) -> Samples:
         """The student's own rollout: every chunk leaves at the exit step, or in the window, drawn for it."""
-        config, conditioning = self.config, batch.conditioning
+        config, conditioning = self.config, self._changing(step, batch, purpose)
         sizes = chunk_sizes(self._length(step, batch, purpose), config.chunk)
         begin = sum(sizes) - batch.frames  # what is before it only leads there
         given = self._given(step, purpose)
@@ -270,6 +279,16 @@ class DMD:
         )
         latents = record.latents if not begin else as_clip(self.viewer.codec, record.latents, begin)
         return Samples(latents, conditioning, lambda: self._again(record, conditioning, begin), lambda net: net, given)
+
+    def _changing(self, step: StepContext, batch: LatentBatch, purpose: str) -> Conditioning:
+        """The conditioning of a rollout, whose prompts may change to those of further rows of the data."""
+        told, share, chunks = batch.conditioning, self.config.prompt_changes, batch.frames // self.config.chunk
+        if not share or chunks < 2:
+            return told
+        other = step.batch(len(batch) * step.parts, LatentBatch).conditioning
+        border = self.config.chunk * (1 + draw_index(step, f"{purpose} prompt change", chunks - 1))
+        rows = uniform(step, f"{purpose} changed prompts", len(batch)) <= share
+        return told.changing(other, rows, border, batch.frames)
 
     def _given(self, step: StepContext, purpose: str) -> int:
         """Frames that a rollout is given: 1 for the share of rollouts that the config says, else 0."""
