@@ -144,7 +144,10 @@ class Evaluate(ThreadFlag):
     policies: tuple[str, ...] = ()
     """Long: context policies to run every model under, as of `generate --policy`, or renew; default: its own."""
     videos: tuple[Path, ...] = ()
-    """Long: video files to be measured too: light, colour, sharpness and motion of their windows."""
+    """Long: video files to be measured too: light, colour, sharpness and motion of their windows. With --control:
+    folders of finished videos with a manifest.json, measured where their trajectories come back."""
+    dialect: str | None = None
+    """Of the trajectories in these manifests: minwm, worldplay, lingbot, sana, sana-2 or letters."""
     window: Annotated[float, Range(0.2, 3600)] = 3.0
     """Long: seconds of a window of a video file."""
     vbench: Path | None = None
@@ -167,7 +170,7 @@ def evaluate(args: Evaluate) -> int:
         raise ValueError("--long and --control measure different things: give one of them")
     if args.long:
         return _evaluate_long(args, models)
-    for name in ("policies", "videos", "vbench", "prompt_file"):
+    for name in ("policies", "vbench", "prompt_file", *(() if args.control else ("videos", "dialect"))):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for --long")
     if args.control:
@@ -187,6 +190,8 @@ def _evaluate_control(args: Evaluate, models: tuple[str, ...]) -> int:
 
     if args.metrics is not None:
         raise ValueError("--metrics is for clips with captions alone; with --control leave it out")
+    if args.videos:
+        return _evaluate_revisits(args)
     how = {
         "steps": args.steps,
         "guidance": args.guidance,
@@ -195,6 +200,22 @@ def _evaluate_control(args: Evaluate, models: tuple[str, ...]) -> int:
         "device": args.device,
     }
     print(table(run(models, out=args.out, clips=args.clips or 256, **how)))
+    return 0
+
+
+def _evaluate_revisits(args: Evaluate) -> int:
+    from causalreel.eval.revisits import measure
+    from causalreel.eval.statistics import summarise
+
+    if args.dialect is None:
+        raise ValueError("--videos with --control needs --dialect: the same trajectory means other motions elsewhere")
+    if args.models:
+        raise ValueError("models and --videos are measured apart with --control: give one of them")
+    print("| videos | clips that come back | PSNR on revisits |\n|---|---|---|")
+    for folder in args.videos:
+        found = summarise(measure(folder, args.dialect))["revisit psnr"]
+        told = f"{found.mean:.2f} ± {found.stderr:.2f}" if found.count > 1 else f"{found.mean:.2f}"
+        print(f"| {folder} | {found.count} | {told if found.count else 'n/a'} |")
     return 0
 
 

@@ -307,7 +307,8 @@ def find(model: str | Path, *, steps: int | Sequence[float] | None = None, chunk
         return known[name]
     family = {key: folder for key, folder in known.items() if key.startswith(f"{name}/")}
     if family:
-        return _choose(name, family, steps, chunk)
+        same = {key: folder for key, folder in family.items() if read_export(folder).family == name}
+        return _choose(name, same or family, steps, chunk)
     if Path(model).is_dir():
         return Path(model)
     if name in DEFAULT_VARIANTS:
