@@ -58,3 +58,22 @@ def test_a_codec_that_cannot_be_had_is_one_line(
     monkeypatch.setattr(codec_of, "fetch", lambda files, folder: ({}, "HF_HUB_OFFLINE is set"))
     assert cli.main(["train", *COMMAND]) == 2
     assert "codec far: HF_HUB_OFFLINE is set: someone/codecs/far.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["files/far.pth", "files"])
+def test_the_file_may_be_named_itself(
+    released: Path, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or the folder that has it: nothing is fetched then."""
+    monkeypatch.setattr(codec_of, "fetch", lambda files, folder: pytest.fail("something is fetched"))
+    Path("files").mkdir()
+    Path("files/far.pth").write_bytes(released.read_bytes())
+    info = Path("data/info.yaml")
+    info.write_text(json.dumps({**config.read(info), "codec": codec_mark(released)}))
+    command = [word if not word.startswith("codec=") else f"codec={named}" for word in COMMAND]
+    assert readiness.to_fetch(resolve(command[0], command[1:])) == []
+    reel("train", *command)
+    assert read_export("ar/export").codec == "far"
+    Path("files/far.pth").write_bytes(b"others")
+    assert cli.main(["train", *command, "trainer.out=other"]) == 2
+    assert f"data was encoded with another codec than {named}" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,6 +22,10 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.parallel.ulysses import shard_sequence
 
 Value = TypeVar("Value")
+
+WAIT = timedelta(days=2)
+"""How long processes wait for the one that fetches weights, or for trajectories that others make; gloo's own half an
+hour is over before a large file is here."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Team:
         """The same for a thread that writes checkpoints."""
         self.context: dist.ProcessGroup | None = None
         """Of the processes that share tokens with this one."""
+        self._waiting: dist.ProcessGroup | None = None
         if not is_joined:
             return
         from torch.distributed.device_mesh import init_device_mesh
@@ -93,7 +99,7 @@ class Team:
         if config.context > 1:
             grid = init_device_mesh(kind, (self.parts, config.context), mesh_dim_names=("rows", "context"))
             self.context = grid["context"].get_group()
-        self.control, self.saving = _hosts(), _hosts()
+        self.control, self.saving, self._waiting = _hosts(), _hosts(), _hosts(WAIT)
 
     @property
     def is_first(self) -> bool:
@@ -204,13 +210,13 @@ class Team:
             self.wait()
 
     def wait(self) -> None:
-        """Until all have come this far."""
+        """Until all have come this far, for as long as `WAIT`; a process that dies is noticed before."""
         if self.control is not None:
-            dist.barrier(group=self.control)
+            dist.barrier(group=self._waiting)
 
 
-def _hosts() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo")
+def _hosts(patience: timedelta | None = None) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=patience)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

@@ -242,9 +242,27 @@ def _clips_of(data: PreparedSet, recipe: Recipe) -> tuple[LatentSpec, int]:
             f"settings.given needs true first frames, and {data.folder} holds only prompts: give 0 or clips"
         )
     if data.kind is None:
-        student = read_export(recipe.init["student"])
-        return student.latent, student.frames
+        return _clips_of_student(recipe.init["student"])
     return LatentSpec(*data.shape[-3:]), data.shape[-4]
+
+
+def _clips_of_student(place: Path) -> tuple[LatentSpec, int]:
+    """The clips that a student makes, as it says itself; as its family's released models where it says nothing."""
+    if str(place) in MODELS:
+        family, model = MODELS[str(place)]
+        card = family.export(model)
+    elif not str(place).startswith(RANDOM) and is_export(place):
+        card = read_export(place)
+    else:
+        name = preset_of(size_of(place))
+        likely = [(f, m) for f, m in MODELS.values() if m.preset == name]
+        if not likely:
+            raise ValueError(
+                f"init.student: {place} does not say how large the clips are that it makes, and the data hold only "
+                f"prompts: begin with an export or a released model"
+            )
+        card = likely[0][0].export(likely[0][1])
+    return card.latent, card.frames
 
 
 def _family(recipe: Recipe) -> Family:

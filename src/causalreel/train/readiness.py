@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import torch
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.shards import layout, shards
 from causalreel.families import MODELS
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.lora import adapter_state, add_lora
+from causalreel.nn.presets import preset
 from causalreel.parallel.mesh import launch
 from causalreel.train.codec_of import files_of
-from causalreel.train.ingredients import gather, missing, networks, wanted_roles
+from causalreel.train.ingredients import gather, missing, wanted_roles
+from causalreel.train.initial import size_of
 from causalreel.train.run import Recipe, check_processes
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.state import choose_device, resumable
@@ -66,21 +71,47 @@ def to_fetch(recipe: Recipe) -> list[HubFile]:
 def disk_bytes(recipe: Recipe) -> int:
     """About what a run writes: checkpoints (one more than are kept), trajectories, export; not previews and metrics."""
     if recipe.stage == "codec":
-        sizes = [sum(value.numel() for value in tiny_codec(0).state_dict().values())]
-    else:
-        sizes = [
-            sum(value.numel() for value in empty_denoiser(network).state_dict().values())
-            for network in networks(recipe)
-        ]
-    student, trained = max(sizes, default=0), len(recipe.trainer.optimisers)
-    # float32: a role, its average or target; two moments for what is trained; frozen roles once
-    checkpoint = 4 * student * (trained * 3 + 1)
-    total = checkpoint * (recipe.trainer.keep + 1) + 4 * student + 2 * student
+        codec = sum(value.numel() for value in tiny_codec(0).state_dict().values())
+        return 4 * codec * (4 * (recipe.trainer.keep + 1) + 1) + 2 * codec
+    numbers = {role: _kept(recipe, role) for role in wanted_roles(recipe)}
+    trained = [numbers[role] for role in recipe.trainer.optimisers if role in numbers]
+    # float32: what is trained, two moments, and the student's average or target; frozen roles once, for they are links
+    checkpoint = 4 * (3 * sum(trained) + numbers["student"])
+    frozen = sum(count for role, count in numbers.items() if role not in recipe.trainer.optimisers)
+    width = 2 if recipe.compute == "bfloat16" or (recipe.compute == "auto" and torch.cuda.is_available()) else 4
+    total = checkpoint * (recipe.trainer.keep + 1) + (0 if recipe.lora else width * frozen)
+    total += 4 * numbers["student"] if "student" in recipe.lora else 0
+    if "student" not in recipe.lora or recipe.lora_merged:
+        total += 6 * _numbers(recipe, "student")
     if isinstance(recipe.settings, CausalODEConfig) and recipe.data is not None:
         (_, *shape), _ = layout(shards(recipe.data)[0])
         states = len(recipe.settings.keep) + 2
         total += 2 * 2 * recipe.settings.pairs * states * torch.Size(shape).numel()  # float16, parts and whole
     return total
+
+
+def _numbers(recipe: Recipe, role: str) -> int:
+    """Numbers of a role's network; 0 where its files are not here."""
+    net = _network(recipe, role)
+    return 0 if net is None else sum(value.numel() for value in net.state_dict().values())
+
+
+def _kept(recipe: Recipe, role: str) -> int:
+    """Numbers that a checkpoint holds of a role: of its network, or of its adapters alone."""
+    net = _network(recipe, role) if role in recipe.lora else None
+    if net is None:
+        return _numbers(recipe, role)
+    add_lora(net.model, recipe.lora[role])
+    return sum(value.numel() for value in adapter_state(net).values())
+
+
+def _network(recipe: Recipe, role: str) -> DiTDenoiser | None:
+    """The network of a role without storage; None where its files are not here."""
+    if role not in recipe.init:
+        return empty_denoiser(preset(recipe.model)) if recipe.stage == "pretrain" else None
+    with contextlib.suppress(ValueError):
+        return empty_denoiser(size_of(recipe.init[role]))
+    return None
 
 
 def _free(out: Path) -> tuple[int, Path]:

@@ -13,12 +13,12 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from causalreel import config as configs
 from causalreel.codecs.tiny import tiny_codec
@@ -364,11 +364,15 @@ def _build_denoising(recipe: Recipe, device: torch.device, team: Team | None = N
 def _export_adapters(net: nn.Module, recipe: Recipe, folder: Path) -> None:
     """The adapters as peft has them, in a folder of their own, in place of those of an earlier time."""
     assert isinstance(net, DiTDenoiser)
-    if folder.exists():
-        remove_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     note = {"base": str(recipe.init.get("student", recipe.model))}
-    write_lora(lora_of(net, str(folder)), folder, "peft", note=note)
+    fresh = folder.with_name(f"{folder.name}-new")
+    for left in (path for path in (fresh,) if path.exists()):
+        remove_folder(left)
+    write_lora(lora_of(net, str(folder)), fresh, "peft", note=note)
+    if folder.exists():  # not before there is what takes its place
+        remove_folder(folder)
+    fresh.rename(folder)
     log.info("adapters written to %s", folder)
 
 
@@ -419,15 +423,12 @@ def _trajectories(recipe: Recipe, made: Ingredients, device: torch.device) -> Da
     decides = {what: kept[what] for what in ("data", "init.teacher", "compute") if what in kept}
     decides |= {"trainer.seed": str(recipe.trainer.seed), **c.of_trajectories}
     store = Store(out, decides, latest(out / "checkpoints") is not None, recipe.trainer.check, made.team)
-    make = partial(
-        make_part,
-        teacher=made.filled("teacher", device),
-        source=made.source,
-        config=c,
-        null=made.null,
-        seed=recipe.trainer.seed,
-        device=device,
-    )
+    teacher = cache(partial(made.filled, "teacher", device))  # read only if there is something to make
+
+    def make(first: int) -> dict[str, Tensor]:
+        how = {"config": c, "null": made.null, "seed": recipe.trainer.seed, "device": device}
+        return make_part(first, teacher=teacher(), source=made.source, **how)
+
     return placed(store.get(c.pairs, parts_of(c), make), device)
 
 

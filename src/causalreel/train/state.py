@@ -282,7 +282,7 @@ class Run:
         """Take over the newest checkpoint if there is one; else seed torch and let the averages start as copies."""
         path = resumable(self.config, self.recipe, self.contents)
         if path is None:
-            torch.manual_seed(stable_seed(self.config.seed, 0, "global"))
+            self._seed(0)
             for follower in (f for followers in self.followers.values() for f in followers):
                 follower.copy()
             return False
@@ -324,11 +324,16 @@ class Run:
         sharded.read_into(path, {**tensors, **self._moments()}, self.team)
         return checkpoint.load_trainer(path)
 
+    def _seed(self, step: int) -> None:
+        """Seed torch's own generators, in each process otherwise: its rows are others, and so is what dropout drops."""
+        purpose = "global" if self.team.is_first else f"global {self.team.rank}"
+        torch.manual_seed(stable_seed(self.config.seed, step, purpose))
+
     def _set_random_state(self, trainer: dict[str, Any]) -> None:
         """This process's, or one of its own where another number of processes wrote the checkpoint."""
         states = trainer["rngs"] if "rngs" in trainer else [trainer["rng"]]
         if len(states) != self.team.size:
-            torch.manual_seed(stable_seed(self.config.seed, trainer["step"], "global"))
+            self._seed(trainer["step"])
             return
         state = states[self.team.rank]
         torch.set_rng_state(state["cpu"])

@@ -70,7 +70,7 @@ class Store:
         paths = self._make(firsts, make)
         self.team.wait()
         if self.team.is_first:
-            parts = [self._read(path) for path in paths]
+            parts = [self._part(path) for path in paths]
             self._write(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
             shutil.rmtree(self.out / "trajectories", ignore_errors=True)
         self.team.wait()
@@ -110,10 +110,23 @@ class Store:
             return None
 
     def _read(self, file: Path) -> Rows:
-        rows, claimed = read_tensors(file), read_header(file).metadata.get("sha256")
-        if self.is_checked and claimed is not None and claimed != fingerprint(rows):
-            raise ValueError(f"{file} is damaged: its contents are not those that were written; delete it")
-        return rows
+        """A mapped file, which all processes ask for; the first one reads it whole to compare it with its hash."""
+        problem = self.team.first(self._damage(file) if self.team.is_first else None)
+        if problem is not None:
+            raise ValueError(problem)
+        return read_tensors(file)
+
+    def _part(self, file: Path) -> Rows:
+        """A part, in the process that joins them."""
+        if (problem := self._damage(file)) is not None:
+            raise ValueError(problem)
+        return read_tensors(file)
+
+    def _damage(self, file: Path) -> str | None:
+        claimed = read_header(file).metadata.get("sha256") if self.is_checked else None
+        if claimed is None or claimed == fingerprint(read_tensors(file)):
+            return None
+        return f"{file} is damaged: its contents are not those that were written; delete it"
 
     def _write(self, file: Path, rows: Rows) -> None:
         facts = {"made_from": json.dumps(dict(self.made_from)), "sha256": fingerprint(rows)}

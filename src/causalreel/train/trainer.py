@@ -27,7 +27,7 @@ from causalreel.parallel.recompute import Recompute
 from causalreel.parallel.sharding import ParallelConfig, Team
 from causalreel.train.contents import Content
 from causalreel.train.initial import Start
-from causalreel.train.log import Progress, Writer, open_jsonl, open_tensorboard
+from causalreel.train.log import NonFiniteError, Progress, Writer, open_jsonl, open_tensorboard
 from causalreel.train.operations import Work
 from causalreel.train.optim import OptimiserConfig, learning_rate
 from causalreel.train.stage import DataSource, Stage, Update
@@ -140,7 +140,11 @@ def train(
         for folder in ("", "checkpoints", "previews", "export") if run.team.is_first else ():
             remove_leftovers(Path(config.out) / folder, is_alone=is_alone and folder == "checkpoints")
         run.team.wait()
-        return _train(run, _write_preview if write_preview is None else write_preview)
+        try:
+            return _train(run, _write_preview if write_preview is None else write_preview)
+        except NonFiniteError:  # in all processes alike: what is still being written is from before
+            run.end()
+            raise
 
 
 def _train(run: Run, write_preview: PreviewWriter) -> Result:
@@ -192,20 +196,26 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
 def _take_step(run: Run, step: int) -> None:
     """All updates of a step, each in the parts that follow one another in this process."""
     parts = [run.stage.updates(context) for context in run.contexts()]
-    for first in parts[0]:
-        optimiser = run.optimiser(first)
+    while (update := next(parts[0], None)) is not None:
+        role, optimiser = update.role, run.optimiser(update)
         for number, part in enumerate(parts):
-            update = next(part) if number else first
-            for piece, compute in enumerate(update.losses, 1):
-                run.sum_at_end(update, number + 1 == len(parts) and piece == len(update.losses))
-                loss, metrics = compute()
-                _backward(loss, update, len(parts) * len(update.losses))
-                run.window.add(step, {f"{update.role}/{k}": v for k, v in {"loss": loss.detach(), **metrics}.items()})
+            update = update or next(part)
+            _add_gradients(run, step, update, number + 1, len(parts))
+            update = None  # with all that its losses hold, such as a rollout, before the next part makes its own
         norm = optimiser.step(learning_rate(optimiser.config, step, run.config.steps))
-        run.window.add(step, {f"{first.role}/grad_norm": norm})
+        run.window.add(step, {f"{role}/grad_norm": norm})
         run.clear_gradients()
-        for follower in run.followers[first.role]:
+        for follower in run.followers[role]:
             follower.follow(step)
+
+
+def _add_gradients(run: Run, step: int, update: Update, part: int, parts: int) -> None:
+    """Those of the losses of one part, which is the `part`-th."""
+    for piece, compute in enumerate(update.losses, 1):
+        run.sum_at_end(update, part == parts and piece == len(update.losses))
+        loss, metrics = compute()
+        _backward(loss, update, parts * len(update.losses))
+        run.window.add(step, {f"{update.role}/{k}": v for k, v in {"loss": loss.detach(), **metrics}.items()})
 
 
 def _backward(loss: Tensor, update: Update, pieces: int) -> None:

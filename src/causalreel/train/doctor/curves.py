@@ -1,8 +1,8 @@
 """Metrics against those of healthy runs: bands, which come from recorded runs of several seeds.
 
 A band holds at the steps of its runs. What a record means over (from the step of the one before to its own) is compared
-with the mean of the band over the same steps, so that it does not matter how often a run records. Later steps are held
-against the end of the band from above alone.
+with the mean of the band over the same steps, so that it does not matter how often a run records. Later steps of the
+base and of AR diffusion, whose losses fall, are held against the end of the band from above alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from causalreel.train.run import Recipe
 SHIPPED = Path(__file__).with_name("curves.json")
 """Curves of the tiny recipes, as `runs/doctor.py` makes them."""
 
+FALLING = ("pretrain", "ar_diffusion")
+"""Stages whose losses fall to the end. Those of distillation need not: a few-step student is no longer the mean."""
+
 MARKS = ("chunk", "samples", "forcing", "trajectories", "steps")
 """Settings that make a run another kind, beside its stage and size. No setting that may be wrong."""
 
@@ -42,7 +45,7 @@ class Metric:
     is_mean: bool = True
     """Whether a record holds its mean over the steps since the one before, or its value in the last one."""
     is_bound: bool = False
-    """Whether it may not be above the band's end later either."""
+    """Whether it may not be above the band's end later either, in the stages of `FALLING`."""
 
 
 _LEARNING = "look at the learning rate, the captions, the codec and what the networks start from"
@@ -170,7 +173,8 @@ def _of_metric(run: RunFiles, name: str, band: Band, reference: str) -> Finding 
     high = [place for place in seen if place[1] > place[3]]
     low = [place for place in seen if place[1] < place[2]]
     outside = max(high, low, key=len)
-    later = _later(run, name, band) if metric.is_bound else None
+    is_bound = metric.is_bound and run.recipe is not None and run.recipe.stage in FALLING
+    later = _later(run, name, band) if is_bound else None
     if not outside or (len(outside) <= len(seen) / 3 and outside[-1] is not seen[-1]):
         outside = []
     if len(outside) == 1 and len(seen) > 2:

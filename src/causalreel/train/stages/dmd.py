@@ -213,7 +213,10 @@ class DMD:
         updates, made = iter(range(config.critic_updates)), None
         for first in range(0, config.critic_samples, share):
             count = min(share, config.critic_samples - first)
+            made = samples = None  # gone before others are made
             made = self._make(step, step.batch(count * config.batch, LatentBatch), f"critic {first}")
+            if config.student_samples == "fresh":  # without what the student would be trained with
+                made = made.rows(0, len(made.conditioning))
             rows = len(made.conditioning) // count
             for row in range(count):
                 samples = made if share == 1 else made.rows(row * rows, (row + 1) * rows)
@@ -221,7 +224,8 @@ class DMD:
                     yield Update("critic", [lambda u=update, s=samples: self._critic_loss(step, s, f"critic {u}")])
         if made is None or config.student_samples == "fresh":
             made = self._make(step, step.batch(config.batch, LatentBatch), "student")
-        yield Update("student", self._student_losses(step, made))
+        held, made, samples = [made], None, None
+        yield Update("student", self._student_losses(step, held.pop()))  # the update alone holds what was made
 
     def _score_sigma(self, step: StepContext, purpose: str, made: Samples) -> Tensor:
         """One level a clip, (B,1), kept where scores say something; (B,F), 0 in given frames, if there are."""
@@ -267,13 +271,14 @@ class DMD:
         sampler = self._current_sampler()
         with torch.no_grad():
             prepared = sampler.prepare(conditioning)
+        is_trained_on = purpose == "student" or config.student_samples == "critic"
         record = record_rollout(
             sampler,
             self._plan(step, sizes, purpose, given),
             told=prepared,
             noise=noise,
             cache=self._cache(sampler, batch),
-            keep_caches=config.student_pass == "replay",
+            keep_caches=config.student_pass == "replay" and is_trained_on,
             first=first,
             given=batch.latents[:, :given].float() if given else None,
         )
