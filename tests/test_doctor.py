@@ -198,6 +198,12 @@ def test_an_average_that_lags(copy: Path) -> None:
     assert checks(with_records(copy, average_of_distance=lambda i: 0.0, **ratio)) == {"average"}
 
 
+def test_a_text_that_does_not_matter(copy: Path) -> None:
+    for gain, seen in ((0.03, []), (-0.001, ["text"])):
+        report = with_records(copy, probe_of_text=lambda i, gain=gain: gain)
+        assert report.is_healthy and [f.check for f in report.findings if f.by == "measured"] == seen
+
+
 def test_gradients_and_data(copy: Path) -> None:
     spiky = with_records(copy, student_of_grad_norm=lambda i: 50.0 if i == 30 else 1.0)
     assert spiky.is_healthy and [f.check for f in spiky.findings if f.by == "measured"] == ["gradient spike"]

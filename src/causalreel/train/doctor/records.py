@@ -17,7 +17,7 @@ def found(run: RunFiles) -> list[Finding]:
     """Everything that the records alone say."""
     roles = sorted({name.rpartition("/")[0] for record in run.records for name in record if name.endswith("/lr")})
     findings = [finding for role in roles for finding in _of_role(run, role)]
-    return [*findings, *_of_average(run, "student"), *_of_critic(run), *_of_data(run)]
+    return [*findings, *_of_average(run, "student"), *_of_critic(run), *_of_text(run), *_of_data(run)]
 
 
 def _of_role(run: RunFiles, role: str) -> Iterator[Finding]:
@@ -120,6 +120,20 @@ def _of_critic(run: RunFiles) -> Iterator[Finding]:
             "critic",
             f"a cycle moves the critic by {critic:.2g} of its weights, its student by {student:.2g}: it is left behind",
             "more critic updates (settings.critic_updates), or a higher learning rate of the critic",
+        )
+
+
+def _of_text(run: RunFiles) -> Iterator[Finding]:
+    gains = [value for _, value in run.column("probe/text")][-2:]
+    total = run.recipe.trainer.steps if run.recipe else run.step
+    is_new = run.recipe is not None and run.recipe.stage == "pretrain" and run.step < total / 2
+    if len(gains) == 2 and max(gains) <= 0 and not is_new:
+        yield Finding(
+            "text",
+            "watch",
+            "measured",
+            "the student knows clips as well with the text of another clip (probe/text is not above 0)",
+            "look at whether captions belong to their clips and differ between clips, and at text dropout",
         )
 
 
