@@ -3,7 +3,7 @@
     python runs/doctor.py --out runs/doctor                 one GPU (or several): about 15 minutes
     python runs/doctor.py --out /tmp/doctor --smoke         in miniature on a CPU: proves the plumbing, nothing else
 
-Every tiny recipe is begun with three seeds, whose metrics become bands (`<out>/curves.json`, which the package ships as
+Every tiny recipe is begun with three seeds, whose metrics become bands (`<out>/curves.json`, which the package takes as
 train/doctor/curves.json). Three other seeds must then look healthy and ten runs with a fault each must not
 (`<out>/verdicts.md`, `verdicts.json`; status 1 if one is missed or falsely accused). The runs are short and keep their
 recipe's own batch; learning rates stay where a whole run begins. Stopped and started again it goes on; after --minutes

@@ -5,6 +5,6 @@ settings   recipe against the methods' own and against where its networks come f
 records    metrics against each other
 weights    checkpoints against each other
 previews   how previews look, against the data's own clips
-curves     metrics against curves of healthy runs that come with the package
+curves     metrics against curves of healthy runs
 report     all of them together, in words
 """

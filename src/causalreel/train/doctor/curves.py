@@ -22,7 +22,7 @@ from causalreel.train.doctor.finding import Finding
 from causalreel.train.run import Recipe
 
 SHIPPED = Path(__file__).with_name("curves.json")
-"""Curves of the tiny recipes, as `runs/doctor.py` makes them."""
+"""Curves of the tiny recipes, as `runs/doctor.py` makes them; the package may have none."""
 
 FALLING = ("pretrain", "ar_diffusion")
 """Stages whose losses fall to the end. Those of distillation need not: a few-step student is no longer the mean."""

@@ -107,7 +107,4 @@ def told(report: Report) -> str:
 
 
 def _measured_by(report: Report) -> str:
-    if report.curves is not None:
-        return f"curves of {report.curves}"
-    wan = report.measure is not None and report.measure.startswith("wan/")
-    return "each other alone" + (": there are no curves at Wan2.1's size" if wan else "")
+    return "each other alone" if report.curves is None else f"curves of {report.curves}"
