@@ -159,8 +159,8 @@ class Bench:
         elif not (self.out / "data-shuffled").is_dir():
             reel = [sys.executable, "-m", "causalreel", "encode", "--codec", "tiny", "--out", str(data)]
             subprocess.run([*reel, "--clips", "4096"], check=True)
-        latents, captions = load_prepared(data)
-        write_set(self.out / "data-shuffled", latents, [*captions[7:], *captions[:7]])
+        made = load_prepared(data)
+        write_set(self.out / "data-shuffled", made.latents, [*made.captions[7:], *made.captions[:7]])
 
 
 def write_set(folder: Path, latents: torch.Tensor, captions: Sequence[str]) -> None:
