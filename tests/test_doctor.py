@@ -17,9 +17,10 @@ import torch
 
 from causalreel import cli
 from causalreel.data.video import write_video
-from causalreel.train.doctor import curves
-from causalreel.train.doctor.files import read_run
+from causalreel.train.doctor import curves, settings
+from causalreel.train.doctor.files import RunFiles, read_run
 from causalreel.train.doctor.report import Report, examine, told
+from causalreel.train.run import resolve, shipped_recipes
 from causalreel.weights.files import read_tensors, write_tensors
 from ceilings import work_within
 
@@ -128,6 +129,15 @@ def test_a_run_that_is_going_on(copy: Path) -> None:
     assert examine(copy, []).step == 0
     (copy / "config.yaml").unlink()
     assert examine(copy, []).stage is None
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if not name.endswith("codec")])
+def test_no_shipped_recipe_is_accused(name: str) -> None:
+    """Baselines and negative results are measured by themselves."""
+    size = "wan-1.3b" if name.startswith("wan/") else "tiny"
+    run = RunFiles(Path("nowhere"), [], resolve(name), size, [], None)
+    assert [f for f in settings.found(run) if f.level == "wrong"] == []
+    assert str(settings.nearest(resolve(name), size)).split("/")[0] == name.split("/")[0]
 
 
 # ---- what checkpoints alone show

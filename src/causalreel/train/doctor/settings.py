@@ -45,10 +45,13 @@ def nearest(recipe: Recipe, size: str | None) -> str | None:
     )
     same = {n: r for n, r in _shipped().items() if n.startswith(family) and r.stage == recipe.stage}
 
-    def distance(name: str) -> tuple[int, int]:
-        marks = ("samples", "trajectories", "forcing", "chunk", "steps")
-        pairs = [(getattr(recipe.settings, m, None), getattr(same[name].settings, m, None)) for m in marks]
-        return sum(one != other for one, other in pairs), len(name)
+    def distance(name: str) -> tuple[int, int, int, int]:
+        other, marks = same[name], ("samples", "trajectories", "forcing", "chunk", "steps")
+        pairs = [(getattr(recipe.settings, m, None), getattr(other.settings, m, None)) for m in marks]
+        places = (recipe.codec != other.codec) + (recipe.data != other.data) + (recipe.model != other.model)
+        mine, theirs = (vars(settings) for settings in (recipe.settings, other.settings))
+        all_of_them = sum(value != theirs.get(key) for key, value in mine.items())
+        return sum(one != other for one, other in pairs), places, all_of_them, len(name)
 
     return min(same, key=distance, default=None)
 
@@ -128,7 +131,7 @@ def _of_average(recipe: Recipe, step: int) -> Iterator[Finding]:
     elif 1 / (1 - decay) > steps / 2 and step >= steps:
         yield _watch(
             "average",
-            f"the {role} averages over about {1 / (1 - decay):.0f} steps, the run has {steps}: the beginning is in it",
+            f"the {role} spans about {1 / (1 - decay):.0f} steps, the run has {steps}: the beginning is in it",
             f"train longer or lower {key}",
         )
 
