@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 import causalreel
+from causalreel.infer.live import PolicyKind
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.app import create_app
 from causalreel.serve.handle import Limits
@@ -46,9 +47,9 @@ def serving(pipeline: Pipeline, limits: Limits = Limits(), **settings: Any) -> I
 
 
 @contextlib.contextmanager
-def listening(pipeline: Pipeline, limits: Limits, **how: Any) -> Iterator[str]:
+def listening(pipeline: Pipeline, limits: Limits, policy: PolicyKind | None = None, **how: Any) -> Iterator[str]:
     """A real server on a free port of loopback -> host:port."""
-    scheduler = Scheduler(pipeline, limits)
+    scheduler = Scheduler(pipeline, limits, policy=policy)
     scheduler.start()
     allowed = Settings(**(PLENTY | how))
     with listen("127.0.0.1", 0) as door:

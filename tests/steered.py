@@ -43,6 +43,8 @@ CONFIG = ModelConfig(
     camera="prope",
     actions=len(STEERING.actions),
 )
+AROUND = 90
+"""Degrees after which the panorama begins again."""
 SIZE = 64
 """Pixels of a side."""
 PROMPT = "a large red circle moves right"
@@ -96,9 +98,10 @@ class _Stream:
 def view(yaw: float, x: float, z: float) -> Tensor:
     """(3,H,W) in [-1,1]: a red stripe where the first direction lies, a blue bar as long as the way forward."""
     picture = torch.full((3, SIZE, SIZE), -0.5)
-    middle = SIZE / 2 - yaw * SIZE / 90  # 90 degrees across: what is ahead goes left when the camera turns right
+    middle = SIZE / 2 - yaw * SIZE / AROUND  # what is ahead goes left when the camera turns right
     columns = torch.arange(SIZE) + 0.5
-    picture[0, : SIZE // 2] = 2 * torch.exp(-(((columns - middle) / 3) ** 2)) - 1
+    away = (columns - middle + SIZE / 2) % SIZE - SIZE / 2
+    picture[0, : SIZE // 2] = 2 * torch.exp(-((away / 3) ** 2)) - 1
     bar = SIZE / 2 + z * 4
     picture[2, SIZE // 2 : 3 * SIZE // 4] = 2 * torch.sigmoid((bar - columns) * 4) - 1
     side = SIZE / 2 + x * 4
@@ -107,13 +110,18 @@ def view(yaw: float, x: float, z: float) -> Tensor:
 
 
 def read_view(frame: Tensor) -> tuple[float, float, float]:
-    """(3,H,W) in [-1,1] -> yaw, x and z, as `view` was given them; within a degree and 0.03."""
-    columns = torch.arange(SIZE) + 0.5
+    """(3,H,W) in [-1,1] -> yaw from -45 to 45, x and z, as `view` was given them; within a degree and 0.03."""
+    angles = (torch.arange(SIZE) + 0.5 - SIZE / 2) * 2 * math.pi / SIZE
     stripe = (frame[0, : SIZE // 2].mean(0).double() + 1).clamp(min=0) / 2
     stripe = torch.where(stripe > 0.1, stripe, 0.0)
-    middle = float((stripe * columns).sum() / stripe.sum()) if float(stripe.sum()) > 0.5 else math.nan
+    middle = math.atan2(float((stripe * angles.sin()).sum()), float((stripe * angles.cos()).sum()))
     bars = [float((frame[c, rows].mean(0).double() + 1).sum() / 2) for c, rows in ((2, BLUE), (1, GREEN))]
-    return (SIZE / 2 - middle) * 90 / SIZE, (bars[1] - SIZE / 2) / 4, (bars[0] - SIZE / 2) / 4
+    return -middle * AROUND / (2 * math.pi), (bars[1] - SIZE / 2) / 4, (bars[0] - SIZE / 2) / 4
+
+
+def turned(before: float, after: float) -> float:
+    """Degrees to the right from one yaw to another."""
+    return (after - before + AROUND / 2) % AROUND - AROUND / 2
 
 
 BLUE, GREEN = slice(SIZE // 2, 3 * SIZE // 4), slice(3 * SIZE // 4, SIZE)

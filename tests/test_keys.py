@@ -31,7 +31,7 @@ from causalreel.serve.session import Emitted, Options, Session
 from causalreel.weights.export import Export
 from ceilings import examples
 from served import coded, opened, picture, serving, until
-from steered import DEGREES, PROMPT, STEERING, STEP, painted, random_pipeline, read_view
+from steered import DEGREES, PROMPT, STEERING, STEP, painted, random_pipeline, read_view, turned
 
 KEYS = STEERING.names
 
@@ -131,8 +131,8 @@ def test_a_key_moves_the_pixels_from_the_next_chunk_on_and_not_before(chunk: int
     for pressed in (["right"], ["right"], [], ["left", "w"], ["w"], []):
         one.command("keys", pressed=pressed)
         seen.append(last_view(one.next_chunk()))
-    turned = [round((b[0] - a[0]) / DEGREES / chunk) for a, b in itertools.pairwise(seen)]
-    assert turned == [1, 1, 0, -1, 0, 0]
+    ways = [round(turned(a[0], b[0]) / DEGREES / chunk) for a, b in itertools.pairwise(seen)]
+    assert ways == [1, 1, 0, -1, 0, 0]
     went = [b[2] - a[2] for a, b in itertools.pairwise(seen)]
     assert all(abs(went[place]) < 0.06 for place in (0, 1, 2, 5)) and all(w > 0.2 * chunk for w in went[3:5])
 
@@ -267,9 +267,9 @@ def test_keys_are_typed_scripted_and_sent(tmp_path: Path) -> None:
     one, said = session(), list[str]()
     timed = read_script(script, known)
     made = list(play(one, frames=33, script=timed, typed=Typed(io.StringIO("/keys q\n")), say=said.append))
-    turned = [last_view(chunk)[0] for chunk in made]
-    assert turned[0] == pytest.approx(0, abs=1) and turned[5] == pytest.approx(turned[-1], abs=1)
-    assert turned[4] == pytest.approx(3 * DEGREES, abs=1.5)  # from the border at frame 5 on
+    yaws = [last_view(chunk)[0] for chunk in made]
+    assert yaws[0] == pytest.approx(0, abs=1) and yaws[5] == pytest.approx(yaws[-1], abs=1)
+    assert yaws[4] == pytest.approx(3 * DEGREES, abs=1.5)  # from the border at frame 5 on
     assert made[-1].prompt == "a blue square moves left"
     assert "not understood: keys: unknown 'q', did you mean 'a'?; there are w, s, a, d, left, right" in said
     script.write_text("3 /keys jump\n")

@@ -50,8 +50,8 @@ class Serve(StreamFlags):
     """Live sessions and videos being made at a time; fewer where memory is short."""
     max_streams: Annotated[int, Range(1, 100_000)] = 64
     """Connections that are served frames."""
-    buffer_chunks: Annotated[int, Range(1, 1000)] = 2
-    """Chunks made ahead of a viewer; a command waits behind them."""
+    buffer_chunks: Annotated[int, Range(1, 1000)] | None = None
+    """Chunks made ahead of a viewer; a command waits behind them. Default: 2, and 1 for a model with keys."""
     resume_chunks: Annotated[int, Range(0, 10_000)] = 32
     """Chunks kept for a viewer who comes back."""
     idle_s: Annotated[float, Range(0.1, 10_000_000)] = 60.0
@@ -75,16 +75,17 @@ def serve(args: Serve) -> int:
 
     steady_heap()
     settings = _serve_settings(args)
-    limits = Limits(
-        sessions=args.max_sessions,
-        buffer_chunks=args.buffer_chunks,
-        resume_chunks=args.resume_chunks,
-        idle_s=args.idle_s,
-    )
     with listen(args.host, args.port) as door, closing(Store(settings.data, replica=args.replica)) as store:
         pipeline = args.load(
             adjustable=True
         )  # after all that may be refused at once: a port that is taken, a folder that is not one
+        has_keys = pipeline.export.control is not None
+        limits = Limits(
+            sessions=args.max_sessions,
+            buffer_chunks=args.buffer_chunks or (1 if has_keys else 2),
+            resume_chunks=args.resume_chunks,
+            idle_s=args.idle_s,
+        )
         scheduler = Scheduler(pipeline, limits, policy=args.kind)
         app = create_app(scheduler, settings, store=store)
         host, port = door.getsockname()[:2]

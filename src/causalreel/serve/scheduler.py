@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from causalreel.infer.live import PolicyKind
+from causalreel.infer.live import PolicyKind, hints
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.handle import Ended, Handle, Limits, Pace
 from causalreel.serve.memory import free_bytes, held_bytes, process_bytes
@@ -35,8 +35,8 @@ class Scheduler:
     """Sessions on one pipeline, run by one thread between `start` and `close`.
 
     policy: "renew" or "slide" for all sessions; None: the model's. warm: prompt of a session whose first chunks are
-    made and thrown away before all others, which compiles, records and measures what a session takes; None: the first
-    session does that.
+    made and thrown away before all others, which compiles, records and measures what a session takes; empty: the
+    model's first example; None: the first session does that.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Scheduler:
         limits: Limits = Limits(),
         *,
         policy: PolicyKind | None = None,
-        warm: str | None = "a large red circle moves right",
+        warm: str | None = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pipeline, self.limits, self.clock = pipeline, limits, clock
@@ -56,7 +56,8 @@ class Scheduler:
         """Memory of one session as measured; 0 until then."""
         self.made = 0
         """Chunks made since the start."""
-        self._warm, self._is_measured = warm, False
+        self._warm = hints(pipeline.export)["examples"][0] if warm == "" else warm
+        self._is_measured = False
         self._budget: int | None = None
         self._handles: dict[str, Handle] = {}
         self._condition = threading.Condition()

@@ -8,6 +8,7 @@ import { Decoder, hasVideoDecoder, Player } from "./player.js";
 import { History } from "./prompts.js";
 import { copyLink, readReplay, Recorder, saveReplay, toggleRecording } from "./sharing.js";
 import { Speed } from "./speed.js";
+import { Steering } from "./steer.js";
 import { Api, Problem, Stream } from "./wire.js";
 import { Words } from "./words.js";
 
@@ -63,6 +64,7 @@ const player = new Player($("video"), {
 const decoder = new Decoder((item) => player.push(item), (problem) => undecodable(problem));
 const recorder = new Recorder($("video"));
 const picture = new FirstPicture($("video"), (image) => command("image", { image }));
+const steering = new Steering((pressed) => command("keys", { pressed }));
 
 /** The screen takes the video's shape; small videos are enlarged without smoothing. */
 function shape({ width, height }) {
@@ -79,9 +81,11 @@ function began(header) {
     say(`Showing: ${header.prompt}`);
   }
   if (now.replay && header.sequence >= now.replay) replaying(null);
+  steering.began(header);
   for (const { number, name, latency_s } of header.commands ?? []) {
     const sent = now.sent.get(number);
     now.sent.delete(number);
+    if (name === "keys") continue; // told of beside the pads
     const server = Number.isFinite(latency_s) ? `${latency_s.toFixed(2)} s to its first picture on the server` : "";
     const screen = sent ? `${((performance.now() - sent.at) / 1000).toFixed(2)} s to the screen` : "";
     $("reaction").textContent = `Last command, ${name}: ${[server, screen].filter(Boolean).join(", ")}.`;
@@ -143,6 +147,7 @@ async function meet() {
   $("model").textContent = now.model.name;
   words.show(now.model);
   picture.allow(now.model.takes_picture);
+  steering.allow(now.model.control);
   limit(now.model.commands);
   if (!link.has("prompt") && $("prompt").value === FIRST_PROMPT && !now.model.words) {
     $("prompt").value = now.model.examples[0] ?? "";
@@ -192,6 +197,7 @@ function join({ id, state, after = -1 }) {
       now.isAway = false;
       connection("live", "Live");
       changed(message.state);
+      steering.meet(message.state.keys);
     },
     chunk,
     state: (message) => changed(message.state),
@@ -222,6 +228,7 @@ function leave() {
   player.clear();
   player.play();
   speed.clear();
+  steering.leave();
   now.sent.clear();
   now.stepping = false;
   showPaused(false);
@@ -233,6 +240,7 @@ function leave() {
 
 function ended(reason, isError, status) {
   stored(() => sessionStorage, "session", null);
+  steering.leave();
   enable(false);
   connection("down", "Ended");
   overlay(`The session has ended${/^closed/.test(reason) ? "" : `: ${reason}`}`, true);
@@ -247,6 +255,7 @@ function ended(reason, isError, status) {
 /** Another window plays this session now: one viewer at a time. */
 function takenOver() {
   stored(() => sessionStorage, "session", null);
+  steering.leave();
   enable(false);
   connection("down", "Shown elsewhere");
   overlay("Shown in another window", true);
@@ -464,6 +473,7 @@ const SHORTCUTS = {
 };
 
 function shortcut(event) {
+  if (steering.takes(event)) return;
   const isTaken = event.target.closest("input, textarea, select, [contenteditable]")
     || (event.key === " " && event.target.closest("button, summary, a, ol"));
   if (isTaken || event.ctrlKey || event.metaKey || event.altKey || !$("shortcuts").checked) return;
