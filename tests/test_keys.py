@@ -7,6 +7,8 @@ import io
 import itertools
 import json
 import math
+import os
+import select
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,22 @@ from torch import Tensor
 
 import causalreel
 from causalreel import config
+from causalreel.cli import main
 from causalreel.control.steering import Course, Steering
 from causalreel.control.strings import latent_poses
 from causalreel.infer.commands import parse, parse_line
 from causalreel.infer.live import Live
 from causalreel.infer.models import profile
 from causalreel.nn.camera import ACTIONS, W2C
+from causalreel.serve.keyboard import Terminal, keys_in, read_keys
 from causalreel.serve.play import Typed, play, read_script
 from causalreel.serve.session import Emitted, Options, Session
 from causalreel.weights.export import Export
 from ceilings import examples
+from patience import wait_until
 from served import coded, opened, picture, serving, until
 from steered import DEGREES, PROMPT, STEERING, STEP, painted, random_pipeline, read_view, turned
+from test_session import Clock
 
 KEYS = STEERING.names
 
@@ -277,6 +283,65 @@ def test_keys_are_typed_scripted_and_sent(tmp_path: Path) -> None:
         read_script(script, known)
     with pytest.raises(ValueError, match=r"script:1: tiny/frame-1step has no keys and no camera; prompts steer it"):
         read_script(script, profile("tiny/frame-1step"))
+
+
+def test_timed_keys_of_a_file(tmp_path: Path) -> None:
+    known = replace(profile("tiny/frame-1step"), export=painted().export)
+    path = tmp_path / "keys"
+    path.write_text("# a turn\n0.3 right\n\n1.0\n")
+    script = read_keys(path, known)
+    assert [(one.time_s, one.command.pressed) for one in script] == [(0.3, ("right",)), (1.0, ())]
+    made = list(play(session(), frames=33, script=script))
+    yaws = [last_view(chunk)[0] for chunk in made]
+    assert yaws[4] == pytest.approx(3 * DEGREES, abs=1.5) == pytest.approx(yaws[-1], abs=1.5)
+    for text, words in (("1 jump", "keys:1: keys: unknown 'jump'"), ("soon w", "keys:1: expected seconds and what is")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            read_keys(path, known)
+    with pytest.raises(ValueError, match="has no keys and no camera; prompts steer it"):
+        read_keys(path, profile("tiny/frame-1step"))
+
+
+def test_keys_of_a_terminal_count_until_they_are_not_heard_any_more() -> None:
+    """Letters and arrows, several at once; the space bar lets go."""
+    assert keys_in("w\x1b[D\x1bOC\x1b[5~x ") == ["w", "left", "right", "x", " "]
+    upper, lower = os.openpty()
+    clock, one = Clock(), session()
+    with os.fdopen(lower) as file, Terminal(file, clock=clock) as terminal:
+
+        def heard(data: bytes, seconds: float) -> list[str]:
+            os.write(upper, data)
+            if data:
+                wait_until(lambda: bool(select.select([lower], [], [], 0)[0]), "the keys")
+            terminal.attend(one)
+            clock.now += seconds
+            one.next_chunk()
+            return one.state()["keys"]
+
+        assert heard(b"w", 0.3) == ["w"] and heard(b"\x1b[D", 0.2) == ["w", "left"]
+        assert heard(b"", 0.3) == ["w", "left"] and heard(b"", 0.3) == ["left"]
+        assert heard(b"d", 0.1) == ["d"] and heard(b" ", 0.1) == []
+    os.close(upper)
+    with pytest.raises(ValueError, match="--keys terminal needs a terminal"):
+        Terminal(io.StringIO())
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--keys", "keys", "-o", "a.mp4", "--frames", "9"], "tiny/frame-1step has no keys and no camera"),
+        (["--keys", "terminal", "--stdin"], "--keys terminal and --stdin exclude each other"),
+        (["--keys", "terminal", "-o", "a.mp4", "--frames", "9"], "--keys terminal needs a window, or --realtime"),
+    ],
+)
+def test_keys_that_cannot_be_are_refused_before_the_work(
+    more: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text("1 w")
+    assert main(["stream", "a red circle", "--model", "tiny/frame-1step", *more]) != 0
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said and not (tmp_path / "a.mp4").exists()
 
 
 def test_a_server_says_which_keys_there_are_takes_them_and_tells_of_them() -> None:

@@ -39,9 +39,9 @@ MOST_FRAMES = 1 << 40
 class Stream(StreamFlags):
     """Play an endless video whose prompt changes on the way, in a window or into a file or pipe.
 
-    Without -o it plays in a window (space pauses, r restarts, q closes). With --stdin a typed line is the next prompt;
-    /switch, /recompute or /fade and a prompt say how. The other live commands are a slash, their name and what they
-    take, such as /step 3 or /restart 7; /help lists them.
+    Without -o it plays in a window (space pauses, r restarts, q closes; W A S D and arrows steer a model with keys).
+    With --stdin a typed line is the next prompt; /switch, /recompute or /fade and a prompt say how. The other live
+    commands are a slash, their name and what they take, such as /step 3 or /restart 7; /help lists them.
     """
 
     prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = "a large red circle moves right"
@@ -70,6 +70,10 @@ class Stream(StreamFlags):
     script: Path | None = None
     """Timed commands, a line each: "12.5 a blue square moves left", or JSON with time and command; checked as a whole
     before the model is loaded."""
+    keys: Annotated[str | None, arg(metavar="FILE|terminal")] = None
+    """Steer a model with keys: by those of this terminal (W A S D and arrows, in real time; the space bar lets go), or
+    by a file with a line for every change: seconds and all keys held from then on, "1.5 w left". A window takes keys
+    anyway."""
     stdin: bool = False
     """Take commands typed while it plays."""
     output: Annotated[str | None, arg(aliases=["-o"])] = None
@@ -84,6 +88,8 @@ class Stream(StreamFlags):
 
 def stream(args: Stream) -> int:
     from causalreel.infer.inputs import read_picture
+    from causalreel.infer.live_video import steering_of
+    from causalreel.serve.keyboard import Terminal, read_keys
     from causalreel.serve.memory import steady_heap
     from causalreel.serve.play import Typed, Window, play
     from causalreel.serve.session import Session
@@ -94,6 +100,12 @@ def stream(args: Stream) -> int:
         profile = args.profile()
         image = None if args.image is None else read_picture(args.image, profile.size)[0]
         script = _check_words(args, profile, image)
+        terminal = None
+        if args.keys == "terminal":
+            steering_of(profile.export)
+            terminal = stack.enter_context(Terminal())
+        elif args.keys is not None:
+            script = sorted([*script, *read_keys(Path(args.keys), profile)], key=lambda timed: timed.time_s)
         frames = _frames(args.frames, args.seconds, "--seconds", args.fps or profile.export.fps)
         pipeline = args.load(adjustable=True)
         steady_heap()
@@ -101,6 +113,7 @@ def stream(args: Stream) -> int:
         session = Session(pipeline, options, policy=args.kind, restyle=_restyle(args, profile))
         typed = Typed(sys.stdin) if args.stdin else None
         how: dict[str, Any] = {"script": script, "typed": typed, "realtime": args.realtime}
+        how["attend"] = None if terminal is None else terminal.attend
         stack.enter_context(_recording(session, args.record))
         if window is None:
             _write(args.output, play(session, frames=frames, say=_say, **how), session, frames, args.pipe)
@@ -121,6 +134,11 @@ def _check_stream(args: Stream) -> None:
         check_target(args.output, OUTPUT_SUFFIXES)
         if args.frames is None and args.seconds is None and not args.stdin and args.video is None:
             raise ValueError("a file needs an end: --frames, --seconds, or --stdin and /close")
+    if args.keys == "terminal":
+        if args.stdin:
+            raise ValueError("--keys terminal and --stdin exclude each other: both read what is typed")
+        if args.output is not None and not args.realtime:
+            raise ValueError("--keys terminal needs a window, or --realtime beside -o")
     if args.record is not None:
         check_target(args.record, (".json",))
     _check_given(args)

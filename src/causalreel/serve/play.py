@@ -103,6 +103,14 @@ def _time(value: Any) -> float:
     return float(value)
 
 
+def timed_at(words: str) -> float:
+    """Seconds as they are written in a file; ValueError."""
+    try:
+        return _time(float(words))
+    except ValueError:
+        raise ValueError(f"expected seconds and what is held from then on; got {words!r:.40}") from None
+
+
 class Typed:
     """Lines from a file such as standard input, read beside the work; `commands` has those that came since."""
 
@@ -132,13 +140,14 @@ def play(
     say: Callable[[str], None] = lambda line: None,
     realtime: bool = False,
     idle: Callable[[], None] | None = None,
+    attend: Callable[[Session], None] | None = None,
 ) -> Iterator[Emitted]:
     """Yield chunks until `frames` pixel frames are made (the last chunk cut there; None: until close).
 
     script: commands that take effect at the first chunk border at or behind their time; ValueError at once for those
     that the model cannot obey. typed: what is wrong with a line goes to `say`, and so does each command that took
-    effect. realtime: no chunk before its time of showing. idle: called again
-    and again while the video is paused; a pause that neither it nor `typed` can end is a ValueError.
+    effect. realtime: no chunk before its time of showing. idle: called again and again while the video is paused; a
+    pause that neither it nor `typed` can end is a ValueError. attend: called before every chunk, to tell what is held.
     """
     waiting, begun = list(script), time.monotonic()
     for timed in waiting:
@@ -149,6 +158,8 @@ def play(
             session.command(timed.command)
         for line in () if typed is None else typed.lines():
             _obey(session, line, say)
+        if attend is not None:
+            attend(session)
         made = session.next_chunk()
         if made is None:
             if not session.closed and typed is None and idle is None:
@@ -183,7 +194,7 @@ def _obey(session: Session, line: str, say: Callable[[str], None]) -> None:
 
 
 class Window:
-    """A window that shows chunks as they come; keys: space pauses and resumes, r restarts, q closes.
+    """A window that shows chunks as they come; keys: space pauses and resumes, r restarts, q closes, others steer.
 
     It opens at once, which raises ValueError where it cannot, and plays from `begin` on.
     """
@@ -210,10 +221,13 @@ class Window:
 
     def begin(self, session: Session, *, scale: int = 1) -> None:
         """From now on it is this session's window."""
+        from causalreel.serve.keyboard import bind
+
         self.session, self.scale, self._shown_s = session, scale, time.monotonic()
         self._window.protocol("WM_DELETE_WINDOW", self._leave)
         self._window.bind("q", self._leave)
         self._window.bind("r", lambda _: session.command("restart"))
+        bind(self._window, session)
         self._window.bind("<space>", lambda _: session.command("resume" if session.paused else "pause"))
 
     def idle(self) -> None:
