@@ -62,7 +62,7 @@ def main() -> None:
 
 def with_cameras(pipeline: Pipeline) -> Pipeline:
     """The pipeline with twin heads that see through cameras, and keys; those it has stay."""
-    if pipeline.export.control is not None:
+    if pipeline.control is not None:
         return pipeline
     old = pipeline.denoiser
     config = dataclasses.replace(old.config, camera="prope")
@@ -80,7 +80,7 @@ def with_cameras(pipeline: Pipeline) -> Pipeline:
 def compare(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     prompt = hints(pipeline.export)["examples"][0]
     found: dict[str, Any] = {}
-    if pipeline.export.control is None:  # bench gives a network no cameras
+    if pipeline.control is None:  # bench gives a network no cameras
         found["bench"] = bench.measure(pipeline, [prompt], frames=args.frames, runs=args.runs).throughput
     scheduler = Scheduler(pipeline, Limits(sessions=2), warm=prompt)
     scheduler.start()
@@ -92,7 +92,7 @@ def compare(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
         found["first pixels s"] = statistics.median(first for _, first in played)
         if "bench" in found:
             found["share"] = found["live"] / found["bench"]
-        if pipeline.export.control is not None:
+        if pipeline.control is not None:
             found["keys"] = {
                 pace: steer(scheduler.open(Options(prompt), pace=pace), args) for pace in ("max", "realtime")
             }

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import causalreel
-from causalreel import config
+from causalreel import config, families
 from causalreel.cli import main
 from causalreel.control.steering import Course, Steering
 from causalreel.control.strings import latent_poses
@@ -422,3 +422,14 @@ def test_a_video_from_a_picture_is_steered_from_its_second_frame_on() -> None:
     one = Session(painted(), Options(PROMPT, image=torch.zeros(64, 64, 3, dtype=torch.uint8)), policy="slide")
     one.command("keys", pressed=["right"])
     assert [round(last_view(one.next_chunk())[0] / DEGREES) for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_family_says_which_keys_its_models_have_and_an_export_overrules_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    export = random_pipeline().export
+    mine = replace(STEERING, degrees=9.0)
+    family = replace(families.of(export), control=mine)
+    monkeypatch.setitem(families.FAMILIES, export.family, family)
+    assert families.steering(export) is STEERING
+    assert families.steering(replace(export, control=None)) is mine
+    plain = replace(export, control=None, model=replace(export.model, camera="none", actions=0))
+    assert families.steering(plain) is None

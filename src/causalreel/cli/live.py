@@ -79,7 +79,7 @@ def serve(args: Serve) -> int:
         pipeline = args.load(
             adjustable=True
         )  # after all that may be refused at once: a port that is taken, a folder that is not one
-        has_keys = pipeline.export.control is not None
+        has_keys = pipeline.control is not None
         limits = Limits(
             sessions=args.max_sessions,
             buffer_chunks=args.buffer_chunks or (1 if has_keys else 2),

@@ -8,6 +8,7 @@ import pkgutil
 from pathlib import Path
 
 from causalreel.codecs import kinds
+from causalreel.control.steering import Steering
 from causalreel.families.family import Family, ReleasedModel
 from causalreel.nn.presets import PRESETS
 from causalreel.weights.export import Export
@@ -41,6 +42,14 @@ def of(export: Export) -> Family:
     if export.text != family.text.name:
         raise ValueError(f"unknown text encoder {export.text!r}; models of {family.name} have {family.text.name}")
     return family
+
+
+def steering(export: Export) -> Steering | None:
+    """The keys that steer a model: what its export says, else its family for models that take them; None: prompts
+    alone steer it."""
+    control, model = export.control or of(export).control, export.model
+    fits = control is not None and model.camera != "none" and len(control.actions) == model.actions
+    return control if fits or export.control is not None else None
 
 
 def of_preset(name: str) -> Family:

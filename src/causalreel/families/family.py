@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from causalreel.codecs.codec import Codec, CodecKind
+from causalreel.control.steering import Steering
 from causalreel.nn.policies.registry import AnyPolicy
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
@@ -114,6 +115,8 @@ class Family:
     longer: str | None = None
     """Context policy beyond a training clip's length, as `--policy` reads it, of models whose own keeps everything:
     what was measured to drift least; None: a window of that length."""
+    control: Steering | None = None
+    """The keys of its models that take cameras and actions, unless an export says otherwise."""
     kinds: tuple[CodecKind, ...] = ()
     """Kinds of codecs that it brings; `add` enters them in `codecs.kinds`."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from causalreel import families
 from causalreel.control import poses as P
 from causalreel.control.poses import Array
 from causalreel.control.steering import Course, Steering
@@ -53,7 +54,7 @@ class LiveVideo:
         """Chunks that a paused video still makes."""
         self.fields = _first_fields(pipeline, options.fields)
         """Field of the conditioning -> what it holds for a frame, beside those that follow keys."""
-        self.course = None if pipeline.export.control is None else Course(pipeline.export.control)
+        self.course = None if pipeline.control is None else Course(pipeline.control)
         """The camera that keys move, of a model that has some."""
         self.seen: list[Steered] = []
         """What the frames of the latest chunk were told by it."""
@@ -247,9 +248,10 @@ def in_range(picture: Tensor) -> Tensor:
 
 def steering_of(export: Export) -> Steering:
     """How a model is steered; ValueError if it has no keys."""
-    if export.control is None:
+    control = families.steering(export)
+    if control is None:
         raise ValueError(f"{export.name} has no keys and no camera; prompts steer it")
-    return export.control
+    return control
 
 
 def _poses(given: Any, convention: str) -> Array:
@@ -295,5 +297,5 @@ def _known_field(name: str, pipeline: Pipeline) -> None:
     if name not in fields:
         allowed = f"it has {', '.join(sorted(fields))}" if fields else "it has none"
         raise ValueError(f"this model has no field {name!r}; {allowed}")
-    if pipeline.export.control is not None and name in (W2C, INTRINSICS, ACTIONS):
+    if pipeline.control is not None and name in (W2C, INTRINSICS, ACTIONS):
         raise ValueError(f"the field {name!r} of this model follows the keys: tell it keys, trajectory or camera")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from causalreel import families
+from causalreel.control.steering import Steering
 from causalreel.infer.clips import CheckedClips, ClipRequest
 from causalreel.infer.loras import Loras
 from causalreel.infer.restyle import Encoded, Over
@@ -67,6 +69,11 @@ class Pipeline:
     def fields(self) -> frozenset[str]:
         """The fields of the conditioning that its network takes."""
         return self.denoiser.model.fields
+
+    @property
+    def control(self) -> Steering | None:
+        """The keys that steer it; None: prompts alone do."""
+        return families.steering(self.export)
 
     def set_loras(self, strengths: Mapping[str, float]) -> None:
         """Other strengths of LoRAs that the pipeline was loaded with, by name, from the next call on.

@@ -122,7 +122,7 @@ def keys_in(text: str) -> list[str]:
 
 def bind(window: Any, session: Session) -> None:
     """Have a tkinter window's keys steer, if the model has some: W, A, S, D, other letters of keys, and arrows."""
-    steering = session.pipeline.export.control
+    steering = session.pipeline.control
     if steering is None:
         return
     held: dict[str, str | None] = {}

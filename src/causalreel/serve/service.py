@@ -115,7 +115,7 @@ class Service:
     def control(self) -> dict[str, Any] | None:
         """The keys of the model, if it has some."""
         pipeline = self.scheduler.pipeline
-        steering = pipeline.export.control
+        steering = pipeline.control
         if steering is None:
             return None
         return {
