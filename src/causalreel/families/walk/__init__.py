@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from causalreel.codecs.wan_vae import vae_config
+from causalreel.control.steering import Steering
 from causalreel.families.family import Decoder, Family, Text
 from causalreel.nn.presets import PRESETS
 from causalreel.scenery import KEYS, SLOTS
@@ -34,4 +35,12 @@ FAMILY = Family(
     size=(64, 64),
     fps=16.0,
     policy="slide",
+    control=Steering(
+        keys=(("w", "a", "s", "d"), ("left", "right")),
+        step=0.08,
+        degrees=12.0,
+        halves_turn=True,
+        intrinsics=(0.6, 0.6, 0.5, 0.5),
+        actions=KEYS,
+    ),
 )

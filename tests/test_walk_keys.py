@@ -1,0 +1,26 @@
+"""The walkable world's keys are those that live sessions hold: the same poses, actions and cameras, frame by frame."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from causalreel.control.steering import Course
+from causalreel.data import walk
+from causalreel.families import FAMILIES
+from causalreel.scenery import KEYS
+
+
+def test_a_course_gives_the_fields_of_the_world() -> None:
+    control = FAMILIES["walk"].control
+    assert control is not None
+    state = walk.simulate(8, seed=3, config=walk.WalkConfig())
+    fields = walk.fields(state)
+    for row in range(8):
+        course = Course(control)
+        for frame, held in enumerate(state.keys[row]):
+            course.press([key for key, on in zip(KEYS, held.tolist(), strict=True) if on])
+            (made,) = course.next(1)
+            assert np.abs(made.w2c - fields["w2c"][row, frame].numpy()).max() < 1e-5
+            assert torch.equal(torch.tensor(made.actions), fields["actions"][row, frame])
+            assert np.allclose(made.intrinsics, fields["intrinsics"][row, frame].numpy())
