@@ -29,6 +29,8 @@ from causalreel.infer.commands import parse, parse_line
 from causalreel.infer.live import Live
 from causalreel.infer.models import profile
 from causalreel.nn.camera import ACTIONS, W2C
+from causalreel.serve import records
+from causalreel.serve import session as session_module
 from causalreel.serve.keyboard import Terminal, keys_in, read_keys
 from causalreel.serve.play import Typed, play, read_script
 from causalreel.serve.session import Emitted, Options, Session
@@ -433,3 +435,26 @@ def test_a_family_says_which_keys_its_models_have_and_an_export_overrules_it(mon
     assert families.steering(replace(export, control=None)) is mine
     plain = replace(export, control=None, model=replace(export.model, camera="none", actions=0))
     assert families.steering(plain) is None
+
+
+def test_a_record_full_of_poses_and_keys_can_be_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the commands and numbers that a session takes, in a tenth of what a file may hold."""
+    monkeypatch.setattr(session_module, "MAX_COMMANDS", records.MAX_COMMANDS // 10)
+    monkeypatch.setattr(session_module, "MAX_NUMBERS", records.MAX_NUMBERS // 10)
+    one, refused = session(), list[str]()
+    one.next_chunk()
+    for at in range(1100):
+        poses = np.tile(np.eye(4), (100, 1, 1)).tolist()
+        told = {"name": "camera", "poses": poses} if at % 50 == 0 else {"name": "keys", "pressed": KEYS[at % 5 :]}
+        try:
+            one.command(parse(told))
+        except ValueError as error:
+            refused.append(str(error))
+        one._started += 1  # a border, at which nobody makes a chunk
+        one.take_commands()
+    assert "holds at most 1000 commands, 64 with a picture, and 10000 numbers of poses and fields" in refused[0]
+    one.sequence = one._started
+    data = json.dumps(one.record()).encode()
+    assert 10 * sum(data.count(mark) for mark in b"[{,:") <= records.MOST_VALUES
+    record = records.parse_record(data)
+    assert sum(entry.command.numbers for entry in record.commands) == 9_600 and len(record.commands) == 1000

@@ -219,7 +219,7 @@ class Numbers(Kind):
 
     def read(self, name: str, value: Any) -> Any:
         value = value.tolist() if hasattr(value, "tolist") else value
-        if _shape(value, self.most) is None or _count(value) > self.most:
+        if _shape(value, self.most) is None or count(value) > self.most:
             raise WrongKind(
                 f"{name} must be a number, or at most {self.most} in lists of equal lengths, from {-LARGEST:g} to "
                 f"{LARGEST:g}; got {shown(value)}"
@@ -351,8 +351,9 @@ def _shape(value: Any, most: int, levels: int = 4) -> tuple[int, ...] | None:
     return None if inner or below is None else (len(value), *below)
 
 
-def _count(value: Any) -> int:
-    return sum(map(_count, value)) if isinstance(value, list | tuple) else 1
+def count(value: Any) -> int:
+    """How many numbers nested lists hold."""
+    return sum(map(count, value)) if isinstance(value, list | tuple) else 1
 
 
 def shown(value: Any) -> str:
