@@ -129,7 +129,10 @@ class LiveVideo:
         text = self.pipeline.text
         with torch.no_grad():
             said = text.complete(scene.prompt, scene.seed, picture, before=scene.said)
-            return replace(scene, said=said), text.encode([said])
+            encoded = text.encode([said])
+        if encoded.is_cuda:  # chunks are made on another stream, and by another thread
+            torch.cuda.current_stream(encoded.device).synchronize()
+        return replace(scene, said=said), encoded
 
     def take(self, command: Command, encoded: tuple[Scene, Tensor] | None) -> None:
         """A command takes effect. encoded: what `encode` made of its scene, if it has one."""
