@@ -135,10 +135,9 @@ class Command:
         return tuple(text for text in (getattr(self, name) for name in texts) if text is not None)
 
     @property
-    def numbers(self) -> int:
-        """How many numbers it holds beside single ones."""
-        held = (getattr(self, one.name) for one in values.parameters(type(self)) if isinstance(one.kind, Numbers))
-        return sum(values.count(given) for given in held if isinstance(given, list | tuple))
+    def entries(self) -> int:
+        """How many numbers and words it holds in lists."""
+        return sum(values.count(given) for given in self.arguments.values() if isinstance(given, list | tuple))
 
     @property
     def picture(self) -> Tensor | None:

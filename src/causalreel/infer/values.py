@@ -352,7 +352,7 @@ def _shape(value: Any, most: int, levels: int = 4) -> tuple[int, ...] | None:
 
 
 def count(value: Any) -> int:
-    """How many numbers nested lists hold."""
+    """How many values nested lists hold."""
     return sum(map(count, value)) if isinstance(value, list | tuple) else 1
 
 

@@ -32,14 +32,14 @@ MAX_COMMANDS = 10_000
 """Commands that a session keeps, for its record; superseded ones do not count, and some are taken beyond them."""
 MAX_PICTURES = 64
 """Pictures among them."""
-MAX_NUMBERS = 100_000
-"""Numbers of poses and fields among them: so many that a file of them can be read again."""
+MAX_ENTRIES = 40_000
+"""Numbers of poses and fields, and names of keys, in all of them: so few that a file of them can be read again."""
 MOST_CHUNKS = 1 << 27
 """A year of chunks."""
 MOST_BYTES = 256 << 20
 """Of a file."""
-MOST_VALUES = 500_000
-"""Of its JSON, with room for punctuation in prompts: they are parsed in a tenth of a second."""
+MOST_VALUES = 200_000
+"""Of its JSON, with room for punctuation in prompts: they are parsed in a few hundredths of a second."""
 MOST_PIXELS = 1 << 26
 """Of all its pictures together."""
 

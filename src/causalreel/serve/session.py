@@ -32,7 +32,7 @@ from causalreel.serve.begun import Begun, Timings, aside
 from causalreel.serve.records import (
     FORMAT,
     MAX_COMMANDS,
-    MAX_NUMBERS,
+    MAX_ENTRIES,
     MAX_PICTURES,
     Record,
     Recorded,
@@ -211,12 +211,12 @@ class Session:
             held = [entry.command for entry in (*self._log, *self._pending) if not entry.command.is_always_taken]
         is_picture = command.picture is not None
         pictures = sum(one.picture is not None for one in held) if is_picture else 0
-        numbers = command.numbers and command.numbers + sum(one.numbers for one in held)
-        if len(held) >= MAX_COMMANDS or pictures + is_picture > MAX_PICTURES or numbers > MAX_NUMBERS:
+        entries = command.entries and command.entries + sum(one.entries for one in held)
+        if len(held) >= MAX_COMMANDS or pictures + is_picture > MAX_PICTURES or entries > MAX_ENTRIES:
             always = [name for name, kind in COMMANDS.items() if kind.is_always_taken]
             raise ValueError(
                 f"a session's record holds at most {MAX_COMMANDS} commands, {MAX_PICTURES} with a picture, and "
-                f"{MAX_NUMBERS} numbers of poses and fields; "
+                f"{MAX_ENTRIES} numbers of poses and fields and names of keys; "
                 f"{', '.join(always)} go on, for others open a new session"
             )
 
