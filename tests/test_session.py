@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -17,7 +18,9 @@ from torch import Tensor
 import causalreel
 from causalreel.data.video import to_bytes
 from causalreel.infer.live import Live, encode_prompt
+from causalreel.serve import begun
 from causalreel.serve import session as module
+from causalreel.serve.begun import Timings
 from causalreel.serve.records import checked_record, read_record
 from causalreel.serve.session import Options, Session
 from causalreel.weights.export import Sampling
@@ -599,3 +602,39 @@ def test_a_chunk_that_fails_ahead_fails_in_its_turn(monkeypatch: pytest.MonkeyPa
     assert len([one.next_chunk(ahead=lambda: True) for _ in range(2)]) == 2
     with pytest.raises(RuntimeError, match="no more"):
         one.next_chunk(ahead=lambda: True)
+
+
+class _Event:
+    """Stands in for a GPU's."""
+
+    def elapsed_time(self, end: object) -> float:
+        return 1500.0
+
+
+class _Stream:
+    def __init__(self, said: list[str], name: str) -> None:
+        self.said, self.name = said, name
+
+    def wait_event(self, event: object) -> None:
+        self.said.append(f"{self.name} waits for latents")
+
+    def wait_stream(self, other: object) -> None:
+        self.said.append(f"{self.name} waits for the other")
+
+
+def test_streams_wait_for_each_other_where_they_have_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that a GPU's streams go through, told by stand-ins: what is begun early waits for no pixels."""
+    said: list[str] = []
+    here, side = _Stream(said, "pixels"), _Stream(said, "latents")
+    one = session()
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(begun, "side_stream", lambda device: side)
+    monkeypatch.setattr(begun, "aside", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(begun, "_mark", lambda device, clock: _Event())
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: said.append(f"latents stay for {stream.name}"))
+    monkeypatch.setattr(begun, "is_gpu", lambda device: True)
+    made = [one.next_chunk(ahead=lambda: True), one.next_chunk()]
+    assert [chunk.sequence for chunk in made] == [0, 1] and made[0].timings == Timings(1.5, 1.5)
+    decoded = ["pixels waits for latents", "latents stay for pixels"]
+    assert said == ["latents waits for the other", *decoded, *decoded]

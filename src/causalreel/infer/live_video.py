@@ -84,10 +84,16 @@ class LiveVideo:
             self._given = Encoded(self.pipeline.codec, self._restyle.video, self.pipeline.device)
         return self._given.has(self.sampling.chunk or 1)
 
-    def next_latents(self) -> tuple[Tensor, DecodeStream]:
-        """(1,F,C,H,W): the next chunk, a given picture first of all; and what makes its pixels, chunk after chunk."""
-        if self.live is not None and self._decode is not None:
-            return self.live.next_chunk(self._fields_of(self.sampling.chunk or 1)).latents, self._decode
+    def decoder(self) -> DecodeStream:
+        """What makes pixels of its chunks, one after the other."""
+        if self._decode is None:
+            self._decode = self.pipeline.codec.stream() if self.pipeline.decoder is None else self.pipeline.decoder(1)
+        return self._decode
+
+    def next_latents(self) -> Tensor:
+        """(1,F,C,H,W): the next chunk, a given picture first of all."""
+        if self.live is not None:
+            return self.live.next_chunk(self._fields_of(self.sampling.chunk or 1)).latents
         first, picture = None, self.scene.picture
         if picture is not None:
             picture = in_range(picture)[None, None].to(self.pipeline.device)  # (1,1,3,H,W)
@@ -104,8 +110,7 @@ class LiveVideo:
             strength=None if self._restyle is None else self._restyle.strength,
             relative=W2C if self.course is not None and W2C in self.pipeline.fields else None,
         )
-        self._decode = self.pipeline.codec.stream() if self.pipeline.decoder is None else self.pipeline.decoder(1)
-        return self.next_latents() if first is None else (first, self._decode)
+        return self.next_latents() if first is None else first
 
     def reset(self) -> None:
         """Free all that it holds on its device; the next chunk is the scene's first one."""

@@ -38,7 +38,12 @@ class Timings:
 
 def aside(device: torch.device) -> AbstractContextManager[object]:
     """The stream on which latents are made, for what they depend on."""
-    return torch.cuda.stream(side_stream(device)) if device.type == "cuda" else nullcontext()
+    return torch.cuda.stream(side_stream(device)) if is_gpu(device) else nullcontext()
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether it has streams."""
+    return device.type == "cuda"
 
 
 @dataclass
@@ -57,12 +62,15 @@ class Begun:
     """Commands that took effect with it."""
 
     @staticmethod
-    def of(video: LiveVideo, clock: Callable[[], float]) -> Begun:
-        """Have the latents of the video's next chunk made; on a GPU it returns before they are."""
-        device = video.pipeline.device
+    def of(video: LiveVideo, clock: Callable[[], float], *, is_ahead: bool = False) -> Begun:
+        """Have the latents of the video's next chunk made; on a GPU it returns before they are. is_ahead: beside the
+        work that the current stream has, which is another chunk's pixels; otherwise behind it."""
+        device, decode = video.pipeline.device, video.decoder()
+        if is_gpu(device) and not is_ahead:
+            side_stream(device).wait_stream(torch.cuda.current_stream(device))
         with torch.no_grad(), aside(device):
             start = _mark(device, clock)
-            latents, decode = video.next_latents()
+            latents = video.next_latents()
             made = _mark(device, clock)
         return Begun(latents, decode, video.scene.prompt, video.pressed, video.seen, clock, [start, made])
 
@@ -89,7 +97,7 @@ class Begun:
 
 
 def _mark(device: torch.device, clock: Callable[[], float]) -> torch.cuda.Event | float:
-    if device.type != "cuda":
+    if not is_gpu(device):
         return clock()
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))

@@ -336,7 +336,7 @@ class Session:
                 self.video.paused, self.video.to_step = True, 0
         return emitted
 
-    def _begin(self) -> Begun | None:
+    def _begin(self, *, is_ahead: bool = False) -> Begun | None:
         """Have the latents of the next chunk made, with what commands and the record say; None if there is none."""
         if self._record is not None and self.can_run:
             self._follow_record()
@@ -347,7 +347,7 @@ class Session:
             self.video.closed = True
             self.video.reset()
             return None
-        begun = Begun.of(self.video, self.clock)
+        begun = Begun.of(self.video, self.clock, is_ahead=is_ahead)
         begun.taken, self._taken = self._taken, []
         self._started += 1
         return begun
@@ -358,7 +358,7 @@ class Session:
             return
         try:
             self.take_commands()
-            self._begun = self._begin()
+            self._begun = self._begin(is_ahead=True)
         except Exception as error:
             self._failure = error
 
