@@ -8,7 +8,8 @@ import torch
 from causalreel.control.steering import Course
 from causalreel.data import walk
 from causalreel.families import FAMILIES
-from causalreel.scenery import KEYS
+from causalreel.scenery import KEYS, parse
+from causalreel.text.walk import WalkTextEncoder
 
 
 def test_a_course_gives_the_fields_of_the_world() -> None:
@@ -24,3 +25,13 @@ def test_a_course_gives_the_fields_of_the_world() -> None:
             assert np.abs(made.w2c - fields["w2c"][row, frame].numpy()).max() < 1e-5
             assert torch.equal(torch.tensor(made.actions), fields["actions"][row, frame])
             assert np.allclose(made.intrinsics, fields["intrinsics"][row, frame].numpy())
+
+
+def test_what_a_new_prompt_leaves_open_stays() -> None:
+    encoder = WalkTextEncoder()
+    before = encoder.complete("a red pillar ahead, sand floor, day sky", 3)
+    after = encoder.complete("night sky", 4, before=before)
+    assert (
+        parse(after).objects == parse(before).objects and parse(after).floor == "sand" and parse(after).sky == "night"
+    )
+    assert encoder.complete("night sky", 4) != after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,11 +26,20 @@ class WalkTextEncoder:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._codes = code_table().to(device, torch.float32) * 0.5**0.5
 
-    def complete(self, prompt: str, seed: int, picture: Tensor | None = None) -> str:
-        """The prompt with everything drawn that it leaves open. A picture says what is ahead better than words: only
-        the rest is told then."""
+    def complete(self, prompt: str, seed: int, picture: Tensor | None = None, *, before: str | None = None) -> str:
+        """The prompt with everything that it leaves open as it was `before`, or else drawn. A picture says what is
+        ahead better than words: only the rest is told then."""
         del picture
-        return compose(complete(parse(prompt), seed))
+        scene = parse(prompt)
+        if before is not None:
+            was = parse(before)
+            scene = replace(
+                scene,
+                objects={**was.objects, **scene.objects},
+                floor=scene.floor or was.floor,
+                sky=scene.sky or was.sky,
+            )
+        return compose(complete(scene, seed))
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> text (B,length,width) float32, zero rows after the last token."""
