@@ -104,8 +104,8 @@ def play(pipeline: Pipeline, told: Told, *, mode: Mode | None = None) -> Stream:
 
     def go_on(latents: int) -> int:
         for _ in range(-(-latents // chunk)):
-            made, decode = video.next_latents()
-            frames.append(to_bytes(decode(made)[0]))
+            decode = video.decoder()
+            frames.append(to_bytes(decode(video.next_latents())[0]))
         return sum(map(len, frames))
 
     start = go_on(told.at)
