@@ -50,7 +50,7 @@ class Serve(StreamFlags):
     """Live sessions and videos being made at a time; fewer where memory is short."""
     max_streams: Annotated[int, Range(1, 100_000)] = 64
     """Connections that are served frames."""
-    buffer_chunks: Annotated[int, Range(1, 1000)] | None = None
+    buffer_chunks: Annotated[int | None, Range(1, 1000)] = None
     """Chunks made ahead of a viewer; a command waits behind them. Default: 2, and 1 for a model with keys."""
     resume_chunks: Annotated[int, Range(0, 10_000)] = 32
     """Chunks kept for a viewer who comes back."""
