@@ -63,6 +63,16 @@ class Generate(MannerFlags):
     """Noise level in (0, 1] from which each chunk of `video` is denoised anew: the higher, the less is kept of it."""
     fit: Literal["crop", "pad"] = "crop"
     """A picture or video of another shape keeps its aspect: cut to fill the frame, or set between black bars."""
+    keys: str | None = None
+    """Models that are steered: keys, and for how many latent frames: "w*5,left+w*3,none*2"."""
+    trajectory: str | None = None
+    """Models that are steered: a trajectory string of another project, such as "w*3,l*2" with --dialect minwm."""
+    dialect: str | None = None
+    """Of the trajectory: minwm, worldplay, lingbot, sana, sana-2 or letters."""
+    poses: Path | None = None
+    """Models that are steered: a file with a camera pose for each latent frame (.npy, .npz, .json, or a folder)."""
+    convention: Literal["c2w", "w2c"] | None = None
+    """Of the poses: world from camera, or camera from world."""
     sheet: Path | None = None
     """Also write a picture (.png, .jpg) with a row of frames per prompt."""
     scale: Annotated[int | None, Range(1, 64)] = None
@@ -91,12 +101,12 @@ def _generate(args: Generate, mesh: Mesh | None, made: contextlib.ExitStack) -> 
     if args.sheet is not None:
         check_target(args.sheet, SHEET_SUFFIXES)
     profile = args.profile()
-    frames = _frames(args, profile)
+    frames, fields = _steered(args, profile, _frames(args, profile))
     if args.strength is not None:
         given: Any = _given(args, profile, frames)
     else:
         given = None if args.video is None else _beginning(args, profile, frames)
-    requests = [partial(_request, args, profile, frames, given, *item) for item in enumerate(wanted)]
+    requests = [partial(_request, args, profile, frames, given, *item, fields=fields) for item in enumerate(wanted)]
     for request in requests:  # before anything is loaded; pictures are read again, and not all of them kept
         request().check(profile, encoder_of(profile.export))
     device, gpus = (None, 1) if mesh is None else (mesh.device, mesh.size)
@@ -205,7 +215,14 @@ def _frames(args: Generate, profile: Profile) -> int | None:
 
 
 def _request(
-    args: Generate, profile: Profile, frames: int | None, given: Tensor | GivenVideo | None, index: int, one: Wanted
+    args: Generate,
+    profile: Profile,
+    frames: int | None,
+    given: Tensor | GivenVideo | None,
+    index: int,
+    one: Wanted,
+    *,
+    fields: dict[str, Tensor],
 ) -> ClipRequest:
     """A video that is asked for; given: the beginning (T,3,H,W) of all, or what all are made of, if anything."""
     from causalreel.data.pictures import read_picture
@@ -213,9 +230,27 @@ def _request(
 
     picture, seed = one.image or args.image, args.seed + index if one.seed is None else one.seed
     if args.strength is not None:
-        return ClipRequest(one.prompt, frames, seed, video=given, strength=args.strength)
+        return ClipRequest(one.prompt, frames, seed, video=given, strength=args.strength, fields=fields)
     prefix: Any = given if picture is None else read_picture(picture, profile.size, args.fit)
-    return ClipRequest(one.prompt, frames, seed, prefix=prefix)
+    return ClipRequest(one.prompt, frames, seed, prefix=prefix, fields=fields)
+
+
+def _steered(args: Generate, profile: Profile, frames: int | None) -> tuple[int | None, dict[str, Tensor]]:
+    """Pixel frames of a clip, and the fields that its camera's course gives; a model without keys has none."""
+    from causalreel import families
+    from causalreel.infer.steered import Steered
+
+    asked = Steered(args.keys, args.trajectory, args.dialect, args.poses, args.convention)
+    steering = families.steering(profile.export)
+    if steering is None:
+        if asked.is_given:
+            raise ValueError(f"{profile.export.name} has no camera: --keys, --trajectory and --poses are not for it")
+        return frames, {}
+    if asked.is_given and frames is None:
+        fields = asked.fields(steering, None)
+        return profile.geometry.frames_of(fields["w2c"].shape[1]), fields
+    latents = profile.export.frames if frames is None else profile.geometry.latents_in(frames)
+    return frames, asked.fields(steering, latents)
 
 
 def _outputs(output: str, wanted: Sequence[Wanted]) -> tuple[bool, list[Path]]:

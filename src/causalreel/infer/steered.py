@@ -1,0 +1,121 @@
+"""A clip's course: keys, a trajectory string or poses from a file, as the fields that a model's network takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from causalreel.control.files import read_poses
+from causalreel.control.poses import Array, relative
+from causalreel.control.steering import Course, Frame, Steering
+from causalreel.foreign import shown
+
+LONGEST = 1_000_000
+"""Latent frames that keys may be held for."""
+
+Held = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Steered:
+    """How the camera of a clip goes; one of the three."""
+
+    keys: str | None = None
+    """Such as "w*5,left+w*3,none*2": keys, and for how many latent frames."""
+    trajectory: str | None = None
+    """A string of another project, in its `dialect`."""
+    dialect: str | None = None
+    poses: Path | None = None
+    """A file with a pose for each latent frame, in its `convention`."""
+    convention: str | None = None
+    """c2w or w2c."""
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.keys, self.trajectory, self.poses)) > 1:
+            raise ValueError("--keys, --trajectory and --poses exclude each other")
+        if (self.trajectory is None) != (self.dialect is None):
+            raise ValueError("--trajectory and --dialect go together: the same string means other motions elsewhere")
+        if (self.poses is None) != (self.convention is None):
+            raise ValueError("--poses and --convention (c2w or w2c) go together: no file says which it holds")
+
+    @property
+    def is_given(self) -> bool:
+        return self.keys is not None or self.trajectory is not None or self.poses is not None
+
+    def fields(self, steering: Steering, latents: int | None) -> dict[str, Tensor]:
+        """-> w2c (1,F,4,4), intrinsics (1,F,4), actions (1,F,A) of that many latent frames; None: as many as it gives.
+
+        Without anything given the camera stays. ValueError for what cannot be read or is too short.
+        """
+        course = Course(steering)
+        if self.keys is not None:
+            held = read_held(self.keys, steering)
+            count = _enough(len(held), latents, "--keys")
+            frames = course.next(1)
+            for pressed in held[: count - 1]:
+                course.press(pressed)
+                frames += course.next(1)
+        elif self.is_given:
+            ahead, intrinsics, what = self._ahead(steering)
+            count = _enough(len(ahead), latents, what)
+            first = course.next(1)
+            course.follow(ahead, intrinsics)
+            frames = first + course.next(count - 1)
+        else:
+            frames = course.next(latents or 1)
+        return _tensors(frames)
+
+    def _ahead(self, steering: Steering) -> tuple[list[Array], Sequence[float] | None, str]:
+        """Poses behind the first frame, seen from it, and intrinsics if there are any of their own."""
+        if self.trajectory is not None:
+            assert self.dialect is not None
+            return steering.ahead(self.trajectory, self.dialect, np.eye(4)), None, "--trajectory"
+        assert self.poses is not None and self.convention is not None
+        track = read_poses(self.poses, convention=self.convention)
+        intrinsics = None if track.intrinsics is None else [float(n) for n in track.intrinsics[0]]
+        return list(relative(track.c2w)[1:]), intrinsics, "--poses"
+
+
+def read_held(text: str, steering: Steering) -> list[Held]:
+    """Keys and for how many latent frames, such as "w*5,left+w*3,none*2" -> those held in each frame behind the first.
+
+    ValueError naming the piece that cannot be read, or the nearest key.
+    """
+    frames: list[Held] = []
+    for piece in text.split(","):
+        match = re.fullmatch(r"\s*([a-z+\s]+?)\s*(?:\*\s*(\d{1,7}))?\s*", piece.lower())
+        if match is None:
+            raise ValueError(f"keys: cannot read {shown(piece)!r}; expected pieces such as w*5, left+w*3 or none*2")
+        names = tuple(name.strip() for name in match[1].split("+"))
+        pressed = () if names == ("none",) else names
+        steering.check(pressed)
+        count = int(match[2] or 1)
+        if len(frames) + count > LONGEST:
+            raise ValueError(f"keys: held for more than {LONGEST:,} latent frames")
+        frames += [pressed] * count
+    return frames
+
+
+def _enough(given: int, latents: int | None, what: str) -> int:
+    """Latent frames of the clip, the first counted; ValueError where fewer are given."""
+    if latents is not None and given < latents - 1:
+        raise ValueError(
+            f"{what}: leads through {given} latent frames behind the first, the video has {latents - 1}: give as many, "
+            f"or ask for {1 + given} with --latent-frames"
+        )
+    return 1 + given if latents is None else latents
+
+
+def _tensors(frames: Sequence[Frame]) -> dict[str, Tensor]:
+    rows = {
+        "w2c": [frame.w2c.tolist() for frame in frames],
+        "intrinsics": [list(frame.intrinsics) for frame in frames],
+        "actions": [frame.actions for frame in frames],
+    }
+    return {name: torch.tensor(value, dtype=torch.float32)[None] for name, value in rows.items()}

@@ -1,0 +1,67 @@
+"""Keys, trajectory strings and pose files on the command line, to the fields of a clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from causalreel import cli
+from causalreel.control.strings import latent_poses, view_matrices
+from causalreel.data.walk import fields, held, simulate
+from causalreel.families import FAMILIES
+from causalreel.infer.steered import Steered, read_held
+
+WALK = FAMILIES["walk"].control
+assert WALK is not None
+
+
+def test_keys_give_the_worlds_fields() -> None:
+    made = Steered(keys="w*2, left+w*2,none,d").fields(WALK, None)
+    state = simulate(1, seed=0).walking(held([], ["w"], ["w"], ["w", "left"], ["w", "left"], [], ["d"])[None])
+    for name, value in fields(state).items():
+        torch.testing.assert_close(made[name], value, rtol=0, atol=1e-5)
+    assert Steered(keys="w*9").fields(WALK, 4)["w2c"].shape == (1, 4, 4, 4)
+    still = Steered().fields(WALK, 3)
+    assert torch.equal(still["w2c"], torch.eye(4).expand(1, 3, 4, 4)) and not still["actions"].any()
+
+
+def test_trajectories_and_poses_go_the_same_way(tmp_path: Path) -> None:
+    poses = latent_poses("w*3,l*4", "minwm")
+    expected = torch.tensor(view_matrices(poses), dtype=torch.float32)
+    told = Steered(trajectory="w*3,l*4", dialect="minwm").fields(WALK, None)
+    torch.testing.assert_close(told["w2c"][0], expected, rtol=0, atol=1e-6)
+    np.save(tmp_path / "poses.npy", poses)
+    read = Steered(poses=tmp_path / "poses.npy", convention="c2w").fields(WALK, None)
+    torch.testing.assert_close(read["w2c"], told["w2c"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"keys": "w*3"}, r"leads through 3 latent frames behind the first, the video has 9"),
+        ({"keys": "q*3"}, "unknown 'q'"),
+        ({"keys": "w*"}, r"expected pieces such as w\*5"),
+        ({"keys": "w", "poses": Path("x"), "convention": "c2w"}, "exclude each other"),
+        ({"trajectory": "w*3"}, "--trajectory and --dialect go together"),
+        ({"poses": Path("x.npy")}, "--convention"),
+    ],
+)
+def test_what_cannot_be_followed_is_one_line(given: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told) as error:
+        Steered(**given).fields(WALK, 10)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_are_bounded() -> None:
+    with pytest.raises(ValueError, match="more than 1,000,000"):
+        read_held("w*9999999", WALK)
+
+
+def test_a_model_without_a_camera_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert (
+        cli.main(["generate", "--keys", "w*3", "a red circle", "-o", str(tmp_path / "x.mp4"), "--device", "cpu"]) == 2
+    )
+    assert "has no camera" in capsys.readouterr().err and not list(tmp_path.iterdir())
