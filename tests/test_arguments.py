@@ -70,6 +70,7 @@ ZERO = {
     "noisy_context": "from the first chunk on",
     "motion": "static clips too",
     "brightness": "black clips too",
+    "events": "captions stay as they are",
 }
 """Numbers that may be 0, and what it means."""
 

@@ -182,8 +182,8 @@ def test_what_cannot_be_is_one_line(small: dict[str, Pipeline], changes: dict, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--strength", "0"], "strength must be above 0 and at most 1, got 0"),
-        (["--strength", "1.5"], "strength must be above 0"),
+        (["--strength", "0"], "--strength must be at least 0.001, got 0"),
+        (["--strength", "1.5"], "--strength must be at most 1, got 1.5"),
         (["--strength", "0.5"], "--strength is for --video"),
         (["--strength", "0.5", "--video", "none.mp4"], r"none\.mp4"),
         (["--strength", "0.5", "--video", "none.mp4", "--image", "a.png"], "exclude each other"),
@@ -296,7 +296,7 @@ def test_the_stream_command_takes_a_file_and_standard_input(tmp_path: Path, caps
     [
         (["--strength", "0.5", "--frames", "5"], "--video and --strength go together"),
         (["--video", "none.mp4", "--strength", "0.5"], "no video file at none.mp4"),
-        (["--video", "-", "--strength", "2"], "strength must be above 0 and at most 1, got 2"),
+        (["--video", "-", "--strength", "2"], "--strength must be at most 1, got 2"),
         (["--video", "-", "--strength", "1", "--stdin"], "both read standard input"),
         (["--video", "-", "--strength", "1", "--image", "a.png"], "exclude each other"),
         (["--video", "-", "--strength", "1", "--record", "r.json"], "which a replay file does not hold"),

@@ -61,7 +61,7 @@ class Stream(StreamFlags):
     video: str | None = None
     """Video to make another of: a file, a named pipe, or - for standard input, read as it comes; the stream ends with
     it. Needs `strength`."""
-    strength: float | None = None
+    strength: Annotated[float | None, Range(0.001, 1)] = None
     """Noise level in (0, 1] from which each chunk of `video` is denoised anew: the higher, the less is kept of it."""
     fit: Literal["crop", "pad"] = "crop"
     """How `video` is brought to the model's shape: cut to fill the frame, or set between black bars."""
@@ -148,10 +148,6 @@ def _check_stream(args: Stream) -> None:
 
 def _check_given(args: Stream) -> None:
     """ValueError unless a given video and what else is asked for go together."""
-    from causalreel.infer.restyle import check_strength
-
-    if args.strength is not None:
-        check_strength(args.strength)
     if (args.video is None) != (args.strength is None):
         raise ValueError("--video and --strength go together: what to make another video of, and how much of it")
     if args.video is None:

@@ -59,7 +59,7 @@ class Generate(MannerFlags):
     """Picture that the video starts with; or a folder of pictures, each with its prompt in a .txt of the same name."""
     video: Path | None = None
     """Video to continue; it becomes the beginning of the result. With `strength`: video to make another of."""
-    strength: float | None = None
+    strength: Annotated[float | None, Range(0.001, 1)] = None
     """Noise level in (0, 1] from which each chunk of `video` is denoised anew: the higher, the less is kept of it."""
     fit: Literal["crop", "pad"] = "crop"
     """A picture or video of another shape keeps its aspect: cut to fill the frame, or set between black bars."""
@@ -281,10 +281,8 @@ def _folder(path: Path) -> Iterator[None]:
 
 def _given(args: Generate, profile: Profile, frames: int | None) -> GivenVideo:
     """The video that all are made of, not yet decoded; ValueError."""
-    from causalreel.infer.restyle import GivenVideo, check_strength
+    from causalreel.infer.restyle import GivenVideo
 
-    assert args.strength is not None
-    check_strength(args.strength)
     if args.video is None:
         raise ValueError("--strength is for --video, the video to make another of")
     how: dict[str, Any] = {"fps": profile.export.fps, "how": args.fit, "most": frames}
