@@ -77,7 +77,8 @@ class Restyle:
         """ValueError unless a video of this size, sampled like that, can be made of it."""
         check_strength(self.strength)
         if self.video.size != size:
-            raise ValueError(f"the given video must be {size[1]}x{size[0]} pixels, got {self.video.size}")
+            (high, wide), (height, width) = size, self.video.size
+            raise ValueError(f"the given video must be {high}x{wide} pixels, got {height}x{width}")
         if sampling.plan != "chunked":
             raise ValueError("a given video needs a model that goes chunk by chunk")
 
