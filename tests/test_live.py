@@ -166,6 +166,7 @@ def test_recompute_reads_what_is_kept_under_the_new_text() -> None:
 
 
 def test_switch_keeps_the_cache() -> None:
+    """Frames before the change stay as their own text made them, the last of them too, which is committed behind it."""
     made = pipeline(TWO_STEP)
     live, old, new, text = changed(made, "switch")
     assert live.segments == 1
@@ -174,7 +175,7 @@ def test_switch_keeps_the_cache() -> None:
     parts: Iterator = rollout(
         made.denoiser,
         plan,
-        conditioning=lambda call: Conditioning(said[call.parts[-1].start >= 3]),
+        conditioning=Conditioning(torch.stack(said, dim=1), prompts=(0, 0, 0, 1)),
         noise=Shifted(made, 3, 0),
         cache=made.denoiser.new_cache(),
     )
