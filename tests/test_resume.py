@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +293,7 @@ class Later(Recipe):
     kind: str = "flat"
     inner: Inner = Inner()
     other: Inner | None = None
+    parts: dict[str, Inner] = field(default_factory=dict)
 
 
 def test_a_checkpoint_older_than_a_setting_has_its_default(tmp_path: Path) -> None:
@@ -303,6 +304,7 @@ def test_a_checkpoint_older_than_a_setting_has_its_default(tmp_path: Path) -> No
         (Later(8, more, kind="deep"), r"kind \('flat' there, 'deep' here\)"),
         (Later(8, more, inner=Inner(0.25)), r"inner.rate \(0.5 there, 0.25 here\)"),
         (Later(8, more, other=Inner()), r"other.rate \('absent' there, 0.5 here\)"),
+        (Later(8, more, parts={"new": Inner()}), r"parts.new.rate \('absent' there, 0.5 here\)"),
     ):
         with pytest.raises(ValueError, match=message):
             train(Toy(), Rows(), more, recipe=changed)

@@ -395,8 +395,13 @@ def fixed(config: Any) -> dict[str, Any]:
     return found
 
 
-def defaults(config: Any) -> dict[str, Any]:
-    """Of what `fixed` gives, the values of fields that are not set: what a run had before a field was known."""
+def defaults(config: Any, known: Iterable[str], place: str = "") -> dict[str, Any]:
+    """Of what `fixed` gives, the values of fields that are not set: what a run had before a field was known.
+
+    known: keys that the run had, below `place`. An entry of a mapping of which it had none, such as the adapters of a
+    role, is not older than its fields: it was not there, and has no defaults.
+    """
+    known = tuple(known)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         if not field.init or field.metadata.get("free"):
@@ -405,8 +410,10 @@ def defaults(config: Any) -> dict[str, Any]:
         entries = value if isinstance(value, Mapping) else {"": value}
         for name, entry in entries.items():
             if dataclasses.is_dataclass(entry) and field.default is not None:
-                place = _join(field.name, name) if name else field.name
-                found |= {_join(place, key): item for key, item in defaults(entry).items()}
+                below = _join(field.name, name) if name else field.name
+                whole = _join(place, below)
+                if not name or any(key.startswith(f"{whole}.") for key in known):
+                    found |= {_join(below, key): item for key, item in defaults(entry, known, whole).items()}
         if field.default is not dataclasses.MISSING:
             found |= _fixed(field.default, field.name)
         elif field.default_factory is not dataclasses.MISSING:

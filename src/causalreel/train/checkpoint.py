@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,18 +113,23 @@ def contents_of(path: Path) -> dict[str, str]:
 
 
 def check_same(
-    path: Path, fixed: Mapping[str, Any], contents: Sequence[Content] = (), *, before: Mapping[str, Any] | None = None
+    path: Path,
+    fixed: Mapping[str, Any],
+    contents: Sequence[Content] = (),
+    *,
+    before: Callable[[Iterable[str]], Mapping[str, Any]] | None = None,
 ) -> None:
     """Raise a ValueError naming what differs between this run and the checkpoint: settings, then contents.
 
-    before: the defaults of settings, which are those of a checkpoint that is older than a setting.
+    before: the keys that a checkpoint has -> the defaults of settings, which are its own where it is older than one.
     """
     manifest = _manifest(path)
     saved, missing = manifest["fixed"], "absent"
     if "contents" not in manifest:  # places were compared instead
         saved = {name: value for name, value in saved.items() if not name.startswith(_PLACES) or name in fixed}
     here = json.loads(json.dumps(fixed))
-    saved = {key: value for key, value in json.loads(json.dumps(before or {})).items() if key in here} | saved
+    defaults = {} if before is None else json.loads(json.dumps(before(saved)))
+    saved = {key: value for key, value in defaults.items() if key in here} | saved
     differing = [k for k in dict.fromkeys((*saved, *here)) if saved.get(k, missing) != here.get(k, missing)]
     if differing:
         shown = ", ".join(

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -346,7 +347,7 @@ def resumable(config: TrainerConfig, recipe: Any, contents: Sequence[Content] = 
     path = checkpoint.latest(Path(config.out) / "checkpoints")
     if path is None:
         return None
-    checkpoint.check_same(path, fixed(recipe), contents if config.check else (), before=defaults(recipe))
+    checkpoint.check_same(path, fixed(recipe), contents if config.check else (), before=partial(defaults, recipe))
     done = checkpoint.step_of(path)
     if done > config.steps:
         raise ValueError(f"steps: got {config.steps}, but {path} has {done}; ask for {done} or more or use another out")
