@@ -11,7 +11,7 @@ from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.rollout import StreamNoise
 from causalreel.train.kit import given_first
-from causalreel.train.losses import critic_loss
+from causalreel.train.losses import critic_loss, distribution_matching_gradient
 from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.train.stage import DataCursor, StepContext
 from causalreel.train.stages.dmd import DMD, DMDConfig
@@ -137,6 +137,43 @@ def test_distribution_matching_leaves_given_frames_alone(how: str) -> None:
             value.backward()
     assert all(not s[:, 0].any() and (s[:, 1:] > 0).all() for s in sigmas) and len(sigmas) == 2
     assert any(p.grad is not None and p.grad.any() for p in nets["student"].parameters())
+
+
+@pytest.mark.parametrize("given", [0.0, 1.0])
+def test_a_students_gradient_is_one_however_it_is_computed(given: float) -> None:
+    """Behind a given frame too, which counts in no mean."""
+    found = []
+    for how in ("parallel", "replay"):
+        settings = {"given": given, "student_pass": how, "exits": "last"}
+        config = DMDConfig(batch=2, chunk=1, steps=(1000, 500), critic_updates=1, guidance=2.0, **settings)  # type: ignore[arg-type]
+        nets = {role: network(i) for i, role in enumerate(("student", "critic", "teacher"))}
+        stage = DMD(config, **nets, null=torch.zeros(1, 3, 8), viewer=None)  # type: ignore[arg-type]
+        (losses,) = [update.losses for update in stage.updates(step()) if update.role == "student"]
+        for loss in losses:
+            (loss()[0] / len(losses)).backward()  # as the trainer does
+        found.append(torch.cat([p.grad.flatten() for p in nets["student"].parameters() if p.grad is not None]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_a_given_frame_is_not_in_the_mean_distance() -> None:
+    x, noise = torch.randn(2, 2, FRAMES, *SPEC.shape).unbind(0)
+    sigma = torch.full((2, FRAMES), 0.5) * (torch.arange(FRAMES) > 0)
+    how = {"sigma": sigma, "noise": noise}
+
+    def off(by: float):
+        return lambda at, *_: noise - x + by
+
+    whole = distribution_matching_gradient(x, off(0.5), off(0.0), conditioning(2), **how, given=1)
+    behind = distribution_matching_gradient(
+        x[:, 1:],
+        lambda *_: (noise - x)[:, 1:] + 0.5,
+        lambda *_: (noise - x)[:, 1:],
+        conditioning(2),
+        sigma=sigma[:, 1:],
+        noise=noise[:, 1:],
+    )
+    assert not whole[:, 0].any()
+    torch.testing.assert_close(whole[:, 1:], behind)
 
 
 def test_the_share_of_given_rollouts() -> None:

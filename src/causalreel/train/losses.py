@@ -107,18 +107,26 @@ def consistency_loss(
 
 
 def distribution_matching_gradient(
-    generated: Tensor, real: Denoise, fake: Denoise, conditioning: Conditioning, *, sigma: Tensor, noise: Tensor
+    generated: Tensor,
+    real: Denoise,
+    fake: Denoise,
+    conditioning: Conditioning,
+    *,
+    sigma: Tensor,
+    noise: Tensor,
+    given: int = 0,
 ) -> Tensor:
     """generated (B,F,C,H,W), sigma (B,1) or (B,F) -> what the generated latents should lose, (B,F,C,H,W) float32.
 
     (fake - real) clean estimates, per sample divided by the mean distance |generated - real|, as in DMD
     (arXiv 2311.18828), eq. 7-8. `real` is guided (scale 4 here is the released `guidance_scale: 3`).
+    given: leading frames that the student was given, at level 0: nothing to lose, and no part of the mean.
     """
     with torch.no_grad():
         x = add_noise(generated, noise, sigma)
         fake_x0 = velocity_to_x0(x, fake(x, sigma, conditioning), sigma)
         real_x0 = velocity_to_x0(x, real(x, sigma, conditioning), sigma)
-        scale = (generated - real_x0).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
+        scale = (generated - real_x0)[:, given:].abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
         return (fake_x0 - real_x0) / scale
 
 

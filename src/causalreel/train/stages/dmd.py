@@ -246,7 +246,8 @@ class DMD:
         sigma = self._score_sigma(step, "student", made)
         noise = randn(step, "student score noise", made.latents)
         real, fake = made.bind(self.teacher), made.bind(self.critic)
-        gradient = distribution_matching_gradient(made.latents, real, fake, made.conditioning, sigma=sigma, noise=noise)
+        how = {"sigma": sigma, "noise": noise, "given": made.given}
+        gradient = distribution_matching_gradient(made.latents, real, fake, made.conditioning, **how)
         pieces = made.again()
         metrics = {"gradient_size": gradient.abs().mean(), "latent_std": made.latents.std()}
 
@@ -336,9 +337,11 @@ class DMD:
         """Pieces of the latents that are matched, which begin at this frame of the rollout."""
         if self.config.student_pass == "replay":
             return [replace(p, start=p.start - begin) for p in replay_passes(self.student, record, conditioning)]
-        first = record.first if record.given is None else 0  # given frames lead
-        frames = record.latents.shape[1] - first
-        return [Piece(first - begin, frames, lambda: parallel_pass(self.student, record, conditioning))]
+        given = 0 if record.given is None else record.given.shape[1]  # they lead in the pass, and are not matched
+        frames = record.latents.shape[1] - record.first
+        return [
+            Piece(record.first - begin, frames, lambda: parallel_pass(self.student, record, conditioning)[:, given:])
+        ]
 
     def _denoise_data(self, step: StepContext, batch: LatentBatch, purpose: str) -> Samples:
         """CausVid: clean estimates of data noised chunk by chunk to levels of the step list, behind noisy chunks."""
