@@ -15,8 +15,9 @@ from causalreel.data.prepare import prepare
 from causalreel.data.shards import load_prepared
 from causalreel.data.sources import LatentSource
 from causalreel.data.timed import joined, readings, timed
+from causalreel.data.walk import WalkConfig
 from causalreel.data.world import SPEED_PIXELS, WorldConfig, WorldState, captions, render, simulate, told
-from causalreel.data.worlds import flat
+from causalreel.data.worlds import flat, walkable
 from causalreel.types import Conditioning
 from causalreel.vocabulary import BACKGROUND_RGB, DIRECTIONS, parse_caption
 
@@ -184,10 +185,17 @@ def test_data_keep_the_text_of_every_frame(tmp_path: Path) -> None:
     assert [timed(line) for line in lines] == told(simulate(3, seed=0, config=config))
     with pytest.raises(ValueError, match="events"):
         prepare(tmp_path, tiny_codec(0), codec_id="x", clips=3, seed=0, world=flat(WorldConfig(frames=17)))
+    worlds = {"walk": walkable(WalkConfig(latents=5)), "flat": flat(WorldConfig(frames=17))}  # as long as each other
+    for one, other in (("walk", "flat"), ("flat", "walk")):
+        prepare(tmp_path / one, tiny_codec(0), codec_id="x", clips=1, seed=0, world=worlds[one])
+        with pytest.raises(ValueError, match="holds data with world="):
+            prepare(tmp_path / one, tiny_codec(0), codec_id="x", clips=2, seed=0, world=worlds[other])
     texts, reads = readings([timed(line) for line in lines], latents.shape[1])
     codes = torch.arange(len(texts)).float().view(-1, 1, 1)
-    source = LatentSource(latents, Conditioning(codes), reads)
+    cameras = torch.randn(3, 5, 4, 4)
+    source = LatentSource(latents, Conditioning(codes, {"w2c": cameras}), reads)
     batch = source.batch(torch.tensor([2, 0]))
+    assert torch.equal(batch.conditioning.fields["w2c"], cameras[[2, 0]])
     assert batch.conditioning.prompts == tuple(range(5))
     assert torch.equal(batch.conditioning.text[..., 0, 0].long(), reads[[2, 0]])
     with pytest.raises(ValueError, match="as many rows"):

@@ -17,7 +17,7 @@ class _Clips:
     latents: Tensor
     conditioning: Conditioning
     reads: Tensor | None = None
-    """(R,F) long where captions change: the text of every frame, as a row of the conditioning, which is text alone."""
+    """(R,F) long where captions change: the text of every frame, as a row of the conditioning's text."""
 
     def __post_init__(self) -> None:
         rows = len(self.conditioning) if self.reads is None else len(self.reads)
@@ -31,8 +31,9 @@ class _Clips:
         rows = indices.to(self.latents.device)
         if self.reads is None:
             return self.conditioning[rows], self.latents[rows]
-        reads = self.reads[rows]
-        return Conditioning(self.conditioning.text[reads], prompts=tuple(range(reads.shape[1]))), self.latents[rows]
+        reads, held = self.reads[rows], self.conditioning
+        fields = {name: value[rows] for name, value in held.fields.items()}
+        return Conditioning(held.text[reads], fields, tuple(range(reads.shape[1]))), self.latents[rows]
 
 
 class LatentSource(_Clips):

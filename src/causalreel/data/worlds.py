@@ -36,7 +36,8 @@ class World:
 
     clips: MakesClips
     facts: Mapping[str, Any]
-    """What decides its clips beside the seed, as prepared folders remember it."""
+    """What decides its clips beside the seed, as prepared folders remember it; all worlds have the same names, and None
+    is what folders older than a name have."""
 
 
 def flat(config: world.WorldConfig = world.WorldConfig()) -> World:
@@ -47,7 +48,7 @@ def flat(config: world.WorldConfig = world.WorldConfig()) -> World:
         return Clips(drawing.render(state), [joined(clip) for clip in world.told(state)])
 
     events = f"{config.events} in {config.morph} frames" if config.events else None
-    return World(clips, {"frames": config.frames, "size": config.size, "events": events})
+    return World(clips, {"world": None, "frames": config.frames, "size": config.size, "events": events})
 
 
 def walkable(config: walk.WalkConfig = walk.WalkConfig()) -> World:
@@ -57,7 +58,7 @@ def walkable(config: walk.WalkConfig = walk.WalkConfig()) -> World:
         state = walk.simulate(count, seed=seed, first=first, config=config, device=device)
         return Clips(walk_render.render(state), walk.captions(state), walk.fields(state))
 
-    return World(clips, {"world": "walk", "frames": config.frames, "size": config.size})
+    return World(clips, {"world": "walk", "frames": config.frames, "size": config.size, "events": None})
 
 
 WORLDS = {"flat": flat, "walk": walkable}
