@@ -35,6 +35,7 @@ import causalreel
 from causalreel.data.video import to_bytes
 from causalreel.data.world import render, simulate
 from causalreel.eval.metrics import measure
+from causalreel.families import FAMILIES
 from patience import PATIENCE_S, wait_until
 
 PACKAGE = Path(causalreel.__file__).resolve().parent
@@ -533,6 +534,7 @@ def test_less_motion(browser: Any, server: str) -> None:
     page.goto(server)
     page.wait_for_timeout(1000)
     assert count(page) == 0
+    assert page.input_value("#prompt") == FAMILIES["tiny"].text.examples[0]  # the model's, not the page's own
     assert "less motion" in page.locator("#overlay").inner_text()
     page.click("#again")
     wait_until(lambda: count(page) > 4, "frames")

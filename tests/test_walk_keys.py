@@ -8,8 +8,10 @@ import torch
 from causalreel.control.steering import Course
 from causalreel.data import walk
 from causalreel.families import FAMILIES
+from causalreel.infer.live import first_prompt, understand
 from causalreel.scenery import KEYS, parse
 from causalreel.text.walk import WalkTextEncoder
+from test_weights import small_export
 
 
 def test_a_course_gives_the_fields_of_the_world() -> None:
@@ -35,3 +37,11 @@ def test_what_a_new_prompt_leaves_open_stays() -> None:
         parse(after).objects == parse(before).objects and parse(after).floor == "sand" and parse(after).sky == "night"
     )
     assert encoder.complete("night sky", 4) != after
+
+
+def test_what_is_shown_where_nobody_says_is_understood() -> None:
+    """By the page, streams and benchmarks: a prompt of the model's own world."""
+    export = small_export(text="walk", family="walk")
+    assert first_prompt(export) == FAMILIES["walk"].text.examples[0]
+    understand(export, FAMILIES["walk"].text.examples)
+    assert first_prompt(small_export()) == FAMILIES["tiny"].text.examples[0]

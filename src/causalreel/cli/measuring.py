@@ -19,8 +19,8 @@ from causalreel.cli.parsing import BATCH, CHUNK, FRAMES, LORA, SEED, SIDE, Range
 class Bench(MannerFlags):
     """Time a model: first pixels, chunk latency at the start and with a full window, throughput, memory."""
 
-    prompt: str = "a large red circle moves right"
-    """What to show."""
+    prompt: str | None = None
+    """What to show; default: the model's first example."""
     batch: Annotated[int, BATCH] = 1
     """Clips made together."""
     frames: Annotated[int | None, FRAMES] = None
@@ -37,11 +37,13 @@ def bench(args: Bench) -> int:
     from causalreel.data.video import check_target
     from causalreel.files import write_text
     from causalreel.infer.bench import measure
+    from causalreel.infer.live import first_prompt
 
     if args.output is not None:
         check_target(args.output, (args.output.suffix.lower(),))  # before minutes of measuring
     pipeline = args.load()
-    speed = measure(pipeline, [args.prompt] * args.batch, frames=args.frames, runs=args.runs)
+    prompt = first_prompt(pipeline.export) if args.prompt is None else args.prompt
+    speed = measure(pipeline, [prompt] * args.batch, frames=args.frames, runs=args.runs)
     print(speed.table())
     if args.output is not None:
         write_text(

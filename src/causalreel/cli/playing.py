@@ -44,8 +44,8 @@ class Stream(StreamFlags):
     commands are a slash, their name and what they take, such as /step 3 or /restart 7; /help lists them.
     """
 
-    prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = "a large red circle moves right"
-    """What to show first."""
+    prompt: Annotated[Positional[str | None], arg(metavar="[PROMPT]")] = None
+    """What to show first; default: the model's first example."""
     seed: Annotated[int, Range(SEED.least, SEED.most)] = 0
     """Of the noise, and of what a prompt leaves open."""
     steps: Annotated[int | None, Range(STEPS.least, STEPS.most)] = None
@@ -88,6 +88,7 @@ class Stream(StreamFlags):
 
 def stream(args: Stream) -> int:
     from causalreel.infer.inputs import read_picture
+    from causalreel.infer.live import first_prompt
     from causalreel.infer.live_video import steering_of
     from causalreel.serve.keyboard import Terminal, read_keys
     from causalreel.serve.memory import steady_heap
@@ -98,6 +99,9 @@ def stream(args: Stream) -> int:
         _check_stream(args)
         window = None if args.output is not None else stack.enter_context(Window())  # none here: said before the work
         profile = args.profile()
+        if args.prompt is None:
+            args = dataclasses.replace(args, prompt=first_prompt(profile.export))
+        assert args.prompt is not None
         image = None if args.image is None else read_picture(args.image, profile.size)[0]
         script = _check_words(args, profile, image)
         terminal = None
@@ -142,7 +146,8 @@ def _check_stream(args: Stream) -> None:
     if args.record is not None:
         check_target(args.record, (".json",))
     _check_given(args)
-    Text().read("the prompt", args.prompt)
+    if args.prompt is not None:
+        Text().read("the prompt", args.prompt)
     _fields(args)
 
 
@@ -186,6 +191,7 @@ def _check_words(args: Stream, profile: Profile, image: Tensor | None) -> list[T
     from causalreel.serve.play import read_script
 
     Policy.of(profile.export, profile.sampling, args.kind)
+    assert args.prompt is not None
     understand(profile.export, [args.prompt], image)
     script = [] if args.script is None else read_script(args.script, profile)
     if image is not None or any(timed.command.picture is not None for timed in script):
@@ -204,6 +210,7 @@ def _check_beginnings(args: Stream, profile: Profile, script: Sequence[Timed]) -
     from causalreel.infer.commands import Scene
     from causalreel.infer.live import understand
 
+    assert args.prompt is not None
     scene = Scene(args.prompt, args.seed)
     for timed in script:
         scene = timed.command.scene(scene) or scene

@@ -347,6 +347,14 @@ def hints(export: Export) -> dict[str, Any]:
     return {"examples": list(text.examples), "words": words, "synonyms": dict(text.synonyms)}
 
 
+def first_prompt(export: Export) -> str:
+    """What a model shows where nobody says: the first example of its family; ValueError where there is none."""
+    examples = families.of(export).text.examples
+    if not examples:
+        raise ValueError(f"prompt: say what to show; {export.name or 'the model'} has no example of its own")
+    return examples[0]
+
+
 def encode_prompt(pipeline: Pipeline, prompt: str, seed: int = 0, picture: Tensor | None = None) -> Tensor:
     """-> text (1,K,E) where the encoder makes it; what the prompt leaves open is drawn by the seed, as in a clip.
 

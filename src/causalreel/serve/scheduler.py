@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from causalreel.infer.live import PolicyKind, hints
+from causalreel.infer.live import PolicyKind, first_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve.handle import Ended, Handle, Limits, Pace
 from causalreel.serve.memory import free_bytes, held_bytes, process_bytes
@@ -56,7 +56,7 @@ class Scheduler:
         """Memory of one session as measured; 0 until then."""
         self.made = 0
         """Chunks made since the start."""
-        self._warm = hints(pipeline.export)["examples"][0] if warm == "" else warm
+        self._warm = first_prompt(pipeline.export) if warm == "" else warm
         self._is_measured = False
         self._budget: int | None = None
         self._handles: dict[str, Handle] = {}

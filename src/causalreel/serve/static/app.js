@@ -12,7 +12,6 @@ import { Steering } from "./steer.js";
 import { Api, Problem, Stream } from "./wire.js";
 import { Words } from "./words.js";
 
-const FIRST_PROMPT = "a large red circle moves right slowly on a dark background";
 const SMALL = 256; // pixels across, up to which a video is enlarged without smoothing
 const MODES = {
   recompute: "The picture goes on. The model looks at its last frames again with the new prompt: shows soonest.",
@@ -145,13 +144,11 @@ async function meet() {
   if (now.model) return;
   now.model = await now.api.model();
   $("model").textContent = now.model.name;
+  if (!$("prompt").value.trim()) $("prompt").value = now.model.examples[0] ?? "";
   words.show(now.model);
   picture.allow(now.model.takes_picture);
   steering.allow(now.model.control);
   limit(now.model.commands);
-  if (!link.has("prompt") && $("prompt").value === FIRST_PROMPT && !now.model.words) {
-    $("prompt").value = now.model.examples[0] ?? "";
-  }
 }
 
 /** Give the fields for numbers the limits of the commands that they are sent with. */
@@ -531,7 +528,7 @@ function wire() {
 }
 
 wire();
-$("prompt").value = link.get("prompt") ?? FIRST_PROMPT;
+$("prompt").value = link.get("prompt") ?? "";
 if (link.has("seed")) $("seed").value = link.get("seed");
 enable(false);
 if (matchMedia("(prefers-reduced-motion: reduce)").matches) {
