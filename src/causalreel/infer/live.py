@@ -249,6 +249,7 @@ class Live:
     def _say(self, text: Tensor) -> None:
         """Another text for the frames to come."""
         self._conditioning = self._prepare(replace(self._conditioning, text=text))
+        self._spans = [span for span in self._spans if span[0] < self.frame]  # what nobody has read goes
         self._spans.append((self.frame, self._conditioning))
         oldest = self.frame - self.policy.keep - self._chunk  # before it nothing is read again
         while len(self._spans) > 1 and self._spans[1][0] <= oldest:
