@@ -392,6 +392,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "camera: intrinsics: got a focal length of 969 as a normalised one; it looks like pixels: say so",
     ),
     ({"name": "trajectory", "dialect": "minvm", "text": "w*3"}, "dialect must be one of minwm, worldplay, lingbot"),
+    ({"name": "trajectory", "dialect": "minwm", "text": "w*1000000"}, "trajectory: leads through 1,000,000 latent"),
+    (
+        {"name": "trajectory", "dialect": "lingbot", "text": "w-4008"},
+        "trajectory: leads through 1,002 latent frames, at",
+    ),
     ({"name": "trajectory", "dialect": "minwm", "text": "w-3"}, "trajectory: cannot read 'w-3'; expected pieces such"),
     ({"name": "trajectory", "dialect": "minwm", "text": "e*3"}, "trajectory: unknown key 'e', did you mean"),
     (
@@ -435,6 +440,24 @@ def test_a_family_says_which_keys_its_models_have_and_an_export_overrules_it(mon
     assert families.steering(replace(export, control=None)) is mine
     plain = replace(export, control=None, model=replace(export.model, camera="none", actions=0))
     assert families.steering(plain) is None
+
+
+def test_a_full_record_still_lets_go_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "MAX_COMMANDS", 3)
+    monkeypatch.setattr(records, "MAX_COMMANDS", 3)
+    one, shown = session(), []
+    for pressed in (["left"], [], ["left"]):
+        one.command("keys", pressed=pressed)
+        shown.append(one.next_chunk().frames)
+    with pytest.raises(ValueError, match="at most 3 commands"):
+        one.command("keys", pressed=["right"])
+    one.command("keys", pressed=[])
+    shown.append(one.next_chunk().frames)
+    assert one.state()["keys"] == [] and torch.equal(shown[-1][-1], shown[-2][-1])
+    with pytest.raises(ValueError, match="at most 3 commands"):
+        one.command("keys", pressed=["right"])
+    again = Session.replay(painted(), json.loads(json.dumps(one.record())))
+    assert all(torch.equal(made.frames, frames) for made, frames in zip(again, shown, strict=True))
 
 
 def test_a_record_full_of_poses_and_keys_can_be_read_again(monkeypatch: pytest.MonkeyPatch) -> None:

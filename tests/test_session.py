@@ -337,6 +337,39 @@ def test_what_is_folded_makes_the_same_frames(borders: list[list[tuple[tuple[str
     assert all(a != b for a, b in pairwise(names) if a[1] != "prompt")
 
 
+def test_prompts_that_leave_things_open_replay_as_they_were_filled() -> None:
+    """The second of two at one border is filled from the first, which no chunk shows: then the record keeps both."""
+    one = session(seed=2)
+    shown = pictures(one, 1)
+    one.command("prompt", text="a small green triangle moves left slowly on a light background")
+    one.command("prompt", text="a circle")
+    shown += pictures(one, 1)
+    said = one.video.scene.said
+    assert said == "a small green circle moves left slowly on a light background"
+    for text in ("a blue triangle moves up", PROMPTS[0], PROMPTS[1]):  # what says all needs no other
+        one.command("prompt", text=text)
+    one.command("restart", seed=7)
+    one.command("prompt", text="a square", mode="switch")
+    shown += pictures(one, 2)
+    record = json.loads(json.dumps(one.record()))
+    texts = [entry["arguments"].get("text", entry["name"]) for entry in record["commands"]]
+    assert texts[1:] == ["a circle", PROMPTS[1], "restart", "a square"]
+    again = Session.of(pipeline(TWO_STEP), checked_record(record))
+    made = list(again.replayed())
+    assert all(torch.equal(chunk.frames, frames) for chunk, frames in zip(made, shown, strict=True))
+    assert again.video.scene.said == one.video.scene.said
+
+
+def test_a_paused_video_holds_one_text_for_frames_to_come() -> None:
+    one = session()
+    pictures(one, 2)
+    one.command("pause")
+    for number in range(9):
+        one.command("prompt", text=PROMPTS[number % 2], mode="switch")
+        one.take_commands()
+    assert one.video.live is not None and [at for at, _ in one.video.live._spans] == [0, 2]
+
+
 # ---- records
 
 
@@ -396,7 +429,7 @@ def test_bad_records() -> None:
     refused("model must be a text", model=["small"])
     refused("weights must be a text", weights={})
     refused("commands must be a list of at most 10000", commands={})
-    refused("commands must be a list of at most 10000", commands=[0] * 10_001)
+    refused("commands must be a list of at most 10000", commands=[0] * 10_002)
     refused("command 1: it must be an object, got None", commands=[None])
     refused("command 1: it is not complete: arguments is missing", commands=[{"at": 1}])
     refused("chunks must be a whole number", chunks="many")

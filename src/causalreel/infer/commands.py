@@ -140,6 +140,11 @@ class Command:
         return sum(values.count(given) for given in self.arguments.values() if isinstance(given, list | tuple))
 
     @property
+    def is_release(self) -> bool:
+        """Whether it lets go of all keys, for which a record always keeps room: nobody is left walking."""
+        return False
+
+    @property
     def picture(self) -> Tensor | None:
         """The picture that it holds, (H,W,3) uint8."""
         held = [one.name for one in values.parameters(type(self)) if isinstance(one.kind, Picture)]
@@ -310,6 +315,10 @@ class Keys(Command):
     name: ClassVar[str] = "keys"
     group: ClassVar[str] = "camera"
     pressed: Annotated[tuple[str, ...], Words("Names of keys; none: nothing is held.")] = ()
+
+    @property
+    def is_release(self) -> bool:
+        return not self.pressed
 
     def supersede(self, old: Command) -> Command | None:
         return self if isinstance(old, Keys | Trajectory) else None

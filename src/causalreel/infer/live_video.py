@@ -16,6 +16,7 @@ from torch import Tensor
 
 from causalreel import families
 from causalreel.control import poses as P
+from causalreel.control import strings
 from causalreel.control.poses import Array
 from causalreel.control.steering import Course, Steering
 from causalreel.control.steering import Frame as Steered
@@ -27,6 +28,9 @@ from causalreel.infer.schedule import adapt
 from causalreel.nn.camera import ACTIONS, INTRINSICS, W2C
 from causalreel.types import Conditioning, DecodeStream
 from causalreel.weights.export import Export, Sampling
+
+MOST_AHEAD = 1000
+"""Latent frames of a trajectory: their poses are made at once, between two chunks, while other sessions wait."""
 
 
 class LiveVideo:
@@ -139,6 +143,14 @@ class LiveVideo:
             torch.cuda.current_stream(encoded.device).synchronize()
         return replace(scene, said=said), encoded
 
+    def says_the_same(self, before: str | None) -> bool:
+        """Whether the prompt in force, told in a video that goes on, would be completed like this behind another one.
+
+        Drawing what is open takes no picture: only a beginning has one.
+        """
+        scene = self.scene
+        return scene.said == self.pipeline.text.complete(scene.prompt, scene.seed, None, before=before)
+
     def take(self, command: Command, encoded: tuple[Scene, Tensor] | None) -> None:
         """A command takes effect. encoded: what `encode` made of its scene, if it has one."""
         if encoded is not None:
@@ -205,8 +217,14 @@ class LiveVideo:
         self.course.press(pressed)
 
     def check_trajectory(self, text: str, dialect: str) -> None:
-        """ValueError for a string that the dialect cannot read, and for models without keys."""
-        steering_of(self.pipeline.export).ahead(text, dialect, np.eye(4))
+        """ValueError for a string that the dialect cannot read or that leads too far, and for models without keys."""
+        steering_of(self.pipeline.export)
+        rule = strings.dialect(dialect)
+        latents = len(strings.held(text, rule)) // (1 if rule.unit == "latent" else strings.FRAMES)
+        if latents > MOST_AHEAD:
+            raise ValueError(
+                f"trajectory: leads through {latents:,} latent frames, at most {MOST_AHEAD:,} can be given at a time"
+            )
 
     def follow_string(self, text: str, dialect: str) -> None:
         """The next frames go where the string leads."""

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -56,6 +56,8 @@ class Recorded:
     command: Command
     number: int = 0
     """Its number in the session that recorded it."""
+    before: str | None = None
+    """The completed prompt that held until it, which may fill what it leaves open."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,20 +128,21 @@ def fingerprint(network: torch.nn.Module) -> str | None:
     return found.hexdigest()
 
 
-def fold(log: list[Recorded], entry: Recorded) -> None:
+def fold(log: list[Recorded], entry: Recorded, stands: Callable[[str | None], bool] = lambda before: True) -> None:
     """Append a command that took effect to a log of them; what it supersedes goes.
 
     Superseded is what came at the same chunk border and shows in no chunk, since the later command alone leads to the
-    same: a replay of the log makes the same frames.
+    same: a replay of the log makes the same frames. stands: whether it means the same behind another completed prompt,
+    which a prompt that leaves something open may not.
     """
-    command = entry.command
+    command, before = entry.command, entry.before
     while (place := _last(log, entry.at, command.side)) is not None:
         merged = command.supersede(log[place].command)
-        if merged is None:
+        if merged is None or not stands(log[place].before):
             break
-        command = merged
+        command, before = merged, log[place].before
         del log[place]
-    log.append(replace(entry, command=command))
+    log.append(replace(entry, command=command, before=before))
 
 
 def _last(log: list[Recorded], at: int, side: str) -> int | None:
@@ -208,7 +211,7 @@ def _options(value: Any, pixels: _Pixels) -> Options:
 
 
 def _commands(value: Any, chunks: int, pixels: _Pixels) -> tuple[Recorded, ...]:
-    if not isinstance(value, list) or len(value) > MAX_COMMANDS:
+    if not isinstance(value, list) or len(value) > MAX_COMMANDS + 1:  # a full one can still let go of keys
         raise ValueError(f"commands must be a list of at most {MAX_COMMANDS}")
     found: list[Recorded] = []
     for index, entry in enumerate(value):

@@ -22,7 +22,7 @@ from torch import Tensor
 from causalreel.control.steering import Frame as Steered
 from causalreel.data.video import on_host
 from causalreel.infer import values
-from causalreel.infer.commands import COMMANDS, Command, LoRA, Options, Scene, parse
+from causalreel.infer.commands import COMMANDS, Command, LoRA, Options, Prompt, Scene, parse
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.pipeline import Pipeline
@@ -204,15 +204,16 @@ class Session:
             return self._count
 
     def _refuse_more(self, command: Command) -> None:
-        """ValueError if the record has no room for another command."""
+        """ValueError if the record has no room for another command; there is always some to let go of keys."""
         if command.is_always_taken:
             return
         with self._lock:
             held = [entry.command for entry in (*self._log, *self._pending) if not entry.command.is_always_taken]
+        room = MAX_COMMANDS + command.is_release
         is_picture = command.picture is not None
         pictures = sum(one.picture is not None for one in held) if is_picture else 0
         entries = command.entries and command.entries + sum(one.entries for one in held)
-        if len(held) >= MAX_COMMANDS or pictures + is_picture > MAX_PICTURES or entries > MAX_ENTRIES:
+        if len(held) >= room or pictures + is_picture > MAX_PICTURES or entries > MAX_ENTRIES:
             always = [name for name, kind in COMMANDS.items() if kind.is_always_taken]
             raise ValueError(
                 f"a session's record holds at most {MAX_COMMANDS} commands, {MAX_PICTURES} with a picture, and "
@@ -265,10 +266,10 @@ class Session:
             for pending in taken:
                 if self.closed:
                     break
-                is_idle = pending.command.is_idle(self.video)
+                is_idle, before = pending.command.is_idle(self.video), self.video.scene.said
                 self.video.take(pending.command, pending.encoded)
                 if not is_idle:
-                    self._keep(Recorded(self._started, pending.command, pending.number))
+                    self._keep(Recorded(self._started, pending.command, pending.number, before))
                 described = _described(pending.command.arguments)
                 self._taken.append(Applied(pending.number, pending.command.name, described, pending.told_s))
             self._told_loras = self._loras_now()
@@ -292,7 +293,8 @@ class Session:
             self._log = [other for other in self._log if not other.command.is_always_taken]
             self._is_full = True
         if not (self._is_full and entry.command.is_always_taken):
-            fold(self._log, entry)
+            changes = isinstance(entry.command, Prompt)
+            fold(self._log, entry, lambda before: not changes or self.video.says_the_same(before))
 
     # ---- chunks ----
 
