@@ -3,6 +3,18 @@
 const KEPT = 120;
 const THUMBNAILS = 60;
 
+/** A canvas emptied, with a brush for its size on the page, and colours by their names there; null while it is hidden. */
+export function crisp(canvas) {
+  const ratio = window.devicePixelRatio || 1;
+  const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
+  if (!wide || !high) return null;
+  Object.assign(canvas, { width: Math.round(wide * ratio), height: Math.round(high * ratio) });
+  const brush = canvas.getContext("2d");
+  brush.scale(ratio, ratio);
+  const style = getComputedStyle(canvas);
+  return { brush, wide, high, color: (name) => style.getPropertyValue(name) };
+}
+
 /** A short history of numbers, as bars or as a curve, with a line to compare them with. */
 export class Graph {
   constructor(canvas, { bars, digits, isWorse }) {
@@ -26,14 +38,9 @@ export class Graph {
 
   draw() {
     const { canvas, values, line } = this;
-    const ratio = window.devicePixelRatio || 1;
-    const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
-    if (!wide || !high) return;
-    Object.assign(canvas, { width: Math.round(wide * ratio), height: Math.round(high * ratio) });
-    const brush = canvas.getContext("2d");
-    brush.scale(ratio, ratio);
-    const style = getComputedStyle(canvas);
-    const color = (name) => style.getPropertyValue(name);
+    const paper = crisp(canvas);
+    if (!paper) return;
+    const { brush, wide, high, color } = paper;
     const top = 1.25 * Math.max(line, ...values, 1e-6);
     const y = (value) => high - (value / top) * (high - 14);
     const step = wide / KEPT;

@@ -1,5 +1,7 @@
 // A small map: the path of the camera, seen from above, with where it is and looks now.
 
+import { crisp } from "./charts.js";
+
 const KEPT = 4000; // points of the path
 const LEAST = 3; // steps that the map shows to each side, at least
 const JUMP = 4; // steps from one frame to the next that are no walking
@@ -31,14 +33,9 @@ export class Map {
 
   draw() {
     const { canvas, path, step } = this;
-    const ratio = window.devicePixelRatio || 1;
-    const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
-    if (!wide || !high) return;
-    Object.assign(canvas, { width: Math.round(wide * ratio), height: Math.round(high * ratio) });
-    const brush = canvas.getContext("2d");
-    brush.scale(ratio, ratio);
-    const style = getComputedStyle(canvas);
-    const color = (name) => style.getPropertyValue(name);
+    const paper = crisp(canvas);
+    if (!paper) return;
+    const { brush, wide, high, color } = paper;
     const xs = [0, ...path.map((point) => point[0])];
     const zs = [0, ...path.map((point) => point[2])];
     const middle = (all) => (Math.min(...all) + Math.max(...all)) / 2;
