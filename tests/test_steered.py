@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,17 @@ import pytest
 import torch
 
 from causalreel import cli
+from causalreel.codecs.tiny import tiny_codec
 from causalreel.control.strings import latent_poses, view_matrices
+from causalreel.data.video import write_video
+from causalreel.data.video_in import count_frames
 from causalreel.data.walk import fields, held, simulate
 from causalreel.families import FAMILIES
 from causalreel.infer.steered import Steered, read_held
+from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.masks import Context
+from causalreel.types import LatentSpec
+from causalreel.weights.export import Export, Sampling, save_export
 
 WALK = FAMILIES["walk"].control
 assert WALK is not None
@@ -65,3 +73,25 @@ def test_a_model_without_a_camera_says_so(capsys: pytest.CaptureFixture[str], tm
         cli.main(["generate", "--keys", "w*3", "a red circle", "-o", str(tmp_path / "x.mp4"), "--device", "cpu"]) == 2
     )
     assert "has no camera" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_course_is_as_long_as_its_clip_and_gives_what_the_network_takes(tmp_path: Path) -> None:
+    """A model of cameras without actions; prompts by time and a given video say how long their clips are."""
+    family, sampling = FAMILIES["walk"], Sampling(chunk=1, steps=(1000.0,))
+    size = replace(family.presets["walk-smoke"], actions=0)
+    card = Export("cam", size, sampling, Context(), 6, 16.0, LatentSpec(16, 8, 8), family="walk", text="walk")
+    card = replace(card, control=replace(WALK, actions=()))
+    save_export(tmp_path / "model", DiTDenoiser(size, context=Context()), card, codec=tiny_codec())
+    write_video(tmp_path / "given.mp4", [torch.zeros(9, 3, 64, 64, dtype=torch.uint8)], 16.0)
+    prompt = "a red pillar ahead"
+    for number, (words, more, frames) in enumerate(
+        (
+            (f"{prompt}[0.5s] | night sky[0.5s]", [], 13),
+            (prompt, ["--video", str(tmp_path / "given.mp4"), "--strength", "0.5"], 9),
+            (prompt, ["--keys", "w*2"], 9),
+        )
+    ):
+        output = tmp_path / f"{number}.mp4"
+        told = ["generate", words, *more, "--model", str(tmp_path / "model"), "-o", str(output), "--device", "cpu"]
+        assert cli.main(told) == 0
+        assert count_frames(output, fps=16.0) == frames

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from causalreel.parallel.mesh import Mesh
 
 log = logging.getLogger("causalreel")
+
+Course = Callable[[int], "dict[str, Tensor]"] | None
+"""Latent frames of a clip -> its fields."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,12 @@ def _generate(args: Generate, mesh: Mesh | None, made: contextlib.ExitStack) -> 
     if args.sheet is not None:
         check_target(args.sheet, SHEET_SUFFIXES)
     profile = args.profile()
-    frames, fields = _steered(args, profile, _frames(args, profile))
+    frames, course = _steered(args, profile, _frames(args, profile))
     if args.strength is not None:
         given: Any = _given(args, profile, frames)
     else:
         given = None if args.video is None else _beginning(args, profile, frames)
-    requests = [partial(_request, args, profile, frames, given, *item, fields=fields) for item in enumerate(wanted)]
+    requests = [partial(_request, args, profile, frames, given, *item, course=course) for item in enumerate(wanted)]
     for request in requests:  # before anything is loaded; pictures are read again, and not all of them kept
         request().check(profile, encoder_of(profile.export))
     device, gpus = (None, 1) if mesh is None else (mesh.device, mesh.size)
@@ -222,7 +227,7 @@ def _request(
     index: int,
     one: Wanted,
     *,
-    fields: dict[str, Tensor],
+    course: Course,
 ) -> ClipRequest:
     """A video that is asked for; given: the beginning (T,3,H,W) of all, or what all are made of, if anything."""
     from causalreel.data.pictures import read_picture
@@ -230,27 +235,39 @@ def _request(
 
     picture, seed = one.image or args.image, args.seed + index if one.seed is None else one.seed
     if args.strength is not None:
-        return ClipRequest(one.prompt, frames, seed, video=given, strength=args.strength, fields=fields)
-    prefix: Any = given if picture is None else read_picture(picture, profile.size, args.fit)
-    return ClipRequest(one.prompt, frames, seed, prefix=prefix, fields=fields)
+        request = ClipRequest(one.prompt, frames, seed, video=given, strength=args.strength)
+    else:
+        prefix: Any = given if picture is None else read_picture(picture, profile.size, args.fit)
+        request = ClipRequest(one.prompt, frames, seed, prefix=prefix)
+    if course is None:
+        return request
+    return dataclasses.replace(request, fields=course(request.check(profile, None).plan.frames))
 
 
-def _steered(args: Generate, profile: Profile, frames: int | None) -> tuple[int | None, dict[str, Tensor]]:
-    """Pixel frames of a clip, and the fields that its camera's course gives; a model without keys has none."""
+def _steered(args: Generate, profile: Profile, frames: int | None) -> tuple[int | None, Course]:
+    """Pixel frames of a clip, and what gives the fields that its camera's course comes to; None: a model without keys.
+
+    How long a clip is, prompts by time and given videos decide as well.
+    """
     from causalreel import families
     from causalreel.infer.steered import Steered
+    from causalreel.nn.camera import fields_of
 
     asked = Steered(args.keys, args.trajectory, args.dialect, args.poses, args.convention)
     steering = families.steering(profile.export)
     if steering is None:
         if asked.is_given:
             raise ValueError(f"{profile.export.name} has no camera: --keys, --trajectory and --poses are not for it")
-        return frames, {}
+        return frames, None
     if asked.is_given and frames is None:
-        fields = asked.fields(steering, None)
-        return profile.geometry.frames_of(fields["w2c"].shape[1]), fields
-    latents = profile.export.frames if frames is None else profile.geometry.latents_in(frames)
-    return frames, asked.fields(steering, latents)
+        frames = profile.geometry.frames_of(asked.fields(steering, None)["w2c"].shape[1])
+    taken = fields_of(profile.export.model)
+
+    @functools.lru_cache(maxsize=4)
+    def course(latents: int) -> dict[str, Tensor]:
+        return {name: value for name, value in asked.fields(steering, latents).items() if name in taken}
+
+    return frames, course
 
 
 def _outputs(output: str, wanted: Sequence[Wanted]) -> tuple[bool, list[Path]]:

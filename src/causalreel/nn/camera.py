@@ -117,8 +117,7 @@ class CameraDiT(DiT):
     def __init__(self, config: ModelConfig) -> None:
         if config.camera == "prope":
             self.block_type = CameraBlock
-        taken = {W2C, INTRINSICS} if config.camera != "none" else set[str]()
-        self.fields = frozenset(taken | ({ACTIONS} if config.actions else set()))
+        self.fields = fields_of(config)
         super().__init__(config)
         if config.camera == "embedded":
             self.camera_embedding = _embedding(POSE_NUMBERS, config.dim)
@@ -157,6 +156,12 @@ class CameraDiT(DiT):
         if ACTIONS in fields:
             time = time + self.action_embedding(fields[ACTIONS].to(self.device, self.dtype))
         return time
+
+
+def fields_of(config: ModelConfig) -> frozenset[str]:
+    """The fields that the network of a config takes."""
+    camera = {W2C, INTRINSICS} if config.camera != "none" else set[str]()
+    return frozenset(camera | ({ACTIONS} if config.actions else set[str]()))
 
 
 def network(config: ModelConfig) -> DiT:
