@@ -28,6 +28,7 @@ from causalreel.infer.estimate import (
 )
 from causalreel.infer.fits import check, require_bfloat16
 from causalreel.infer.models import request_for
+from causalreel.nn.camera import network as network_of
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.dit import DiT
 from causalreel.nn.masks import Context, _dense
@@ -92,9 +93,20 @@ def bytes_of(*tensors: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config", [preset("tiny"), preset("tiny-smoke"), MODEL], ids=["tiny", "smoke", "odd"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        preset("tiny"),
+        preset("tiny-smoke"),
+        MODEL,
+        replace(MODEL, camera="prope"),
+        replace(MODEL, camera="prope", actions=7),
+        replace(MODEL, camera="embedded", actions=7),
+    ],
+    ids=["tiny", "smoke", "odd", "cameras", "cameras and keys", "embedded"],
+)
 def test_weights_are_those_of_the_network(config: ModelConfig, dtype: str) -> None:
-    net = DiT(config)
+    net = network_of(config)
     assert weight_bytes(config, dtype) == bytes_of(*net.to(getattr(torch, dtype)).state_dict().values())
     linear = sum(part.numel() for name, part in net.named_parameters() if name.startswith("blocks.") and part.ndim == 2)
     assert weight_bytes(config, "bfloat16") - weight_bytes(config, "bfloat16", "fp8") == linear

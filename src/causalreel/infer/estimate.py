@@ -18,6 +18,7 @@ from causalreel.codecs.kinds import kind_of
 from causalreel.codecs.wan_vae import vae_config
 from causalreel.nn.attention import LONG_TOKENS
 from causalreel.nn.caches import static_kind
+from causalreel.nn.camera import POSE_NUMBERS
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
@@ -288,6 +289,10 @@ def weight_bytes(model: ModelConfig, dtype: str = "bfloat16", form: Form = "eage
     rest = 9 * dim + hidden + 4 * dim + 2 * dim + 6 * dim  # biases, RMS norms, LayerNorm, modulation
     embeddings = patch * dim + (model.text_dim + dim) * dim + (model.freq_dim + dim) * dim + 6 * dim**2
     ends = embeddings + 5 * dim + 6 * dim + dim * patch + patch + 2 * dim  # their biases; head and its modulation
+    if model.camera == "prope":
+        products, rest = products + dim**2, rest + dim  # what the heads that see through cameras come to
+    told = [POSE_NUMBERS] if model.camera == "embedded" else []
+    ends += sum((given + dim + 2) * dim for given in [*told, *([model.actions] if model.actions else [])])
     width = WIDTHS[dtype]
     return model.layers * (products * (1 if form.startswith("fp8") else width) + rest * width) + ends * width
 
