@@ -16,6 +16,7 @@ from causalreel.nn.policies.rolling_forcing import RollingForcing
 from causalreel.nn.policies.window import Context
 from causalreel.rollout import KeyedNoise, chunk_sizes, collect, fuse, rolling, rollout
 from causalreel.train.losses import surrogate_loss
+from causalreel.train.operations import Clip, step_work
 from causalreel.train.self_rollout import (
     as_clip,
     parallel_pass,
@@ -215,3 +216,18 @@ def test_policies_that_one_pass_cannot_train_are_named() -> None:
     stage, rows = make_dmd(dataclasses.replace(SELF_ROLLOUT, longest=2))
     with pytest.raises(ValueError, match="at least the 4 frames of the data's clips, got 2"):
         stage._length(context_of(stage, rows), rows.batch(torch.arange(3)), "x")  # type: ignore[attr-defined]
+
+
+def test_a_plan_counts_what_is_longer() -> None:
+    """Operations of rollouts beyond a clip."""
+    model, clip = make().config, Clip(12, SPEC)
+    plain = DMDConfig(batch=4, chunk=3)
+
+    def flop(**changes) -> float:
+        roles = dict.fromkeys(("student", "critic", "teacher"), model)
+        work = step_work(dataclasses.replace(plain, **changes), roles, clip)
+        assert work is not None
+        return work.flop
+
+    assert flop() == flop(longest=12) < flop(longest=24) < flop(longest=36)
+    assert flop(longest=24) < flop(longest=24, rolling=0.5, student_pass="replay")  # which denoise at every level

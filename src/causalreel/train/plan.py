@@ -158,9 +158,10 @@ def _activations(
     found.append(Part("passing", passing, "the widest moment of a backward pass"))
     if isinstance(settings, DMDConfig) and settings.samples == "self_rollout":
         model, unit = units[0]
-        cache = 2 * model.layers * unit
-        found.append(Part("context", cache, "keys and values of the clip that the student reads"))
-        room = cache * (1 + settings.chunk / clip.frames)
+        rolled = max(settings.longest or 0, clip.frames)  # latent frames of the longest rollout
+        cache = 2 * model.layers * unit * rolled / clip.frames
+        found.append(Part("context", cache, "keys and values of the rollout that the student reads"))
+        room = cache * (1 + settings.chunk / rolled)
         found.append(Part("rollouts", room + RECORDED * unit, "their cache, and recorded calls"))
     return found
 
