@@ -23,6 +23,7 @@ from causalreel.infer.schedule import adapt, even_steps, noise_levels, schedule
 from causalreel.nn.denoiser import Guided
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import Context
+from causalreel.nn.policies.registry import policy_from
 from causalreel.rollout import Call, KeyedNoise, Part, chunked, collect, rollout
 from causalreel.solvers import SOLVERS
 from causalreel.text.tiny import TinyTextEncoder
@@ -197,13 +198,13 @@ def test_steps_and_chunk_can_be_chosen_per_call() -> None:
 
 
 @pytest.mark.parametrize("context", [Context(), Context(window=3, sink=1)])
-def test_longer_clips_stream_on_behind_a_window(context: Context) -> None:
+def test_longer_clips_stream_on_behind_a_policy_that_bounds_them(context: Context) -> None:
     pipe = pipeline(FRAME, context)
     long, short = pipe.generate(PROMPTS[0], frames=29), pipe.generate(PROMPTS[0])
     assert long.shape[1] == 29
     close(long[:, :13], short)  # the window makes no difference before it is full
     plan = pipe.schedule(frames=29)
-    assert plan.context == (context if context.window else Context(window=4))
+    assert plan.context == (context if context.window else policy_from("memrope", frames=4, chunk=1))
 
 
 def test_a_prefix_leads_the_clip_and_is_seen() -> None:

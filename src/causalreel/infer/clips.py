@@ -36,7 +36,8 @@ class ClipRequest:
     prompts: str | Sequence[str]
     frames: int | None = None
     """Pixel frames of n latent frames with n a multiple of the chunk; None: as long as a training clip. A longer clip
-    streams on with a window of the training clip's length, so its cost per chunk stays flat."""
+    streams on with what its family has for that (`Family.longer`), or a window of the training clip's length, so its
+    cost per chunk stays flat."""
     seed: int | Sequence[int] = 0
     """Of the first prompt, the others count up from it; or one for each prompt. It also decides what a prompt leaves
     open (see `TextEncoder.complete`)."""

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from causalreel.infer.manner import beyond
 from causalreel.infer.pipeline import Pipeline
+from causalreel.nn.policies.window import Context
 from causalreel.parallel.mesh import Mesh, join, launch
 from causalreel.parallel.ulysses import shard_sequence
 from causalreel.types import DecodeStream, TextEncoder, VideoCodec
@@ -38,7 +40,9 @@ def spread(pipeline: Pipeline, mesh: Mesh | None, *, decode_device: torch.device
         pipeline = replace(pipeline, codec=codec, decoder=None)
     if mesh is None:
         return pipeline
-    latent, patch = pipeline.export.latent, pipeline.export.model.patch
+    latent, patch, export = pipeline.export.latent, pipeline.export.model.patch, pipeline.export
+    if beyond(export, pipeline.sampling) is not None:  # longer clips then get a window: not all policies can be shared
+        pipeline = replace(pipeline, export=replace(export, context=Context(window=export.frames)))
     shard_sequence(pipeline.denoiser, tokens=latent.height * latent.width // patch**2)
     pipeline = replace(pipeline, text=SharedText(pipeline.text, mesh))
     if mesh.rank == 0:

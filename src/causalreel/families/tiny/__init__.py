@@ -32,4 +32,5 @@ FAMILY = Family(
     size=(64, 64),
     fps=16.0,
     policy="renew",
+    longer="memrope",
 )
