@@ -10,14 +10,15 @@
 # stage 3 are bound by the host that launches their kernels, so on a GPU they follow each other. Stop it at any time and
 # run it again: finished stages are skipped, running ones continue from their checkpoints. STAGES="codec data base" runs
 # only these; MORE="trainer.preview_every=0" overrides every recipe. EVENTS is the share of clips whose caption changes.
+# Nothing goes on behind a codec below LEAST_PSNR (32 dB; 0 takes any).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${RUN:-runs/tiny}
-smoke=()
+smoke=() least=(--least-psnr "${LEAST_PSNR:-32}") # of a codec, before all else depends on it
 clips=32768 eval_clips=512
 if [ "${1:-}" = "--smoke" ]; then
   run=${RUN:-runs/smoke} clips=48 eval_clips=8
-  smoke=(smoke)
+  smoke=(smoke) least=()
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # networks this small only lose by more
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # up to four trainings at once, each else with a thread for every core
@@ -101,7 +102,8 @@ on 0
 train codec codec tiny/codec "${again_codec[@]}"
 if wanted data && [ ! -f "$run/data/done" ]; then
   echo "== data ($(date +%T))"
-  reel encode --codec "$run/codec/export" --out "$run/data" --clips "$clips" --events "$events"
+  reel encode --codec "$run/codec/export" --out "$run/data" --clips "$clips" --events "$events" \
+    "${least[@]}"
   touch "$run/data/done"
 fi
 train base base tiny/base "${again_base[@]}"

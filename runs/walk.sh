@@ -7,12 +7,13 @@
 # The last trainings share the GPU: their hosts are slower than it. Stop it at any time and run it again: finished
 # stages are skipped, running ones continue from their checkpoints. STAGES="codec data base" runs only these;
 # MORE="trainer.log_every=10" overrides every recipe; BASE_STEPS, AR_STEPS, DMD_STEPS shorten theirs.
+# Nothing goes on behind a codec below LEAST_PSNR (32 dB; 0 takes any).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${RUN:-runs/walk}
-clips=24576 eval_clips=256 smoke=""
+clips=24576 eval_clips=256 smoke="" least=(--least-psnr "${LEAST_PSNR:-32}") # of the codec, before all else depends on it
 if [ "${1:-}" = "--smoke" ]; then
-  run=${RUN:-runs/walk-smoke} clips=8 eval_clips=2 smoke=1
+  run=${RUN:-runs/walk-smoke} clips=8 eval_clips=2 smoke=1 least=()
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # networks this small only lose by more
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -54,7 +55,7 @@ train() {
 train codec codec
 if wanted data && [ ! -f "$run/data/done" ]; then
   echo "== data ($(date +%T))"
-  reel encode --world walk --codec "$run/codec/export" --out "$run/data" --clips "$clips"
+  reel encode --world walk --codec "$run/codec/export" --out "$run/data" --clips "$clips" "${least[@]}"
   touch "$run/data/done"
 fi
 train base base

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from causalreel import cli
+from causalreel.data import prepare as preparing
 from causalreel.data.draws import uniform
 from causalreel.data.packing import Row, pack
-from causalreel.data.prepare import prepare
+from causalreel.data.prepare import check_codec, prepare
 from causalreel.data.shards import load_prepared, read_shard
 from causalreel.data.streaming import ShardSource, open_set
 from causalreel.data.walk import (
@@ -38,12 +40,14 @@ from causalreel.data.walk import (
     walk,
 )
 from causalreel.data.walk_render import COLOR_RGB, FLOOR, HEIGHTS, RADIUS, SKY, meet, paint, render, seen, shown, slopes
-from causalreel.data.worlds import walkable
+from causalreel.data.world import WorldConfig
+from causalreel.data.worlds import WORLDS, flat, walkable
 from causalreel.parallel.sharding import Team
 from causalreel.scenery import DIRECTIONS, KEYS, complete, compose, parse
 from causalreel.text.walk import WalkTextEncoder
 from causalreel.train.run import _build_codec, resolve
 from causalreel.types import Geometry
+from causalreel.weights.export import load_codec
 
 CONFIG = WalkConfig(size=32, latents=8)
 
@@ -307,6 +311,21 @@ def test_the_codec_learns_the_world_that_its_recipe_names() -> None:
     torch.testing.assert_close(clips, render(simulate(2, seed=0)), rtol=0, atol=0.01)
     with pytest.raises(ValueError, match="the world 'walk' has none"):
         resolve("tiny/walk_codec", ["settings.events=0.5"])
+
+
+def test_a_codec_of_another_world_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "CHECKED", 2)
+    codec, how = load_codec("tiny"), {"seed": 0, "first": 50_000, "batch": 1}
+    assert check_codec(codec, flat(WorldConfig(frames=5)), 30, **how) > 30
+    with pytest.raises(ValueError, match=r"PSNR of 1\d\.\d dB, at least 30 is asked for"):
+        check_codec(codec, walkable(WalkConfig(latents=2)), 30, **how)
+    monkeypatch.setattr(preparing, "CHECKED", 1)
+    monkeypatch.setitem(WORLDS, "walk", lambda: walkable(WalkConfig(latents=2)))
+    arguments = ["encode", "--world", "walk", "--codec", "tiny", "--out", str(tmp_path / "data"), "--device", "cpu"]
+    assert cli.main([*arguments, "--clips", "1", "--least-psnr", "30"]) == 2
+    assert "dB, at least 30" in capsys.readouterr().err and not (tmp_path / "data").exists()
 
 
 def test_fields_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ class Encode(ThreadFlag):
     """Which training world."""
     events: Annotated[float, Range(0, 1)] = 0.0
     """Share of clips whose caption changes once, and what it describes with it."""
+    least_psnr: Annotated[float, Range(0, 100)] = 0.0
+    """Encode nothing if the codec gives clips of this world back with less (dB; a trained one reaches 35 to 42)."""
     batch: Annotated[int | None, BATCH] = None
     """Clips encoded at once; default: 256 on a GPU, 4 on a CPU, where each takes 100 MB."""
     device: str | None = None
@@ -76,7 +78,7 @@ class Encode(ThreadFlag):
 
 
 def encode(args: Encode) -> int:
-    from causalreel.data.prepare import prepare
+    from causalreel.data.prepare import check_codec, prepare
     from causalreel.data.world import WorldConfig
     from causalreel.data.worlds import WORLDS, flat
     from causalreel.infer.models import choose_device
@@ -88,6 +90,10 @@ def encode(args: Encode) -> int:
     args.set_threads([], args.device)
     device = choose_device(args.device)
     codec = load_codec(args.codec).to(device)
+    batch = args.batch or (256 if device.type == "cuda" else 4)
+    if args.least_psnr:  # on clips behind those of the data
+        how = {"seed": args.seed, "first": args.clips, "device": device, "batch": min(batch, 16)}
+        print(f"PSNR of the codec: {check_codec(codec, world, args.least_psnr, **how):.1f} dB")
     folder = prepare(
         args.out,
         codec,
@@ -95,7 +101,7 @@ def encode(args: Encode) -> int:
         clips=args.clips,
         seed=args.seed,
         world=world,
-        batch=args.batch or (256 if device.type == "cuda" else 4),
+        batch=batch,
         device=device,
     )
     print(folder)

@@ -8,6 +8,7 @@ Preparing again continues where it stopped; `data.shards` reads it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,39 @@ def render_clips(
         clips = world.clips(min(batch, count - first), seed=seed, first=first, device=device)
         parts.append(((clips.video + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(parts)
+
+
+CHECKED = 16
+"""Clips on which a codec is checked."""
+
+
+@torch.no_grad()
+def check_codec(
+    codec: VideoCodec,
+    world: World,
+    least: float,
+    *,
+    seed: int,
+    first: int,
+    device: torch.device | str = "cpu",
+    batch: int = 4,
+) -> float:
+    """PSNR in dB of clips `first` and further ones of a world, encoded and decoded; ValueError where it is too low.
+
+    A codec that was trained on another world, or hardly, makes data that train without a complaint.
+    """
+    error = 0.0
+    for start in range(0, CHECKED, batch):
+        video = world.clips(min(batch, CHECKED - start), seed=seed, first=first + start, device=device).video
+        again = codec.decode(codec.encode(video).half().float()).clamp(-1, 1)
+        error += float(((again - video) / 2).square().mean()) * len(video) / CHECKED
+    found = -10 * math.log10(max(error, 1e-10)) if math.isfinite(error) else 0.0
+    if found < least:
+        raise ValueError(
+            f"the codec gives clips of this world back with a PSNR of {found:.1f} dB, at least {least:g} is asked for: "
+            f"was it trained on this world, and to the end?"
+        )
+    return found
 
 
 @torch.no_grad()
