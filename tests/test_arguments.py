@@ -71,6 +71,7 @@ ZERO = {
     "motion": "static clips too",
     "brightness": "black clips too",
     "events": "captions stay as they are",
+    "least_psnr": "any codec",
 }
 """Numbers that may be 0, and what it means."""
 
