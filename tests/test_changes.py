@@ -142,3 +142,23 @@ def test_streams_are_played_and_judged(tmp_path: Path) -> None:
     assert [one["second"] for one in held["streams"]] == [one.second for one in streams.draw(2, seed=0)]
     assert (tmp_path / "changes-two.png").stat().st_size > 1000
     assert "| two |" in (tmp_path / "changes.md").read_text() and "shown" in streams.table(rows)
+    with pytest.raises(ValueError, match="two rows would be called 'a-b', or"):
+        streams.run(["a-b=tiny", "a b=tiny"], out=tmp_path, streams=2, device="cpu")
+
+
+def test_numbers_of_streams_outlive_a_sheet_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_sheet(*_: object, **__: object) -> None:
+        raise ImportError("no Pillow")
+
+    unseen = Changed(noise=0.0, is_shown=None, turned=None, kept=None)
+    monkeypatch.setattr(streams, "contact_sheet", no_sheet)
+    monkeypatch.setattr(streams, "load", lambda *_, **__: None)
+    monkeypatch.setattr(streams, "with_steps", lambda pipeline, steps: pipeline)
+    frames = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(streams, "play", lambda _, told, mode: streams.Stream(told, unseen, frames))
+    streams.run(["two=tiny"], out=tmp_path, streams=2)
+    held = json.loads((tmp_path / "changes-two.json").read_text(), parse_constant=pytest.fail)
+    assert held["means"] == {"clean": 1.0, "noise": 0.0, "shown": None, "turned": None, "kept": None}
+    assert (tmp_path / "changes.md").is_file()

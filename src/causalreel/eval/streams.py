@@ -157,9 +157,13 @@ def run(
 ) -> dict[str, dict[str, float]]:
     """Play, judge and write -> the rows of the table."""
     rows: dict[str, dict[str, float]] = {}
+    specs = [parse_model(spec) for spec in models]
+    names = [_file_name(label) for label, _, _ in specs]
+    for label, name in zip((spec[0] for spec in specs), names, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"two rows would be called {label!r}, or their files so: name one of them, label=model")
     with claim(out, "evaluation"):
-        for spec in models:
-            label, model, steps = parse_model(spec)
+        for name, (label, model, steps) in zip(names, specs, strict=True):
             pipeline = with_steps(load(model, device=device), steps)
             found = []
             for number, told in enumerate(draw(streams, seed=seed), 1):
@@ -167,13 +171,21 @@ def run(
                 if number % 10 == 0:
                     log.info("%s: %d of %d streams", label, number, streams)
             rows[label] = numbers(found)
-            name = "".join(c if c.isalnum() else "-" for c in label)
+            told = [{**dataclasses.asdict(s.told), **dataclasses.asdict(s.result)} for s in found]
+            means = {key: None if value != value else value for key, value in rows[label].items()}
+            content = json.dumps({"means": means, "streams": told}, indent=1, allow_nan=False)
+            write_text(out / f"changes-{name}.json", content)
             worst = sorted(found, key=lambda s: -s.result.noise)[: SHEETS // 2]
             some = worst + [s for s in found if s not in worst][: SHEETS - len(worst)]
             sheet = torch.stack([s.frames for s in some]) / 127.5 - 1
             captions = [f"{s.told.first} | {s.told.second}" for s in some]
-            contact_sheet(sheet, out / f"changes-{name}.png", captions, columns=BEFORE + BEHIND)
-            told = [{**dataclasses.asdict(s.told), **dataclasses.asdict(s.result)} for s in found]
-            write_text(out / f"changes-{name}.json", json.dumps({"means": rows[label], "streams": told}, indent=1))
+            try:
+                contact_sheet(sheet, out / f"changes-{name}.png", captions, columns=BEFORE + BEHIND)
+            except ImportError as error:  # the numbers took minutes
+                log.warning("no contact sheet of %s: %s", label, error)
         write_text(out / "changes.md", table(rows) + "\n")
     return rows
+
+
+def _file_name(label: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in label)
