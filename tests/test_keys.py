@@ -25,6 +25,7 @@ from causalreel import config, families
 from causalreel.cli import main
 from causalreel.control.steering import Course, Steering
 from causalreel.control.strings import latent_poses
+from causalreel.infer import values
 from causalreel.infer.commands import parse, parse_line
 from causalreel.infer.live import Live
 from causalreel.infer.models import profile
@@ -440,6 +441,19 @@ def test_a_family_says_which_keys_its_models_have_and_an_export_overrules_it(mon
     assert families.steering(replace(export, control=None)) is mine
     plain = replace(export, control=None, model=replace(export.model, camera="none", actions=0))
     assert families.steering(plain) is None
+
+
+def test_what_a_command_holds_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many commands a session holds: the hundredth costs what the first did."""
+    counted: list[object] = []
+    count = values.count
+    monkeypatch.setattr(values, "count", lambda given: counted.append(given) or count(given))
+    one = session()
+    for number in range(100):
+        one.command("keys", pressed=[KEYS[number % 2]])
+        one._started += 1  # a border, at which nobody makes a chunk
+        one.take_commands()
+    assert len(one._log) == 100 and 100 <= len(counted) <= 2 * 100
 
 
 def test_a_full_record_still_lets_go_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ in `COMMANDS` is all: HTTP, WebSocket, WebRTC, scripts, typed lines and Python m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
@@ -134,7 +135,7 @@ class Command:
         texts = [one.name for one in values.parameters(type(self)) if isinstance(one.kind, Text)]
         return tuple(text for text in (getattr(self, name) for name in texts) if text is not None)
 
-    @property
+    @functools.cached_property  # a session asks all that it holds, at every command
     def entries(self) -> int:
         """How many numbers and words it holds in lists."""
         return sum(values.count(given) for given in self.arguments.values() if isinstance(given, list | tuple))
