@@ -632,6 +632,12 @@ def test_a_chunk_that_fails_ahead_fails_in_its_turn(monkeypatch: pytest.MonkeyPa
         return inner(self, fields)
 
     monkeypatch.setattr(Live, "next_chunk", fail)
+    shut = session()
+    for _ in range(2):
+        shut.next_chunk(ahead=lambda: True)
+    assert shut._failure is not None  # nobody has been told yet
+    shut.close()
+    assert shut._failure is None and shut.next_chunk() is None
     assert len([one.next_chunk(ahead=lambda: True) for _ in range(2)]) == 2
     with pytest.raises(RuntimeError, match="no more"):
         one.next_chunk(ahead=lambda: True)

@@ -378,7 +378,7 @@ class Session:
         with self._lock:
             self.video.closed = True
             self._pending.clear()
-        self._begun = None
+        self._begun = self._failure = None  # whose traceback holds the tensors of the call that failed
         self.video.reset()
 
     # ---- the record ----
