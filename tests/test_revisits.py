@@ -12,7 +12,7 @@ from causalreel import cli
 from causalreel.control.benchmarks import Item, manifest
 from causalreel.control.strings import latent_poses
 from causalreel.data.video import write_video
-from causalreel.eval.revisits import measure, read_manifest, returns
+from causalreel.eval.revisits import Result, measure, read_manifest, returns, revisited
 
 TRAJECTORIES = {"back": "w*2,s*2", "away": "w*4", "turn": "l*2,j*2"}
 
@@ -30,6 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             video[-1] = -video[-1]
         write_video(place / f"{item.id}.mp4", video, fps=16)
     return place
+
+
+def test_a_path_longer_than_any_video_is_refused_before_it_is_compared() -> None:
+    with pytest.raises(ValueError, match="trajectory has 80,001 frames, at most 10,000 are read"):
+        revisited(Result("long", Path("long.mp4"), "w*20000"), "minwm")
 
 
 def test_paths_that_come_back_are_known() -> None:

@@ -66,17 +66,16 @@ def read_manifest(folder: str | Path) -> list[Result]:
 
 def returns(c2w: Array) -> list[tuple[int, int]]:
     """Poses (F,4,4) -> pairs of frames with the same pose, of which the path has left it in between."""
-    distance = np.linalg.norm(c2w[:, None, :3, 3] - c2w[None, :, :3, 3], axis=-1)  # (F,F)
-    traces = np.einsum("aij,bij->ab", c2w[:, :3, :3], c2w[:, :3, :3])
-    angle = np.arccos(np.clip((traces - 1) / 2, -1, 1))
-    is_same = (distance <= SAME[0]) & (angle <= SAME[1])
-    is_away = (distance >= AWAY[0]) | (angle >= AWAY[1])
     found = []
-    for first in range(len(c2w)):
-        left = np.flatnonzero(is_away[first, first:])
+    for first, pose in enumerate(c2w):
+        distance = np.linalg.norm(c2w[first:, :3, 3] - pose[:3, 3], axis=-1)  # (F-first,)
+        traces = np.einsum("aij,ij->a", c2w[first:, :3, :3], pose[:3, :3])
+        angle = np.arccos(np.clip((traces - 1) / 2, -1, 1))
+        left = np.flatnonzero((distance >= AWAY[0]) | (angle >= AWAY[1]))
         if len(left):
-            start = first + int(left[0])
-            found += [(first, int(later)) for later in start + np.flatnonzero(is_same[first, start:])[:1]]
+            start = int(left[0])
+            back = start + np.flatnonzero((distance[start:] <= SAME[0]) & (angle[start:] <= SAME[1]))[:1]
+            found += [(first, first + int(later)) for later in back]
     return found
 
 
@@ -88,12 +87,14 @@ def revisited(result: Result, dialect: str) -> tuple[float, int]:
     if result.trajectory is None:
         return float("nan"), 0
     poses = latent_poses(result.trajectory, dialect)
+    if FRAMES * (len(poses) - 1) >= LONGEST:
+        raise ValueError(
+            f"{result.video}: its trajectory has {FRAMES * (len(poses) - 1) + 1:,} frames, at most {LONGEST:,} are read"
+        )
     pairs = returns(poses)
     if not pairs:
         return float("nan"), 0
     last = FRAMES * max(later for _, later in pairs)
-    if last >= LONGEST:
-        raise ValueError(f"{result.video}: frames up to {last:,} would be compared, at most {LONGEST:,} are read")
     height, width = read_video(result.video, frames=1)[0].shape[-2:]
     scale = min(1.0, SIDE / height)
     size = (max(1, round(scale * height)), max(1, round(scale * width)))
