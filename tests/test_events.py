@@ -172,9 +172,11 @@ def test_a_caption_that_changes_is_a_line() -> None:
     assert joined(clip) == "a red circle\t@3\ta blue circle\t@9\ta blue square" and timed(joined(clip)) == clip
     for line in ("a red circle", "a red\tcircle", "a\t@3", "a\t@5\tb\t@5\tc", "a\t@0\tb", "a\t@x\tb"):
         assert timed(line) == ((0, line),)
-    texts, reads = readings([clip, ((0, "a cyan square"),)], 6)
+    with pytest.raises(ValueError, match="clip 1: its caption changes at latent frame 9, and it has 6"):
+        readings([((0, "a cyan square"),), clip], 6)
+    texts, reads = readings([clip, ((0, "a cyan square"),)], 10)
     assert texts == ["a red circle", "a blue circle", "a blue square", "a cyan square"]
-    assert reads.tolist() == [[0, 0, 0, 1, 1, 1], [3] * 6]
+    assert reads.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 1, 2], [3] * 10]
 
 
 def test_data_keep_the_text_of_every_frame(tmp_path: Path) -> None:

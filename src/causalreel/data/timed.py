@@ -31,11 +31,18 @@ def timed(line: str) -> Timed:
 
 
 def readings(captions: Sequence[Timed], frames: int) -> tuple[list[str], Tensor]:
-    """Captions of R clips of so many latent frames -> all texts one after the other, and each frame's (R,F) long."""
+    """Captions of R clips of so many latent frames -> all texts one after the other, and each frame's (R,F) long.
+
+    ValueError for a clip whose caption changes behind its last frame: marks count latent frames, not pictures.
+    """
     texts: list[str] = []
     rows: list[list[int]] = []
-    for clip in captions:
+    for number, clip in enumerate(captions):
         starts = [frame for frame, _ in clip]
+        if starts[-1] >= frames:
+            raise ValueError(
+                f"clip {number}: its caption changes at latent frame {starts[-1]}, and it has {frames}, from 0 on"
+            )
         rows.append([len(texts) + sum(start <= frame for start in starts) - 1 for frame in range(frames)])
         texts += [text for _, text in clip]
     return texts, torch.tensor(rows, dtype=torch.long)

@@ -295,7 +295,10 @@ def _held(data: PreparedSet, family: Family, device: torch.device) -> tuple[Data
     encoder, captions = family.encoder(), [timed(line) for line in held.captions]
     reads = None
     if any(len(clip) > 1 for clip in captions):
-        texts, reads = readings(captions, held.latents.shape[1])
+        try:
+            texts, reads = readings(captions, held.latents.shape[1])
+        except ValueError as error:
+            raise ValueError(f"captions of {data.folder}: {error}") from None
         reads = reads.to(device)
     else:
         texts = list(held.captions)
