@@ -12,7 +12,7 @@ from torch import Tensor
 from causalreel import load
 from causalreel.eval.metrics import measure
 from causalreel.infer.accelerate import accelerate
-from causalreel.infer.live import Live, Policy, encode_prompt
+from causalreel.infer.live import ENDLESS, Live, Policy, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import noise_levels
 from causalreel.nn.masks import Context
@@ -84,7 +84,7 @@ def test_chunks_say_where_they_are() -> None:
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("kind", ["renew", "slide"])
 def test_positions_cache_and_noise_stay_in_order(kind: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = pipeline(TWO_STEP)
+    made = pipeline(TWO_STEP, Context(window=4) if kind == "slide" else Context())
     made = accelerate(made) if fast else made
     monkeypatch.setattr("causalreel.infer.live.POSITIONS", 10)
     policy = Policy.of(made.export, TWO_STEP, kind, 2)
@@ -121,10 +121,12 @@ def test_segments_share_one_memory() -> None:
     assert memory.guest is None
 
 
-def test_slide_is_the_long_clip_until_positions_run_out() -> None:
-    made = pipeline(TWO_STEP)
+@pytest.mark.parametrize("context", [Context(), Context(window=4)])
+def test_slide_is_the_long_clip_until_positions_run_out(context: Context) -> None:
+    made = pipeline(TWO_STEP, context)
     policy = Policy.of(made.export, TWO_STEP, "slide")
-    assert policy.context == Context(window=4) and policy.length == 1024
+    assert policy.context == made.schedule(frames=45).context
+    assert policy.length == (1024 if context.window else ENDLESS)
     _, latents = stream(made, 12, policy=policy)
     clip = torch.cat([chunk.latents for chunk in made.latents(PROMPTS[0], seed=3, frames=45)], dim=1)
     assert torch.equal(latents, clip)
