@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import metadata
 
 from causalreel.nn.dit import DiT
 from causalreel.nn.presets import ModelConfig
@@ -54,6 +55,16 @@ def test_files_and_folders_are_read_whole(tmp_path: Path) -> None:
     equal(read_network(tmp_path / "iter_000000050").tensors, average)
     equal(read_network(tmp_path / "iter_000000050" / "model").tensors, average)
     assert load_denoiser(tmp_path / "iter_000000050", CONFIG).config == CONFIG
+
+
+def test_an_index_may_name_members_of_enumerations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some Pythons write a member by its name, as an attribute of its class, others by its value."""
+    student = network(1)
+    kind = metadata._MEM_FORMAT_ENCODING
+    monkeypatch.setattr(kind, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    folder = save_folder(tmp_path / "alone", as_theirs(student))
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    equal(read_network(folder).tensors, student)
 
 
 @pytest.mark.parametrize(

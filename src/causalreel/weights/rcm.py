@@ -225,7 +225,8 @@ class _Inert(_InPython):
             return list
         is_path = module in ("pathlib", "pathlib._local") and name.endswith("Path")
         is_layout = (module, name) == ("torch.serialization", "_get_layout")
+        is_member = (module, name) == ("builtins", "getattr")  # of an enumeration, where it is written by name
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module.startswith("torch.distributed.checkpoint.") or is_path or is_layout or is_type:
+        if module.startswith("torch.distributed.checkpoint.") or is_path or is_layout or is_member or is_type:
             return _Stand
         raise ValueError(f"it names {shown(f'{module}.{name}', 80)}, which no index of a checkpoint does; refused")
