@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to the shipped models: data, codec, base, AR, causal ODE / CD, DMD, evaluation, export.
 #
-#   bash runs/speedrun.sh               one GPU (H200: 31 minutes); writes runs/tiny
-#   FROM=package bash runs/speedrun.sh  codec and base go on from those of the package: 8 minutes less
+#   bash runs/speedrun.sh               one GPU (H200: 31 minutes before clips had events)
+#   FROM=package bash runs/speedrun.sh  codec and base go on from the package's (115 and 320 s there)
 #   GPUS="1 2" bash runs/speedrun.sh    frame-wise trainings on the first, chunk-wise ones on the last
 #   bash runs/speedrun.sh --smoke       the same path in miniature on a CPU, in a minute or two: proves the plumbing only
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a world that one walks in: codec, data, base, AR, CD, DMD with 2 and with 1 step, measures, pictures.
 #
-#   bash runs/walk.sh            one GPU (H200: less than 20 minutes); writes runs/walk
+#   bash runs/walk.sh            one GPU (H200: about 20 minutes, estimated); writes runs/walk
 #   bash runs/walk.sh --smoke    the same path in miniature on a CPU, in a minute: proves the plumbing only
 #
 # The last trainings share the GPU: their hosts are slower than it. Stop it at any time and run it again: finished

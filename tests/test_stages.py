@@ -24,7 +24,7 @@ from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.trainer import TrainerConfig, train
-from causalreel.types import Batch, Conditioning, Geometry
+from causalreel.types import Batch, Conditioning, Geometry, LatentBatch
 
 CONFIG = ModelConfig(dim=16, ffn_dim=24, heads=2, layers=1, text_dim=8, text_length=4, freq_dim=16, channels=2)
 FRAMES, NULL = 4, torch.zeros(1, 4, 8)
@@ -200,6 +200,22 @@ def test_rollouts_through_the_fast_form_follow_the_student(tmp_path: Path) -> No
         found.append(weights(stage))
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_rollouts_in_fp8_are_of_the_weights_as_they_are() -> None:
+    made = []
+    for precision in ("bf16", "fp8"):
+        stage, rows = make_dmd(SELF_ROLLOUT)
+        assert isinstance(stage, DMD)
+        stage.sampler = accelerate(copy.deepcopy(stage.student).requires_grad_(False), precision=precision)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for weight in stage.student.parameters():
+                weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+        context = StepContext(0, 0, rows, DataCursor(len(rows), 0), torch.device("cpu"))
+        made.append(stage._make(context, context.batch(8, LatentBatch), "student").latents)
+    error = ((made[1] - made[0]).norm() / made[0].norm()).item()
+    assert 1e-3 < error < 0.1, error  # e4m3, and no more: of older weights it would be far
 
 
 def test_critic_updates_may_repeat_samples() -> None:
