@@ -31,7 +31,7 @@ ROOM = 10
 ANEW = 0.5
 """Share of events in which the whole caption is drawn anew; in the others every word changes with chance `SOME`."""
 SOME = 0.3
-NAMED = 0.5
+NAMED = 0.75
 """Chance that an event names an object's direction; one that comes has its direction named always."""
 CHUNK = 3
 """Half of the events begin at a multiple of so many latent frames, the others at any."""
