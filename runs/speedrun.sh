@@ -9,13 +9,14 @@
 # From the base model on, frame-wise and chunk-wise trainings go side by side; names mark their lines. Trainings of
 # stage 3 are bound by the host that launches their kernels, so on a GPU they follow each other. Stop it at any time and
 # run it again: finished stages are skipped, running ones continue from their checkpoints. STAGES="codec data base" runs
-# only these; MORE="trainer.preview_every=0" overrides every recipe. EVENTS is the share of clips whose caption changes.
+# only these; MORE="trainer.preview_every=0" overrides every recipe. EVENTS is the share of clips whose caption changes;
+# CLIPS how many there are (8192 will do where only stages 2 and 3 are left).
 # Nothing goes on behind a codec below LEAST_PSNR (32 dB; 0 takes any).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${RUN:-runs/tiny}
 smoke=() least=(--least-psnr "${LEAST_PSNR:-32}") # of a codec, before all else depends on it
-clips=32768 eval_clips=512
+clips=${CLIPS:-32768} eval_clips=512
 if [ "${1:-}" = "--smoke" ]; then
   run=${RUN:-runs/smoke} clips=48 eval_clips=8
   smoke=(smoke) least=()
