@@ -90,18 +90,18 @@ def test_odd_numbers_are_refused_as_they_are_typed(name: str, value: str) -> Non
     field = list(numbers(NAMES[name]))[len(value) % len(numbers(NAMES[name]))]
     flag = f"--{field.replace('_', '-')}"
     with pytest.raises(UsageError) as caught:
-        parse(cli.Command, NAMES, [name, *NEEDED.get(name, []), f"{flag}={value}"])
+        parse(NAMES, [name, *NEEDED.get(name, []), f"{flag}={value}"])
     message = str(caught.value)
     assert flag in message and message.isprintable() and len(message) < 300, message
 
 
 def test_what_is_in_range_is_taken() -> None:
-    args = parse(cli.Command, NAMES, ["generate", "--seed", "0", "x", "--height=480", "--latent_frames", "3"])
+    args = parse(NAMES, ["generate", "--seed", "0", "x", "--height=480", "--latent_frames", "3"])
     assert (args.seed, args.height, args.latent_frames, args.prompts) == (0, 480, 3, ("x",))
-    args = parse(cli.Command, NAMES, ["train", "tiny/base", "--no-check", "a=--b"])
+    args = parse(NAMES, ["train", "tiny/base", "--no-check", "a=--b"])
     assert not args.check and args.overrides == ("a=--b",)
     for words in ([], ["--hide-prompts"], ["--no-log-prompts"]):
-        assert parse(cli.Command, NAMES, ["serve", *words]).hide_prompts == bool(words)
+        assert parse(NAMES, ["serve", *words]).hide_prompts == bool(words)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,9 +110,9 @@ def test_a_misspelt_flag_of_any_command_is_told_which_was_meant(name: str) -> No
         wrong = flag[:-2] + flag[-1] + flag[-2] + "x"
         if wrong not in flags(NAMES[name]):
             with pytest.raises(UsageError, match=f"{name} has no flag '{re.escape(wrong)}'"):
-                parse(cli.Command, NAMES, [name, f"{wrong}=1"])
+                parse(NAMES, [name, f"{wrong}=1"])
     with pytest.raises(UsageError, match=f"causalreel {name} --help"):
-        parse(cli.Command, NAMES, [name, "--qqqqqqqqqqq"])
+        parse(NAMES, [name, "--qqqqqqqqqqq"])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_fault_is_one_line_and_status_1(monkeypatch: pytest.MonkeyPatch, capsy
         def command(args: object) -> int:
             raise error
 
-        monkeypatch.setitem(cli.COMMANDS, NAMES["models"], command)
+        monkeypatch.setattr("causalreel.cli.files.models", command)
         return cli.main(["models"])
 
     monkeypatch.delenv("CAUSALREEL_TRACEBACK", raising=False)

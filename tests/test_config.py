@@ -193,7 +193,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("cls", [*CONFIGS, *cli.COMMANDS], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*CONFIGS, *cli.NAMES.values()], ids=lambda cls: cls.__name__)
 def test_every_field_has_its_line_of_documentation(cls: type) -> None:
     documented = {}
     for one in reversed([base for base in cls.__mro__ if is_dataclass(base)]):
@@ -233,7 +233,7 @@ def reads() -> dict[str, set[tuple[str, str]]]:
     return found
 
 
-@pytest.mark.parametrize("cls", [*CONFIGS, *cli.COMMANDS], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*CONFIGS, *cli.NAMES.values()], ids=lambda cls: cls.__name__)
 def test_every_field_is_read_somewhere(cls: type) -> None:
     """In code that does something with it: a check in the class's own __post_init__ does not count."""
     own = (str(Path(sys.modules[cls.__module__].__file__ or "")), f"{cls.__name__}.__post_init__")

@@ -442,7 +442,7 @@ def test_memory_that_runs_out_is_one_line(capsys: pytest.CaptureFixture[str], mo
     def full(args: Any) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
 
-    monkeypatch.setitem(cli.COMMANDS, cli.EstimateMemory, full)
+    monkeypatch.setattr("causalreel.cli.measuring.estimate_memory", full)
     assert cli.main(["estimate"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("causalreel: error: CUDA out of memory. Tried") and error.count("\n") == 1

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import causalreel
+from causalreel import config
 from causalreel.codecs.wan_vae import CausalVAE
 from causalreel.infer.bench import measure, operations
 from causalreel.infer.inputs import fit, read_clip, read_picture
-from causalreel.infer.models import find
+from causalreel.infer.models import find, profile
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import adapt, even_steps, noise_levels, schedule
 from causalreel.nn.denoiser import Guided
@@ -406,6 +407,36 @@ def test_import_is_light() -> None:
     code = "import sys, causalreel, causalreel.cli; assert 'torch' not in sys.modules; print(causalreel.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_env(), check=True)
     assert done.stdout.strip() == causalreel.__version__
+
+
+def test_a_command_imports_what_it_uses(tmp_path: Path) -> None:
+    code = (
+        "import sys; from causalreel.cli import main; "
+        f"assert main(['generate', 'a red circle', '--frames', '5', '-o', {str(tmp_path / 'v.mp4')!r}]) == 0; "
+        "print('\\n'.join(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_env(), check=True)
+    found = set(done.stdout.split())
+    others = {"playing", "live", "measuring", "training", "data"}
+    assert "causalreel.cli.videos" in found and not found & {f"causalreel.cli.{name}" for name in others}
+    rooms = (
+        "causalreel.serve",
+        "causalreel.train",
+        "causalreel.eval",
+        "causalreel.weights.lora",
+        "causalreel.codecs.fast",
+    )
+    outside = ("transformers", "diffusers", "fastapi")
+    assert [name for name in found if name.startswith(rooms) or name in outside] == []
+
+
+def test_the_default_of_a_family_is_found_without_reading_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    parse = config.parse
+    monkeypatch.setattr(config, "parse", lambda text, place: read.append(place) or parse(text, place))
+    folder = find("tiny")
+    profile("tiny")
+    assert {Path(place).parent for place in read} == {folder, folder.parent}
 
 
 def test_public_names_exist() -> None:

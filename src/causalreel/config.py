@@ -6,6 +6,7 @@ fallback: an unknown key is an error that names the nearest valid one. `load(dum
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -82,6 +83,12 @@ def _read(path: Path, above: tuple[Path, ...], count: list[int], alone: bool) ->
 
 def parse(text: str, place: str) -> Any:
     """YAML text -> plain values, within `NODES` and `DEPTH`; ValueError in one line."""
+    return copy.deepcopy(_parsed(text, place))
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed(text: str, place: str) -> Any:
+    """The same, to be left as it is: a model's config is asked for several times, and parsing it takes milliseconds."""
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:

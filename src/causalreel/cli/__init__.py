@@ -9,78 +9,70 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import logging
 import os
 import socket
 import sys
 import traceback
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
-from tyro.conf import subcommand
-
-from causalreel.cli.data import Import, Prepare, import_data, prepare
-from causalreel.cli.doctor import Doctor, doctor
-from causalreel.cli.files import Convert, ExportModel, Models, convert, export_model, models
 from causalreel.cli.flags import ending, own_threads
-from causalreel.cli.live import Serve, serve
-from causalreel.cli.measuring import Bench, EstimateMemory, Evaluate, Verify, bench, estimate_memory, evaluate, verify
 from causalreel.cli.parsing import parse
-from causalreel.cli.planning import PlanRun, plan_run
-from causalreel.cli.playing import Replay, Stream, replay, stream
-from causalreel.cli.policies import DrawPolicy, draw_policy
-from causalreel.cli.training import Encode, Train, encode, train
-from causalreel.cli.videos import Generate, generate
 from causalreel.foreign import shown
 from causalreel.parallel.mesh import Launch, launch
 
-Command: TypeAlias = (
-    Annotated[Generate, subcommand("generate")]
-    | Annotated[Stream, subcommand("stream")]
-    | Annotated[Replay, subcommand("replay")]
-    | Annotated[Train, subcommand("train")]
-    | Annotated[PlanRun, subcommand("plan")]
-    | Annotated[Doctor, subcommand("doctor")]
-    | Annotated[Encode, subcommand("encode")]
-    | Annotated[Prepare, subcommand("prepare")]
-    | Annotated[Import, subcommand("import")]
-    | Annotated[Evaluate, subcommand("eval")]
-    | Annotated[ExportModel, subcommand("export")]
-    | Annotated[Convert, subcommand("convert")]
-    | Annotated[Models, subcommand("models")]
-    | Annotated[Verify, subcommand("verify")]
-    | Annotated[Bench, subcommand("bench")]
-    | Annotated[EstimateMemory, subcommand("estimate")]
-    | Annotated[DrawPolicy, subcommand("policy")]
-    | Annotated[Serve, subcommand("serve")]
-)
-
-COMMANDS: dict[type, Callable[[Any], int]] = {
-    Generate: generate,
-    Stream: stream,
-    Replay: replay,
-    Train: train,
-    PlanRun: plan_run,
-    Doctor: doctor,
-    Encode: encode,
-    Prepare: prepare,
-    Import: import_data,
-    Evaluate: evaluate,
-    ExportModel: export_model,
-    Convert: convert,
-    Models: models,
-    Verify: verify,
-    Bench: bench,
-    EstimateMemory: estimate_memory,
-    DrawPolicy: draw_policy,
-    Serve: serve,
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "generate": ("videos", "Generate", "generate"),
+    "stream": ("playing", "Stream", "stream"),
+    "replay": ("playing", "Replay", "replay"),
+    "train": ("training", "Train", "train"),
+    "plan": ("planning", "PlanRun", "plan_run"),
+    "doctor": ("doctor", "Doctor", "doctor"),
+    "encode": ("training", "Encode", "encode"),
+    "prepare": ("data", "Prepare", "prepare"),
+    "import": ("data", "Import", "import_data"),
+    "eval": ("measuring", "Evaluate", "evaluate"),
+    "export": ("files", "ExportModel", "export_model"),
+    "convert": ("files", "Convert", "convert"),
+    "models": ("files", "Models", "models"),
+    "verify": ("measuring", "Verify", "verify"),
+    "bench": ("measuring", "Bench", "bench"),
+    "estimate": ("measuring", "EstimateMemory", "estimate_memory"),
+    "policy": ("policies", "DrawPolicy", "draw_policy"),
+    "serve": ("live", "Serve", "serve"),
 }
+"""Name of a subcommand -> its module here, which is imported once it is asked for, and in it the arguments and the
+function."""
 
 
-NAMES = {typing.get_args(member)[1].name: typing.get_args(member)[0] for member in typing.get_args(Command)}
-"""Name of a subcommand -> its arguments."""
+class _Arguments(Mapping[str, type]):
+    """Name of a subcommand -> its arguments."""
+
+    def __getitem__(self, name: str) -> type:
+        module, arguments, _ = COMMANDS[name]
+        return getattr(importlib.import_module(f"{__name__}.{module}"), arguments)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+NAMES = _Arguments()
+
+
+def function(name: str) -> Callable[[Any], int]:
+    """What carries a subcommand out -> exit status."""
+    module, _, function = COMMANDS[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), function)
+
+
+TOGETHER = ("generate", "prepare", "train")
+"""Subcommands that run in several processes."""
 
 USAGE = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 NAMED = (errno.ENAMETOOLONG, errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_NONAME)
@@ -125,12 +117,12 @@ def _main(argv: Sequence[str] | None, where: Launch | None) -> int:
     _log_to_stderr()
     try:
         with ending(), own_threads(), _together(where):
-            args = parse(Command, NAMES, argv)
+            args = parse(NAMES, argv)
             _check_devices(args)
-            if where is not None and not isinstance(args, (Generate, Prepare, Train)):
+            if where is not None and argv[0] not in TOGETHER:
                 told = "only generate, prepare and train run in several processes; start this command without torchrun"
                 raise ValueError(told)
-            return COMMANDS[type(args)](args)
+            return function(argv[0])(args)
     except KeyboardInterrupt:
         print("causalreel: interrupted", file=sys.stderr)
         return 130

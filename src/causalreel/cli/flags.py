@@ -102,7 +102,6 @@ class ModelFlags(ThreadFlag):
 
         adjustable: strengths of LoRAs can be changed.
         """
-        from causalreel.infer.accelerate import accelerate
         from causalreel.infer.models import load, network_of
 
         self.set_threads([network_of(self.model)], device or self.device)
@@ -125,6 +124,8 @@ class ModelFlags(ThreadFlag):
         )
         if (precision := self.precision_on(pipeline.device)) == "eager":
             return pipeline
+        from causalreel.infer.accelerate import accelerate
+
         return accelerate(pipeline, precision=precision, graphs=graphs)
 
     def profile(self) -> Profile:

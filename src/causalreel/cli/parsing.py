@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -39,19 +39,21 @@ LORA = tyro.conf.UseAppendAction
 """Of a flag that may stand several times."""
 
 
-def parse(union: Any, commands: Mapping[str, type], argv: Sequence[str]) -> Any:
-    """The dataclass of the subcommand that `argv` names; UsageError in one line, or SystemExit after help."""
+def parse(commands: Mapping[str, type], argv: Sequence[str]) -> Any:
+    """The dataclass of the subcommand that `argv` names; UsageError in one line, or SystemExit after help.
+
+    Of `commands` no other is looked up then: one that is asked for pays for its own arguments alone.
+    """
     _check_words(commands, argv)
     said = io.StringIO()
+    how: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
     try:
         with contextlib.redirect_stderr(said):
-            args = tyro.cli(
-                union,
-                prog="causalreel",
-                description="Causal video diffusion: few-step autoregressive generation and its training.",
-                args=list(argv),
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+            if argv and argv[0] in commands:
+                args = tyro.cli(commands[argv[0]], prog=f"causalreel {argv[0]}", args=list(argv[1:]), **how)
+            else:
+                about = "Causal video diffusion: few-step autoregressive generation and its training."
+                args = tyro.cli(_union(commands), prog="causalreel", description=about, args=list(argv), **how)
     except SystemExit as end:
         if end.code in (None, 0):
             sys.stderr.write(said.getvalue())
@@ -59,6 +61,11 @@ def parse(union: Any, commands: Mapping[str, type], argv: Sequence[str]) -> Any:
         raise UsageError(one_sentence(said.getvalue(), argv)) from None
     check_numbers(args)
     return args
+
+
+def _union(commands: Mapping[str, type]) -> Any:
+    """All subcommands as one type."""
+    return Union[tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in commands.items())]  # noqa: UP007
 
 
 def check_numbers(args: Any) -> None:
@@ -84,10 +91,9 @@ def numbers(cls: type) -> dict[str, tuple[type, Range | None]]:
 
 def flags(cls: type) -> list[str]:
     """Every flag that a subcommand knows, as it is typed."""
-    found = ["--help"]
+    found, hints = ["--help"], typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        hint = typing.get_type_hints(cls, include_extras=True)[field.name]
-        extras = getattr(hint, "__metadata__", ())
+        extras = getattr(hints[field.name], "__metadata__", ())
         no = "no-" if field.default is True else ""
         found += [f"--{no}{field.name.replace('_', '-')}"]
         for extra in extras:

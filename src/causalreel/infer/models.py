@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,6 @@ from causalreel.families.files import model_files
 from causalreel.foreign import shown
 from causalreel.infer.estimate import MemoryRequest, weight_bytes
 from causalreel.infer.fits import check, require_bfloat16
-from causalreel.infer.loras import Loras, find_loras
 from causalreel.infer.manner import Manner, beyond
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.released import Choices, choose_dtype, load_released, open_codec, open_text
@@ -42,7 +41,10 @@ from causalreel.weights.export import (
     read_codec,
     read_export,
 )
-from causalreel.weights.lora_files import Asked
+
+if TYPE_CHECKING:
+    from causalreel.infer.loras import Found
+    from causalreel.weights.lora_files import Asked
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,11 @@ def load(
     sampled: dict[str, Any] = {"steps": steps, "chunk": chunk}
     manner = manner if policy is None else replace(manner, policy=policy)
     known = profile(model, **sampled, manner=manner) if manner != Manner() else None  # refused before it is loaded
-    found = find_loras(loras, profile(model, **sampled).export.model) if loras else ()
+    found: Found = ()
+    if loras:
+        from causalreel.infer.loras import find_loras
+
+        found = find_loras(loras, profile(model, **sampled).export.model)
     if str(model) in MODELS:
         pipeline = load_released(*MODELS[str(model)], choices, choose_device(device), **sampled)
     else:
@@ -112,9 +118,11 @@ def load(
         pipeline.denoiser.context = known.export.context
         export, sampling = manner.of(pipeline.export, pipeline.sampling)
         pipeline = replace(pipeline, export=export, sampling=sampling)
-    if not found:
-        return pipeline
-    return replace(pipeline, loras=Loras(pipeline.denoiser, found, is_adjustable=adjustable))
+    if found:
+        from causalreel.infer.loras import Loras
+
+        pipeline = replace(pipeline, loras=Loras(pipeline.denoiser, found, is_adjustable=adjustable))
+    return pipeline
 
 
 def _load_export(
@@ -307,8 +315,7 @@ def find(model: str | Path, *, steps: int | Sequence[float] | None = None, chunk
         return known[name]
     family = {key: folder for key, folder in known.items() if key.startswith(f"{name}/")}
     if family:
-        same = {key: folder for key, folder in family.items() if read_export(folder).family == name}
-        return _choose(name, same or family, steps, chunk)
+        return _choose(name, family, steps, chunk)
     if Path(model).is_dir():
         return Path(model)
     if name in DEFAULT_VARIANTS:
@@ -354,19 +361,23 @@ def choose_device(device: torch.device | str | None, *, name: str = "device") ->
 
 def _choose(name: str, family: dict[str, Path], steps: int | Sequence[float] | None, chunk: int | None) -> Path:
     """The variant for these steps and this chunk, or the nearest one: chunk first, then steps."""
-    default = f"{name}/{DEFAULT_VARIANTS.get(name, '')}"
-    default = default if default in family else next(iter(family))
-    if steps is None and chunk is None:
+    default, is_default = f"{name}/{DEFAULT_VARIANTS.get(name, '')}", steps is None and chunk is None
+    if is_default and default in family:
+        return family[default]  # without a look at the others
+    known = {key: read_export(folder) for key, folder in family.items()}
+    known = {key: export for key, export in known.items() if export.family == name} or known
+    default = default if default in known else next(iter(known))
+    if is_default:
         return family[default]
-    few = {key: folder for key, folder in family.items() if read_export(folder).sampling.multistep is None}
-    family = few or family  # teachers of many steps are taken by their full names only
+    few = {key: export for key, export in known.items() if export.sampling.multistep is None}
+    known = few or known  # teachers of many steps are taken by their full names only
     count = None if steps is None else steps if isinstance(steps, int) else len(steps)
 
     def distance(key: str) -> tuple[float, float, bool]:
-        sampling = read_export(family[key]).sampling
+        sampling = known[key].sampling
         return _apart(chunk, sampling.chunk), _apart(count, step_count(sampling)), key != default
 
-    return family[min(family, key=distance)]
+    return family[min(known, key=distance)]
 
 
 def _apart(wanted: int | None, trained: int | None) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from causalreel import families
 from causalreel.control.steering import Steering
 from causalreel.infer.clips import CheckedClips, ClipRequest
-from causalreel.infer.loras import Loras
 from causalreel.infer.restyle import Encoded, Over
 from causalreel.infer.schedule import Schedule
 from causalreel.nn.caches import growing_cache
@@ -38,6 +37,9 @@ from causalreel.types import (
     VideoCodec,
 )
 from causalreel.weights.export import Export, Sampling
+
+if TYPE_CHECKING:
+    from causalreel.infer.loras import Loras
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ cleaned so; leaving it out moves the tokens of, say, a Chinese prompt with full-
 
 from __future__ import annotations
 
-import html
 from types import ModuleType
 
 
@@ -18,6 +17,8 @@ def clean(prompt: str) -> str:
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
+    import html  # a table of entities that no other model needs
+
     decoded = html.unescape(html.unescape(_ftfy().fix_text(prompt)))
     return " ".join(decoded.split())
 

@@ -268,8 +268,8 @@ def open_export(folder: str | Path) -> tuple[Export, dict[str, Tensor]]:
     folder = export_folder(folder)
     export, path = read_export(folder), folder / MODEL
     header = read_header(path)
-    claimed = header.metadata
-    if claimed.get("config_hash", _identity(export)) != _identity(export):
+    claimed, identity = header.metadata, _identity(export)
+    if claimed.get("config_hash", identity) != identity:
         raise ValueError(
             f"{path} holds the weights of '{shown(claimed.get('name', 'another model'))}', "
             f"not of '{shown(export.name)}' as {CONFIG} beside it says"
