@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -97,3 +98,18 @@ def test_files_are_read_for_what_they_are(
     video, rate = read_video(tmp_path / "a.mkv")
     assert rate == Fraction(16)
     assert worst(((video + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()) <= 4
+
+
+def test_a_conversion_does_not_depend_on_those_before_it() -> None:
+    """Each thread keeps its converter, whatever formats, sizes and matrices it was used for."""
+    cases = [(size, matrix, format) for size in (64, 96) for matrix in (1, 5) for format in ("yuv420p", "yuv444p")]
+
+    def there_and_back(size: int, matrix: int, format: str) -> np.ndarray:
+        return colour.to_rgb(colour.to_yuv(stripes(size, size, 1)[0].numpy(), format, matrix=matrix))
+
+    alone = []
+    for case in cases:
+        with ThreadPoolExecutor(1) as fresh:
+            alone.append(fresh.submit(there_and_back, *case).result())
+    for order in (range(len(cases)), reversed(range(len(cases)))):
+        assert all(np.array_equal(there_and_back(*cases[i]), alone[i]) for i in order)

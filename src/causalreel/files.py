@@ -130,8 +130,10 @@ def remove_leftovers(folder: str | os.PathLike[str], *, is_alone: bool = False) 
     removed = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            path, match = Path(entry.path), _TEMPORARY.fullmatch(entry.name)
-            if match and (path.absolute() not in _OWN if is_alone else _is_left(path, match)):
+            if (match := _TEMPORARY.fullmatch(entry.name)) is None:
+                continue
+            path = Path(entry.path)
+            if path.absolute() not in _OWN if is_alone else _is_left(path, match):
                 _remove(path)
                 removed.append(path)
     return removed

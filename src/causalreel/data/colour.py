@@ -3,6 +3,7 @@ for what it says it is."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ def to_yuv(picture: np.ndarray, format: str = "yuv420p", *, matrix: int = BT709)
     from av.video.reformatter import ColorRange, Colorspace
 
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    frame = frame.reformat(
+    frame = _reformatter().reformat(
+        frame,
         format=format,
         dst_colorspace=Colorspace(matrix),
         src_color_range=ColorRange.JPEG,
@@ -48,7 +50,8 @@ def to_rgb(frame: Any) -> np.ndarray:
     matrix = MATRICES.get(int(frame.colorspace)) or _usual(frame)
     matrix = matrix if matrix in list(Colorspace) else BT709  # older versions of PyAV do not know BT.2020
     is_full = frame.format.is_rgb or int(frame.color_range) == FULL or frame.format.name.startswith("yuvj")
-    frame = frame.reformat(
+    frame = _reformatter().reformat(
+        frame,
         format="rgba" if is_transparent else "rgb24",
         src_colorspace=Colorspace(matrix),
         src_color_range=ColorRange.JPEG if is_full else ColorRange.MPEG,
@@ -59,6 +62,18 @@ def to_rgb(frame: Any) -> np.ndarray:
         return pixels
     alpha = pixels[..., 3:].astype(np.uint16)
     return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _reformatter() -> Any:
+    """This thread's converter: preparing swscale for a format and a size takes longer than converting a small picture."""
+    from av.video.reformatter import VideoReformatter
+
+    if not hasattr(_OF_THREAD, "reformatter"):
+        _OF_THREAD.reformatter = VideoReformatter()
+    return _OF_THREAD.reformatter
+
+
+_OF_THREAD = threading.local()
 
 
 def _usual(frame: Any) -> int:
