@@ -65,7 +65,7 @@ def to_rgb(frame: Any) -> np.ndarray:
 
 
 def _reformatter() -> Any:
-    """This thread's converter: preparing swscale for a format and a size takes longer than converting a small picture."""
+    """This thread's converter: preparing swscale for a format and a size takes longer than a small picture does."""
     from av.video.reformatter import VideoReformatter
 
     if not hasattr(_OF_THREAD, "reformatter"):
