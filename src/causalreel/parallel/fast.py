@@ -248,7 +248,7 @@ class FastDiT:
         y = model.tokens(x, fields).contiguous()  # (B,F,S,E)
         shape, tokens = y.shape, y.shape[2]
         quantised = self.quantised
-        call = self.attention.told(x, fields, rotation, reading, cache)
+        call = self.attention.call_of(x, fields, rotation, reading, cache)
         y = y.flatten(0, 2)
         first = levels.blocks[0]
         _, z, scale = kernels.residual_norm(y, first[1], first[0], eps=eps, tokens=tokens, quantised=quantised)

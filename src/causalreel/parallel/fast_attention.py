@@ -43,7 +43,7 @@ class FastAttention:
     def __init__(self, model: DiT, *, quantised: bool) -> None:
         self.model, self.quantised = model, quantised
 
-    def told(
+    def call_of(
         self,
         x: Tensor,
         fields: Mapping[str, Tensor],
