@@ -91,6 +91,25 @@ def test_other_recomputation_keeps_other_tensors() -> None:
     assert found["none"] > found["selective"] > found["full"]
 
 
+def test_what_waits_on_the_host_is_not_the_gpus() -> None:
+    averages, frozen = "trainer.offload_averages=true", "trainer.offload_frozen=true"
+    plain, found = planned("wan/dmd", ONE), planned("wan/dmd", ONE, averages, frozen)
+    there = {part.name: part.size for part in found.parts if part.is_on_host}
+    here = {part.name: part.size for part in found.parts if part.name.endswith(", here")}
+    assert there.keys() == {"average", "teacher, frozen"}
+    assert there["average"] == pytest.approx(4 * parameters(WAN), rel=0.03)  # what is outside the blocks stays
+    assert there["teacher, frozen"] == there["average"] / 2
+    assert plain.peak - found.peak == pytest.approx(6 * parameters(WAN) - sum(here.values()))
+    assert sum(here.values()) < 0.1 * 6 * parameters(WAN)
+    assert planned("wan/dmd", ONE, averages, frozen, "trainer.recompute=full").peak / GIB < 68
+    for parts in (averages, frozen):  # the processes' parts: nothing but what is gathered anyway
+        two = planned("wan/dmd", "settings.batch=2", parts, gpus=2)
+        assert not [part for part in two.parts if part.name.endswith(", here")]
+    activations = planned("wan/ar", ONE, "trainer.offload_activations=true")
+    assert activations.peak < 0.7 * planned("wan/ar", ONE).peak
+    assert [part.name for part in activations.parts if part.is_on_host] == ["activations"]
+
+
 def test_a_batch_that_cannot_be_shared_is_named() -> None:
     with pytest.raises(ValueError, match=r"settings\.batch: 3 rows cannot be shared by 2 processes in 1 parts"):
         planned("wan/ar", "settings.batch=3", gpus=2)

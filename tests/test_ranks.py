@@ -140,6 +140,39 @@ def test_activations_that_are_not_kept_change_nothing(
     assert_close(alone[name], run(name, tmp_path, kept), name)
 
 
+# ---- the host's memory
+
+OFFLOADS = {"offload_averages": True, "offload_frozen": True}
+
+
+def assert_same(one: dict, other: dict) -> None:
+    """Weights and records to the bit."""
+    assert one["weights"].keys() == other["weights"].keys()
+    for key, value in one["weights"].items():
+        assert torch.equal(value, other["weights"][key]), key
+    assert [{**r, **CLOCKS} for r in one["records"]] == [{**r, **CLOCKS} for r in other["records"]]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("codec", "DMD with adapters")])
+def test_networks_on_the_host_are_those_on_the_device(name: str, alone: dict[str, dict], tmp_path: Path) -> None:
+    assert_same(alone[name], run(name, tmp_path, **OFFLOADS))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["DMD", "causal CD"])
+def test_a_run_goes_on_with_or_without_networks_on_the_host(
+    name: str, first: bool, alone: dict[str, dict], tmp_path: Path
+) -> None:
+    run(name, tmp_path, steps=2, save_every=1, **(OFFLOADS if first else {}))
+    assert_same(alone[name], run(name, tmp_path, **({} if first else OFFLOADS)))
+
+
+@pytest.mark.parametrize("key", OFFLOADS)
+def test_adapters_have_their_base_on_the_device(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"trainer\.{key}: got true, but networks with adapters .*give false"):
+        run("DMD with adapters", tmp_path, **{key: True})
+
+
 # ---- processes
 
 PARTS = {
@@ -172,7 +205,12 @@ def process(folder: str) -> None:
                 out = Path(folder) / f"stopped-{behind}" / name
                 run(name, out, steps=2, save_every=1, saves_behind=behind)
                 found[f"resumed, {behind}", name] = run(name, out, saves_behind=behind)
+            if name != "DMD with adapters":
+                found["hosted", name] = run(name, Path(folder) / "hosted" / name, **OFFLOADS)
             found["kept", name] = run(name, Path(folder) / "kept" / name, KEPT[-1])
+        name = "causal CD"
+        found["hosted", name] = run(name, Path(folder) / "hosted" / name, steps=2, save_every=1, **OFFLOADS)
+        found["hosted", name] = run(name, Path(folder) / "hosted" / name)
         found["full disk", "told"] = full_disk(Path(folder) / "disk", where.rank)
         given = Path(folder) / "given"
         for out in given.glob("*/*"):
@@ -250,6 +288,12 @@ def test_two_processes_are_one(how: str, two: tuple[Path, list[dict]], alone: di
 def test_two_processes_that_keep_no_activations_are_one(two: tuple[Path, list[dict]], alone: dict[str, dict]) -> None:
     for name in FEW:
         assert_close(alone[name], two[1][0]["kept", name], name)
+
+
+@pytest.mark.parametrize("name", ["teacher forcing", "DMD", "causal CD"])
+def test_what_two_processes_hold_on_the_host_is_what_they_hold(name: str, two: tuple[Path, list[dict]]) -> None:
+    for found in two[1]:
+        assert_same(found["rows", name], found["hosted", name])
 
 
 def test_a_full_disk_of_one_process_leaves_the_former_checkpoint(two: tuple[Path, list[dict]]) -> None:

@@ -209,3 +209,11 @@ def test_room_for_adapters_is_what_they_take(place: Path) -> None:
     reel("train", *command)
     weights = [path for path in Path("out").rglob("*") if path.suffix in (".safetensors", ".pt")]
     assert estimate < 1.5 * sum(path.stat().st_size for path in weights)
+
+
+@pytest.mark.parametrize("key", ["offload_averages", "offload_frozen"])
+def test_recorded_calls_want_their_weights_on_the_gpu(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "choose_device", lambda name: torch.device("cuda"))
+    recipe = resolve("wan/dmd", ["speed=graphed", f"trainer.{key}=true"])
+    with pytest.raises(ValueError, match=rf"speed: got graphed, .*trainer\.{key}=false"):
+        runs.check_processes(recipe, 1)

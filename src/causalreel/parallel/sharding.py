@@ -91,7 +91,8 @@ class Team:
             return
         from torch.distributed.device_mesh import init_device_mesh
 
-        kind = (device or torch.device("cpu")).type
+        self._device = device or torch.device("cpu")
+        kind = self._device.type
         held, names = shards * config.context, ("replicate", "shard")
         self._mesh = init_device_mesh(kind, (config.replicate, held), mesh_dim_names=names)
         if config.replicate == 1:
@@ -108,12 +109,12 @@ class Team:
 
     # ---- networks
 
-    def share(self, network: nn.Module) -> None:
+    def share(self, network: nn.Module, *, is_on_host: bool = False) -> None:
         """Cut a network's parameters over the processes, in place; they become DTensors. Alone: nothing.
 
         The unit that is gathered is a block of a denoiser, and the rest. Weights are gathered in their own type, so
         that mixed precision is the same in any number of processes. Every call gives back what it gathered: weights
-        may change between any two calls.
+        may change between any two calls. is_on_host: each part waits in the host's memory until it is gathered.
         """
         if self.control is None:
             return
@@ -122,16 +123,18 @@ class Team:
                 shard_sequence(network, self.context)
             except ValueError as error:
                 raise ValueError(f"trainer.parallel.context: {error}") from None
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # changed by nobody
         policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, self.config.reduce), cast_forward_inputs=False)
+        waiting = CPUOffloadPolicy(pin_memory=self._device.type == "cuda") if is_on_host else OffloadPolicy()
+        how: dict[str, Any] = {"mesh": self._mesh, "mp_policy": policy, "offload_policy": waiting}
         root: nn.Module = network
         if isinstance(network, DiTDenoiser):
             root = network.model
             for block in network.model.blocks:
-                fully_shard(block, mesh=self._mesh, mp_policy=policy, reshard_after_forward=True)
-        fully_shard(root, mesh=self._mesh, mp_policy=policy, reshard_after_forward=True)
+                fully_shard(block, reshard_after_forward=True, **how)
+        fully_shard(root, reshard_after_forward=True, **how)
 
     def repeat(self, network: nn.Module) -> None:
         """Hold a network whole in every process: a frozen base, which several networks may have in common, and
@@ -233,8 +236,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that the processes share; all of them must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    """All of a tensor that the processes share; all of them must ask. On their GPUs, even if parts wait on hosts."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    mesh, place = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if tensor.device.type != mesh.device_type:  # what gathers is between GPUs
+        from torch.distributed.tensor import DTensor
+
+        part = local(tensor).to(mesh.device_type)
+        shape = {"shape": tensor.shape, "stride": tensor.stride()}
+        return DTensor.from_local(part, mesh, place, run_check=False, **shape).full_tensor()
+    return tensor.full_tensor()  # type: ignore[operator]
 
 
 def whole_state(tensors: Mapping[str, Tensor], *, is_kept: bool) -> dict[str, Tensor]:

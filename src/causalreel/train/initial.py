@@ -56,15 +56,16 @@ class Start:
         return fingerprint({} if self.tensors is None else _Float32(self.tensors), facts)
 
     @torch.no_grad()
-    def fill(self, denoiser: DiTDenoiser, *, seed: int = 0) -> None:
+    def fill(self, denoiser: DiTDenoiser, *, seed: int = 0, device: torch.device | None = None) -> None:
         """Read the weights into the network's storage, whole or this process's part; ValueError if not finite.
 
-        seed: of random weights.
+        seed: of random weights, which are drawn on `device`, by default that of the network.
         """
-        generator = torch.Generator(denoiser.model.device).manual_seed(seed)
+        device = device or denoiser.model.device
+        generator = torch.Generator(device).manual_seed(seed)
         for name, target in denoiser.model.state_dict().items():
             if self.tensors is None:  # drawn whole, and each process takes its part
-                drawn = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+                drawn = torch.empty(target.shape, dtype=target.dtype, device=device)
                 draw(name, drawn, generator)
                 fill(target, drawn)
             else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from causalreel.data.shards import layout, shards
@@ -58,6 +58,8 @@ class Part:
     size: float
     """Bytes."""
     what: str
+    is_on_host: bool = False
+    """Whether it is memory of the machine, for each of its GPUs, not of the GPU."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes, all parts together."""
-        return sum(part.size for part in self.parts)
+        """Bytes of a GPU, all parts together."""
+        return sum(part.size for part in self.parts if not part.is_on_host)
 
 
 def plan(
@@ -119,16 +121,39 @@ def _rows(recipe: Recipe, gpus: int) -> int:
 
 def _role(recipe: Recipe, role: str, size: ModelConfig, shards: int) -> list[Part]:
     count, found = parameters(size) / shards, []
-    if role not in recipe.trainer.optimisers:
+    trainer = recipe.trainer
+    if role not in trainer.optimisers:
+        if trainer.offload_frozen and not is_before_training(recipe, role):
+            return _on_host(f"{role}, frozen", size, NARROW, shards)
         return [Part(f"{role}, frozen", NARROW * count, "bfloat16")]
     found.append(Part(f"{role}, masters", WIDE * count, "float32"))
     found.append(Part(f"{role}, moments", 2 * WIDE * count, "float32, of AdamW"))
     if role == "student":
         name = "target" if isinstance(recipe.settings, CausalCDConfig) else "average"
-        found.append(Part(name, WIDE * count, "float32"))
+        if trainer.offload_averages:
+            found += _on_host(name, size, WIDE, shards)
+        else:
+            found.append(Part(name, WIDE * count, "float32"))
         if isinstance(recipe.settings, DMDConfig):
             found.append(Part("sampler", NARROW * count, "the student in bfloat16, which rolls out"))
     return found
+
+
+def is_before_training(recipe: Recipe, role: str) -> bool:
+    """Whether a role's network only makes the data, whole on the GPU, before the first step."""
+    return isinstance(recipe.settings, CausalODEConfig) and role == "teacher"
+
+
+def _on_host(name: str, size: ModelConfig, width: int, shards: int) -> list[Part]:
+    """A network that waits on the host. Called, it has two blocks on the GPU; those of processes that share it are
+    counted as `gathered`."""
+    count, block = parameters(size), _block(size)
+    waiting = Part(name, width * count / shards, "waits on the host, pinned", is_on_host=True)
+    if shards > 1:
+        return [waiting]
+    outside = count - size.layers * block
+    waiting = replace(waiting, size=width * size.layers * block)
+    return [waiting, Part(f"{name}, here", width * (outside + 2 * block), "its embeddings and head, two blocks")]
 
 
 def _activations(
@@ -149,12 +174,16 @@ def _activations(
     exchanged = EXCHANGED if context > 1 else 0
     units = [(model, NARROW * rows * frames * clip.tokens(model) * model.dim / context) for model, frames in passes]
     activations, passing = max(((kept * m.layers * unit, (PASSING + exchanged) * unit) for m, unit in units), key=sum)
-    found = [Part("activations", activations, f"kept for the backward pass, recompute: {recipe.trainer.recompute}")]
+    how = f"kept for the backward pass, recompute: {recipe.trainer.recompute}"
+    is_on_host = recipe.trainer.offload_activations
+    found = [Part("activations", activations, how, is_on_host)]
+    if is_on_host:
+        activations = 0.0  # those of a block are of the widest moment
     summed = Part("gradients", gradients, "float32, of the role that is updated")
     if recipe.trainer.accumulate > 1:
         found.append(summed)  # those of the parts before are there from the beginning
     elif gradients > activations + passing:
-        found = [summed]
+        found = [summed, *(part for part in found if part.is_on_host)]
     found.append(Part("passing", passing, "the widest moment of a backward pass"))
     if isinstance(settings, DMDConfig) and settings.samples == "self_rollout":
         model, unit = units[0]
@@ -199,11 +228,13 @@ def clip_of(recipe: Recipe, frames: int, size: tuple[int, int]) -> Clip:
 def told(found: Plan, memory: float) -> Sequence[str]:
     """The plan in lines: parts, sum against `memory` GiB, operations, seconds."""
     widest = max(len(part.name) for part in found.parts)
-    lines = [f"{part.name:<{widest}}  {part.size / GIB:7.2f} GiB  {part.what}" for part in found.parts]
+    here, there = ([part for part in found.parts if part.is_on_host is host] for host in (False, True))
+    lines = [f"{part.name:<{widest}}  {part.size / GIB:7.2f} GiB  {part.what}" for part in here]
     verdict = "fits" if found.peak / GIB <= memory else "DOES NOT FIT"
     lines.append(
         f"{'together':<{widest}}  {found.peak / GIB:7.2f} GiB  on each of {found.gpus} GPUs: {verdict} {memory:g}"
     )
+    lines += [f"{part.name:<{widest}}  {part.size / GIB:7.2f} GiB  of the host: {part.what}" for part in there]
     lines.append(
         f"a step: {found.work.flop / 1e12:,.0f} TFLOP, {found.work.tokens:,} tokens, "
         f"{found.rows} rows on a GPU at a time"

@@ -247,6 +247,12 @@ def check_processes(recipe: Recipe, count: int) -> None:
     is_graphed = recipe.speed == "graphed" and choose_device(recipe.trainer.device).type == "cuda"
     if count > 1 and is_graphed:
         raise ValueError("speed: got graphed, which one process alone can do; with several use speed=compiled or plain")
+    for key in ("offload_averages", "offload_frozen"):
+        if is_graphed and getattr(recipe.trainer, key):
+            raise ValueError(
+                f"speed: got graphed, whose recorded calls need their weights on the GPU, with trainer.{key}: use "
+                f"speed=compiled or plain, or trainer.{key}=false"
+            )
 
 
 def _is_exported(folder: Path, recipe: Recipe, contents: Sequence[Content]) -> bool:

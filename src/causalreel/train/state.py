@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from causalreel.config import defaults, dump, fixed
+from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.lora import adapter_state
+from causalreel.parallel.hosted import host_blocks
 from causalreel.parallel.sharding import Team
 from causalreel.train import checkpoint, sharded
 from causalreel.train.adapters import kept
@@ -37,7 +39,6 @@ from causalreel.train.stage import (
 from causalreel.train.watch import Watch
 
 if TYPE_CHECKING:
-    from causalreel.nn.denoiser import DiTDenoiser
     from causalreel.train.initial import Start
     from causalreel.train.operations import Work
     from causalreel.train.trainer import PreviewWriter, TrainerConfig
@@ -72,7 +73,10 @@ class Run:
         self.cursor = DataCursor(len(source), config.seed)
         self.optimisers = self._prepare_roles(starts)
         self.followers = {
-            role: [Follower(a, stage.roles) for a in stage.averages if a.source == role] for role in stage.roles
+            role: [
+                Follower(a, stage.roles, is_on_host=config.offload_averages) for a in stage.averages if a.source == role
+            ]
+            for role in stage.roles
         }
         trained = {role: optimiser.parameters for role, optimiser in self.optimisers.items()}
         self.watch = Watch(stage.roles, trained, stage.averages)
@@ -94,24 +98,41 @@ class Run:
             if name not in trained:
                 module.requires_grad_(False).eval()
         are_adapted = any(adapter_state(module) for module in roles.values())
-        share = self.team.repeat if are_adapted else self.team.share
-        for network in (*roles.values(), *getattr(self.stage, "derived", ())):
-            self._place(network, share)
+        if are_adapted and (self.config.offload_averages or self.config.offload_frozen):
+            key = "averages" if self.config.offload_averages else "frozen"
+            raise ValueError(
+                f"trainer.offload_{key}: got true, but networks with adapters have their base in common, which stays "
+                "on the GPU; give false"
+            )
+        for name, network in roles.items():
+            is_average = name in followed
+            is_on_host = self.config.offload_averages if is_average else self.config.offload_frozen
+            self._place(network, are_adapted, is_on_host and name not in trained)
+        for network in getattr(self.stage, "derived", ()):
+            self._place(network, are_adapted)
         if checkpoint.latest(self.directory) is None:
             for name, start in starts.items():
                 if name in roles:
-                    start.fill(cast("DiTDenoiser", roles[name]), seed=stable_seed(self.config.seed, 0, name))
+                    seed = stable_seed(self.config.seed, 0, name)
+                    start.fill(cast("DiTDenoiser", roles[name]), seed=seed, device=self.device)
         how: dict[str, Any] = {"average": self.team.average} if are_adapted else {"norm": self.team.norm}
         return {name: RoleOptimiser(name, roles[name], options, **how) for name, options in trained.items()}
 
-    def _place(self, network: nn.Module, share: Callable[[nn.Module], None]) -> None:
-        """Put a network on the device, or what `share` leaves this process of it; one without storage gets some."""
+    def _place(self, network: nn.Module, is_adapted: bool, is_on_host: bool = False) -> None:
+        """Put a network on the device, or this process's part of it; one without storage gets some.
+
+        is_on_host: a denoiser's weights wait in the host's memory instead.
+        """
+        is_on_host = is_on_host and isinstance(network, DiTDenoiser)
+        if is_on_host and self.team.control is None:
+            host_blocks(cast("DiTDenoiser", network), self.device)
+            return
         is_empty = any(parameter.is_meta for parameter in network.parameters())
         if not is_empty:
             network.to(self.device)
-        share(network)
+        self.team.repeat(network) if is_adapted else self.team.share(network, is_on_host=is_on_host)
         if is_empty:
-            network.to_empty(device=self.device)
+            network.to_empty(device="cpu" if is_on_host else self.device)
 
     def _make_saver(self) -> sharded.Saver | None:
         """What writes checkpoints where several processes share the roles."""
@@ -172,6 +193,11 @@ class Run:
             rest = f"the last checkpoint is {kept}" if kept else "there is no checkpoint yet"
             raise NonFiniteError(f"{error}. Training stopped and saved nothing; {rest}") from None
 
+    def settle(self) -> None:
+        """Wait for averages that follow on the host."""
+        for follower in (f for followers in self.followers.values() for f in followers):
+            follower.wait()
+
     def preview(self, write: PreviewWriter) -> None:
         """Let the stage show its progress, without a trace in random state or data position."""
         began = self._clock()
@@ -219,6 +245,7 @@ class Run:
         """Write a checkpoint, unless a loss since the last record was not finite."""
         began = self._clock()
         self._means()
+        self.settle()
         frozen = self._frozen()
         trainer = {
             "step": self.step,
@@ -248,7 +275,8 @@ class Run:
         logger.info("saved %s: %.1f s", path, self._step_aside(began))
 
     def end(self) -> None:
-        """Wait for a checkpoint that is still being written."""
+        """Wait for averages that follow on the host, and for a checkpoint that is still being written."""
+        self.settle()
         if self.saver is not None:
             self.saver.finish()
 
@@ -286,6 +314,7 @@ class Run:
             self._seed(0)
             for follower in (f for followers in self.followers.values() for f in followers):
                 follower.copy()
+            self.settle()
             return False
         self._kept = checkpoint.contents_of(path)
         if self.contents and not self._kept:

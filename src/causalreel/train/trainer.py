@@ -81,6 +81,10 @@ class TrainerConfig:
     """Parts, one after the other, in which a process takes its rows of each batch: less memory, the same step."""
     offload_activations: bool = field(default=False, metadata=FREE)
     """Whether what trained networks keep for the backward pass waits in the host's memory: slower, less on the GPU."""
+    offload_averages: bool = field(default=False, metadata=FREE)
+    """Whether averages and targets wait in the host's memory, where they follow while the GPU goes on."""
+    offload_frozen: bool = field(default=False, metadata=FREE)
+    """Whether frozen networks wait in the host's memory and come to the GPU block by block when they are called."""
     recompute: Recompute = field(default="none", metadata=FREE)
     """Activations of trained networks that are computed again in the backward pass: none, all but attention's
     (selective), or all of a block's (full)."""
@@ -166,10 +170,12 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
             is_last = step + 1 == config.steps
             is_recorded = (step + 1) % config.log_every == 0 or is_last
             if is_recorded:
+                run.settle()
                 run.watch.before()
             _take_step(run, step)
             run.step = step + 1
             if is_recorded:
+                run.settle()
                 run.window.add(step, run.watch.after())
             if config.probe_every and run.step % config.probe_every == 0:
                 run.probe()
@@ -202,6 +208,8 @@ def _take_step(run: Run, step: int) -> None:
             update = update or next(part)
             _add_gradients(run, step, update, number + 1, len(parts))
             update = None  # with all that its losses hold, such as a rollout, before the next part makes its own
+        for follower in run.followers[role]:
+            follower.wait()
         norm = optimiser.step(learning_rate(optimiser.config, step, run.config.steps))
         run.window.add(step, {f"{role}/grad_norm": norm})
         run.clear_gradients()

@@ -40,6 +40,7 @@ class Watch:
             if found:
                 self._tensors[average.role] = found
                 self._averages.append(average)
+        self._device = next((local(t).device for tensors in trained.values() for t in tensors), torch.device("cpu"))
         self._before: dict[str, Tensor] = {}
 
     def before(self) -> None:
@@ -74,4 +75,5 @@ class Watch:
         tensors = self._tensors[role]
         each = -(-SAMPLE // len(tensors))
         flat = [local(tensor.detach()).reshape(-1) for tensor in tensors]
-        return torch.cat([values[:: max(1, len(values) // each)][:each].float() for values in flat])
+        some = [values[:: max(1, len(values) // each)][:each].float() for values in flat]
+        return torch.cat([values.to(self._device) for values in some])  # averages may wait on the host
