@@ -171,7 +171,64 @@ def test_the_latest_state_counts_and_is_all_that_a_record_keeps() -> None:
         one.command("keys", pressed=["left"])
         one.next_chunk()
     record = json.loads(json.dumps(one.record()))
-    assert [entry["arguments"] for entry in record["commands"]] == [{"pressed": ["left"]}]
+    assert [entry["arguments"] for entry in record["commands"]] == [{"pressed": ["left"], "tapped": ["w", "a"]}]
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_key_that_is_pressed_and_let_go_of_between_two_borders_counts_in_the_next_chunk(chunk: int) -> None:
+    """Told as two states or as one that names it; once, and a key that was held before stops when it is let go of."""
+    one = session(chunk)
+    before = last_view(one.next_chunk())
+    ways = []
+    for states in (
+        [{"pressed": ["right"]}, {}],
+        [],
+        [{"tapped": ["left"]}],
+        [{}],
+        [{"pressed": ["right"]}],
+        [{}],
+        [{"pressed": ["right"]}, {"pressed": ["right"], "tapped": ["left"]}],
+        [],
+        [{"pressed": ["left", "right"]}, {}],
+    ):
+        for state in states:
+            one.command("keys", **state)
+        made = one.next_chunk()
+        ways.append(round(turned(before[0], last_view(made)[0]) / DEGREES / chunk))
+        before = last_view(made)
+    assert ways == [1, 0, -1, 0, 1, 0, -1, 1, 1]  # at last the right key went down behind the left one
+    assert made.keys == ("left", "right") and one.state()["keys"] == []
+
+
+def test_a_tap_before_the_first_frame_counts_in_the_second() -> None:
+    """In the first frame no key does."""
+    one = session()
+    one.command("keys", tapped=["right"])
+    seen = [last_view(one.next_chunk())[0] for _ in range(3)]
+    assert [round(yaw / DEGREES) for yaw in seen] == [0, 1, 1]
+
+
+messages = st.tuples(st.permutations(KEYS).map(lambda keys: keys[:2]), st.permutations(KEYS).map(lambda keys: keys[4:]))
+
+
+@given(st.lists(st.lists(st.one_of(messages, st.just(None)), max_size=4), max_size=8))
+@settings(max_examples=examples(150), deadline=None)
+def test_what_a_course_says_of_its_keys_is_all_that_is_to_be_known(borders: list[list[Any]]) -> None:
+    """One state in place of all messages of a border, and of the string between them: the same from then on."""
+    one, again = Course(STEERING), Course(STEERING)
+    for told in borders:
+        for message in told:
+            if message is None:
+                one.follow([])
+            else:
+                one.press(*message)
+        if told and told[-1] is not None:
+            again.press(one.pressed, one.tapped)
+        elif told:
+            again.follow([])
+        for course in (one, again):
+            course.next(1)
+        assert (one.told, one.pressed) == (again.told, again.pressed) and np.array_equal(one.pose, again.pose)
 
 
 def steer(one: Session, seed: int, chunks: int) -> list[Tensor]:
@@ -183,7 +240,8 @@ def steer(one: Session, seed: int, chunks: int) -> list[Tensor]:
             kind = draw.integers(0, 8)
             if kind < 4:
                 held = draw.permutation(list(KEYS))[: draw.integers(0, 4)].tolist()
-                one.command("keys", pressed=held)
+                short = draw.permutation(list(KEYS))[: max(0, draw.integers(-3, 3))].tolist()
+                one.command("keys", pressed=held, tapped=short)
             elif kind == 4:
                 one.command("trajectory", dialect="minwm", text=f"{draw.choice(['w', 'j', 'd'])}*{draw.integers(1, 4)}")
             elif kind == 5:
@@ -307,7 +365,7 @@ def test_timed_keys_of_a_file(tmp_path: Path) -> None:
 
 def test_keys_of_a_terminal_count_until_they_are_not_heard_any_more() -> None:
     """Letters and arrows, several at once; the space bar lets go."""
-    assert keys_in("w\x1b[D\x1bOC\x1b[5~x ") == ["w", "left", "right", "x", " "]
+    assert keys_in("w\x1b[D\x1bOC\x1b[5~x ") == (["w", "left", "right", "x", " "], "")
     upper, lower = os.openpty()
     clock, one = Clock(), session()
     with os.fdopen(lower) as file, Terminal(file, clock=clock) as terminal:
@@ -324,6 +382,9 @@ def test_keys_of_a_terminal_count_until_they_are_not_heard_any_more() -> None:
         assert heard(b"w", 0.3) == ["w"] and heard(b"\x1b[D", 0.2) == ["w", "left"]
         assert heard(b"", 0.3) == ["w", "left"] and heard(b"", 0.3) == ["left"]
         assert heard(b"d", 0.1) == ["d"] and heard(b" ", 0.1) == []
+        for part, held in ((b"\x1b", []), (b"[", []), (b"C", ["right"]), (b"\xc3", ["right"]), (b"\xa4 ", [])):
+            assert heard(part, 0.1) == held  # a sequence may come in parts
+        assert heard(b"a ", 0.1) == [] and one.video.keys_told == ("a",)  # pressed and let go of between two borders
     os.close(upper)
     with pytest.raises(ValueError, match="--keys terminal needs a terminal"):
         Terminal(io.StringIO())
@@ -451,7 +512,8 @@ def test_what_a_command_holds_is_counted_once(monkeypatch: pytest.MonkeyPatch) -
     one = session()
     for number in range(100):
         one.command("keys", pressed=[KEYS[number % 2]])
-        one._started += 1  # a border, at which nobody makes a chunk
+        one.video.course.next(1)  # a border, at which nobody makes a chunk
+        one._started += 1
         one.take_commands()
     assert len(one._log) == 100 and 100 <= len(counted) <= 2 * 100
 
@@ -487,7 +549,8 @@ def test_a_record_full_of_poses_and_keys_can_be_read_again(monkeypatch: pytest.M
             one.command(parse(told))
         except ValueError as error:
             refused.append(str(error))
-        one._started += 1  # a border, at which nobody makes a chunk
+        one.video.course.next(1)  # a border, at which nobody makes a chunk
+        one._started += 1
         one.take_commands()
     assert "holds at most 1000 commands, 64 with a picture, and 4000 numbers of poses and fields" in refused[0]
     one.sequence = one._started

@@ -6,6 +6,7 @@ AXE=axe.min.js its rules are checked, with STATES=folder the page is photographe
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -144,6 +145,35 @@ def test_whoever_looks_away_lets_go_and_keys_are_no_shortcuts(page: Any) -> None
     assert page.locator("#pause").get_attribute("aria-pressed") == "false"
     page.keyboard.press("k")
     wait_until(lambda: page.locator("#pause").get_attribute("aria-pressed") == "true", "the pause")
+
+
+def test_a_short_press_moves_by_one_chunk_wherever_a_border_falls(page: Any) -> None:
+    """Down and up at once, and twice in less time than lies between two messages."""
+    for _ in range(3):
+        shown = while_held(page, lambda: page.keyboard.press("ArrowRight"), lambda: None)
+        assert abs(moved(shown)[0] - DEGREES) < 1
+    press = "(keys) => keys.forEach((code) => ['keydown', 'keyup'].forEach((kind) => dispatchKey(kind, code)))"
+    page.evaluate(
+        """() => { window.dispatchKey = (kind, code, key = "?") =>
+            document.body.dispatchEvent(new KeyboardEvent(kind, {code, key, bubbles: true, cancelable: true})); }"""
+    )
+    shown = while_held(page, lambda: page.evaluate(press, ["KeyW", "ArrowRight", "KeyW"]), lambda: None)
+    right, aside, ahead = moved(shown)
+    assert right > DEGREES - 1 and math.hypot(aside, ahead) > 0.8 * STEP
+
+
+def test_letters_count_by_their_place_on_every_layout(page: Any) -> None:
+    """What AZERTY writes on W and A is Z and Q, what Dvorak writes on J is H: as games have it."""
+    named = """async ([names, events]) => {
+        const {Steering} = await import("./static/steer.js");
+        const one = Object.assign(Object.create(Steering.prototype), {names});
+        return events.map(([code, key]) => one.named({code, key}));
+    }"""
+    letters = ["w", "a", "s", "d", "i", "j", "k", "l", "u"]
+    events = [[f"Key{letter.upper()}", "?"] for letter in letters]
+    assert page.evaluate(named, [letters, events]) == letters
+    events = [["KeyW", "z"], ["KeyZ", "w"], ["KeyA", "q"], ["Semicolon", "s"], ["", "d"], ["ArrowLeft", "ArrowLeft"]]
+    assert page.evaluate(named, [letters, events]) == ["w", "", "a", "", "d", "j"]
 
 
 def test_by_touch_at_phone_width(browser: Any, address: str) -> None:  # noqa: F811

@@ -151,6 +151,14 @@ class Course:
         self.steering = steering
         self.pressed: tuple[str, ...] = ()
         """Held now, in the order in which they were pressed."""
+        self.told: tuple[str, ...] = ()
+        """Held in the latest frames, or pressed for them and let go of before, in the order in which they went down."""
+        self._down: tuple[str, ...] = ()
+        """Those that went down since a frame was made by keys, held or not."""
+        self._held_before: tuple[str, ...] = ()
+        """Held when the latest frames were made."""
+        self._carried: tuple[str, ...] = ()
+        """That went down before a video's first frame, in which no key counts."""
         self.begin()
 
     def begin(self) -> None:
@@ -165,25 +173,47 @@ class Course:
         """c2w (4,4) of the last frame."""
         return self._walk.pose
 
-    def holds(self, pressed: Sequence[str]) -> bool:
-        """Whether to press these changes nothing."""
-        return not self._ahead and self.pressed == tuple(dict.fromkeys(pressed))
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        """What `press` has to be told beside `pressed`, so that a course with the same frames behind it does the same
+        from now on: keys that went down and are not held any more, and those before them."""
+        held = _newly(self.pressed, self._held_before)  # these it finds out by itself
+        is_end = not held or self._down[-len(held) :] == held
+        return self._down[: len(self._down) - len(held)] if is_end else self._down
 
-    def press(self, pressed: Sequence[str]) -> None:
-        """These keys are held from the next frame on; poses given for later frames are left out."""
-        self.pressed = tuple(dict.fromkeys(pressed))
+    def holds(self, pressed: Sequence[str], tapped: Sequence[str] = ()) -> bool:
+        """Whether to press these changes nothing."""
+        return not self._ahead and not tapped and self.pressed == tuple(dict.fromkeys(pressed))
+
+    def press(self, pressed: Sequence[str], tapped: Sequence[str] = ()) -> None:
+        """These keys are held from the next frame on; poses given for later frames are left out.
+
+        A key that went down counts in the next frames even if it is let go of before they are made. tapped: keys that
+        went down and up again since this was called last.
+        """
+        pressed = tuple(dict.fromkeys(pressed))
+        new = [key for key in _newly(pressed, self.pressed) if key not in tapped]
+        for key in (*tapped, *new):  # a key that goes down again is the latest
+            self._down = (*(other for other in self._down if other != key), key)
+        self.pressed = pressed
         self._ahead.clear()
 
     def follow(self, c2w: Iterable[Array], intrinsics: Sequence[float] | None = None) -> None:
         """The next frames have these poses (4,4); then the camera stays until a key is pressed. No key is held."""
-        self.pressed = ()
+        self.pressed, self._down = (), self._carried
         self._ahead = deque(c2w)
         if intrinsics is not None:
             self._intrinsics = tuple(float(number) for number in intrinsics)
 
     def next(self, frames: int) -> list[Frame]:
-        """So many latent frames."""
-        return [self._next() for _ in range(frames)]
+        """So many latent frames; what went down since the last ones counts in all of them."""
+        held = (key for key in self.pressed if key not in self._down)
+        self.told = () if self._ahead else (*held, *self._down)
+        counts = frames > self._is_first  # no key does in a video's first frame
+        made = [self._next() for _ in range(frames)]
+        self._held_before = self.pressed
+        self._down = self._carried = () if counts else self._down
+        return made
 
     def _next(self) -> Frame:
         is_first, self._is_first = self._is_first, False
@@ -193,7 +223,14 @@ class Course:
             keys = () if is_first else self.steering.keys_of(before, after)
             self._walk.place(after)
         elif not is_first:
-            keys = self.steering.counting(self.pressed)
+            keys = self.steering.counting(self.told)
             self._walk.step(keys)
         row = self.steering.row(keys, is_first=is_first)
         return Frame(self._walk.pose.copy(), self._intrinsics, row, keys)
+
+
+def _newly(pressed: tuple[str, ...], before: Sequence[str]) -> tuple[str, ...]:
+    """Of the keys that are held, in the order in which they were pressed, those that went down since `before` were."""
+    left = iter(before)
+    held = next((count for count, key in enumerate(pressed) if key not in left), len(pressed))
+    return pressed[held:]

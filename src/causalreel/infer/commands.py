@@ -124,10 +124,19 @@ class Command:
         """Take effect, between two chunks, when the scene is already the new one."""
         raise NotImplementedError
 
+    def as_taken(self, video: LiveVideo) -> Command:
+        """What a record says of it, when it has taken effect: with what came before it at the same border."""
+        return self
+
     @property
     def arguments(self) -> dict[str, Any]:
         """Its fields by name."""
         return {one.name: getattr(self, one.name) for one in values.parameters(type(self))}
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Its fields as a record has them."""
+        return self.arguments
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -316,22 +325,31 @@ class Keys(Command):
     name: ClassVar[str] = "keys"
     group: ClassVar[str] = "camera"
     pressed: Annotated[tuple[str, ...], Words("Names of keys; none: nothing is held.")] = ()
+    tapped: Annotated[tuple[str, ...], Words("Pressed and let go of since the last message; they count once.")] = ()
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        return self.arguments if self.tapped else {"pressed": self.pressed}  # as earlier versions read it
 
     @property
     def is_release(self) -> bool:
-        return not self.pressed
+        return not self.pressed and not self.tapped
 
     def supersede(self, old: Command) -> Command | None:
         return self if isinstance(old, Keys | Trajectory) else None
 
     def check(self, video: LiveVideo) -> None:
-        video.check_keys(self.pressed)
+        video.check_keys((*self.pressed, *self.tapped))
 
     def is_idle(self, video: LiveVideo) -> bool:
-        return video.holds(self.pressed)
+        return video.holds(self.pressed, self.tapped)
 
     def apply(self, video: LiveVideo) -> None:
-        video.press(self.pressed)
+        video.press(self.pressed, self.tapped)
+
+    def as_taken(self, video: LiveVideo) -> Keys:
+        taken = Keys(*video.keys_down)
+        return self if taken == self else taken
 
 
 @dataclass(frozen=True)

@@ -203,18 +203,29 @@ class LiveVideo:
         """The keys held now."""
         return () if self.course is None else self.course.pressed
 
-    def holds(self, pressed: Sequence[str]) -> bool:
+    @property
+    def keys_told(self) -> tuple[str, ...]:
+        """The keys that count in the latest chunk: held, or pressed for it and let go of."""
+        return () if self.course is None else self.course.told
+
+    @property
+    def keys_down(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The keys held now, and those pressed and let go of that the next chunk is still to be told."""
+        assert self.course is not None
+        return self.course.pressed, self.course.tapped
+
+    def holds(self, pressed: Sequence[str], tapped: Sequence[str] = ()) -> bool:
         """Whether these keys are held already, and nothing else moves the camera."""
-        return self.course is not None and self.course.holds(pressed)
+        return self.course is not None and self.course.holds(pressed, tapped)
 
     def check_keys(self, pressed: Sequence[str]) -> None:
         """ValueError for keys that the model does not have."""
         steering_of(self.pipeline.export).check(pressed)
 
-    def press(self, pressed: Sequence[str]) -> None:
-        """These keys are held from the next frame on."""
+    def press(self, pressed: Sequence[str], tapped: Sequence[str] = ()) -> None:
+        """These keys are held from the next frame on; those tapped count in the next chunk."""
         assert self.course is not None
-        self.course.press(pressed)
+        self.course.press(pressed, tapped)
 
     def check_trajectory(self, text: str, dialect: str) -> None:
         """ValueError for a string that the dialect cannot read or that leads too far, and for models without keys."""

@@ -72,7 +72,7 @@ class Begun:
             start = _mark(device, clock)
             latents = video.next_latents()
             made = _mark(device, clock)
-        return Begun(latents, decode, video.scene.prompt, video.pressed, video.seen, clock, [start, made])
+        return Begun(latents, decode, video.scene.prompt, video.keys_told, video.seen, clock, [start, made])
 
     def decoded(self) -> Tensor:
         """Pixel frames (t,H,W,3) uint8 where they are made; on a GPU before they are."""

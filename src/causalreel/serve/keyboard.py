@@ -6,6 +6,7 @@ A terminal tells when a key goes down and again while it repeats, never when it 
 
 from __future__ import annotations
 
+import codecs
 import os
 import select
 import sys
@@ -27,6 +28,8 @@ HELD_S = 0.6
 """Longer than the pause before a key repeats, on most systems half a second."""
 ARROWS = {"A": "up", "B": "down", "C": "right", "D": "left"}
 """Last letters of the sequences that a terminal sends."""
+LONGEST = 32
+"""Letters of such a sequence; a longer one is none."""
 INSTEAD = {"left": ("left", "j", "a"), "right": ("right", "l", "d"), "up": ("up", "i", "w"), "down": ("down", "k", "s")}
 """What an arrow can mean: the first of these that the model has."""
 
@@ -68,6 +71,9 @@ class Terminal:
         self.file, self.clock = file, clock
         self.heard: dict[str, float] = {}
         """Key -> when it was heard last, in the order in which they were pressed."""
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._cut = ""
+        """The beginning of a sequence whose end has not come yet."""
         if not file.isatty():
             raise ValueError("--keys terminal needs a terminal to listen to; give a file of timed keys otherwise")
 
@@ -87,37 +93,44 @@ class Terminal:
     def attend(self, session: Session) -> None:
         """Tell the session which keys are held now, if they are others than before."""
         steering, now = steering_of(session.pipeline.export), self.clock()
+        tapped: list[str] = []
         for key in self._typed():
             if key == " ":
+                tapped += self.heard
                 self.heard.clear()
             elif (name := named(key, steering)) is not None:
                 self.heard[name] = now
+        tapped = [name for name in tapped if name not in session.video.pressed and name not in self.heard]
         self.heard = {name: at for name, at in self.heard.items() if now - at <= HELD_S}
-        if not session.closed and not session.video.holds(tuple(self.heard)):
-            session.command("keys", pressed=list(self.heard))
+        if not session.closed and not session.video.holds(tuple(self.heard), tapped):
+            session.command("keys", pressed=list(self.heard), tapped=tapped)
 
     def _typed(self) -> list[str]:
         """Letters and names of arrows that have come, without waiting."""
         number, data = self.file.fileno(), b""
         while select.select([number], [], [], 0)[0] and (more := os.read(number, 1024)):
             data += more
-        return keys_in(data.decode("utf-8", "replace"))
+        found, self._cut = keys_in(self._cut + self._decode(data))
+        return found
 
 
-def keys_in(text: str) -> list[str]:
-    """What a terminal sent -> letters, spaces and the names of arrows; other sequences are left out."""
+def keys_in(text: str) -> tuple[list[str], str]:
+    """What a terminal sent -> letters, spaces and the names of arrows, other sequences left out; and a sequence at its
+    end that goes on in what it sends next."""
     found, at = [], 0
     while at < len(text):
-        if text[at] == "\x1b" and text[at + 1 : at + 2] in ("[", "O"):
+        if text[at] == "\x1b" and text[at + 1 : at + 2] in ("", "[", "O"):
             end = at + 2
             while end < len(text) and not text[end].isalpha() and text[end] != "~":
                 end += 1
-            found += [ARROWS[letter] for letter in text[end : end + 1] if letter in ARROWS]
+            if end >= len(text):
+                return found, text[at:] if len(text) - at < LONGEST else ""
+            found += [ARROWS[letter] for letter in text[end] if letter in ARROWS]
             at = end + 1
         else:
             found += [text[at]] if text[at].isprintable() else []
             at += 1
-    return found
+    return found, ""
 
 
 def bind(window: Any, session: Session) -> None:

@@ -59,7 +59,7 @@ def read_script(path: Path, profile: Profile) -> list[Timed]:
             if isinstance(timed.command, Steps):
                 adapt(profile.sampling, steps=timed.command.steps)
             if isinstance(timed.command, Keys):
-                steering_of(profile.export).check(timed.command.pressed)
+                steering_of(profile.export).check((*timed.command.pressed, *timed.command.tapped))
             found.append(timed)
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}:{row}: {error}") from None

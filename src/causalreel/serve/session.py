@@ -92,7 +92,7 @@ class Emitted:
     commands: tuple[Applied, ...] = ()
     """What took effect with it."""
     keys: tuple[str, ...] = ()
-    """Held while it was made."""
+    """That count in it: held, or pressed for it and let go of before."""
     camera: tuple[Seen, ...] = ()
     """Where the camera is in its latent frames, for models with keys."""
 
@@ -269,7 +269,8 @@ class Session:
                 is_idle, before = pending.command.is_idle(self.video), self.video.scene.said
                 self.video.take(pending.command, pending.encoded)
                 if not is_idle:
-                    self._keep(Recorded(self._started, pending.command, pending.number, before))
+                    command = pending.command.as_taken(self.video)
+                    self._keep(Recorded(self._started, command, pending.number, before))
                 described = _described(pending.command.arguments)
                 self._taken.append(Applied(pending.number, pending.command.name, described, pending.told_s))
             self._told_loras = self._loras_now()
@@ -394,7 +395,7 @@ class Session:
                     "number": entry.number,
                     "at": entry.at,
                     "name": entry.command.name,
-                    "arguments": packed(entry.command.arguments),
+                    "arguments": packed(entry.command.recorded),
                 }
                 for entry in self._log
                 if entry.at <= self.sequence  # a chunk may have been begun that nobody has yet

@@ -63,7 +63,7 @@ const player = new Player($("video"), {
 const decoder = new Decoder((item) => player.push(item), (problem) => undecodable(problem));
 const recorder = new Recorder($("video"));
 const picture = new FirstPicture($("video"), (image) => command("image", { image }));
-const steering = new Steering((pressed) => command("keys", { pressed }));
+const steering = new Steering((pressed, tapped) => command("keys", tapped.length ? { pressed, tapped } : { pressed }));
 
 /** The screen takes the video's shape; small videos are enlarged without smoothing. */
 function shape({ width, height }) {

@@ -1,5 +1,6 @@
 // Keys that steer the video: held on a keyboard, on the page's pads or on a gamepad. What is sent is the state, all keys
 // that are held in the order in which they were pressed, and never faster than the server takes it: the latest wins.
+// With it go the keys that went down and up again since the last message: a short press counts too.
 
 import { Map as Chart } from "./map.js";
 import { $, say } from "./page.js";
@@ -9,9 +10,10 @@ const AGAIN_MS = 400; // after one that was refused
 const STICK = 0.5; // from here on a stick is pushed
 const RECENT = 40; // latencies that are remembered
 
-// A key of the keyboard by its place, and what it can mean: the first of these that the model has.
+// What a key of the keyboard can mean: the first of these that the model has. A letter counts by its place, which has
+// the name of the letter there on a US keyboard, whatever the layout writes on it.
 const PLACES = {
-  KeyW: ["w"], KeyA: ["a"], KeyS: ["s"], KeyD: ["d"],
+  ...Object.fromEntries([..."abcdefghijklmnopqrstuvwxyz"].map((letter) => [`Key${letter.toUpperCase()}`, [letter]])),
   ArrowLeft: ["left", "j", "a"], ArrowRight: ["right", "l", "d"],
   ArrowUp: ["up", "i", "w"], ArrowDown: ["down", "k", "s"],
 };
@@ -27,13 +29,14 @@ function meaning(motion) {
 }
 
 export class Steering {
-  /** send(pressed) -> a promise of the command's number. */
+  /** send(pressed, tapped) -> a promise of the command's number. */
   constructor(send) {
     this.send = send;
     this.names = [];
     this.held = new globalThis.Map(); // key -> where it is held: "keyboard", "pad", "gamepad"
     this.chart = new Chart($("map"), $("where"));
     this.told = "";
+    this.downs = []; // keys that went down since the last message, held or not
     this.since = null; // when the first change was made that is not sent yet
     this.sent = new globalThis.Map(); // command number -> when its key went down or up
     this.latencies = [];
@@ -101,7 +104,7 @@ export class Steering {
 
   /** The model's key for a key of the keyboard, "" for none. */
   named(event) {
-    const wanted = PLACES[event.code] ?? [event.key.toLowerCase()];
+    const wanted = PLACES[event.code] ?? (event.code ? [] : [event.key.toLowerCase()]); // keyboards on screens name no place
     return wanted.find((name) => this.names.includes(name)) ?? "";
   }
 
@@ -125,7 +128,9 @@ export class Steering {
     const sources = this.held.get(key);
     if (sources) sources.add(source);
     else this.held.set(key, new Set([source]));
-    if (!sources) this.changed(at);
+    if (sources) return;
+    this.downs = [...this.downs.filter((other) => other !== key), key];
+    this.changed(at);
   }
 
   lift(key, source, at) {
@@ -141,6 +146,9 @@ export class Steering {
   releaseAll() { for (const source of ["keyboard", "pad", "gamepad"]) this.release(source); }
 
   get pressed() { return [...this.held.keys()]; }
+
+  /** Pressed and let go of since the last message. */
+  get tapped() { return this.downs.filter((key) => !this.held.has(key)); }
 
   poll() {
     const pads = [...(navigator.getGamepads?.() ?? [])].filter(Boolean);
@@ -166,14 +174,15 @@ export class Steering {
 
   // ---- what is told, and what came of it ----
 
-  /** Send the state if it is another one than was sent last; one message at a time. */
+  /** Send the state if it is another one than was sent last, or was for a moment; one message at a time. */
   async tell() {
-    if (this.isBusy || !this.isOn || this.pressed.join() === this.told) return;
-    const [pressed, at] = [this.pressed, this.since ?? performance.now()];
-    Object.assign(this, { isBusy: true, since: null });
+    const [pressed, tapped] = [this.pressed, this.tapped];
+    if (this.isBusy || !this.isOn || (pressed.join() === this.told && !tapped.length)) return;
+    const at = this.since ?? performance.now();
+    Object.assign(this, { isBusy: true, since: null, downs: [] }); // if it is refused these are too old to be sent again
     let wait = APART_MS;
     try {
-      const number = await this.send(pressed);
+      const number = await this.send(pressed, tapped);
       this.told = pressed.join();
       this.sent.set(number, at);
     } catch (problem) {
@@ -190,6 +199,7 @@ export class Steering {
   /** A session begins or its connection is back; held: what the server says. */
   meet(held) {
     this.told = (held ?? []).join();
+    this.downs = [];
     this.isOn = this.names.length > 0;
     this.tell();
   }
