@@ -399,3 +399,29 @@ def test_benchmark_lists(tmp_path: Path) -> None:
         "sample.mp4",
         "x" * 100 + ".mp4",
     ]
+
+
+@pytest.mark.parametrize("name, text", [("minwm", "w*999999"), ("sana", "w-999999"), ("lingbot", "w-999999")])
+def test_no_pose_is_made_that_nobody_uses(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A string may name a million frames; so many are never walked."""
+    steps, step = [], Walk.step
+    monkeypatch.setattr(Walk, "step", lambda self, keys: (steps.append(keys), step(self, keys))[1])
+    assert len(latent_poses(text, name, latents=21)) == 21
+    assert len(steps) <= 81
+    with pytest.raises(ValueError, match=r"trajectory: leads through [\d,]+ latent frames, at most 10,000 can be used"):
+        latent_poses(text, name)
+    assert len(steps) <= 81
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+def test_a_string_that_is_cut_gives_the_poses_of_the_whole(name: str) -> None:
+    pieces = {
+        "key*n": "w*9,l*7",
+        "word-n": "w-9,right-7",
+        "keys-n": "wl-23,none-5,j-11",
+        "letters": "WWWLLLWWWJJJWWWWW",
+    }
+    text = pieces[dialect(name).grammar]
+    whole = latent_poses(text, name)
+    for latents in range(1, len(whole) + 1):
+        np.testing.assert_allclose(latent_poses(text, name, latents=latents), whole[:latents], atol=1e-14)

@@ -202,6 +202,22 @@ def test_strengths_that_another_session_sets_are_in_the_record() -> None:
     assert not torch.equal(Session.replay(small((A, 0.0)), {**record, "commands": []}).__next__().frames, frames[2])
 
 
+def test_a_record_that_has_no_room_for_them_ends_where_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never says that it makes frames again that it does not."""
+    monkeypatch.setattr("causalreel.serve.session.MAX_COMMANDS", 2)
+    made = small((A, 0.0))
+    watching, setting = (Session(made, Options(PROMPTS[0], seed)) for seed in (3, 4))
+    frames = []
+    for strength in (0.25, 0.5, 1.0, 0.75):
+        made.set_loras({"a": strength})
+        frames.append(watching.next_chunk().frames)
+    setting.next_chunk()
+    record = watching.record()
+    assert record["chunks"] == 2 and [entry["arguments"]["strength"] for entry in record["commands"]] == [0.25, 0.5]
+    again = [emitted.frames for emitted in Session.replay(small((A, 0.0)), record)]
+    assert len(again) == 2 and all(torch.equal(one, other) for one, other in zip(again, frames[:2], strict=True))
+
+
 # ---- models by name, and the commands
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 import causalreel
 from causalreel.data.video import to_bytes
+from causalreel.infer.commands import Command, Field, Keys, Prompt
 from causalreel.infer.live import Live, encode_prompt
 from causalreel.serve import begun
 from causalreel.serve import session as module
 from causalreel.serve.begun import Timings
-from causalreel.serve.records import checked_record, read_record
+from causalreel.serve.records import Recorded, checked_record, parse_record, read_record
 from causalreel.serve.session import Options, Session
 from causalreel.weights.export import Sampling
 from ceilings import examples, work_within
@@ -283,6 +284,37 @@ def test_a_record_has_room_for_so_many_commands(monkeypatch: pytest.MonkeyPatch)
     assert one.next_chunk() is None and one.closed
 
 
+@pytest.mark.parametrize(
+    "command",
+    [Prompt("a red circle" + ', "[{' * 60), Field("speed", [[[[1.0]]]] * 4), Keys((), ("w", "a", "s", "d"))],
+    ids=lambda command: command.name,
+)
+def test_whatever_a_session_takes_can_be_read_again(command: Command) -> None:
+    """As many of a kind as it takes, with all the punctuation that they may hold."""
+    one = session()
+    one._log = [Recorded(number, command, number) for number in range(module.MAX_COMMANDS)]
+    one.sequence = one._started = module.MAX_COMMANDS
+    with pytest.raises(ValueError, match="a session's record holds at most 10000 commands"):
+        one.command("fps", fps=20)
+    assert command.entries * module.MAX_COMMANDS <= module.MAX_ENTRIES
+    assert command.letters * module.MAX_COMMANDS <= module.MAX_LETTERS
+    record = json.loads(json.dumps(one.record()))
+    assert len(parse_record(json.dumps(record, indent=1).encode()).commands) == module.MAX_COMMANDS
+
+
+def test_a_record_has_room_for_so_many_letters_and_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a replay file may hold is refused when it is told."""
+    monkeypatch.setattr(module, "MAX_LETTERS", 200)
+    monkeypatch.setattr(module, "MOST_PIXELS", 2 * 32 * 32)
+    one = session()
+    for name, told in (("restart", {"prompt": PROMPTS[0]}), ("image", {"image": torch.zeros(3, 32, 32)})):
+        with pytest.raises(ValueError, match=r"2048 pixels together, 40000 numbers of .*, and 200 letters"):
+            for _ in range(10):
+                one.command(name, **told)
+                one.take_commands()
+                one._started += 1
+
+
 def test_ten_thousand_commands_fold() -> None:
     """They stand for what a slider and an impatient hand send while one chunk is made, or none."""
     one = session()
@@ -464,7 +496,7 @@ def test_files_that_are_no_records(tmp_path: Path) -> None:
         (b"\x89PNG\r\n\xff", "it is not a text file in UTF-8"),
         (b'{"chunks": 1' + b"0" * 5000 + b"}", "it is not JSON"),
         (b"[" * 100_000, "it is not JSON"),
-        (b"[[],[]," * 100_000, "more than 200000 values"),
+        (b"[[],[]," * 100_000, "more than 340010 values"),
         (b'{"format": "comfy"}', "must have the format causalreel-session/1, got 'comfy'"),
         (b'{"format": ["causalreel-session/1"]}', "must have the format"),
         (record.encode()[:-5], "it is not JSON"),
@@ -519,7 +551,7 @@ def test_a_replay_file_takes_no_more_memory_than_its_pictures_may(tmp_path: Path
     lines = dict(line.split(": ", 1) for line in said.splitlines())
     assert len(lines) == 9 and lines["one large picture"] == "1" and lines["many"] == "64"
     assert lines["more in it than it says"] == "1"  # what is beyond its size is never made
-    assert "together" in lines["too large"] and "more than 200000 values" in lines["values"]
+    assert "together" in lines["too large"] and "more than 340010 values" in lines["values"]
 
 
 def test_what_the_frames_depend_on_is_recorded() -> None:

@@ -18,6 +18,9 @@ TEXT_BYTES = 1 << 20
 JSON_BYTES = 16 << 20
 """Of an index of shards: one of 100,000 tensors takes as much."""
 
+BLOCK = 1 << 20
+"""Letters of a text that are looked at together."""
+MARKS_OF_VALUES = tuple(b",[{")
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -84,8 +87,26 @@ def read_json_list(path: str | os.PathLike[str], *, what: str = "JSON file") -> 
     return found
 
 
+def holds_more(text: str, items: int) -> bool:
+    """Whether JSON text holds more than so many values, before it is parsed: by its marks outside of strings.
+
+    Time is linear in the text, whatever it is.
+    """
+    if sum(map(text.count, ",[{")) <= items:
+        return False
+    import numpy as np
+
+    bare, count, is_inside = text.replace("\\\\", "").replace('\\"', ""), 0, 0
+    for start in range(0, len(bare), BLOCK):
+        block = np.frombuffer(bare[start : start + BLOCK].encode("ascii", "replace"), np.uint8)
+        inside = np.bitwise_xor.accumulate((block == ord('"')).astype(np.uint8)) ^ is_inside
+        is_inside = int(inside[-1])
+        count += int(np.isin(block[inside == 0], MARKS_OF_VALUES).sum())
+    return count > items
+
+
 def _parse(text: str, place: str, items: int) -> Any:
-    if text.count(",") + text.count("[") + text.count("{") > items:
+    if holds_more(text, items):
         raise ValueError(f"{place} has more than {items:,} values")
     try:
         return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)

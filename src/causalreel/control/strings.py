@@ -23,7 +23,9 @@ FRAMES = 4
 """Pixel frames of a latent frame, after the first."""
 
 LONGEST = 1_000_000
-"""Frames that a string may ask for."""
+"""Frames that a string may name."""
+MOST_LATENTS = 10_000
+"""Latent frames that it may lead through where nobody says how many there are: 40 minutes of Wan2.1's video."""
 
 Motion = tuple[float, float, float, float, float]
 """Forward, to the right, down; turn to the right, look up: each in steps."""
@@ -260,28 +262,32 @@ def padded(frames: Sequence[frozenset[str]]) -> list[frozenset[str]]:
     return [*frames, *[frozenset[str]()] * (-(len(frames) - 1) % FRAMES)]
 
 
-def latent_poses(text: str, name: str, *, spacing: Spacing | None = None, latents: int | None = None) -> Array:
+def latent_poses(
+    text: str, name: str, *, spacing: Spacing | None = None, latents: int | None = None, most: int = MOST_LATENTS
+) -> Array:
     """A trajectory string -> c2w (latent frames, 4, 4), the first the identity.
 
     spacing: how pixel frames become latents (see `latent_times`); None: even for LingBot-World, as its code does, every
     4th for the others. latents: as many are needed; a string that is too short is a ValueError that says how many steps
-    there must be, a longer one is cut.
+    there must be, a longer one is cut. Where that is None, one that leads through more than `most` is a ValueError. No
+    pose is computed that is not returned.
     """
     rule = dialect(name)
-    frames = held(text, rule)
+    told = held(text, rule)
     spacing = spacing or ("even" if name == "lingbot" else "every")
-    if rule.unit == "latent":
-        found = poses(frames, rule)
-    else:
-        made = poses(padded(frames) if spacing == "even" else frames, rule)
-        found = resampled(made, latent_times(len(made), spacing))
-    if latents is not None and len(found) < latents:
+    frames = padded(told) if rule.unit == "pixel" and spacing == "even" else told
+    at = np.arange(1.0 + len(frames)) if rule.unit == "latent" else latent_times(1 + len(frames), spacing)
+    if latents is None and len(at) > most:
+        raise ValueError(f"trajectory: leads through {len(at):,} latent frames, at most {most:,} can be used")
+    if latents is not None and len(at) < latents:
         needed = latents - 1 if rule.unit == "latent" else FRAMES * (latents - 1)
         raise ValueError(
-            f"trajectory: gives {len(found)} poses for {latents} latent frames; "
-            f"its numbers must add up to {needed} or more {rule.unit} frames, got {len(frames)}"
+            f"trajectory: gives {len(at)} poses for {latents} latent frames; "
+            f"its numbers must add up to {needed} or more {rule.unit} frames, got {len(told)}"
         )
-    return found[:latents]
+    at = at[:latents]
+    made = poses(frames[: math.ceil(at[-1])], rule)
+    return made if rule.unit == "latent" else resampled(made, at)
 
 
 def view_matrices(c2w: Array) -> Array:

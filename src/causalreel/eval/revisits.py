@@ -86,11 +86,10 @@ def revisited(result: Result, dialect: str) -> tuple[float, int]:
     """
     if result.trajectory is None:
         return float("nan"), 0
-    poses = latent_poses(result.trajectory, dialect)
-    if FRAMES * (len(poses) - 1) >= LONGEST:
-        raise ValueError(
-            f"{result.video}: its trajectory has {FRAMES * (len(poses) - 1) + 1:,} frames, at most {LONGEST:,} are read"
-        )
+    try:
+        poses = latent_poses(result.trajectory, dialect, most=(LONGEST - 1) // FRAMES + 1)
+    except ValueError as error:
+        raise ValueError(f"{result.video}: {error}") from None
     pairs = returns(poses)
     if not pairs:
         return float("nan"), 0

@@ -8,6 +8,7 @@ in `COMMANDS` is all: HTTP, WebSocket, WebRTC, scripts, typed lines and Python m
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
@@ -42,7 +43,7 @@ MOST_CAMERA = 4096
 MOST_CHUNKS = 1000
 """Of a step or a fade."""
 MOST_VALUES = 8192
-"""Of a command's JSON: commas and brackets of prompts count too."""
+"""Of a command's JSON."""
 SEED = Whole(0, (1 << 53) - 1, "Of the noise, and of what a prompt leaves open; exact in JavaScript too.")
 STEPS = Whole(1, 100, "Denoising steps per chunk.")
 RATE = Number(0.1, 240.0, "Pixel frames per second of playing; does not change the frames.")
@@ -147,7 +148,13 @@ class Command:
     @functools.cached_property  # a session asks all that it holds, at every command
     def entries(self) -> int:
         """How many numbers and words it holds in lists."""
-        return sum(values.count(given) for given in self.arguments.values() if isinstance(given, list | tuple))
+        lists = (given for given in self.arguments.values() if isinstance(given, list | tuple))
+        return sum(values.count(given) for given in lists if given)
+
+    @functools.cached_property
+    def letters(self) -> int:
+        """How long its texts are in JSON, in which every letter is ASCII."""
+        return sum(len(json.dumps(given)) for given in self.arguments.values() if isinstance(given, str))
 
     @property
     def is_release(self) -> bool:

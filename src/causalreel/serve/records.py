@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from causalreel import __version__
+from causalreel.foreign import holds_more
 from causalreel.infer import values
 from causalreel.infer.commands import Close, Command, Options, parse
 from causalreel.infer.live import PolicyKind
@@ -36,12 +37,14 @@ MAX_ENTRIES = 40_000
 """Numbers of poses and fields, and names of keys, in all of them: so few that a file of them can be read again."""
 MOST_CHUNKS = 1 << 27
 """A year of chunks."""
-MOST_BYTES = 256 << 20
-"""Of a file."""
-MOST_VALUES = 200_000
-"""Of its JSON, with room for punctuation in prompts: they are parsed in a few hundredths of a second."""
+MOST_BYTES = 288 << 20
+"""Of a file: of all that is named above and below."""
+MAX_LETTERS = 4 << 20
+"""Of all prompts and other texts in them, as JSON writes them."""
+MOST_VALUES = 10 * (MAX_COMMANDS + 1) + 6 * MAX_ENTRIES
+"""Of its JSON: what a session's commands can come to at most, each number in lists of its own."""
 MOST_PIXELS = 1 << 26
-"""Of all its pictures together."""
+"""Of all its pictures together, which take up to 4 bytes each."""
 
 KEYS = {"format", "model", "policy", "options", "commands", "chunks"}
 MADE_BY = ("version", "torch", "device", "size", "context", "weights", "loras")
@@ -173,12 +176,14 @@ def read_record(path: str | Path) -> Record:
 
 def parse_record(data: bytes) -> Record:
     """JSON in UTF-8 -> a record; ValueError."""
-    if sum(data.count(mark) for mark in b"[{,:") > MOST_VALUES:
-        raise ValueError(f"it holds more than {MOST_VALUES} values: it is no replay file")
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not a text file in UTF-8, and so no replay file") from None
+    if holds_more(text, MOST_VALUES):
+        raise ValueError(f"it holds more than {MOST_VALUES} values: it is no replay file")
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError("it is not JSON, and so no replay file") from None
     return checked_record(value)

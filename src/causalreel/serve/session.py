@@ -33,7 +33,10 @@ from causalreel.serve.records import (
     FORMAT,
     MAX_COMMANDS,
     MAX_ENTRIES,
+    MAX_LETTERS,
     MAX_PICTURES,
+    MOST_CHUNKS,
+    MOST_PIXELS,
     Record,
     Recorded,
     checked_record,
@@ -149,6 +152,8 @@ class Session:
         """In force, but not yet reported with a chunk; when they were told, where their latency will be."""
         self._log: list[Recorded] = []
         self._is_full = False
+        self._recorded = MOST_CHUNKS
+        """Chunks that the record can make again: others may change the model's LoRAs when there is no room for it."""
         self._last: Applied | None = None
         """The latest command that a chunk has told of."""
         self._count = 0
@@ -210,15 +215,19 @@ class Session:
         with self._lock:
             held = [entry.command for entry in (*self._log, *self._pending) if not entry.command.is_always_taken]
         room = MAX_COMMANDS + command.is_release
-        is_picture = command.picture is not None
-        pictures = sum(one.picture is not None for one in held) if is_picture else 0
+        pictures = [] if command.picture is None else [one.picture for one in (command, *held)]
+        pictures = [picture for picture in pictures if picture is not None]
+        first = [] if self.video.options.image is None else [self.video.options.image]
+        pixels = sum(picture[..., 0].numel() for picture in (*pictures, *first))
         entries = command.entries and command.entries + sum(one.entries for one in held)
-        if len(held) >= room or pictures + is_picture > MAX_PICTURES or entries > MAX_ENTRIES:
+        letters = command.letters and command.letters + sum(one.letters for one in held)
+        is_full = len(held) >= room or entries > MAX_ENTRIES or letters > MAX_LETTERS
+        if is_full or len(pictures) > MAX_PICTURES or (pictures and pixels > MOST_PIXELS):
             always = [name for name, kind in COMMANDS.items() if kind.is_always_taken]
             raise ValueError(
-                f"a session's record holds at most {MAX_COMMANDS} commands, {MAX_PICTURES} with a picture, and "
-                f"{MAX_ENTRIES} numbers of poses and fields and names of keys; "
-                f"{', '.join(always)} go on, for others open a new session"
+                f"a session's record holds at most {MAX_COMMANDS} commands, {MAX_PICTURES} with a picture, of "
+                f"{MOST_PIXELS} pixels together, {MAX_ENTRIES} numbers of poses and fields and names of keys, and "
+                f"{MAX_LETTERS} letters; {', '.join(always)} go on, for others open a new session"
             )
 
     def state(self) -> dict[str, Any]:
@@ -282,7 +291,11 @@ class Session:
     def _keep_loras(self) -> None:
         """Log what other sessions of the model made of its LoRAs since: these frames change with them."""
         for name, strength in self._loras_now().items():
-            if strength != self._told_loras[name]:
+            if strength == self._told_loras[name]:
+                continue
+            if sum(not entry.command.is_always_taken for entry in self._log) >= MAX_COMMANDS:
+                self._recorded = min(self._started, self._recorded)
+            else:
                 self._keep(Recorded(self._started, LoRA(lora=name, strength=strength)))
 
     def _loras_now(self) -> dict[str, float]:
@@ -390,6 +403,7 @@ class Session:
             options = {one.name: getattr(self.video.options, one.name) for one in values.parameters(Options)}
             if not options["fields"]:  # which files of earlier versions do not have
                 del options["fields"]
+            chunks = min(self.sequence, self._recorded)
             commands = [
                 {
                     "number": entry.number,
@@ -398,7 +412,7 @@ class Session:
                     "arguments": packed(entry.command.recorded),
                 }
                 for entry in self._log
-                if entry.at <= self.sequence  # a chunk may have been begun that nobody has yet
+                if entry.at <= chunks  # a chunk may have been begun that nobody has yet
             ]
             return {
                 "format": FORMAT,
@@ -407,7 +421,7 @@ class Session:
                 "policy": self.video.policy.kind,
                 "options": packed(options),
                 "commands": commands,
-                "chunks": self.sequence,
+                "chunks": chunks,
             }
 
     @classmethod

@@ -102,7 +102,10 @@ export async function saveReplay(api, id) {
 
 /** A chosen or dropped replay file -> its text; a Problem for what cannot be one. */
 export async function readReplay(file) {
-  if (file.size > MOST_BYTES) throw new Problem(`${file.name} has more than ${MOST_BYTES / 1e6} MB: it is no replay file.`);
+  if (file.size > MOST_BYTES) {
+    const most = `${file.name} has more than ${MOST_BYTES / 1e6} MB, the most that a server takes`;
+    throw new Problem(`${most}: if it is a replay file, causalreel replay plays it.`);
+  }
   const text = await file.text();
   let format = null;
   try {
