@@ -78,7 +78,7 @@ def main() -> int:
     run = Run(out, args.smoke, args.steps, tuple(args.settings))
     run.make_data(args.videos)
     for name in args.stages:
-        if not run.train(name, [other for other in args.stages if other != name]):
+        if not run.train(name):
             return 1
     run.show_video(args.stages[-1])
     print(run.table())
@@ -118,7 +118,7 @@ class Run:
         null = write_null(data, torch.randn(12, width, generator=draw).bfloat16())
         write_manifest(data, Manifest((pack(data / "latents-000.safetensors", rows),), null=null))
 
-    def train(self, name: str, others: list[str]) -> bool:
+    def train(self, name: str) -> bool:
         """A stage, unless it is done -> whether it ended well."""
         if name in self.found:
             return True
@@ -158,16 +158,16 @@ class Run:
         self.file.write_text(json.dumps(self.found, indent=1))
         shutil.rmtree(out / "checkpoints")
         (out / "trajectories.safetensors").unlink(missing_ok=True)
-        for old in self.found:  # exports from which nothing begins any more
-            if old != name and not any(old in JOBS[other].init.values() for other in others if other not in self.found):
-                shutil.rmtree(self.out / old / "export", ignore_errors=True)
+        wanted = {start for other, left in JOBS.items() if other not in self.found for start in left.init.values()}
+        for old in self.found.keys() & JOBS.keys() - wanted - {name}:  # nothing begins with them any more
+            shutil.rmtree(self.out / old / "export", ignore_errors=True)
         return True
 
     def show_video(self, name: str) -> None:
         """Export the last stage, and make a clip with it."""
-        if "video" in self.found:
+        if self.found.get("video", {}).get("of") == name:
             return
-        given, began = self.out / "given", time.monotonic()
+        given, began = self.out / f"given-{name}", time.monotonic()
         if not given.exists():
             self._command("export", self.out / name / "export", given, "--name", "wan-smoke")
         denoiser, export = load_export(given)
@@ -182,7 +182,7 @@ class Run:
         prompt = "a large red circle moves right slowly on a dark background"
         video = pipeline.generate(prompt, seed=0)
         assert video.isfinite().all() and video.std() > 0
-        self.found["video"] = {"shape": list(video.shape), "seconds": round(time.monotonic() - began, 1)}
+        self.found["video"] = {"of": name, "shape": list(video.shape), "seconds": round(time.monotonic() - began, 1)}
         self.file.write_text(json.dumps(self.found, indent=1))
 
     def table(self) -> str:
