@@ -14,10 +14,12 @@ import torch
 from causalreel.parallel.sharding import Team
 from causalreel.train import run as runs
 from causalreel.train import state, stored
+from causalreel.train.checkpoint import complete
 from causalreel.train.ingredients import Ingredients, _clips_of_student
 from causalreel.train.log import NonFiniteError
 from causalreel.train.readiness import disk_bytes
 from causalreel.train.run import resolve
+from causalreel.train.sharded import is_sharded, verify
 from causalreel.train.stage import Loss, StepContext
 from causalreel.train.stages import dmd
 from causalreel.train.state import Run
@@ -163,6 +165,39 @@ def test_a_loss_that_is_not_finite_does_not_drop_the_checkpoint_before(
         train(Breaking(), Rows(), toy_config(tmp_path, save_every=3, log_every=4))
     assert behind.begun == behind.ended == 2
     assert state.NonFiniteError is NonFiniteError
+
+
+INTERRUPTED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from causalreel.parallel.mesh import join, launch
+from causalreel.train import sharded, trainer
+from test_ranks import run
+real = trainer._take_step
+def step(one, number):
+    if number == 2:
+        raise KeyboardInterrupt
+    real(one, number)
+trainer._take_step, sharded.Saver.poll = step, lambda self: None
+with join(launch(), "cpu"):
+    try:
+        run("teacher forcing", Path({out!r}), save_every=2, saves_behind=True)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+def test_a_second_interruption_does_not_drop_the_checkpoint_before(tmp_path: Path) -> None:
+    """It is being written while the step goes on that is aborted."""
+    script, out = tmp_path / "interrupted.py", tmp_path / "run"
+    script.write_text(INTERRUPTED.format(tests=str(Path(__file__).parent), out=str(out)))
+    running = torchrun(2, str(script))
+    output, errors = running.communicate(timeout=PATIENCE_S)
+    assert running.returncode == 0 and output.count("interrupted") == 2, errors
+    (kept,) = complete(out / "checkpoints")
+    assert kept.name == "step-00000002" and is_sharded(kept)
+    verify(kept, Team())
 
 
 def test_new_adapters_that_cannot_be_written_leave_the_old_ones(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

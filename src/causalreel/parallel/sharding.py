@@ -23,6 +23,9 @@ from causalreel.parallel.ulysses import shard_sequence
 
 Value = TypeVar("Value")
 
+LEAVING = timedelta(seconds=25)
+"""How long processes that were interrupted wait for each other to end a checkpoint; torchrun kills after 30."""
+
 WAIT = timedelta(days=2)
 """How long processes wait for the one that fetches weights, or for trajectories that others make; gloo's own half an
 hour is over before a large file is here."""
@@ -84,6 +87,8 @@ class Team:
         """Of the hosts, waiting for no GPU; None in a process that is alone."""
         self.saving: dist.ProcessGroup | None = None
         """The same for a thread that writes checkpoints."""
+        self.leaving: dist.ProcessGroup | None = None
+        """The same for processes that were interrupted, wherever that was in what they do with the others."""
         self.context: dist.ProcessGroup | None = None
         """Of the processes that share tokens with this one."""
         self._waiting: dist.ProcessGroup | None = None
@@ -101,6 +106,7 @@ class Team:
             grid = init_device_mesh(kind, (self.parts, config.context), mesh_dim_names=("rows", "context"))
             self.context = grid["context"].get_group()
         self.control, self.saving, self._waiting = _hosts(), _hosts(), _hosts(WAIT)
+        self.leaving = _hosts(LEAVING)
 
     @property
     def is_first(self) -> bool:
@@ -187,12 +193,12 @@ class Team:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(map(bool, found.tolist()))
 
-    def gathered(self, value: Value) -> list[Value]:
-        """Everybody's value, by rank."""
+    def gathered(self, value: Value, *, is_leaving: bool = False) -> list[Value]:
+        """Everybody's value, by rank. is_leaving: of those that were interrupted; RuntimeError if some are not."""
         if self.control is None:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control)
+        dist.all_gather_object(found, value, group=self.leaving if is_leaving else self.control)
         return found
 
     def first(self, value: Value) -> Value:

@@ -100,9 +100,17 @@ class Saver:
             if not self.team.any(written is not None and not written.done())[0]:
                 self.finish()
 
-    def finish(self) -> None:
+    def rescue(self) -> None:
+        """In a process that was interrupted anywhere: end the checkpoint that is being written, if all others do."""
+        if self._pending is None:
+            return
+        log.warning("a checkpoint is still being written and is ended first; once more to drop it")
+        with suppress(OSError, RuntimeError):  # a disk, or processes that were not interrupted: what was there stays
+            self.finish(is_leaving=True)
+
+    def finish(self, *, is_leaving: bool = False) -> None:
         """Wait for the checkpoint that is being written: then it is there, and the older ones go."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return
         final = self.directory / f"step-{pending.step:08}"
@@ -119,9 +127,12 @@ class Saver:
                 remove_folder(old)
 
         try:
-            found = {name: value for part in self._together(hashes) for name, value in part.items()}
-            self._together(lambda: end(found) if self.team.is_first else None)
+            parts = together(self.team, hashes, is_leaving=is_leaving)
+            found = {name: value for part in parts for name, value in part.items()}
+            together(self.team, lambda: end(found) if self.team.is_first else None, is_leaving=is_leaving)
+            self._pending = None
         except OSError as error:
+            self._pending = None
             self._abandon(pending.finish, final, error)
 
     def _write(self, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -168,8 +179,11 @@ class Saver:
         raise checkpoint.not_written(final, error) from error
 
 
-def together(team: Team, work: Callable[[], Result]) -> list[Result]:
-    """Do something in every process -> all results, by rank; if it fails in one, its OSError or ValueError in all."""
+def together(team: Team, work: Callable[[], Result], *, is_leaving: bool = False) -> list[Result]:
+    """Do something in every process -> all results, by rank; if it fails in one, its OSError or ValueError in all.
+
+    is_leaving: see `Team.gathered`.
+    """
     result: Any = None
     failure: OSError | ValueError | None = None
     try:
@@ -178,7 +192,8 @@ def together(team: Team, work: Callable[[], Result]) -> list[Result]:
         failure = error
     except CheckpointException as error:
         failure = _first_failure(error)
-    found = team.gathered((None if isinstance(result, Future) else result, failure and _plain(failure)))
+    shown = None if isinstance(result, Future) else result
+    found = team.gathered((shown, failure and _plain(failure)), is_leaving=is_leaving)
     for _, problem in found:
         if problem is not None:
             raise problem

@@ -149,6 +149,10 @@ def train(
         except NonFiniteError:  # in all processes alike: what is still being written is from before
             run.end()
             raise
+        except KeyboardInterrupt:
+            if run.saver is not None:
+                run.saver.rescue()
+            raise
 
 
 def _train(run: Run, write_preview: PreviewWriter) -> Result:
