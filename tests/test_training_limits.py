@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from causalreel.hashed import write_pickle, write_tensors
 from causalreel.parallel.sharding import Team
 from causalreel.train import run as runs
 from causalreel.train import state, stored
@@ -198,6 +199,16 @@ def test_a_second_interruption_does_not_drop_the_checkpoint_before(tmp_path: Pat
     (kept,) = complete(out / "checkpoints")
     assert kept.name == "step-00000002" and is_sharded(kept)
     verify(kept, Team())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+@pytest.mark.parametrize("size", [10, 10_000_000])
+def test_a_full_disk_is_called_so_whatever_is_written(size: int) -> None:
+    """torch.save makes an error of its own of it, about positions in a file."""
+    with pytest.raises(OSError, match="No space left"):
+        write_pickle(Path("/dev/full"), {"states": torch.zeros(size)})
+    with pytest.raises(OSError, match="No space left"):
+        write_tensors(Path("/dev/full"), {"states": torch.zeros(size)})
 
 
 def test_new_adapters_that_cannot_be_written_leave_the_old_ones(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,11 +41,17 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("wb")
         self._digest = hashlib.sha256()
+        self.failure: OSError | None = None
+        """Why something could not be written, for callers of writers that do not pass it on."""
 
     def write(self, data: Any) -> int:
         """Append bytes or whatever has them."""
         self._digest.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -96,7 +102,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_pickle(path: Path, content: Any) -> str:
     """-> the file's hash."""
     with HashedFile(path) as file:
-        torch.save(content, file)  # pyright: ignore[reportArgumentType] - it needs no more of a stream
+        try:
+            torch.save(content, file)  # pyright: ignore[reportArgumentType] - it needs no more of a stream
+            file.flush()
+        except RuntimeError as error:  # what it makes of a full disk
+            raise file.failure or error from None
     return file.sha256
 
 

@@ -93,7 +93,8 @@ def read_shard(path: Path) -> Shard:
     try:
         entries = read_header(path).entries
     except ValueError as error:
-        raise ValueError(f"{error}; {REMEDY}") from None
+        reason, _, _ = str(error).partition(" (truncated: a download")  # shards are made, not fetched
+        raise ValueError(f"{reason}; {REMEDY}") from None
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
     found = [name for name in CLIPS if name in entries]
