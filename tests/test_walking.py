@@ -52,6 +52,13 @@ def test_the_true_render_passes(asked: list[Task]) -> None:
     assert found["outlines"].nanmean() > 0.1
 
 
+def test_parts_give_the_numbers_of_the_whole(asked: list[Task]) -> None:
+    for task in asked:
+        whole, parts = (task.measure(truth(task), at_once=size) for size in (8, 3))
+        for name, value in whole.items():
+            torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-6, equal_nan=True)
+
+
 def test_another_path_is_found_out(asked: list[Task]) -> None:
     """A camera that turns twice as far, and one that goes aside of where it should."""
     state = asked[0].state

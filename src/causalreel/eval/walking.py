@@ -66,8 +66,14 @@ class Task:
     state: WalkState
     is_given: bool
     """Whether the first latent frame is the true one."""
-    measure: Callable[[Tensor], dict[str, Tensor]]
-    """Pictures of latent frames (B,F,3,H,W) -> numbers of clips."""
+    metrics: Callable[[Tensor, slice], dict[str, Tensor]]
+    """Pictures of latent frames (b,F,3,H,W) of some of its clips, and which these are -> numbers of clips (b,)."""
+
+    def measure(self, pictures: Tensor, *, at_once: int = 16) -> dict[str, Tensor]:
+        """Pictures of latent frames (B,F,3,H,W) -> numbers of clips (B,), in parts: renders take 25 MiB a clip."""
+        rows = [slice(i, i + at_once) for i in range(0, len(pictures), at_once)]
+        parts = [self.metrics(pictures[some], some) for some in rows]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @dataclass(frozen=True)
@@ -98,10 +104,10 @@ def tasks(
     text = state.walking(path(*[right] * BACK).expand(len(state), -1, -1))
     wrong = state.walking(opposite(state.keys))
     return [
-        Task("walk", state, True, lambda seen: agreement(seen, state, wrong) | pose_errors(seen, state)),
-        Task("turn back", turn, True, lambda seen: revisit(seen, turn, "turn back")),
-        Task("walk back", walks, True, lambda seen: revisit(seen, walks, "walk back")),
-        Task("text", text, False, lambda seen: words(seen, text)),
+        Task("walk", state, True, lambda seen, i: agreement(seen, state[i], wrong[i]) | pose_errors(seen, state[i])),
+        Task("turn back", turn, True, lambda seen, i: revisit(seen, turn[i], "turn back")),
+        Task("walk back", walks, True, lambda seen, i: revisit(seen, walks[i], "walk back")),
+        Task("text", text, False, lambda seen, i: words(seen, text[i])),
     ]
 
 
