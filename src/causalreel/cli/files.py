@@ -26,15 +26,20 @@ class ExportModel:
     codec: str | None = None
     """Codec that the config names, relative to OUT or an embedded family; default: a copy beside the model."""
     scores: Path | None = None
-    """scores.json of an evaluation, recorded in the provenance."""
+    """scores.json or control.json of an evaluation, recorded in the provenance."""
     label: str | None = None
     """Which of its models this is."""
+    steps: Annotated[int | None, Range(1, 1000)] = None
+    """Denoising steps that it has from now on, with 4 for the first frame of a frame-wise model; default: as before."""
 
 
 def export_model(args: ExportModel) -> int:
-    from causalreel.weights.export import re_export
+    from causalreel.infer.schedule import in_few_steps
+    from causalreel.weights.export import re_export, read_export
 
-    print(re_export(args.model, args.out, name=args.name, codec=args.codec, scores=args.scores, label=args.label))
+    sampling = None if args.steps is None else in_few_steps(read_export(args.model).sampling, args.steps)
+    how: dict[str, Any] = {"name": args.name, "codec": args.codec, "scores": args.scores, "label": args.label}
+    print(re_export(args.model, args.out, **how, sampling=sampling))
     return 0
 
 

@@ -28,7 +28,7 @@ from causalreel.files import write_text
 from causalreel.folders import claim
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.schedule import even_steps
+from causalreel.infer.schedule import in_few_steps
 from causalreel.weights.files import write_tensors
 
 log = logging.getLogger(__name__)
@@ -61,15 +61,8 @@ def parse_model(spec: str) -> tuple[str, str, int | None]:
 
 
 def with_steps(pipeline: Pipeline, steps: int | None) -> Pipeline:
-    """The same few-step model at 1, 2 or 4 steps; frame-wise with 4 for the first frame, as it is meant to be used."""
-    if steps is None:
-        return pipeline
-    sampling = pipeline.sampling
-    first = even_steps(4) if steps < 4 and sampling.chunk == 1 else None
-    sampling = dataclasses.replace(
-        sampling, steps=even_steps(steps), first_steps=first, solver="renoise", multistep=None, guidance=1.0
-    )
-    return dataclasses.replace(pipeline, sampling=sampling)
+    """The same model in few steps, as `infer.schedule.in_few_steps`; None: as it is."""
+    return pipeline if steps is None else dataclasses.replace(pipeline, sampling=in_few_steps(pipeline.sampling, steps))
 
 
 @torch.no_grad()

@@ -88,6 +88,12 @@ def adapt(sampling: Sampling, *, steps: int | Sequence[float] | None = None, chu
     return sampling if levels == sampling.steps else replace(sampling, steps=levels, first_steps=None)
 
 
+def in_few_steps(sampling: Sampling, steps: int) -> Sampling:
+    """A model in 1, 2 or 4 steps; frame-wise with 4 for the first frame, as it is meant to be used."""
+    first = even_steps(4) if steps < 4 and sampling.chunk == 1 else None
+    return replace(sampling, steps=even_steps(steps), first_steps=first, solver="renoise", multistep=None, guidance=1.0)
+
+
 def noise_levels(sampling: Sampling) -> tuple[float, ...]:
     """Sigmas at which a chunk is denoised, falling, without the final 0; not the first, where that has others."""
     if sampling.levels:

@@ -287,10 +287,12 @@ def re_export(
     codec: str | None = None,
     scores: Path | None = None,
     label: str | None = None,
+    sampling: Sampling | None = None,
 ) -> Path:
     """Save an export again under another name, with its codec beside it or named `codec`, and its scores -> the folder.
 
-    scores: scores.json of an evaluation, of which the row `label` goes into the provenance.
+    scores: scores.json (or control.json) of an evaluation, of which the row `label` goes into the provenance.
+    sampling: how it is sampled from now on; None: as before.
     """
     source = export_folder(source)
     denoiser, export = load_export(source)
@@ -298,7 +300,13 @@ def re_export(
     if scores is not None:
         provenance["metrics"] = _metrics(scores, label)
     beside = load_codec(codec_file(source, export.codec)) if codec is None else None
-    named = dataclasses.replace(export, name=name or export.name, codec=codec or export.codec, provenance=provenance)
+    named = dataclasses.replace(
+        export,
+        name=name or export.name,
+        codec=codec or export.codec,
+        sampling=sampling or export.sampling,
+        provenance=provenance,
+    )
     return save_export(folder, denoiser, named, codec=beside)
 
 
