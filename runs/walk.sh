@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to a world that one walks in: codec, data, base, AR, CD, DMD with 2 and with 1 step, measures, pictures.
+# From nothing to a world that one walks in: codec, data, base, AR, CD, DMD with 2 and with 1 step, measures, pictures,
+# and the models as the package ships them.
 #
-#   bash runs/walk.sh            one GPU (H200: about 20 minutes, estimated); writes runs/walk
+#   bash runs/walk.sh            one GPU (an H200 that another training shared: 22 minutes up to CD); writes runs/walk
 #   bash runs/walk.sh --smoke    the same path in miniature on a CPU, in a minute: proves the plumbing only
 #
 # The last trainings share the GPU: their hosts are slower than it. Stop it at any time and run it again: finished
 # stages are skipped, running ones continue from their checkpoints. STAGES="codec data base" runs only these;
 # MORE="trainer.log_every=10" overrides every recipe; BASE_STEPS, AR_STEPS, DMD_STEPS shorten theirs.
-# Nothing goes on behind a codec below LEAST_PSNR (32 dB; 0 takes any).
+# Nothing goes on behind a codec below LEAST_PSNR (32 dB; 0 takes any). What stage 3 has not made is neither evaluated nor
+# shipped: the causal CD model in 2 steps is in its place. EMBED is where the shipped models go ($RUN/assets).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${RUN:-runs/walk}
@@ -17,7 +19,7 @@ if [ "${1:-}" = "--smoke" ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # networks this small only lose by more
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-all="codec data base ar cd dmd eval"
+all="codec data base ar cd dmd eval embed"
 stages=${STAGES:-$all}
 for stage in $stages; do
   [[ " $all " == *" $stage "* ]] || { echo "unknown stage $stage" >&2; exit 2; }
@@ -84,12 +86,38 @@ for pid in "${lanes[@]}"; do wait "$pid" || failed=1; done
 trap - INT TERM HUP
 [ $failed = 0 ] || { echo "a training failed" >&2; exit 1; }
 
+there() { [ -f "$run/$1/export/config.yaml" ]; }
 if wanted eval; then
   echo "== eval ($(date +%T))"
-  models=("base=$run/base/export" "AR=$run/ar/export" "AR-2step=$run/ar/export@2" "CD-4step=$run/cd/export@4"
-    "CD-2step=$run/cd/export@2" "DMD-4step=$run/2step/export@4" "DMD-2step=$run/2step/export"
-    "DMD-1step=$run/1step/export" "DMD-2step-from-AR=$run/direct/export")
-  if [ -n "$smoke" ]; then models=("base=$run/base/export" "DMD-1step=$run/1step/export"); fi
+  models=()
+  add() { if there "$2"; then models+=("$1=$run/$2/export${3:-}"); fi; } # add LABEL NAME [@STEPS]
+  add base base
+  add AR ar
+  add AR-2step ar @2
+  for steps in 4 2 1; do add "CD-${steps}step" cd "@$steps"; done
+  add DMD-4step 2step @4
+  add DMD-2step 2step
+  add DMD-1step 1step
+  add DMD-2step-from-AR direct
+  if [ -n "$smoke" ]; then models=("base=$run/base/export" "DMD-2step=$run/2step/export" "DMD-1step=$run/1step/export"); fi
   reel eval --control --clips "$eval_clips" --out "$run/eval" ${smoke:+--steps 2} "${models[@]}"
+fi
+if wanted embed; then
+  assets=${EMBED:-$run/assets}
+  embed() { # embed NAME FROM LABEL [OPTION ...]: a model with its scores, as the package ships it
+    local name=$1 from=$2 label=$3
+    shift 3
+    reel export "$run/$from/export" "$assets/$name" --name "tiny/$name" --scores "$run/eval/control.json" \
+      --label "$label" "$@"
+    sed -i.bak "s|$run/|runs/walk/|" "$assets/$name"/*.yaml && rm -f "$assets/$name"/*.bak
+  }
+  mkdir -p "$assets/walk"
+  cp "$run/codec/export/codec.safetensors" "$run/codec/export/codec.yaml" "$assets/walk/"
+  if there 2step; then
+    embed walk 2step DMD-2step --codec codec.safetensors
+    embed walk-1step 1step DMD-1step --codec ../walk/codec.safetensors
+  else
+    embed walk cd CD-2step --codec codec.safetensors --steps 2
+  fi
 fi
 echo "== end ($(date +%T))"

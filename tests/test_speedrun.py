@@ -1,4 +1,4 @@
-"""`runs/speedrun.sh` with a stand-in for the package: what it starts, in which order, and how it ends."""
+"""`runs/speedrun.sh` and `runs/walk.sh` with a stand-in for the package: what starts, in which order, how it ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from patience import PATIENCE_S, wait_until
 
-SCRIPT = Path(__file__).resolve().parents[1] / "runs" / "speedrun.sh"
+SCRIPT, WALK = (Path(__file__).resolve().parents[1] / "runs" / name for name in ("speedrun.sh", "walk.sh"))
 TRAININGS = {
     *("codec", "base", "ar-frame", "ar-chunk", "ode-frame", "ode-chunk", "cd-frame", "cd-chunk"),
     *("frame-2step", "frame-1step", "chunk-4step"),
@@ -31,7 +31,8 @@ case $1 in
     touch "$out/export/config.yaml" "$out/export/codec.yaml" "$out/export/codec.safetensors"
     said "end $name" ;;
   encode) while [ "$1" != --out ]; do shift; done; mkdir -p "$2"; said "begin data"; said "end data" ;;
-  *) said "begin $1" ;;
+  export) mkdir -p "$3"; echo "out: $RUN/x" >"$3/config.yaml"; said "begin $*" ;;
+  *) said "begin $*" ;;
 esac
 """
 
@@ -46,9 +47,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "RUN": str(tmp_path / "run"), "LOG": str(tmp_path / "log")}
 
 
-def run(environment: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
+def run(environment: dict[str, str], script: Path = SCRIPT, **more: str) -> subprocess.CompletedProcess[str]:
     how: dict = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": PATIENCE_S}
-    return subprocess.run(["bash", str(SCRIPT)], env={**environment, **more}, check=False, **how)
+    return subprocess.run(["bash", str(script)], env={**environment, **more}, check=False, **how)
 
 
 def log(environment: dict[str, str]) -> list[str]:
@@ -113,3 +114,21 @@ def test_a_signal_reaches_every_training_once(environment: dict[str, str]) -> No
     assert sorted(names(environment, "TERM")) == sorted(waits)
     assert sorted(names(environment, "saved")) == sorted(waits)  # the script has waited for them
     assert not {"eval", "chunk-4step", "frame-2step"} & set(names(environment, "begin"))
+
+
+def test_the_walk_ships_what_there_is(environment: dict[str, str]) -> None:
+    """Up to causal CD its student in two steps; after stage 3, from the same folder, that stage's two."""
+    assert run(environment, WALK, STAGES="codec data base ar cd eval embed").returncode == 0
+    assert names(environment, "begin") == ["codec", "data", "base", "ar", "cd", "eval", "export"]
+    *_, evaluated, shipped = log(environment)
+    assert "CD-2step=" in evaluated and "DMD" not in evaluated
+    assert "/cd/export " in shipped and "--name tiny/walk " in shipped and shipped.endswith("--steps 2")
+    assert run(environment, WALK, STAGES="dmd eval embed").returncode == 0
+    begun = names(environment, "begin")[7:]
+    assert sorted(begun[:3]) == ["1step", "2step", "direct"] and begun[3:] == ["eval", "export", "export"]
+    *_, evaluated, two, one = log(environment)
+    assert "CD-2step=" in evaluated and "DMD-1step=" in evaluated
+    assert "/2step/export " in two and "--name tiny/walk " in two and "--label DMD-2step " in two
+    assert "--name tiny/walk-1step " in one and one.endswith("--codec ../walk/codec.safetensors")
+    card = Path(environment["RUN"]) / "assets/walk/config.yaml"
+    assert card.read_text() == "out: runs/walk/x\n" and (card.parent / "codec.safetensors").is_file()
