@@ -1,0 +1,82 @@
+"""`tiny/walk` as it comes with the package: by name everywhere, and its pictures go where its keys say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import causalreel
+from causalreel import cli
+from causalreel.data.video import write_video
+from causalreel.data.video_in import count_frames
+from causalreel.data.walk import WalkState, captions, fields, held, simulate, there_and_back
+from causalreel.data.walk_render import paint
+from causalreel.eval.control import pose_errors, psnr
+from causalreel.infer.pipeline import Pipeline
+from causalreel.weights.export import ASSETS, read_export
+
+NAME = "tiny/walk"
+PROMPT = "a red pillar ahead, a blue block right, sand floor, day sky"
+
+if NAME not in causalreel.variants():
+    pytest.skip(f"{NAME} is not part of this installation", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return causalreel.load(NAME, device="cpu")
+
+
+def made(pipeline: Pipeline, state: WalkState) -> Tensor:
+    """Pictures of latent frames (B,F,3,H,W) behind a true first one."""
+    first = paint(state, state.yaw[:, :1], state.at[:, :1])
+    frames = 1 + 4 * (state.yaw.shape[1] - 1)
+    return pipeline.generate(captions(state), seed=0, prefix=first, fields=fields(state), frames=frames)[:, ::4]
+
+
+def test_it_turns_as_its_keys_say_and_finds_back(pipeline: Pipeline) -> None:
+    """Held-out scenes: four turns to the right and four back, behind a true first picture."""
+    scenes = simulate(4, seed=0, held_out=True)
+    there = held([], *[["right"]] * 4)
+    state = scenes.walking(there_and_back(there[None]).expand(4, -1, -1))
+    pictures = made(pipeline, state)
+    found = pose_errors(pictures[:, :5], state.walking(there[None].expand(4, -1, -1)))
+    assert found["yaw error"].nanmean() < 4  # a key turns by 12 degrees
+    assert psnr(pictures[:, -1], pictures[:, 0]).mean() > 26  # standing elsewhere is below 22
+    assert math.isclose(float(state.yaw[0, 4]), math.radians(48), abs_tol=1e-4)
+
+
+def test_it_is_small_and_says_what_it_is() -> None:
+    files = list((ASSETS / NAME).iterdir())
+    assert {path.name for path in files} >= {"config.yaml", "model.safetensors", "codec.safetensors", "codec.yaml"}
+    assert max(path.stat().st_size for path in files) < 16e6
+    card = read_export(NAME)
+    assert card.family == "walk" and card.sampling.chunk == 1 and len(card.sampling.steps) == 2
+    assert card.provenance["recipe"]["stage"] in ("causal_cd", "dmd") and card.provenance["metrics"]["clips"] >= 16
+
+
+def test_every_command_knows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def reel(*words: str) -> str:
+        assert cli.main(list(words)) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    one, two, three = (tmp_path / f"{name}.mp4" for name in ("keys", "string", "stream"))
+    here = ("--model", NAME, "--device", "cpu")
+    reel("generate", PROMPT, *here, "--keys", "right*2,w", "-o", str(one))
+    assert count_frames(one, fps=16.0) == 13
+    start = tmp_path / "start.mp4"
+    write_video(start, (torch.zeros(1, 3, 64, 64)), 16.0)
+    reel("generate", PROMPT, *here, "--trajectory", "w*2", "--dialect", "minwm", "--video", str(start), "-o", str(two))
+    (tmp_path / "keys").write_text("0.25 w left\n0.5\n")
+    reel("stream", PROMPT, *here, "--keys", str(tmp_path / "keys"), "--seconds", "1", "-o", str(three))
+    assert count_frames(three, fps=16.0) >= 16
+    assert NAME in reel("models", "--names").splitlines()
+    assert "needed" in reel("estimate", "--model", NAME)
+    reel("export", NAME, str(tmp_path / "mine"), "--name", "mine", "--steps", "1")
+    mine = read_export(tmp_path / "mine").sampling
+    assert mine.steps == (1000.0,) and len(mine.first_steps or ()) == 4
+    assert causalreel.load(tmp_path / "mine", device="cpu").generate(PROMPT, frames=5).shape[1] == 5
