@@ -46,6 +46,9 @@ MOST_VALUES = 8192
 """Of a command's JSON."""
 SEED = Whole(0, (1 << 53) - 1, "Of the noise, and of what a prompt leaves open; exact in JavaScript too.")
 STEPS = Whole(1, 100, "Denoising steps per chunk.")
+STRENGTH = Number(
+    0, 1, "Noise level at which chunks of a given video begin; at 1 nothing of it is left.", is_above=True
+)
 RATE = Number(0.1, 240.0, "Pixel frames per second of playing; does not change the frames.")
 CHUNK = Whole(1, 1 << 16, "Latent frames made together; the model says how many there can be.")
 
@@ -275,6 +278,20 @@ class Steps(Command):
 
 
 @dataclass(frozen=True)
+class Strength(Command):
+    """How much of the given video, or of the camera's, is made anew from now on: 1 keeps nothing of it."""
+
+    name: ClassVar[str] = "strength"
+    strength: Annotated[float, STRENGTH]
+
+    def check(self, video: LiveVideo) -> None:
+        video.check_strength()
+
+    def apply(self, video: LiveVideo) -> None:
+        video.set_strength(self.strength)
+
+
+@dataclass(frozen=True)
 class Rate(Command):
     """Frames per second of playing from now on."""
 
@@ -440,6 +457,7 @@ COMMANDS: dict[str, type[Command]] = {
         Step,
         Restart,
         Steps,
+        Strength,
         Rate,
         Image,
         Keys,

@@ -175,6 +175,13 @@ class Live:
             self.sampling = sampling
             self._prepare_again()
 
+    def set_strength(self, strength: float) -> None:
+        """Another noise level at which chunks begin that are laid over a given video, in a new segment."""
+        assert isinstance(self._noise, Over)
+        if strength != self._strength:
+            self._strength = self._noise.strength = strength
+            self._segment = None
+
     def set_loras(self, strengths: Mapping[str, float]) -> None:
         """Other strengths of the pipeline's LoRAs, by name, from the next chunk on, in a new segment.
 

@@ -23,7 +23,7 @@ from causalreel.control.steering import Frame as Steered
 from causalreel.infer.commands import Command, Mode, Options, Scene
 from causalreel.infer.live import Live, Policy, PolicyKind
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.restyle import Encoded, Restyle
+from causalreel.infer.restyle import Encoded, Feed, Restyle
 from causalreel.infer.schedule import adapt
 from causalreel.nn.camera import ACTIONS, INTRINSICS, W2C
 from causalreel.types import Conditioning, DecodeStream
@@ -69,7 +69,7 @@ class LiveVideo:
         self._restyle = restyle
         self._given: Encoded | None = None
         if restyle is not None:
-            restyle.check(pipeline.size, self.sampling)
+            restyle.check(pipeline.size, self.sampling, pipeline.codec)
             if options.image is not None:
                 raise ValueError("a video begins with a picture or is made of a given one, not both")
 
@@ -79,6 +79,33 @@ class LiveVideo:
         return not self.closed and (not self.paused or self.to_step > 0)
 
     # ---- chunks ----
+
+    @property
+    def feed(self) -> Feed | None:
+        """Where the frames come from that it is made of, if somebody sends them."""
+        return None if self._restyle is None else self._restyle.video.feed
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the next chunk waits for frames that somebody sends."""
+        return self.feed is not None and self.feed.is_waiting
+
+    @property
+    def strength(self) -> float | None:
+        """The noise level at which chunks begin, of a video that is made of a given one."""
+        return None if self._restyle is None else self._restyle.strength
+
+    def check_strength(self) -> None:
+        """ValueError for a video that is made of noise alone."""
+        if self._restyle is None:
+            raise ValueError("strength is for a video that is made of a given one; this one is made of noise alone")
+
+    def set_strength(self, strength: float) -> None:
+        """Chunks begin at this noise level from the next one on."""
+        assert self._restyle is not None
+        self._restyle = replace(self._restyle, strength=strength)
+        if self.live is not None:
+            self.live.set_strength(strength)
 
     def has_input(self) -> bool:
         """Whether what it is made of, if anything, has another chunk; waits for a video that is still being made."""

@@ -8,7 +8,9 @@ prompt alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -33,6 +35,8 @@ class GivenVideo:
     """Their height and width."""
     read: Callable[[], Iterable[Tensor]]
     """-> parts (1,t,3,H,W) in [-1,1], in order; asked for when they are needed."""
+    feed: Feed | None = None
+    """Where frames come from in place of `read`, of a video that is never over."""
 
     @staticmethod
     def of(video: Tensor) -> GivenVideo:
@@ -41,6 +45,16 @@ class GivenVideo:
             raise ValueError(f"the given video must be (T,3,H,W) in [-1,1], got {tuple(video.shape)} of {video.dtype}")
         height, width = video.shape[-2:]
         return GivenVideo(len(video), (height, width), lambda: [video[None]])
+
+    @staticmethod
+    def of_pictures(pictures: Sequence[np.ndarray], size: tuple[int, int]) -> GivenVideo:
+        """A video that was decoded before: (H,W,3) uint8 each, of this size."""
+        return GivenVideo(len(pictures), size, lambda: map(_as_video, pictures))
+
+    @staticmethod
+    def of_feed(feed: Feed, size: tuple[int, int]) -> GivenVideo:
+        """Frames that somebody sends while it goes on."""
+        return GivenVideo(None, size, lambda: (), feed)
 
     @staticmethod
     def of_file(
@@ -66,6 +80,42 @@ class GivenVideo:
         return GivenVideo(None, size, read)
 
 
+class Feed:
+    """Frames that come while a video is made of them, such as a camera's: the latest ones are kept, for any thread.
+
+    A chunk is made of what came since the one before it, evenly picked or shown for longer, however many that is.
+    """
+
+    def __init__(self, room: int) -> None:
+        """room: frames that are kept, such as a chunk's."""
+        self._held: deque[np.ndarray] = deque(maxlen=room)
+        self._lock = threading.Lock()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no frame has come since the last chunk."""
+        return not self._held
+
+    def put(self, pictures: Iterable[np.ndarray]) -> None:
+        """Further frames (H,W,3) uint8; what is too many goes, the oldest first."""
+        with self._lock:
+            self._held.extend(pictures)
+
+    def hold(self, count: int) -> bool:
+        """There are always as many as are wanted."""
+        return True
+
+    def take(self, count: int) -> Tensor:
+        """(1,count,3,H,W) in [-1,1], the last one the latest."""
+        with self._lock:
+            came, many = list(self._held), len(self._held)
+            self._held.clear()
+        return torch.cat([_as_video(came[((place + 1) * many - 1) // count]) for place in range(count)], dim=1)
+
+    def close(self) -> None:
+        """A video that begins again takes what comes next."""
+
+
 @dataclass(frozen=True, eq=False)
 class Restyle:
     """What a live video is made of, instead of noise alone."""
@@ -73,7 +123,7 @@ class Restyle:
     video: GivenVideo
     strength: float
 
-    def check(self, size: tuple[int, int], sampling: Sampling) -> None:
+    def check(self, size: tuple[int, int], sampling: Sampling, codec: VideoCodec) -> None:
         """ValueError unless a video of this size, sampled like that, can be made of it."""
         check_strength(self.strength)
         if self.video.size != size:
@@ -81,6 +131,8 @@ class Restyle:
             raise ValueError(f"the given video must be {high}x{wide} pixels, got {height}x{width}")
         if sampling.plan != "chunked":
             raise ValueError("a given video needs a model that goes chunk by chunk")
+        if self.video.frames is None and getattr(codec, "encode_stream", None) is None:
+            raise ValueError("this model's codec encodes whole clips only, so nothing can be made of a stream")
 
 
 def _pictures(
@@ -122,15 +174,14 @@ class Encoded:
     """A given video as latents, decoded and encoded as they are asked for; all at once by a codec that must."""
 
     def __init__(self, codec: VideoCodec, given: GivenVideo, device: torch.device) -> None:
-        self._codec, self._device, self._pixels = codec, device, _Frames(given.read())
+        self._codec, self._device = codec, device
+        self._pixels = _Frames(given.read()) if given.feed is None else given.feed
         self._rest: Tensor | None = None
         """Latents that were encoded and not yet asked for."""
         self._begun = False
         stream: Any = getattr(codec, "encode_stream", None)
         self._encode: Callable[[Tensor], Tensor] = codec.encode if stream is None else stream()
         self._at_once = given.frames if stream is None else None
-        if stream is None and given.frames is None:
-            raise ValueError("this model's codec encodes whole clips only, so nothing can be made of a stream")
 
     def has(self, frames: int) -> bool:
         """Whether there are so many more latent frames; waits for a video that is still being made."""

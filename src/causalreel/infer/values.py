@@ -131,22 +131,27 @@ class Whole(Kind):
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A number, both ends included."""
+    """A number, both ends included, or all but the lower one."""
 
     least: float
     most: float
     about: str = ""
+    is_above: bool = False
+    """Whether `least` itself is too little."""
 
     def read(self, name: str, value: Any) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not self.least <= value <= self.most:
-            raise WrongKind(f"{name} must be a number from {self.least:g} to {self.most:g}, got {shown(value)}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and self.least <= value <= self.most
+        if not is_number or (self.is_above and value == self.least):
+            limits = "above {:g} and at most {:g}" if self.is_above else "from {:g} to {:g}"
+            raise WrongKind(f"{name} must be a number {limits.format(self.least, self.most)}, got {shown(value)}")
         return float(value)
 
     def typed(self, words: str) -> Any:
         return _parsed(float, words)
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "number", "minimum": self.least, "maximum": self.most}
+        least = "exclusiveMinimum" if self.is_above else "minimum"
+        return {"type": "number", least: self.least, "maximum": self.most}
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,39 @@ class Picture(Kind):
 
     def schema(self) -> dict[str, Any]:
         return {"anyOf": [{"type": "string", "contentEncoding": "base64"}, {"type": "null"}]}
+
+
+@dataclass(frozen=True)
+class Film(Kind):
+    """A video file, in base64."""
+
+    about: str = ""
+
+    def read(self, name: str, value: Any) -> Any:
+        if not isinstance(value, str) or not value:
+            raise WrongKind(f"{name} must be a video file, in base64, got {shown(value)}")
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "contentEncoding": "base64"}, {"type": "null"}]}
+
+
+@dataclass(frozen=True)
+class Switch(Kind):
+    """Yes or no."""
+
+    about: str = ""
+
+    def read(self, name: str, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise WrongKind(f"{name} must be true or false, got {shown(value)}")
+        return value
+
+    def typed(self, words: str) -> Any:
+        return {"true": True, "false": False}.get(words, words)
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "boolean"}
 
 
 @dataclass(frozen=True)

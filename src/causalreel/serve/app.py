@@ -263,7 +263,10 @@ async def command_session(request: Request, session_id: str) -> dict[str, Any]:
 async def record_session(request: Request, session_id: str) -> dict[str, Any]:
     """The session's options and commands: a file from which the same frames can be made again."""
     handle = service_of(request).handle(session_id)
-    return await run_in_threadpool(handle.session.record)
+    try:
+        return await run_in_threadpool(handle.session.record)
+    except ValueError as error:
+        raise ApiError(400, "invalid_request", str(error)) from error
 
 
 @sessions.websocket("/{session_id}/stream")

@@ -25,6 +25,8 @@ from causalreel.serve.wire import ErrorView, Record, SessionRequest, VideoReques
 Body = TypeVar("Body")
 FIELDS = 16
 """Most fields of a form."""
+FILES = ("image", "video")
+"""Those of them that are files."""
 REFERENCE = "#/components/schemas/{model}"
 CHARSET = re.compile(r""";\s*charset\s*=\s*["']?([^\s;"']*)""", re.IGNORECASE)
 BOUNDARY = re.compile(
@@ -70,7 +72,7 @@ def _read_json(body: bytes, cls: type[Body] | None, picture: Reads | None = None
         raise ApiError(400, "invalid_request", "the body must be UTF-8") from error
     except ValueError as error:
         raise ApiError(400, "invalid_request", str(error)) from error
-    if len(body) - (len(fields["image"]) if isinstance(fields.get("image"), str) else 0) > SMALL:
+    if len(body) - sum(len(fields[name]) for name in FILES if isinstance(fields.get(name), str)) > SMALL:
         raise too_large(SMALL)
     return fields if cls is None else _read(cls, fields, picture)
 
@@ -138,8 +140,8 @@ class _Form:
         for name, is_file, content in self.parts:
             if name in found:
                 raise ApiError(400, "invalid_request", "a field must be given once")
-            if is_file != (name == "image"):
-                raise ApiError(400, "invalid_request", "image must be a file, and nothing else may be one")
+            if is_file != (name in FILES):
+                raise ApiError(400, "invalid_request", "image and video must be files, and nothing else may be one")
             if not is_file and len(content) > SMALL:
                 raise too_large(SMALL)
             found[name] = base64.b64encode(content).decode() if is_file else content.decode("utf-8")
@@ -199,7 +201,8 @@ def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
         for model in (SessionRequest, VideoRequest):
             about = {"title": model.__name__, "description": " ".join((model.__doc__ or "").split())}
             schemas[model.__name__] = schema = {**about, **values.schema(model)}
-            form = schema["properties"] | {"image": {"type": "string", "format": "binary"}}
+            files = {name: {"type": "string", "format": "binary"} for name in FILES if name in schema["properties"]}
+            form = schema["properties"] | files
             schemas[f"{model.__name__}Form"] = schema | {"title": f"{model.__name__}Form", "properties": form}
         schemas["Record"] = Record.model_json_schema(ref_template=REFERENCE)
         for name, kind in COMMANDS.items():

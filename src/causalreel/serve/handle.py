@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from causalreel.infer.commands import Close, Command
 from causalreel.serve.session import Emitted, Session, with_queue
@@ -87,6 +89,15 @@ class Handle:
             self.ready_s = self.seen_s
         self._wake()
         return number
+
+    def feed(self, pictures: Iterable[np.ndarray]) -> None:
+        """As `Session.feed`."""
+        now = self._clock()
+        if not self.session.can_run:
+            self.ready_s = now
+        self.seen_s = now
+        self.session.feed(pictures)
+        self._wake()
 
     def pull(self, after: int, timeout: float) -> Emitted | Ended | None:
         """The chunk behind number `after` (-1: the first one), waited for; Ended once there is none; None in time.

@@ -46,7 +46,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "permissions-policy": "camera=(self), geolocation=(), microphone=()",
 }
 
 Scope = MutableMapping[str, Any]
@@ -137,13 +137,13 @@ class Rates:
             return wait
 
 
-def decode_base64(text: Any) -> bytes:
+def decode_base64(text: Any, wanted: str = "image must be base64 of a PNG, JPEG or WebP file") -> bytes:
     """Base64, or a data: URL of it -> bytes; ValueError."""
     try:
         text = text.partition(",")[2] if text.startswith("data:") else text
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError, AttributeError) as error:
-        raise ValueError("image must be base64 of a PNG, JPEG or WebP file") from error
+        raise ValueError(wanted) from error
 
 
 def decode_picture(data: bytes, size: tuple[int, int], *, pixels: int) -> Tensor:

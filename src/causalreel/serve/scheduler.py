@@ -19,6 +19,7 @@ import torch
 
 from causalreel.infer.live import PolicyKind, first_prompt
 from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.restyle import Restyle
 from causalreel.serve.handle import Ended, Handle, Limits, Pace
 from causalreel.serve.memory import free_bytes, held_bytes, process_bytes
 from causalreel.serve.records import Record
@@ -84,16 +85,24 @@ class Scheduler:
             self._thread.join()
         self.is_ready = False
 
-    def open(self, options: Options | Record, *, pace: Pace = "realtime", id: str | None = None) -> Handle:
-        """A new session, or one that plays a record again; id: None makes one. Raises Busy where there is no room,
-        ValueError for what the model cannot meet."""
+    def open(
+        self,
+        options: Options | Record,
+        *,
+        pace: Pace = "realtime",
+        id: str | None = None,
+        restyle: Restyle | None = None,
+    ) -> Handle:
+        """A new session, or one that plays a record again; id: None makes one. restyle: a video that it is made of, and
+        ends with. Raises Busy where there is no room, ValueError for what the model cannot meet."""
         if pace not in ("realtime", "max"):
             raise ValueError(f"pace must be realtime or max, got {pace!r}")
         self._admit()
         if isinstance(options, Record):
             session = Session.of(self.pipeline, options, id=id, clock=self.clock)
         else:
-            session = Session(self.pipeline, options, id=id, policy=self.policy, clock=self.clock)
+            how: dict[str, Any] = {"policy": self.policy, "clock": self.clock, "restyle": restyle}
+            session = Session(self.pipeline, options, id=id, **how)
         handle = Handle(session, pace, self.limits, self.clock, self.wake)
         with self._condition:
             self._admit()  # text may have taken long to encode
@@ -230,7 +239,7 @@ class Scheduler:
             self.made += 1
             handle.add(made, start, self.clock())
         if session.closed:
-            handle.end(Ended("closed by client"))
+            handle.end(Ended("closed by client" if session.has_input else "the given video is over"))
 
     def _goes_on(self, handle: Handle) -> bool:
         """Whether this session is the one to be run next, once the chunk in the making is there: then it may be begun

@@ -16,6 +16,7 @@ from causalreel.infer.commands import describe, parse
 from causalreel.infer.live import hints, understand
 from causalreel.nn.camera import W2C
 from causalreel.serve.counters import Counters
+from causalreel.serve.given import pictures_in, restyle_of
 from causalreel.serve.guard import SMALL
 from causalreel.serve.handle import Handle
 from causalreel.serve.records import parse_record
@@ -73,7 +74,9 @@ class Service:
     def open(self, request: SessionRequest) -> Handle:
         """Open a session; ApiError 400 for what the model cannot do, 503 when there is no room."""
         try:
-            handle = self.scheduler.open(request, pace=request.pace, id=self.new_id())
+            most = {"frames": self.settings.video_frames, "pixels": self.settings.image_pixels}
+            restyle = restyle_of(request, self.scheduler.pipeline, **most)
+            handle = self.scheduler.open(request, pace=request.pace, id=self.new_id(), restyle=restyle)
         except Busy as error:
             raise ApiError(503, "busy", str(error), {"retry-after": "5"}) from error
         except ValueError as error:
@@ -199,6 +202,11 @@ class Talk:
                 raise ValueError(
                     f"messages must have at most {self.service.settings.body_bytes} bytes, got {len(text)}"
                 )
+            if isinstance(text, bytes) and self.handle.session.video.feed is not None:
+                if wait > 0:
+                    raise ValueError(TOO_FAST)
+                self.handle.feed(pictures_in(text, self.service.scheduler.pipeline.size))
+                return []
             message = parse_message(text)
             said = message.pop("id", None)
             said = said if isinstance(said, (int, str)) and len(str(said)) <= 64 else None

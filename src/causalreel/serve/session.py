@@ -12,10 +12,11 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,6 +137,8 @@ class Session:
         self.video = LiveVideo(pipeline, options, policy, restyle=restyle)
         self._loras = self._loras_now()
         """What the video began with; they may change for other sessions' sake."""
+        self.has_input = True
+        """Whether what it is made of goes on."""
         self.sequence = self.frames = 0
         """Chunks and pixel frames made so far."""
         self._started = 0
@@ -246,6 +249,8 @@ class Session:
                 "height": height,
                 "policy": video.policy.kind,
                 "has_image": video.scene.picture is not None,
+                "strength": video.strength,
+                "camera": video.feed is not None,
                 "fields": {name: value.tolist() for name, value in video.fields.items()},
                 "keys": list(video.pressed),
                 "applied": None if self._last is None else _receipt(self._last),
@@ -265,7 +270,13 @@ class Session:
     @property
     def can_run(self) -> bool:
         """Whether `next_chunk` would make a chunk, if no command waits."""
-        return self.video.can_run
+        return self.video.can_run and not (self._begun is None and self.video.is_waiting)
+
+    def feed(self, pictures: Iterable[np.ndarray]) -> None:
+        """Further frames (H,W,3) uint8 of the camera that it is made of; ValueError if it is not."""
+        if self.video.feed is None:
+            raise ValueError("this session takes no frames; open one with camera: true")
+        self.video.feed.put(pictures)
 
     def take_commands(self) -> None:
         """Have the pending commands take effect now, between two chunks; for the thread that asks for chunks."""
@@ -323,7 +334,7 @@ class Session:
             raise failure
         self.take_commands()
         begun, self._begun = self._begun or self._begin(), None
-        if begun is None or not self.can_run:
+        if begun is None or not self.video.can_run:
             self._begun = begun
             return None
         self.video.to_step = max(self.video.to_step - 1, 0)
@@ -360,7 +371,7 @@ class Session:
         if not self.can_run:
             return None
         if not self.video.has_input():
-            self.video.closed = True
+            self.has_input, self.video.closed = False, True
             self.video.reset()
             return None
         begun = Begun.of(self.video, self.clock, is_ahead=is_ahead)
@@ -398,7 +409,10 @@ class Session:
     # ---- the record ----
 
     def record(self) -> dict[str, Any]:
-        """Options and commands with the chunk at which each took effect, as JSON takes it; for `replay`."""
+        """Options and commands with the chunk at which each took effect, as JSON takes it; for `replay`. ValueError for
+        a session that is made of a given video."""
+        if self.video.strength is not None:
+            raise ValueError("a session that is made of a given video has no replay file, which would not hold it")
         with self._lock:
             options = {one.name: getattr(self.video.options, one.name) for one in values.parameters(Options)}
             if not options["fields"]:  # which files of earlier versions do not have

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from causalreel.foreign import parse_json
-from causalreel.infer.commands import CHUNK, MOST_VALUES, SEED, STEPS, Options
-from causalreel.infer.values import Choice, Picture, Text, Whole
+from causalreel.infer.commands import CHUNK, MOST_VALUES, SEED, STEPS, STRENGTH, Options
+from causalreel.infer.values import Choice, Film, Picture, Switch, Text, Whole
 from causalreel.serve.handle import Pace
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ class SessionRequest(Options):
     """A session to open. What is left out is the model's own."""
 
     pace: Annotated[Pace, Choice(get_args(Pace), "As fast as it is shown, or as fast as it is made.")] = "realtime"
+    video: Annotated[Any, Film("A video file that the session is made of, and ends with.")] = None
+    """Base64."""
+    camera: Annotated[bool, Switch("Make it of frames that are sent while it goes on; the latest count.")] = False
+    strength: Annotated[float | None, STRENGTH] = None
+    """Of either; None: 0.6."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +229,7 @@ def explain(error: Any) -> str:
 def parse_message(text: str | bytes) -> dict[str, Any]:
     """A client's text message -> its fields; ValueError for anything but a JSON object with a type."""
     if isinstance(text, bytes):
-        raise ValueError("messages must be text with JSON, got bytes")
+        raise ValueError("messages must be text with JSON, got bytes; frames are for sessions opened with camera: true")
     message = parse_json(text, "the message", items=MOST_VALUES)
     if not isinstance(message.get("type"), str):
         raise ValueError("messages must be objects with a type")

@@ -2,9 +2,12 @@
 // A link may carry ?prompt=...&seed=...&steps=...&fps=... for the session it starts.
 
 import { Timeline } from "./charts.js";
+import { fullScreen, limit, onSubmit, shortcuts } from "./controls.js";
+import { Given } from "./given.js";
 import { $, connection, overlay, round, say, stored, tell } from "./page.js";
 import { FirstPicture } from "./picture.js";
 import { Decoder, hasVideoDecoder, Player } from "./player.js";
+import { explainModes, promptError, sendPrompt } from "./prompting.js";
 import { History } from "./prompts.js";
 import { copyLink, readReplay, Recorder, saveReplay, toggleRecording } from "./sharing.js";
 import { Speed } from "./speed.js";
@@ -13,13 +16,6 @@ import { Api, Problem, Stream } from "./wire.js";
 import { Words } from "./words.js";
 
 const SMALL = 256; // pixels across, up to which a video is enlarged without smoothing
-const MODES = {
-  recompute: "The picture goes on. The model looks at its last frames again with the new prompt: shows soonest.",
-  switch: "The picture goes on. The model remembers its last frames as they were: the old may linger a little.",
-  fade: "The picture goes on, and moves from the old prompt to the new one in equal steps.",
-  restart: "A new video from its first frame, with this prompt and the same seed.",
-};
-
 const link = new URLSearchParams(location.search);
 
 const now = {
@@ -37,11 +33,11 @@ const now = {
 // --------------------------------------------------------------------------------------------------- what is shown
 
 const speed = new Speed();
-const past = new History($("prompt"), $("history"), $("forget"), sendPrompt, () => promptError(""));
+const past = new History($("prompt"), $("history"), $("forget"), send, () => promptError(""));
 const timeline = new Timeline($("timeline"), $("timeline-empty"), (prompt) => past.show(prompt));
 const words = new Words(
   { box: $("prompt"), examples: $("examples"), words: $("words"), another: $("another") },
-  { use: (text) => { past.show(text); sendPrompt(); }, edited: () => promptError("") },
+  { use: (text) => { past.show(text); send(); }, edited: () => promptError("") },
 );
 
 const player = new Player($("video"), {
@@ -64,6 +60,8 @@ const decoder = new Decoder((item) => player.push(item), (problem) => undecodabl
 const recorder = new Recorder($("video"));
 const picture = new FirstPicture($("video"), (image) => command("image", { image }));
 const steering = new Steering((pressed, tapped) => command("keys", tapped.length ? { pressed, tapped } : { pressed }));
+
+const given = new Given(now.api, { replace, options, command, stream: () => now.stream, model: () => now.model });
 
 /** The screen takes the video's shape; small videos are enlarged without smoothing. */
 function shape({ width, height }) {
@@ -151,14 +149,6 @@ async function meet() {
   limit(now.model.commands);
 }
 
-/** Give the fields for numbers the limits of the commands that they are sent with. */
-function limit(commands) {
-  for (const [name, about] of commands.flatMap((command) => Object.entries(command.arguments.properties))) {
-    const { minimum, maximum } = about.anyOf?.[0] ?? about;
-    if ($(name)?.type === "number") Object.assign($(name), { min: minimum, max: maximum });
-  }
-}
-
 /** The session if it still goes on, after a reload of the page. */
 async function alive(id) {
   try {
@@ -226,6 +216,7 @@ function leave() {
   player.play();
   speed.clear();
   steering.leave();
+  given.end();
   now.sent.clear();
   now.stepping = false;
   showPaused(false);
@@ -238,6 +229,7 @@ function leave() {
 function ended(reason, isError, status) {
   stored(() => sessionStorage, "session", null);
   steering.leave();
+  given.end();
   enable(false);
   connection("down", "Ended");
   overlay(`The session has ended${/^closed/.test(reason) ? "" : `: ${reason}`}`, true);
@@ -253,6 +245,7 @@ function ended(reason, isError, status) {
 function takenOver() {
   stored(() => sessionStorage, "session", null);
   steering.leave();
+  given.end();
   enable(false);
   connection("down", "Shown elsewhere");
   overlay("Shown in another window", true);
@@ -263,6 +256,8 @@ function changed(state) {
   now.state = state;
   if (!now.state.pending) picture.mark(Boolean(now.state.has_image));
   replaying(now.state.replaying);
+  given.mark(now.state);
+  $("replay").disabled = given.isGiven || $("end").disabled;
   const isPaused = Boolean(now.state.paused);
   const isAhead = now.replay && now.state.sequence >= now.replay; // it paused at the end, which is not shown yet
   const isSettled = !now.state.pending && !now.asking && !isAhead; // no command of ours is on its way to change it
@@ -378,28 +373,9 @@ async function restart() {
   }
 }
 
-async function sendPrompt(event) {
+function send(event) {
   event?.preventDefault();
-  const text = $("prompt").value.trim();
-  const mode = $("mode").value;
-  const values = mode === "restart" ? { prompt: text } : { text, mode };
-  if (mode === "fade") values.chunks = Number($("fade").value) || 1;
-  try {
-    if (!text) throw new Problem("Write what the video should show.");
-    await command(mode === "restart" ? "restart" : "prompt", values);
-    promptError("");
-    past.add(text);
-    say(mode === "restart" ? "Starting again with this prompt." : "The prompt changes at the next chunk.");
-  } catch (problem) {
-    promptError(problem.message.replace(/; allowed words are .*/, "; the words it knows are below")); // to be pressed
-  }
-}
-
-function promptError(text) {
-  $("prompt-error").hidden = !text;
-  $("prompt-error").textContent = text;
-  $("prompt").setAttribute("aria-invalid", String(Boolean(text)));
-  if (text) say(text);
+  return sendPrompt(command, (text) => past.add(text));
 }
 
 // ----------------------------------------------------------------------------------------------- beginning and ending
@@ -426,18 +402,18 @@ async function endSession() {
   }
 }
 
-async function newSession() {
+/** End the session that plays, and join the one that `open` gives. */
+async function replace(open) {
   if (now.stream && !now.stream.isOver) await endSession();
   stored(() => sessionStorage, "session", null);
-  await begin();
+  await begin(open);
 }
 
 /** A session that shows what a replay file holds, in place of the one that plays. */
 async function openReplay(file) {
   try {
     const text = await readReplay(file);
-    if (now.stream && !now.stream.isOver) await endSession();
-    await begin(async () => {
+    await replace(async () => {
       const opened = await now.api.replay(text);
       if (opened.notes.length) tell(`The replay may differ from what was recorded: ${opened.notes.join("; ")}.`);
       return opened;
@@ -459,49 +435,21 @@ function drop(event) {
 
 // ------------------------------------------------------------------------------------------------------------ wiring
 
-function fullScreen() {
-  if (document.fullscreenElement) document.exitFullscreen();
-  else $("screen").requestFullscreen?.().catch((problem) => tell(problem.message));
-}
-
 const SHORTCUTS = {
   k: togglePause, " ": togglePause, s: step, r: restart, c: record, f: fullScreen,
   "/": () => $("prompt").focus(),
 };
 
-function shortcut(event) {
-  if (steering.takes(event)) return;
-  const isTaken = event.target.closest("input, textarea, select, [contenteditable]")
-    || (event.key === " " && event.target.closest("button, summary, a, ol"));
-  if (isTaken || event.ctrlKey || event.metaKey || event.altKey || !$("shortcuts").checked) return;
-  const act = SHORTCUTS[event.key.toLowerCase()];
-  if (!act || (event.repeat && event.key !== "s")) return;
-  event.preventDefault();
-  act();
-}
-
-function onSubmit(id, act) {
-  $(id).addEventListener("submit", (event) => {
-    event.preventDefault();
-    act();
-  });
-}
-
 function wire() {
   if (hasVideoDecoder) $("format").append(new Option("H.264 video", "h264"));
   const buttons = {
     pause: togglePause, step, restart, record, full: fullScreen, replay: () => saveReplay(now.api, now.id), link: share,
-    again: newSession, start: newSession, end: endSession,
+    again: () => replace(), start: () => replace(), end: endSession,
   };
   for (const [id, act] of Object.entries(buttons)) $(id).addEventListener("click", act);
   if (!Recorder.type) Object.assign($("record"), { disabled: true, title: "This browser cannot record" });
-  $("prompt-form").addEventListener("submit", sendPrompt);
-  const explain = () => {
-    $("fade-part").hidden = $("mode").value !== "fade";
-    $("mode-help").textContent = MODES[$("mode").value];
-  };
-  $("mode").addEventListener("change", explain);
-  explain();
+  $("prompt-form").addEventListener("submit", send);
+  explainModes();
   $("format").addEventListener("change", () => {
     player.fresh();
     now.stream?.change(query());
@@ -522,7 +470,7 @@ function wire() {
     $("access").hidden = true;
     begin();
   });
-  document.addEventListener("keydown", shortcut);
+  shortcuts(SHORTCUTS, (event) => steering.takes(event));
   setInterval(measure, 500);
   setInterval(() => { if (now.stream?.socket?.readyState === 1) now.stream.ping(); }, 20_000);
 }

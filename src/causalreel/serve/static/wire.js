@@ -22,8 +22,9 @@ export class Api {
   async call(method, path, body) {
     const headers = { Accept: "application/json" };
     if (this.token) headers.Authorization = `Bearer ${this.token}`;
-    if (body !== undefined) headers["Content-Type"] = "application/json";
-    const content = typeof body === "string" || body === undefined ? body : JSON.stringify(body);
+    const isForm = body instanceof FormData; // its type names a boundary, which the browser makes
+    if (body !== undefined && !isForm) headers["Content-Type"] = "application/json";
+    const content = typeof body === "string" || body === undefined || isForm ? body : JSON.stringify(body);
     let answer;
     try {
       answer = await fetch(new URL(path, this.base), {
@@ -191,6 +192,11 @@ export class Stream {
     const id = String(this.next++);
     this.socket.send(JSON.stringify({ type: "command", id, name, ...values }));
     return new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject }));
+  }
+
+  /** Send bytes that nobody answers, unless so many are waiting to be sent that they would come late. */
+  push(bytes, most) {
+    if (this.socket?.readyState === WebSocket.OPEN && this.socket.bufferedAmount < most) this.socket.send(bytes);
   }
 
   /** Keeps proxies from closing a quiet connection, such as that of a paused session. */

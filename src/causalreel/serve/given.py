@@ -1,0 +1,97 @@
+"""What a session is made of beside noise: a video file that came with the request, or frames that a client goes on
+sending, such as a camera's. Both are foreign bytes: bounded in number, size and time before they are pixels."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from causalreel.data.video_in import open_video
+from causalreel.infer.restyle import Feed, GivenVideo, Restyle
+from causalreel.infer.values import Picture
+from causalreel.serve.safety import MIB, ApiError, decode_base64, decode_picture
+from causalreel.serve.wire import SessionRequest
+
+if TYPE_CHECKING:
+    from causalreel.infer.pipeline import Pipeline
+
+STRENGTH = 0.6
+"""Where a request names none."""
+FILM_BYTES = 256 * MIB
+"""Of a video's frames, as large as the model's."""
+FILM_S = 20.0
+"""Seconds in which they must be decoded."""
+MOST_FRAMES = 8
+"""Of one message."""
+FRAME_PIXELS = 2_100_000
+"""Of one of them: 1080p."""
+NAME = re.compile(r"<_io\.BytesIO object at \w+>:? ")
+_filming = threading.Lock()
+
+
+def restyle_of(request: SessionRequest, pipeline: Pipeline, *, frames: int, pixels: int) -> Restyle | None:
+    """What a request wants its session to be made of; None: of noise. frames, pixels: most of a video, and of a frame.
+
+    ValueError for what cannot be; ApiError 503 while another video is decoded.
+    """
+    if request.video is None and not request.camera:
+        if request.strength is not None:
+            raise ValueError("strength is for a given video or a camera; there is none")
+        return None
+    if request.video is not None and request.camera:
+        raise ValueError("a session is made of a video or of a camera's frames, not of both")
+    strength, size = STRENGTH if request.strength is None else request.strength, pipeline.size
+    if request.camera:
+        chunk = pipeline.sampling.chunk if request.chunk is None else request.chunk
+        given = GivenVideo.of_feed(Feed(pipeline.geometry.temporal * (chunk or 1)), size)
+        return Restyle(given, strength)
+    data = decode_base64(request.video, "video must be base64 of a video file")
+    if not _filming.acquire(blocking=False):
+        raise ApiError(503, "busy", "another video is being decoded", {"retry-after": "2"})
+    try:
+        return Restyle(GivenVideo.of_pictures(film(data, pipeline, frames=frames, pixels=pixels), size), strength)
+    finally:
+        _filming.release()
+
+
+def film(data: bytes, pipeline: Pipeline, *, frames: int, pixels: int) -> list[np.ndarray]:
+    """A video file -> its frames at the model's rate and of its size, (H,W,3) uint8 each; ValueError."""
+    (height, width), fps = pipeline.size, pipeline.export.fps
+    most, until = min(frames, FILM_BYTES // (height * width * 3)), time.monotonic() + FILM_S
+    found: list[np.ndarray] = []
+    try:
+        with open_video(io.BytesIO(data), fps=fps, size=(height, width)) as reel:
+            if reel.size[0] * reel.size[1] > pixels:
+                raise ValueError(f"its frames must have at most {pixels} pixels, got {reel.size[1]}x{reel.size[0]}")
+            for picture in reel.frames:
+                if len(found) == most:
+                    raise ValueError(
+                        f"it has more than {most} frames at {fps:g} a second, the most that a session takes"
+                    )
+                if time.monotonic() > until:
+                    raise ValueError(f"its frames cannot be decoded in {FILM_S:g} s")
+                found.append(picture)
+    except ValueError as error:
+        raise ValueError(f"video: {NAME.sub('', str(error))}") from None
+    return found
+
+
+def pictures_in(message: bytes, size: tuple[int, int]) -> list[np.ndarray]:
+    """A binary message of a client, pictures one behind the other with 4 bytes of length before each (big endian) ->
+    (H,W,3) uint8 each, cut to the size; ValueError."""
+    parts, at = [], 0
+    while at < len(message):
+        length = int.from_bytes(message[at : at + 4], "big")
+        at += 4 + length
+        if length == 0 or at > len(message) or len(parts) == MOST_FRAMES:
+            raise ValueError(
+                f"a message of frames holds 1 to {MOST_FRAMES} pictures, each behind 4 bytes of its length"
+            )
+        parts.append(message[at - length : at])
+    decoded = (decode_picture(part, size, pixels=FRAME_PIXELS) for part in parts)
+    return [Picture().read("frame", one).numpy() for one in decoded]

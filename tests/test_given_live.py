@@ -1,0 +1,227 @@
+"""Sessions that are made of a video file or of a camera's frames: over HTTP and the socket, with the given frames in
+what they show, bounded, and refused in a line where it cannot be."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+from PIL import Image
+
+from causalreel.data.video import write_video
+from causalreel.infer.commands import Options
+from causalreel.infer.restyle import Feed, GivenVideo, Restyle
+from causalreel.serve import given
+from causalreel.serve.given import film, pictures_in
+from causalreel.serve.session import Session
+from served import BLUE, RED, coded, message, opened, picture, serving, small_pipeline, until
+
+FAINT = 0.05
+"""A strength at which the given frames shine through."""
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return small_pipeline()
+
+
+def grey(level: int) -> np.ndarray:
+    return np.full((64, 64, 3), level, np.uint8)
+
+
+def sent(*levels: int) -> bytes:
+    """A message of frames."""
+    held = b""
+    for level in levels:
+        file = io.BytesIO()
+        Image.fromarray(grey(level)).save(file, "PNG")
+        held += len(file.getvalue()).to_bytes(4, "big") + file.getvalue()
+    return held
+
+
+def clip(path: Path, frames: int = 29, size: int = 64) -> bytes:
+    """A file that gets brighter."""
+    levels = torch.linspace(-0.8, 0.8, frames)[:, None, None, None].expand(-1, 3, size, size)
+    write_video(path, levels[None], 16)
+    return path.read_bytes()
+
+
+# ---- frames that come while it goes on -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "came, count, taken",
+    [([1], 4, [1, 1, 1, 1]), ([1, 2], 4, [1, 1, 2, 2]), ([1, 2, 3, 4], 4, [1, 2, 3, 4]), ([1, 2, 3], 1, [3]),
+     ([1, 2, 3, 4, 5, 6], 4, [3, 4, 5, 6]), ([1, 2, 3], 2, [2, 3])],
+)  # fmt: skip
+def test_a_chunk_is_made_of_what_came_since_the_last_one(came: list[int], count: int, taken: list[int]) -> None:
+    feed = Feed(4)
+    assert feed.is_waiting
+    feed.put(grey(level) for level in came)
+    assert not feed.is_waiting
+    shown = feed.take(count)
+    assert shown.shape == (1, count, 3, 64, 64) and feed.is_waiting
+    assert ((shown[0, :, 0, 0, 0] + 1) * 127.5).round().tolist() == taken
+
+
+def test_a_session_waits_for_frames_and_shows_the_latest(pipeline: Any) -> None:
+    restyle = Restyle(GivenVideo.of_feed(Feed(4), pipeline.size), FAINT)
+    one = Session(pipeline, Options(RED), restyle=restyle)
+    assert not one.can_run and one.next_chunk() is None
+    seen = []
+    for level in (40, 200, 120, 120):
+        one.feed(grey(level) for _ in range(9))
+        made = one.next_chunk()
+        seen.append(float(made.frames[-1].float().mean()))
+        assert one.next_chunk() is None and not one.closed
+    assert seen[0] < seen[2] < seen[1] and seen[1] - seen[0] > 60
+    assert (one.sequence, one.frames) == (4, 13)
+    one.command("strength", strength=1.0)
+    one.command("restart")
+    one.feed([grey(200)])
+    assert one.next_chunk().frames.shape[0] == 1  # a video's first frame, of the prompt alone
+    assert one.state()["strength"] == 1.0 and one.state()["camera"] is True
+    with pytest.raises(ValueError, match="has no replay file"):
+        one.record()
+    plain = Session(pipeline, Options(RED))
+    with pytest.raises(ValueError, match="strength is for a video that is made of a given one"):
+        plain.command("strength", strength=0.5)
+    with pytest.raises(ValueError, match=r"strength must be a number above 0 and at most 1, got 0"):
+        one.command("strength", strength=0)
+
+
+def test_another_strength_counts_from_the_next_chunk_on(pipeline: Any, tmp_path: Path) -> None:
+    """And the chunks before it are as without."""
+    pictures, shown = [grey(60 + 4 * at) for at in range(29)], []
+    for changes in (False, True):
+        one = Session(
+            pipeline, Options(RED, seed=3), restyle=Restyle(GivenVideo.of_pictures(pictures, (64, 64)), FAINT)
+        )
+        made = [one.next_chunk().frames for _ in range(3)]
+        if changes:
+            one.command("strength", strength=0.9)
+        shown.append([*made, one.next_chunk().frames])
+    assert all(torch.equal(a, b) for a, b in zip(*(each[:3] for each in shown), strict=True))
+    assert (shown[0][3].int() - shown[1][3].int()).abs().max() > 30
+
+
+# ---- over the network ------------------------------------------------------------------------------------------------
+
+
+def means(client: Any, id: str, chunks: int, **more: Any) -> list[float]:
+    """Brightness of the last frame of chunks, in order."""
+    found = []
+    with client.websocket_connect(f"/v1/sessions/{id}/stream?format=webp") as socket:
+        while len(found) < chunks:
+            told, parts = message(socket)
+            if told["type"] == "chunk":
+                found.append(float(np.asarray(Image.open(io.BytesIO(parts[-1]))).mean()))
+            elif told["type"] == "ended":
+                found.append(told)
+    return found
+
+
+@pytest.mark.parametrize("way", ["form", "json"])
+def test_a_session_is_made_of_a_file_and_ends_with_it(pipeline: Any, way: str, tmp_path: Path) -> None:
+    data = clip(tmp_path / "a.mp4", size=96)
+    with serving(pipeline) as client:
+        if way == "form":
+            fields = {"prompt": RED, "strength": str(FAINT), "pace": "max"}
+            answer = client.post("/v1/sessions", data=fields, files={"video": ("a.mp4", data, "video/mp4")})
+            assert answer.status_code == 201, answer.text
+            id = answer.json()["id"]
+        else:
+            id = opened(client, video=base64.b64encode(data).decode(), strength=FAINT, pace="max")
+        *found, end = means(client, id, 9)
+        assert found[-1] - found[0] > 80 and all(b > a - 8 for a, b in itertools.pairwise(found))
+        assert end == {"type": "ended", "reason": "the given video is over", "is_error": False}
+
+
+def test_a_session_is_made_of_frames_that_are_sent(pipeline: Any) -> None:
+    with serving(pipeline) as client:
+        id = opened(client, camera=True, strength=FAINT, pace="max")
+        with client.websocket_connect(f"/v1/sessions/{id}/stream?format=webp") as socket:
+            assert until(socket, lambda m: m["type"] == "hello")[0]["state"]["camera"] is True
+            seen = []
+            for level in (40, 200):
+                socket.send_bytes(sent(level, level))
+                while (got := message(socket))[0]["type"] != "chunk":
+                    pass
+                seen.append(float(np.asarray(Image.open(io.BytesIO(got[1][-1]))).mean()))
+            assert seen[1] - seen[0] > 60
+            socket.send_json({"type": "command", "id": "a", "name": "prompt", "text": BLUE})
+            until(socket, lambda m: m["type"] == "ack")
+            for data in (b"\0\0\0\5abc", b"\0\0\0\3abc", b"\0\0\0\0", sent(*range(9))):
+                socket.send_bytes(data)
+                wrong = until(socket, lambda m: m["type"] == "error")[-1]["message"]
+                assert "\n" not in wrong and wrong
+            socket.send_bytes(sent(90))
+            until(socket, lambda m: m["type"] == "chunk")
+        assert client.get(f"/v1/sessions/{id}/record").status_code == 400
+
+
+def test_frames_cost_tokens_and_are_for_sessions_with_a_camera(pipeline: Any) -> None:
+    with serving(pipeline, requests_per_s=0.001, burst=6) as client:
+        id = opened(client, camera=True)
+        with client.websocket_connect(f"/v1/sessions/{id}/stream") as socket:
+            for _ in range(6):
+                socket.send_bytes(sent(90))
+            assert until(socket, lambda m: m["type"] == "error")[-1]["message"] == "too many messages; slow down"
+    with serving(pipeline) as client:
+        id = opened(client)
+        with client.websocket_connect(f"/v1/sessions/{id}/stream") as socket:
+            socket.send_bytes(sent(90))
+            assert "camera: true" in until(socket, lambda m: m["type"] == "error")[-1]["message"]
+
+
+def test_what_cannot_be_is_one_line_and_opens_nothing(pipeline: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    data = coded(clip(tmp_path / "a.mp4"))
+    monkeypatch.setattr(given, "FILM_BYTES", 20 * 64 * 64 * 3)
+    with serving(pipeline) as client:
+        for body, words in [
+            ({"strength": 0.5}, "strength is for a given video or a camera; there is none"),
+            ({"camera": True, "strength": 0}, "strength must be a number above 0 and at most 1, got 0"),
+            ({"camera": True, "strength": 1.5}, "strength must be a number above 0 and at most 1, got 1.5"),
+            ({"camera": 1}, "camera must be true or false, got 1"),
+            ({"camera": True, "video": data}, "a session is made of a video or of a camera's frames, not of both"),
+            (
+                {"camera": True, "image": coded(picture(64, 64))},
+                "a video begins with a picture or is made of a given one",
+            ),
+            ({"video": "?"}, "video must be base64 of a video file"),
+            ({"video": coded(b"no video")}, "video: cannot be read as a video"),
+            ({"video": data}, "video: it has more than 20 frames at 16 a second, the most that a session takes"),
+        ]:
+            answer = client.post("/v1/sessions", json={"prompt": RED, **body})
+            said = answer.json()["error"]["message"]
+            assert answer.status_code in (400, 422) and words in said and "\n" not in said, said
+        assert client.get("/v1/sessions").json()["data"] == []
+
+
+def test_a_film_is_decoded_within_bounds(pipeline: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    data = clip(tmp_path / "a.mp4")
+    assert len(film(data, pipeline, frames=100, pixels=1 << 20)) == 29
+    with pytest.raises(ValueError, match="video: its frames must have at most 1000 pixels, got 64x64"):
+        film(data, pipeline, frames=100, pixels=1000)
+    monkeypatch.setattr(given, "FILM_S", -1)
+    with pytest.raises(ValueError, match="video: its frames cannot be decoded in -1 s"):
+        film(data, pipeline, frames=100, pixels=1 << 20)
+    with pytest.raises(ValueError, match=r"image|picture"):
+        pictures_in(b"\0\0\0\3abc", (64, 64))
+
+
+def test_a_codec_without_a_stream_refuses_a_camera(pipeline: Any) -> None:
+    class Whole:
+        geometry = pipeline.codec.geometry
+
+    with pytest.raises(ValueError, match="codec encodes whole clips only"):
+        Restyle(GivenVideo.of_feed(Feed(4), (64, 64)), 0.5).check((64, 64), pipeline.sampling, Whole())  # type: ignore[arg-type]
