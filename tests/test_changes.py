@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from causalreel import families
 from causalreel.data.world import WorldConfig, WorldState, render, simulate, told
 from causalreel.eval import streams
 from causalreel.eval.changes import Changed, clean, judge
@@ -137,7 +138,12 @@ def test_a_live_video_keeps_what_a_prompt_leaves_open_until_it_begins_again(tiny
 
 def test_streams_are_played_and_judged(tmp_path: Path) -> None:
     rows = streams.run(["two=tiny"], out=tmp_path, streams=2, device="cpu")
-    assert set(rows) == {"two"} and 0 <= rows["two"]["noise"] <= 1
+    assert set(rows) == {"two", "two, examples of the page"} and all(0 <= row["noise"] <= 1 for row in rows.values())
+    page = json.loads((tmp_path / "changes-two-page.json").read_text())["streams"]
+    shown = families.FAMILIES["tiny"].text.examples  # which a server tells the page
+    assert [(one["first"], one["second"]) for one in page] == [(shown[0], shown[1]), (shown[0], shown[2])]
+    every = streams.of_the_page(shown, 100, seed=0)
+    assert len(every) == 4 * 12 and len({(one.first, one.second) for one in every}) == 12
     held = json.loads((tmp_path / "changes-two.json").read_text())
     assert [one["second"] for one in held["streams"]] == [one.second for one in streams.draw(2, seed=0)]
     assert (tmp_path / "changes-two.png").stat().st_size > 1000
@@ -155,6 +161,7 @@ def test_numbers_of_streams_outlive_a_sheet_that_cannot_be_made(
     unseen = Changed(noise=0.0, is_shown=None, turned=None, kept=None)
     monkeypatch.setattr(streams, "contact_sheet", no_sheet)
     monkeypatch.setattr(streams, "load", lambda *_, **__: None)
+    monkeypatch.setattr(streams, "page_examples", lambda _: ["a red circle", "a blue square"])
     monkeypatch.setattr(streams, "with_steps", lambda pipeline, steps: pipeline)
     frames = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     monkeypatch.setattr(streams, "play", lambda _, told, mode: streams.Stream(told, unseen, frames))

@@ -1,12 +1,14 @@
 """`causalreel eval --changes`: live videos of the tiny world that are told another prompt, judged around that moment.
 
 Half of the second prompts name everything, half of them a few words; what these leave open should stay. The moment is
-drawn too. A table, every stream's numbers and contact sheets of the frames around the change are written.
+drawn too. The examples that the live page shows are told behind each other, and reported apart. A table, every stream's
+numbers and contact sheets of the frames around the change are written.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import random
@@ -24,6 +26,7 @@ from causalreel.eval.run import parse_model, with_steps
 from causalreel.files import write_text
 from causalreel.folders import claim
 from causalreel.infer.commands import Mode, Options, Prompt
+from causalreel.infer.live import hints
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
@@ -43,6 +46,10 @@ log = logging.getLogger(__name__)
 
 COLUMNS = ("clean", "noise", "shown", "turned", "kept")
 """Of the table: share of the streams without a foreign frame, then the means of `Changed`."""
+PAGE = ", examples of the page"
+"""What is added to a model's name in the row of these."""
+ROUNDS = 4
+"""How often each pair of them is played, at other moments and by other seeds."""
 SHEETS = 10
 BEFORE, BEHIND = 2, LOOKED_AT
 """Frames of a contact sheet before the change and from it on."""
@@ -78,6 +85,15 @@ def draw(count: int, *, seed: int) -> list[Told]:
         second = whole[count + number] if chance.random() < 0.5 else _open(chance)
         found.append(Told(seed + number, whole[number], second, chance.randrange(3, 15)))
     return found
+
+
+def of_the_page(examples: Sequence[str], count: int, *, seed: int) -> list[Told]:
+    """The live page's own examples, each told behind each of the others, `ROUNDS` times; at most `count` streams."""
+    found = []
+    for number, (first, second) in enumerate(ROUNDS * list(itertools.permutations(examples, 2))):
+        chance = random.Random(f"{seed}/{number}/page")
+        found.append(Told(seed + number, first, second, chance.randrange(3, 15)))
+    return found[:count]
 
 
 def _open(chance: random.Random) -> str:
@@ -165,26 +181,39 @@ def run(
     with claim(out, "evaluation"):
         for name, (label, model, steps) in zip(names, specs, strict=True):
             pipeline = with_steps(load(model, device=device), steps)
-            found = []
-            for number, told in enumerate(draw(streams, seed=seed), 1):
-                found.append(play(pipeline, told, mode=mode))
-                if number % 10 == 0:
-                    log.info("%s: %d of %d streams", label, number, streams)
-            rows[label] = numbers(found)
-            told = [{**dataclasses.asdict(s.told), **dataclasses.asdict(s.result)} for s in found]
-            means = {key: None if value != value else value for key, value in rows[label].items()}
-            content = json.dumps({"means": means, "streams": told}, indent=1, allow_nan=False)
-            write_text(out / f"changes-{name}.json", content)
-            worst = sorted(found, key=lambda s: -s.result.noise)[: SHEETS // 2]
-            some = worst + [s for s in found if s not in worst][: SHEETS - len(worst)]
-            sheet = torch.stack([s.frames for s in some]) / 127.5 - 1
-            captions = [f"{s.told.first} | {s.told.second}" for s in some]
-            try:
-                contact_sheet(sheet, out / f"changes-{name}.png", captions, columns=BEFORE + BEHIND)
-            except ImportError as error:  # the numbers took minutes
-                log.warning("no contact sheet of %s: %s", label, error)
+            page = of_the_page(page_examples(pipeline), streams, seed=seed)
+            sets = {(label, name): draw(streams, seed=seed), (f"{label}{PAGE}", f"{name}-page"): page}
+            for (row, file), told in sets.items():
+                found = []
+                for number, one in enumerate(told, 1):
+                    found.append(play(pipeline, one, mode=mode))
+                    if number % 10 == 0:
+                        log.info("%s: %d of %d streams", row, number, len(told))
+                rows[row] = numbers(found)
+                _write(found, rows[row], out / f"changes-{file}")
         write_text(out / "changes.md", table(rows) + "\n")
     return rows
+
+
+def page_examples(pipeline: Pipeline) -> list[str]:
+    """The prompts that the live page shows for a model."""
+    return list(hints(pipeline.export)["examples"])
+
+
+def _write(found: Sequence[Stream], row: dict[str, float], path: Path) -> None:
+    """Numbers of the streams, and a contact sheet of some of them, the noisiest first."""
+    told = [{**dataclasses.asdict(s.told), **dataclasses.asdict(s.result)} for s in found]
+    means = {key: None if value != value else value for key, value in row.items()}
+    content = json.dumps({"means": means, "streams": told}, indent=1, allow_nan=False)
+    write_text(path.with_name(f"{path.name}.json"), content)
+    worst = sorted(found, key=lambda s: -s.result.noise)[: SHEETS // 2]
+    some = worst + [s for s in found if s not in worst][: SHEETS - len(worst)]
+    sheet = torch.stack([s.frames for s in some]) / 127.5 - 1
+    captions = [f"{s.told.first} | {s.told.second}" for s in some]
+    try:
+        contact_sheet(sheet, path.with_name(f"{path.name}.png"), captions, columns=BEFORE + BEHIND)
+    except ImportError as error:  # the numbers took minutes
+        log.warning("no contact sheet %s: %s", path.name, error)
 
 
 def _file_name(label: str) -> str:
