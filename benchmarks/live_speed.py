@@ -82,7 +82,8 @@ def compare(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if pipeline.control is None:  # bench gives a network no cameras
         found["bench"] = bench.measure(pipeline, [prompt], frames=args.frames, runs=args.runs).throughput
-    scheduler = Scheduler(pipeline, Limits(sessions=2), warm=prompt)
+    ahead = 2 if pipeline.control is None else 1  # as `causalreel serve` does
+    scheduler = Scheduler(pipeline, Limits(sessions=2, buffer_chunks=ahead), warm=prompt)
     scheduler.start()
     while not scheduler.is_ready:
         time.sleep(0.05)

@@ -6,6 +6,7 @@ import { fullScreen, limit, onSubmit, shortcuts } from "./controls.js";
 import { Given } from "./given.js";
 import { $, connection, overlay, round, say, stored, tell } from "./page.js";
 import { FirstPicture } from "./picture.js";
+import { Playback } from "./playback.js";
 import { Decoder, hasVideoDecoder, Player } from "./player.js";
 import { explainModes, promptError, sendPrompt } from "./prompting.js";
 import { History } from "./prompts.js";
@@ -47,8 +48,8 @@ const player = new Player($("video"), {
     shape($("video"));
     timeline.shown($("video"), item);
     if (index === 0) began(header);
-    if (player.budget === 0 && now.stepping) endStep();
-    else if (header.sequence + 1 === now.replay && index + 1 === header.frames) replayed();
+    if (player.budget === 0 && now.stepping) playback.endStep();
+    else if (header.sequence + 1 === now.replay && index + 1 === header.frames) playback.replayed();
   },
   starved() {
     if (now.isPaused || now.stepping || !now.stream || now.stream.isOver) return;
@@ -56,6 +57,7 @@ const player = new Player($("video"), {
   },
   skipped(count) { say(`${count} frames were skipped to catch up.`); },
 });
+const playback = new Playback(now, player, order);
 const decoder = new Decoder((item) => player.push(item), (problem) => undecodable(problem));
 const recorder = new Recorder($("video"));
 const picture = new FirstPicture($("video"), (image) => command("image", { image }));
@@ -77,7 +79,7 @@ function began(header) {
     $("video").setAttribute("aria-label", `Video of: ${header.prompt}`);
     say(`Showing: ${header.prompt}`);
   }
-  if (now.replay && header.sequence >= now.replay) replaying(null);
+  if (now.replay && header.sequence >= now.replay) playback.replaying(null);
   steering.began(header);
   for (const { number, name, latency_s } of header.commands ?? []) {
     const sent = now.sent.get(number);
@@ -219,7 +221,7 @@ function leave() {
   given.end();
   now.sent.clear();
   now.stepping = false;
-  showPaused(false);
+  playback.show(false);
   timeline.clear();
   picture.mark(false);
   $("caption").hidden = true;
@@ -255,43 +257,18 @@ function takenOver() {
 function changed(state) {
   now.state = state;
   if (!now.state.pending) picture.mark(Boolean(now.state.has_image));
-  replaying(now.state.replaying);
+  playback.replaying(now.state.replaying);
   given.mark(now.state);
   $("replay").disabled = given.isGiven || $("end").disabled;
   const isPaused = Boolean(now.state.paused);
   const isAhead = now.replay && now.state.sequence >= now.replay; // it paused at the end, which is not shown yet
   const isSettled = !now.state.pending && !now.asking && !isAhead; // no command of ours is on its way to change it
-  if (isSettled && isPaused !== now.isPaused && !now.stepping) {
-    showPaused(isPaused);
-    if (isPaused) player.freeze();
-    else player.play();
-  }
+  if (isSettled && isPaused !== now.isPaused && !now.stepping) playback.follow(isPaused);
   for (const name of ["steps", "fps", "seed"]) {
     const value = now.state[name];
     const field = $(name);
     if (typeof value === "number" && document.activeElement !== field) field.value = round(value);
   }
-}
-
-/** chunks: of the replay file that this session plays; null where nobody plays one or somebody has taken over. */
-function replaying(chunks) {
-  now.replay = chunks ?? null;
-  $("showing").textContent = now.replay ? "Replay of" : "Showing";
-}
-
-/** The last frame of a replay is on the screen; the server has paused and waits. */
-function replayed() {
-  showPaused(true, "The replay is over; Resume goes on from here");
-  player.freeze();
-  say("The replay is over. Resume goes on from here.");
-}
-
-function showPaused(isPaused, words = "Paused") {
-  now.isPaused = isPaused;
-  $("pause").setAttribute("aria-pressed", String(isPaused));
-  $("pause").textContent = isPaused ? "Resume" : "Pause";
-  if (isPaused) overlay(words);
-  player.fresh();
 }
 
 function enable(isOn) {
@@ -322,54 +299,6 @@ async function order(name, values, done) {
   } catch (problem) {
     tell(problem.message);
     return false;
-  }
-}
-
-async function togglePause() {
-  const isPaused = !now.isPaused;
-  now.stepping = false;
-  showPaused(isPaused);
-  if (isPaused) {
-    player.freeze();
-  } else {
-    overlay("");
-    player.play();
-  }
-  now.asking += 1;
-  const isTaken = await order(isPaused ? "pause" : "resume", {}, isPaused ? "Paused" : "Playing");
-  now.asking -= 1;
-  if (!isTaken) {
-    showPaused(!isPaused);
-    if (isPaused) player.play();
-    else player.freeze();
-  }
-}
-
-/** Show one more chunk: one that has arrived already, or else one that the server makes for it. */
-async function step() {
-  if (!now.isPaused) await togglePause();
-  now.stepping = true;
-  const next = player.queue[0];
-  if (next) {
-    player.play(player.queue.filter((item) => item.header.sequence === next.header.sequence).length);
-  } else {
-    player.play(0);
-    overlay("Making one chunk");
-    if (!(await order("step", { chunks: 1 }))) endStep();
-  }
-}
-
-function endStep() {
-  now.stepping = false;
-  overlay("Paused");
-  say("One chunk shown.");
-}
-
-async function restart() {
-  const field = $("seed");
-  if (!field.reportValidity()) return;
-  if (await order("restart", { seed: Number(field.value) }, `Restarted with seed ${field.value}`)) {
-    if (now.isPaused) await togglePause();
   }
 }
 
@@ -436,14 +365,16 @@ function drop(event) {
 // ------------------------------------------------------------------------------------------------------------ wiring
 
 const SHORTCUTS = {
-  k: togglePause, " ": togglePause, s: step, r: restart, c: record, f: fullScreen,
+  k: () => playback.toggle(), " ": () => playback.toggle(), s: () => playback.step(), r: () => playback.restart(),
+  c: record, f: fullScreen,
   "/": () => $("prompt").focus(),
 };
 
 function wire() {
   if (hasVideoDecoder) $("format").append(new Option("H.264 video", "h264"));
   const buttons = {
-    pause: togglePause, step, restart, record, full: fullScreen, replay: () => saveReplay(now.api, now.id), link: share,
+    pause: SHORTCUTS.k, step: SHORTCUTS.s, restart: SHORTCUTS.r, record, full: fullScreen, link: share,
+    replay: () => saveReplay(now.api, now.id),
     again: () => replace(), start: () => replace(), end: endSession,
   };
   for (const [id, act] of Object.entries(buttons)) $(id).addEventListener("click", act);
@@ -460,7 +391,7 @@ function wire() {
   });
   document.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", drop);
-  onSubmit("seed-form", restart);
+  onSubmit("seed-form", SHORTCUTS.r);
   const set = (name, unit) => order(name, { [name]: Number($(name).value) }, `${$(name).value} ${unit}`);
   onSubmit("steps-form", () => set("steps", "steps a chunk"));
   onSubmit("fps-form", () => set("fps", "frames per second"));
