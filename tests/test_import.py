@@ -107,6 +107,19 @@ def test_lmdbs_that_say_something_else(tmp_path: Path, entries: dict[str, bytes]
     assert said in refusal(path)
 
 
+def test_lmdbs_that_are_files_of_any_name(tmp_path: Path) -> None:
+    """As `lmdb.open(name, subdir=False)` makes them, alone or beside each other with their locks."""
+    rows = {text: noise(n, 3, 16, 4, 6) for n, text in enumerate(TOLD)}
+    made = lmdb_of(tmp_path / "set", rows) / "data.mdb"
+    (tmp_path / "many").mkdir()
+    for name in ("one.lmdb", "two.mdb", "bare"):
+        shutil.copy(made, tmp_path / "many" / name)
+        (tmp_path / "many" / f"{name}-lock").write_bytes(b"x" * 8192)
+        found = [(each.source, each.read().caption) for each in find_rows(tmp_path / "many" / name)]
+        assert [told for _, told in found] == TOLD and found[0][0] == f"{name}, row 0"
+    assert [each.source.split(",")[0] for each in find_rows(tmp_path / "many")][:: len(TOLD)] == ["one.lmdb", "two.mdb"]
+
+
 def test_a_shape_from_outside(tmp_path: Path) -> None:
     path = lmdb_of(tmp_path / "set", {"a": noise(0, 3, 16, 2, 2)}, latents_shape=b"1")
     assert torch.equal(next(find_rows(path, Wanted(shape=(3, 16, 2, 2)))).read().clip, noise(0, 3, 16, 2, 2))
@@ -220,6 +233,19 @@ def test_tars_are_read_as_they_were_written(tmp_path: Path) -> None:
 )
 def test_tars_that_are_refused(tmp_path: Path, members: list[tuple[str, bytes]], said: str) -> None:
     assert said in refusal(tar_of(tmp_path / "a.tar", members))
+
+
+def test_embeddings_of_a_batch_of_one(tmp_path: Path) -> None:
+    told = noise(0, 2, 3)
+    tar_of(tmp_path / "a.tar", sample("a", embed_pt=saved(told[None])))
+    (text,) = [each.read().text for each in find_rows(tmp_path / "a.tar")]
+    assert text is not None and torch.equal(text, told)
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("gz", "tar"), ("gz", "tgz"), ("bz2", "tar.bz2"), ("xz", "tar.xz")])
+def test_compressed_tars_are_named(tmp_path: Path, kind: str, ending: str) -> None:
+    said = refusal(tar_of(tmp_path / f"a.{ending}", sample("a"), f"w:{kind}"))
+    assert "no tar but compressed with" in said and "unpack it to a .tar" in said
 
 
 def test_float64_becomes_float32_where_no_value_changes(tmp_path: Path) -> None:

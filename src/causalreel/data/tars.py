@@ -19,6 +19,9 @@ PART_BYTES = 1 << 34
 HEADER_BYTES = 1 << 20
 BLOCK = 512
 
+COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
+"""How compressed files begin."""
+
 Part = tuple[int, int]
 """Place and bytes in a tar."""
 
@@ -30,6 +33,10 @@ def members(file: Path) -> Iterator[tuple[str, Part]]:
         first = raw.read(64)
         if not first:
             raise ValueError(f"{file} is empty, no tar")
+        if kind := next((kind for start, kind in COMPRESSED if first.startswith(start)), None):
+            raise ValueError(
+                f"{file} is no tar but compressed with {kind}: unpack it to a .tar, whose members are read in place"
+            )
         if what := next((what for start, what in NOT_WEIGHTS if first.startswith(start)), None):
             raise ValueError(f"{file} is no tar but {what}")
         raw.seek(0)

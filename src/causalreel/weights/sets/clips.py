@@ -43,7 +43,9 @@ def finished(clip: Tensor, place: str, wanted: Wanted) -> Tensor:
 
 
 def check_text(text: Tensor, place: str) -> Tensor:
-    """Text embeddings (K,E), checked."""
+    """Text embeddings (K,E), checked; (1,K,E) is what an encoder gives for a batch of one."""
+    if text.ndim == 3 and len(text) == 1:
+        text = text[0]
     if text.ndim != 2 or text.dtype not in ANY_FLOATS or 0 in text.shape[1:]:
         raise ValueError(f"{place}: text embeddings {tuple(text.shape)} in {text.dtype}; (tokens,width) is expected")
     if not text.isfinite().all():

@@ -19,11 +19,11 @@ from causalreel.data.packing import Row
 from causalreel.foreign import shown
 from causalreel.weights.sets import Found, Wanted
 from causalreel.weights.sets.clips import PROMPT_BYTES, caption, check_channels, finished
-from causalreel.weights.sets.pages import Pages
+from causalreel.weights.sets.pages import Pages, is_lmdb
 
 log = logging.getLogger(__name__)
 
-WHAT = "an LMDB of Causal or Self Forcing (data.mdb), or a folder of such"
+WHAT = "an LMDB of Causal or Self Forcing (data.mdb, or one file), or a folder of such"
 ROWS = 10_000_000
 ROW_BYTES = 1 << 32
 OTHERS = ("poses", "intrinsics", "viewmats", "Ks")
@@ -35,12 +35,16 @@ def is_one(path: Path) -> bool:
 
 
 def _files(path: Path) -> list[Path]:
-    """The data files of a file, a folder, or a folder of folders, these by their names."""
+    """The data files of a file, a folder, or a folder of folders or files, these by their names.
+
+    LMDBs that are no folders may have any name; in a folder those that end with .mdb or .lmdb are taken.
+    """
     if path.is_file():
-        return [path] if path.suffix == ".mdb" else []
+        return [path] if path.suffix == ".mdb" or is_lmdb(path) else []
     if (path / "data.mdb").is_file():
         return [path / "data.mdb"]
-    return sorted(path.glob("*/data.mdb"))
+    alone = [file for ending in ("mdb", "lmdb") for file in path.glob(f"*.{ending}") if file.is_file()]
+    return sorted([*path.glob("*/data.mdb"), *(file for file in alone if file.name != "lock.mdb")])
 
 
 def rows(path: Path, wanted: Wanted) -> Iterator[Found]:
@@ -48,7 +52,7 @@ def rows(path: Path, wanted: Wanted) -> Iterator[Found]:
         with Pages(file) as pages:
             count, shape = _shapes(pages, wanted)
             for number in range(count):
-                place = f"{file.parent.name}, row {number}"
+                place = f"{file.parent.name if file.name == 'data.mdb' else file.name}, row {number}"
                 yield Found(place, partial(_row, pages, number, shape, wanted, f"{file}: row {number}"))
 
 

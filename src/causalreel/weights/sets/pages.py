@@ -23,6 +23,12 @@ NOTHING = (1 << 64) - 1
 """Page number of an empty tree's root."""
 
 
+def is_lmdb(path: Path) -> bool:
+    """Whether a file begins as an LMDB does, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(HEADER + 4)[HEADER:] == struct.pack("<I", MAGIC)
+
+
 class Pages:
     """An LMDB file's main database: `get` by key. Use it as a context."""
 

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 WHAT = "tars of rCM (.tar with .latent.pt, .embed.pt and .prompt.txt), or a folder of such"
 PART_BYTES = 1 << 32
+PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+"""Compressed tars, which are refused with what to do."""
 PARTS = ("latent.pt", "embed.pt", "prompt.txt")
 
 
@@ -34,7 +36,7 @@ def is_one(path: Path) -> bool:
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
-        return [path] if path.suffix == ".tar" else []
+        return [path] if path.name.endswith((".tar", *PACKED)) else []
     return sorted(path.glob("*.tar"))
 
 
