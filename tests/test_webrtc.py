@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import threading
@@ -20,6 +21,7 @@ from aiortc import RTCConfiguration, RTCPeerConnection, RTCRtpReceiver, RTCSessi
 from aiortc.mediastreams import MediaStreamError
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
+from PIL import Image
 
 import causalreel
 from causalreel.data.colour import BT601, BT709
@@ -546,6 +548,30 @@ def test_the_server_shows_a_session_and_follows_a_prompt_told_on_the_channel(pip
             assert counted >= len(client.of("chunk")) > 10
             shown = await http.get(f"/v1/sessions/{opened.json()['id']}", headers=known)
             assert shown.json()["ended"] is None, "the session ended with its viewer"
+
+    asyncio.run(run())
+
+
+def test_frames_of_a_camera_come_over_the_channel(pipeline: Pipeline) -> None:
+    """And what is sent back is made of them."""
+
+    async def run() -> None:
+        async with serving(pipeline, Settings()) as (_, http):
+            client, file = Client(), io.BytesIO()
+            asked = {"prompt": RED, "camera": True, "strength": 0.05}
+            opened = await http.post("/v1/sessions", json=asked)
+            offer = {"sdp": await client.offer(), "type": "offer"}
+            answered = await http.post(f"/v1/sessions/{opened.json()['id']}/webrtc", json=offer)
+            await client.accept(answered.json()["sdp"])
+            await client.until(lambda: client.of("hello"), "the greeting")
+            Image.new("RGB", (80, 60), (0, 200, 0)).save(file, "PNG")
+            for chunks in range(1, 4):
+                client.channel.send(len(file.getvalue()).to_bytes(4, "big") + file.getvalue())
+                await client.until(lambda chunks=chunks: len(client.of("chunk")) >= chunks, "a chunk")
+            await client.until(lambda: len(client.frames) >= 5, "frames")
+            red, green, blue = client.frames[-1].to_ndarray(format="rgb24").mean((0, 1))
+            assert green > red + 80 and green > blue + 80 and not client.of("error")
+            await client.peer.close()
 
     asyncio.run(run())
 
