@@ -45,7 +45,7 @@ from causalreel.nn.presets import preset
 from causalreel.train.ingredients import ROLES
 from causalreel.train.operations import Clip, peak_of, step_work
 from causalreel.train.plan import GIB, plan, sizes_of
-from causalreel.train.run import resolve
+from causalreel.train.recipe import resolve
 from causalreel.types import LatentSpec
 
 SECTIONS = ("one", "data", "cycles", "hybrid", "context", "stages", "dmd14", "critic14", "forcing14", "resume")

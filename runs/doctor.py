@@ -201,12 +201,13 @@ def is_done(out: Path, job: Job) -> bool:
 
 def train_here(out: Path, job: Job) -> None:
     """Run a job in this process."""
-    from causalreel.train import run as training
+    from causalreel.train.recipe import resolve
+    from causalreel.train.run import run
 
     overrides = [f"trainer.out={out / job.name}", f"trainer.seed={job.seed}", f"data={out / 'data'}"]
     overrides += ["codec=tiny", "rows=null", "speed=plain", "trainer.optimisers.student.schedule=constant", *job.more]
     with bfloat16_masters() if job.patch == "bfloat16 masters" else contextlib.nullcontext():
-        if training.run(training.resolve(job.recipe, overrides)).is_interrupted:
+        if run(resolve(job.recipe, overrides)).is_interrupted:
             raise KeyboardInterrupt
     if job.patch == "noisy context":
         card = out / job.name / "export" / "config.yaml"

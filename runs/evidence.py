@@ -24,7 +24,7 @@ import torch
 
 from causalreel.eval import run as evaluation
 from causalreel.files import write_text
-from causalreel.train import run as training
+from causalreel.train.recipe import resolve
 from causalreel.weights.files import read_tensors
 
 INITS = {"sf": "Self Forcing ODE", "ar": "AR diffusion", "ode": "causal ODE", "cd": "causal CD"}
@@ -44,7 +44,7 @@ def train(name: str, recipe: str, overrides: list[str], run: Path) -> None:
         return
     common = [f"trainer.out={run / name}", f"data={run / 'data'}", f"codec={run / 'codec/export'}"]
     print(f"== {name}", flush=True)
-    if training.run(training.resolve(recipe, [*common, "trainer.preview_every=0", *overrides])).is_interrupted:
+    if training.run(resolve(recipe, [*common, "trainer.preview_every=0", *overrides])).is_interrupted:
         raise KeyboardInterrupt
 
 

@@ -34,7 +34,7 @@ from causalreel.nn.presets import preset
 from causalreel.text.fixed import FixedTextEncoder
 from causalreel.train.operations import Clip, peak_of
 from causalreel.train.plan import GIB, clip_of, plan, sizes_of
-from causalreel.train.run import resolve
+from causalreel.train.recipe import resolve
 from causalreel.types import LatentSpec
 from causalreel.weights.export import load_export
 

@@ -14,7 +14,7 @@ from causalreel.families import FAMILIES
 from causalreel.families.family import Decoder
 from causalreel.families.files import codec_mark
 from causalreel.train import codec_of, readiness
-from causalreel.train.run import resolve
+from causalreel.train.recipe import resolve
 from causalreel.weights.export import load_codec, read_export
 from causalreel.weights.hub import HubFile
 from test_run import SMALL, made, place, reel  # noqa: F401 - fixtures

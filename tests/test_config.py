@@ -25,7 +25,7 @@ from causalreel.nn.masks import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.train.kit import EMAConfig
 from causalreel.train.optim import OptimiserConfig
-from causalreel.train.run import SETTINGS, Recipe
+from causalreel.train.recipe import SETTINGS, Recipe
 from causalreel.train.trainer import TrainerConfig
 from causalreel.weights.export import CodecExport, Export, Sampling
 

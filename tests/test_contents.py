@@ -21,8 +21,7 @@ from causalreel.data import prepare
 from causalreel.fingerprint import fingerprint
 from causalreel.nn.masks import Context
 from causalreel.nn.presets import preset
-from causalreel.train import checkpoint, stored
-from causalreel.train import run as runs
+from causalreel.train import building, checkpoint, stored
 from causalreel.train.contents import facts_of
 from causalreel.weights import export
 from causalreel.weights.export import load_export, read_export, save_export
@@ -161,7 +160,7 @@ def test_trajectories_that_a_run_has_trained_on(
 
 def test_stopped_trajectories_go_on_and_are_not_mixed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_parts: list[int] = []
-    real = runs.make_part
+    real = building.make_part
 
     def make(first: int, **how: object) -> object:
         if len(made_parts) == 2:
@@ -169,7 +168,7 @@ def test_stopped_trajectories_go_on_and_are_not_mixed(place: Path, monkeypatch: 
         made_parts.append(first)
         return real(first, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runs, "make_part", make)
+    monkeypatch.setattr(building, "make_part", make)
     assert cli.main(ODE) == 130
     assert made_parts == [0, 2] and len(list(Path("new/trajectories").iterdir())) == 2
     made_parts.clear()
@@ -179,7 +178,7 @@ def test_stopped_trajectories_go_on_and_are_not_mixed(place: Path, monkeypatch: 
     assert cli.main([*ODE, "settings.guidance=1.5"]) == 0
     assert made_parts == [4]
     assert not Path("new/trajectories").exists()
-    monkeypatch.setattr(runs, "make_part", real)
+    monkeypatch.setattr(building, "make_part", real)
     reel(*ODE, "settings.guidance=1.5", "trainer.out=whole")
     one, two = (load_file(f"{out}/trajectories.safetensors") for out in ("new", "whole"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())

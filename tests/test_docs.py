@@ -22,7 +22,7 @@ import causalreel
 from causalreel import cli
 from causalreel.cli.training import Train
 from causalreel.infer.models import variants
-from causalreel.train.run import find_recipe, resolve
+from causalreel.train.recipe import find_recipe, resolve
 from causalreel.weights import export as exports
 from conftest import why_skipped
 from test_weights import small_family

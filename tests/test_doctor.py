@@ -20,7 +20,7 @@ from causalreel.data.video import write_video
 from causalreel.train.doctor import curves, settings
 from causalreel.train.doctor.files import RunFiles, read_run
 from causalreel.train.doctor.report import Report, examine, told
-from causalreel.train.run import resolve, shipped_recipes
+from causalreel.train.recipe import resolve, shipped_recipes
 from causalreel.weights.files import read_tensors, write_tensors
 from ceilings import work_within
 

@@ -17,8 +17,9 @@ from causalreel.nn.linear import effective_state
 from causalreel.nn.lora import LoRAConfig, LoRALinear, adapter_state, adapters, add_lora, twin
 from causalreel.parallel.fast import accelerate
 from causalreel.parallel.sharding import Team
+from causalreel.train.building import build_denoising
 from causalreel.train.checkpoint import latest
-from causalreel.train.run import _build_denoising, resolve
+from causalreel.train.recipe import resolve
 from causalreel.weights.export import load_export
 from causalreel.weights.lora import changed, check_fits, read_lora
 from patience import PATIENCE_S
@@ -214,7 +215,7 @@ def test_resumed_is_uninterrupted_and_another_base_is_refused(place: Path, capsy
 def test_the_networks_of_dmd_share_one_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Memory is that of one network and of the adapters: student, critic, and the average of the student's."""
     recipe = resolve(arguments("dmd")[0], arguments("dmd")[1:])
-    stage = _build_denoising(recipe, torch.device("cpu"), Team()).stage
+    stage = build_denoising(recipe, torch.device("cpu"), Team()).stage
     nets = dict(stage.roles)
     assert set(nets) == {"student", "critic", "teacher", "average"}
     own = sum(value.nbytes for net in nets.values() for value in adapter_state(net).values())
@@ -226,7 +227,7 @@ def test_the_networks_of_dmd_share_one_base(place: Path, capsys: pytest.CaptureF
 def test_adapters_begin_as_those_of_an_earlier_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reel("train", *arguments("ar", "first"))
     begin = ("lora_init.student=first/lora", "lora.student.alpha=6.0")  # the same product at another scale
-    stage = _build_denoising(
+    stage = build_denoising(
         resolve(arguments("dmd")[0], (*arguments("dmd")[1:], *begin)), torch.device("cpu"), Team()
     ).stage
     student = effective_state(stage.roles["student"])

@@ -12,7 +12,7 @@ from causalreel.nn.presets import preset
 from causalreel.train.ingredients import ROLES
 from causalreel.train.operations import Clip
 from causalreel.train.plan import GIB, Plan, clip_of, parameters, plan, sizes_of
-from causalreel.train.run import resolve, shipped_recipes
+from causalreel.train.recipe import resolve, shipped_recipes
 from causalreel.types import LatentSpec
 
 WAN, CLIP = preset("wan-1.3b"), Clip(21, LatentSpec(16, 60, 104))

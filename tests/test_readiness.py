@@ -16,7 +16,7 @@ from causalreel import cli
 from causalreel.train import readiness
 from causalreel.train.ingredients import missing
 from causalreel.train.readiness import disk_bytes
-from causalreel.train.run import RECIPES, resolve, shipped_recipes
+from causalreel.train.recipe import RECIPES, resolve, shipped_recipes
 from causalreel.weights.export import embedded, export_folder
 from test_run import DATA, DMD, FROM_BASE, SMALL, made, place, reel  # noqa: F401 - fixtures
 

@@ -24,7 +24,7 @@ from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.shards import Prepared, load_prepared
 from causalreel.train.arithmetic import flushes_denormals
 from causalreel.train.checkpoint import latest
-from causalreel.train.run import SETTINGS, Recipe, describe, resolve
+from causalreel.train.recipe import SETTINGS, Recipe, describe, resolve
 from causalreel.weights.export import read_export, save_codec, save_export
 from patience import PATIENCE_S, wait_until
 from test_folders import holder

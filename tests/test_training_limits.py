@@ -13,13 +13,13 @@ import torch
 
 from causalreel.hashed import write_pickle, write_tensors
 from causalreel.parallel.sharding import Team
+from causalreel.train import building, state, stored
 from causalreel.train import run as runs
-from causalreel.train import state, stored
 from causalreel.train.checkpoint import complete
 from causalreel.train.ingredients import Ingredients, _clips_of_student
 from causalreel.train.log import NonFiniteError
 from causalreel.train.readiness import disk_bytes
-from causalreel.train.run import resolve
+from causalreel.train.recipe import resolve
 from causalreel.train.sharded import is_sharded, verify
 from causalreel.train.stage import Loss, StepContext
 from causalreel.train.stages import dmd
@@ -220,7 +220,7 @@ def test_new_adapters_that_cannot_be_written_leave_the_old_ones(place: Path, mon
         raise OSError(28, "No space left on device", "lora")
 
     with monkeypatch.context() as broken:
-        broken.setattr(runs, "write_lora", full)
+        broken.setattr(building, "write_lora", full)
         from causalreel import cli
 
         assert cli.main([*command, "trainer.steps=3"]) == 1

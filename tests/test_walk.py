@@ -45,7 +45,8 @@ from causalreel.data.worlds import WORLDS, flat, walkable
 from causalreel.parallel.sharding import Team
 from causalreel.scenery import DIRECTIONS, KEYS, complete, compose, parse
 from causalreel.text.walk import WalkTextEncoder
-from causalreel.train.run import _build_codec, resolve
+from causalreel.train.building import build_codec
+from causalreel.train.recipe import resolve
 from causalreel.types import Geometry
 from causalreel.weights.export import load_codec
 
@@ -306,7 +307,7 @@ def test_sets_with_stored_text_give_the_same_fields(tmp_path: Path) -> None:
 
 def test_the_codec_learns_the_world_that_its_recipe_names() -> None:
     recipe = resolve("tiny/walk_codec", ["rows=2"])
-    stage = _build_codec(recipe, torch.device("cpu"), Team())
+    stage = build_codec(recipe, torch.device("cpu"), Team())
     clips = stage.source.batch(torch.tensor([0, 1])).video
     torch.testing.assert_close(clips, render(simulate(2, seed=0)), rtol=0, atol=0.01)
     with pytest.raises(ValueError, match="the world 'walk' has none"):

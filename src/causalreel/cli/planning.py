@@ -38,7 +38,7 @@ class PlanRun:
 def plan_run(args: PlanRun) -> int:
     from causalreel.train.operations import PEAKS, Clip
     from causalreel.train.plan import GIB, clip_of, plan, sizes_of, told
-    from causalreel.train.run import resolve
+    from causalreel.train.recipe import resolve
 
     recipe = resolve(args.recipe, args.overrides)
     if recipe.stage == "codec":

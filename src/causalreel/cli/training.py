@@ -32,7 +32,8 @@ def train(args: Train) -> int:
     from causalreel import config
     from causalreel.train.ingredients import networks
     from causalreel.train.readiness import problems, to_fetch
-    from causalreel.train.run import describe, resolve, run
+    from causalreel.train.recipe import describe, resolve
+    from causalreel.train.run import run
 
     recipe = resolve(args.recipe, [*args.overrides, *([] if args.check else ["trainer.check=false"])])
     if args.dry_run:

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +34,13 @@ from causalreel.train.adapters import adapt, read_beginnings, share_bases, tenso
 from causalreel.train.codec_of import check_codec, maker_of_data, mark_of, open_codec
 from causalreel.train.contents import Content
 from causalreel.train.initial import RANDOM, Start, is_export, open_start, size_of
+from causalreel.train.recipe import Recipe, resolve, shipped_recipes
 from causalreel.train.stage import DataSource
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.stages.dmd import DMDConfig
 from causalreel.types import Conditioning, LatentSpec, TextEncoder
 from causalreel.weights.export import read_export
 from causalreel.weights.identify import preset_of, size_in_words
-
-if TYPE_CHECKING:
-    from causalreel.train.run import Recipe
 
 ROLES = {
     "dmd": ("student", "critic", "teacher"),
@@ -205,8 +202,6 @@ def missing(recipe: Recipe) -> list[str]:
 
 def _maker(folder: Path, *, before: str = "", after: str = ", or ") -> str:
     """The command that writes this export, if a recipe of the package does; empty otherwise."""
-    from causalreel.train.run import resolve, shipped_recipes
-
     for name in shipped_recipes():
         if folder == Path(resolve(name).trainer.out) / "export":
             return f"{before}make it with `causalreel train {name}`{after}"

@@ -26,7 +26,7 @@ from causalreel.types import Geometry, LatentSpec
 from causalreel.weights.build import empty_denoiser
 
 if TYPE_CHECKING:
-    from causalreel.train.run import Recipe
+    from causalreel.train.recipe import Recipe
 
 GIB = 2**30
 NARROW, WIDE = 2, 4

@@ -18,7 +18,8 @@ from causalreel.parallel.mesh import launch
 from causalreel.train.codec_of import files_of
 from causalreel.train.ingredients import gather, missing, wanted_roles
 from causalreel.train.initial import size_of
-from causalreel.train.run import Recipe, check_processes
+from causalreel.train.recipe import Recipe
+from causalreel.train.run import check_processes
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.state import choose_device, resumable
 from causalreel.weights.build import empty_denoiser

@@ -19,7 +19,7 @@ from typing import Any
 from causalreel.foreign import read_json
 from causalreel.train.doctor.files import RunFiles
 from causalreel.train.doctor.finding import Finding
-from causalreel.train.run import Recipe
+from causalreel.train.recipe import Recipe
 
 SHIPPED = Path(__file__).with_name("curves.json")
 """Curves of the tiny recipes, as `runs/doctor.py` makes them; the package may have none."""

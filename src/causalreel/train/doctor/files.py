@@ -12,7 +12,7 @@ from causalreel.foreign import ordinary_file, parse_json, shown
 from causalreel.nn.presets import preset
 from causalreel.train import checkpoint
 from causalreel.train.initial import size_of
-from causalreel.train.run import Recipe
+from causalreel.train.recipe import Recipe
 from causalreel.weights.export import Sampling, read_export
 from causalreel.weights.identify import preset_of
 

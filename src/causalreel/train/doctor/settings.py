@@ -13,7 +13,7 @@ from typing import Any
 
 from causalreel.train.doctor.files import RunFiles
 from causalreel.train.doctor.finding import Finding
-from causalreel.train.run import Recipe, resolve, shipped_recipes
+from causalreel.train.recipe import Recipe, resolve, shipped_recipes
 from causalreel.train.stages.causal_cd import CausalCDConfig
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.stages.dmd import DMDConfig
