@@ -24,6 +24,7 @@ import torch
 
 from causalreel.eval import run as evaluation
 from causalreel.files import write_text
+from causalreel.train import run as training
 from causalreel.train.recipe import resolve
 from causalreel.weights.files import read_tensors
 
