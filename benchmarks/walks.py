@@ -25,8 +25,9 @@ PACKAGE = str(Path(causalreel.__file__).parent) + os.sep
 LAYERS = (
     ("types",),
     ("config", "flow", "solvers", "vocabulary", "folders", "fingerprint", "hashed", "files", "foreign", "headers"),
-    ("nn", "codecs", "text", "data", "rollout"),
-    ("weights", "parallel", "families"),
+    ("nn", "codecs", "text", "data", "control", "rollout"),
+    ("weights", "parallel"),
+    ("families",),
     ("train", "infer"),
     ("verify", "eval", "serve"),
     ("cli",),

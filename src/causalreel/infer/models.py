@@ -103,11 +103,7 @@ def load(
     sampled: dict[str, Any] = {"steps": steps, "chunk": chunk}
     manner = manner if policy is None else replace(manner, policy=policy)
     known = profile(model, **sampled, manner=manner) if manner != Manner() else None  # refused before it is loaded
-    found: Found = ()
-    if loras:
-        from causalreel.infer.loras import find_loras
-
-        found = find_loras(loras, profile(model, **sampled).export.model)
+    found = _find_loras(loras, profile(model, **sampled).export.model) if loras else ()
     if str(model) in MODELS:
         pipeline = load_released(*MODELS[str(model)], choices, choose_device(device), **sampled)
     else:
@@ -123,6 +119,12 @@ def load(
 
         pipeline = replace(pipeline, loras=Loras(pipeline.denoiser, found, is_adjustable=adjustable))
     return pipeline
+
+
+def _find_loras(asked: Sequence[Asked], size: ModelConfig) -> Found:
+    from causalreel.infer.loras import find_loras  # imported by who asks for one
+
+    return find_loras(asked, size)
 
 
 def _load_export(
