@@ -52,6 +52,8 @@ class _Visit:
         """Before a block computes: it is here, and the next one on its way."""
         if torch.is_grad_enabled():
             raise RuntimeError("a network whose blocks wait on the host was called with gradient")
+        if number == 0:
+            self.here.clear()  # what a call that failed had on its way, and may have changed since
         self._fetch(number)
         if self.copying is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.copying)
