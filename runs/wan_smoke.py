@@ -27,6 +27,7 @@ import torch
 
 from causalreel.data.manifest import Manifest, write_manifest
 from causalreel.data.packing import Row, pack, write_null
+from causalreel.files import write_text
 from causalreel.infer.bench import device_name
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
@@ -155,7 +156,7 @@ class Run:
             "planned GiB": round(planned.peak / GIB, 2),
             "loss": [round(record["student/loss"], 4) for record in records],
         }
-        self.file.write_text(json.dumps(self.found, indent=1))
+        write_text(self.file, json.dumps(self.found, indent=1))
         shutil.rmtree(out / "checkpoints")
         (out / "trajectories.safetensors").unlink(missing_ok=True)
         wanted = {start for other, left in JOBS.items() if other not in self.found for start in left.init.values()}
@@ -183,7 +184,7 @@ class Run:
         video = pipeline.generate(prompt, seed=0)
         assert video.isfinite().all() and video.std() > 0
         self.found["video"] = {"of": name, "shape": list(video.shape), "seconds": round(time.monotonic() - began, 1)}
-        self.file.write_text(json.dumps(self.found, indent=1))
+        write_text(self.file, json.dumps(self.found, indent=1))
 
     def table(self) -> str:
         rows = [[str(value.get(key)) for key in SHOWN] for name, value in self.found.items() if name in JOBS]
