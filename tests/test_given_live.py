@@ -18,10 +18,12 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from PIL import Image
 
 from causalreel.data.video import write_video
+from causalreel.data.video_in import open_video
 from causalreel.infer.commands import Options
 from causalreel.infer.restyle import Feed, GivenVideo, Restyle
 from causalreel.serve import given
 from causalreel.serve.given import film, pictures_in
+from causalreel.serve.handle import Limits
 from causalreel.serve.session import Session
 from served import BLUE, RED, coded, message, opened, picture, serving, small_pipeline, until
 
@@ -217,6 +219,30 @@ def test_a_film_is_decoded_within_bounds(pipeline: Any, tmp_path: Path, monkeypa
         film(data, pipeline, frames=100, pixels=1 << 20)
     with pytest.raises(ValueError, match=r"image|picture"):
         pictures_in(b"\0\0\0\3abc", (64, 64))
+
+
+def test_what_is_decoded_and_never_shown_takes_time_too(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of frames far faster than the model's rate few are shown; the clock is looked at for each that is decoded."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr("causalreel.data.video_in.monotonic", lambda: next(clock))
+    write_video(tmp_path / "fast.mp4", torch.zeros(1, 200, 3, 64, 64), 400)
+    data = (tmp_path / "fast.mp4").read_bytes()
+    with (
+        pytest.raises(ValueError, match="its frames cannot be decoded in 50 s"),
+        open_video(io.BytesIO(data), fps=1, size=(64, 64), seconds=50) as reel,
+    ):
+        list(reel.frames)
+
+
+def test_a_full_server_decodes_no_video(pipeline: Any, monkeypatch: Any) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a video was decoded for a session that there is no room for")
+
+    monkeypatch.setattr(given, "film", never)
+    with serving(pipeline, Limits(sessions=1)) as client:
+        opened(client)
+        answer = client.post("/v1/sessions", json={"prompt": RED, "video": coded(b"a film")})
+        assert answer.status_code == 503 and "session is taken" in answer.json()["error"]["message"]
 
 
 def test_a_codec_without_a_stream_refuses_a_camera(pipeline: Any) -> None:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -93,14 +94,16 @@ def open_video(
     how: Fit = "crop",
     start: float = 0.0,
     end: float | None = None,
+    seconds: float | None = None,
 ) -> Iterator[Reel]:
     """The frames of a file between `start` and `end` (seconds) at a rate, each fitted to `size` (height, width).
 
-    Only frames that are asked for are decoded. What is before `start` is decoded and not looked at. Raises as
-    `read_video`, also while the frames are iterated.
+    Only frames that are asked for are decoded. What is before `start` is decoded and not looked at. seconds: of the
+    clock, after which no more of the file is decoded, shown or not: a ValueError. Raises as `read_video`, also while
+    the frames are iterated.
     """
     with _opened(path) as (container, stream):
-        shown = _between(_frames(path, container, stream), start, end)
+        shown = _between(_frames(path, container, stream, seconds), start, end)
         first = next(shown, None)
         if first is None:
             until = "" if end is None else f" and before {end:g} s"
@@ -180,11 +183,12 @@ def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]
             yield container, stream
 
 
-def _frames(path: Any, container: Any, stream: Any) -> Iterator[_Shown]:
+def _frames(path: Any, container: Any, stream: Any, allowed: float | None = None) -> Iterator[_Shown]:
     """Frames as they are decoded, their times counted from the first and never falling. What is damaged is left out,
     and said at the end."""
     from av.error import FFmpegError
 
+    until = None if allowed is None else monotonic() + allowed
     step = 1 / float(stream.average_rate or stream.base_rate or 25)
     first, last, damaged = 0.0, None, 0
     packets = container.demux(stream)
@@ -195,6 +199,8 @@ def _frames(path: Any, container: Any, stream: Any) -> Iterator[_Shown]:
             damaged, packet = damaged + 1, None
         if packet is None:
             break
+        if until is not None and monotonic() > until:
+            raise ValueError(f"{path}: its frames cannot be decoded in {allowed:g} s")
         try:
             decoded = packet.decode()
         except (FFmpegError, OSError, MemoryError) as error:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import re
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,10 +61,10 @@ def restyle_of(request: SessionRequest, pipeline: Pipeline, *, frames: int, pixe
 def film(data: bytes, pipeline: Pipeline, *, frames: int, pixels: int) -> list[np.ndarray]:
     """A video file -> its frames at the model's rate and of its size, (H,W,3) uint8 each; ValueError."""
     (height, width), fps = pipeline.size, pipeline.export.fps
-    most, until = min(frames, FILM_BYTES // (height * width * 3)), time.monotonic() + FILM_S
+    most = min(frames, FILM_BYTES // (height * width * 3))
     found: list[np.ndarray] = []
     try:
-        with open_video(io.BytesIO(data), fps=fps, size=(height, width)) as reel:
+        with open_video(io.BytesIO(data), fps=fps, size=(height, width), seconds=FILM_S) as reel:
             if reel.size[0] * reel.size[1] > pixels:
                 raise ValueError(f"its frames must have at most {pixels} pixels, got {reel.size[1]}x{reel.size[0]}")
             for picture in reel.frames:
@@ -73,8 +72,6 @@ def film(data: bytes, pipeline: Pipeline, *, frames: int, pixels: int) -> list[n
                     raise ValueError(
                         f"it has more than {most} frames at {fps:g} a second, the most that a session takes"
                     )
-                if time.monotonic() > until:
-                    raise ValueError(f"its frames cannot be decoded in {FILM_S:g} s")
                 found.append(picture)
     except ValueError as error:
         raise ValueError(f"video: {NAME.sub('', str(error))}") from None

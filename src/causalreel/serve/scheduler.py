@@ -97,7 +97,7 @@ class Scheduler:
         ends with. Raises Busy where there is no room, ValueError for what the model cannot meet."""
         if pace not in ("realtime", "max"):
             raise ValueError(f"pace must be realtime or max, got {pace!r}")
-        self._admit()
+        self.admit()
         if isinstance(options, Record):
             session = Session.of(self.pipeline, options, id=id, clock=self.clock)
         else:
@@ -105,7 +105,7 @@ class Scheduler:
             session = Session(self.pipeline, options, id=id, **how)
         handle = Handle(session, pace, self.limits, self.clock, self.wake)
         with self._condition:
-            self._admit()  # text may have taken long to encode
+            self.admit()  # text may have taken long to encode
             self._handles[handle.id] = handle
         self.wake()
         return handle
@@ -145,7 +145,8 @@ class Scheduler:
 
     # ---- admission ----
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Busy unless there is room for another session."""
         live = sum(handle.ended is None for handle in self._handles.copy().values())
         if self._is_closed:
             raise Busy("the server is shutting down")

@@ -74,6 +74,7 @@ class Service:
     def open(self, request: SessionRequest) -> Handle:
         """Open a session; ApiError 400 for what the model cannot do, 503 when there is no room."""
         try:
+            self.scheduler.admit()  # before a video is decoded for nothing
             most = {"frames": self.settings.video_frames, "pixels": self.settings.image_pixels}
             restyle = restyle_of(request, self.scheduler.pipeline, **most)
             handle = self.scheduler.open(request, pace=request.pace, id=self.new_id(), restyle=restyle)
