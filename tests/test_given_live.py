@@ -162,7 +162,7 @@ def test_a_session_is_made_of_frames_that_are_sent(pipeline: Any) -> None:
             assert seen[1] - seen[0] > 60
             socket.send_json({"type": "command", "id": "a", "name": "prompt", "text": BLUE})
             until(socket, lambda m: m["type"] == "ack")
-            for data in (b"\0\0\0\5abc", b"\0\0\0\3abc", b"\0\0\0\0", sent(*range(9))):
+            for data in (b"", b"\0\0\0\5abc", b"\0\0\0\3abc", b"\0\0\0\0", sent(*range(9))):
                 socket.send_bytes(data)
                 wrong = until(socket, lambda m: m["type"] == "error")[-1]["message"]
                 assert "\n" not in wrong and wrong

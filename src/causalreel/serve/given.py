@@ -82,7 +82,7 @@ def pictures_in(message: bytes, size: tuple[int, int]) -> list[np.ndarray]:
     """A binary message of a client, pictures one behind the other with 4 bytes of length before each (big endian) ->
     (H,W,3) uint8 each, cut to the size; ValueError."""
     parts, at = [], 0
-    while at < len(message):
+    while at < len(message) or not parts:
         length = int.from_bytes(message[at : at + 4], "big")
         at += 4 + length
         if length == 0 or at > len(message) or len(parts) == MOST_FRAMES:
