@@ -22,7 +22,7 @@ from causalreel.train.checkpoint import latest
 from patience import PATIENCE_S, wait_until
 from test_ranks import torchrun
 
-STEPS = 14
+STEPS = 24
 RUN = (
     *("train", "tiny/causal_cd", "init={student: random:tiny-smoke, teacher: random:tiny-smoke}"),
     *("settings.batch=4", "settings.chunk=3", "trainer.device=cpu", f"trainer.steps={STEPS}", "trainer.save_every=1"),
