@@ -79,10 +79,13 @@ def looks(frame: Frame) -> int:
 
 
 def agrees(frame: Frame, pose: tuple[float, float, float]) -> bool:
-    """Whether it shows what is seen from there, rather than from the start or from where the opposite keys lead."""
+    """Whether it shows what is seen from there: clearly rather than from the start or from where the opposite keys
+    lead, and rather than from a key's turn to either side."""
     yaw, x, z = pose
-    told, started, otherwise = fits(frame, [pose, (0, 0, 0), (-yaw, -x, z)]).tolist()
-    return told > max(started, otherwise) + 3
+    told, started, otherwise, left, right = fits(
+        frame, [pose, (0, 0, 0), (-yaw, -x, z), (yaw - TURN, x, z), (yaw + TURN, x, z)]
+    ).tolist()
+    return told > max(started, otherwise) + 3 and told > max(left, right)
 
 
 def where(page: Any) -> tuple[float, float, float]:
