@@ -4,8 +4,10 @@ what they show, bounded, and refused in a line where it cannot be."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from causalreel.infer.restyle import Feed, GivenVideo, Restyle
 from causalreel.serve import given
 from causalreel.serve.given import film, pictures_in
 from causalreel.serve.handle import Limits
+from causalreel.serve.records import checked_record
+from causalreel.serve.service import WORKERS
 from causalreel.serve.session import Session
+from patience import PATIENCE_S, wait_until
 from served import BLUE, RED, coded, message, opened, picture, serving, small_pipeline, until
 
 FAINT = 0.05
@@ -243,6 +248,99 @@ def test_a_full_server_decodes_no_video(pipeline: Any, monkeypatch: Any) -> None
         opened(client)
         answer = client.post("/v1/sessions", json={"prompt": RED, "video": coded(b"a film")})
         assert answer.status_code == 503 and "session is taken" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": "an elephant"}, "unknown word"),
+        ({"fields": {"keys": 1}}, "this model has no field 'keys'"),
+        ({"strength": 0}, "strength must be a number above 0"),
+        ({"strength": 2}, "strength must be a number above 0"),
+        ({"steps": 5000}, "steps must be a whole number"),
+        ({"chunk": 4000}, "chunk"),
+        ({"image": coded(picture(64, 64))}, "a video begins with a picture or is made of a given one"),
+        ({"camera": True}, "a session is made of a video or of a camera's frames, not of both"),
+        ({"pace": "fast"}, "pace must be one of"),
+    ],
+)
+def test_all_else_is_checked_before_a_video_is_decoded(
+    pipeline: Any, monkeypatch: Any, body: dict[str, Any], words: str
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a video was decoded for a session that cannot be")
+
+    monkeypatch.setattr(given, "film", never)
+    with serving(pipeline) as client:
+        answer = client.post("/v1/sessions", json={"prompt": RED, "video": coded(b"a film"), **body})
+        said = answer.json()["error"]["message"]
+        assert answer.status_code in (400, 422) and words in said and "\n" not in said, said
+        assert client.get("/v1/sessions").json()["data"] == []
+
+
+def test_given_videos_count_when_a_session_is_admitted(pipeline: Any, tmp_path: Path) -> None:
+    """And they are let go of with the session, though it is still remembered."""
+    body = {"prompt": RED, "video": coded(clip(tmp_path / "a.mp4"))}
+    frames = 29 * 64 * 64 * 3
+    with serving(pipeline, Limits(sessions=4)) as client:
+        scheduler = client.app.state.service.scheduler  # type: ignore[attr-defined]
+        wait_until(lambda: scheduler.is_ready, "the server")
+        share = scheduler.limits.memory_share
+        scheduler._host_budget = int((2 * scheduler.session_bytes + 1.5 * frames) / share)
+        first = client.post("/v1/sessions", json=body).json()["id"]
+        assert scheduler.get(first).session.given_bytes == frames
+        answer = client.post("/v1/sessions", json=body)
+        said = answer.json()["error"]["message"]
+        assert answer.status_code == 503 and answer.headers["retry-after"]
+        assert said.startswith("no memory for this session's video: its frames need more than the ") and "MiB" in said
+        assert len(client.get("/v1/sessions").json()["data"]) == 1
+        opened(client)  # without one there is room
+        client.delete(f"/v1/sessions/{first}")
+        wait_until(lambda: scheduler.get(first) is None or scheduler.get(first).session.given_bytes == 0, "its frames")
+        assert client.post("/v1/sessions", json=body).status_code == 201
+
+
+def test_pictures_of_a_record_count_too(pipeline: Any) -> None:
+    one = Session(pipeline, Options(RED))
+    before = one.given_bytes
+    one.command("image", image=torch.zeros(3, 64, 64))
+    assert one.given_bytes - before == 64 * 64 * 3
+    one.next_chunk()
+    assert one.given_bytes - before == 64 * 64 * 3
+    again = Session.of(pipeline, checked_record(one.record()))
+    assert again.given_bytes == 64 * 64 * 3
+
+
+def test_a_slow_camera_holds_up_nobody_else(pipeline: Any, monkeypatch: Any) -> None:
+    """More of them than threads that answer commands, each with a frame that is never done; another session's frames
+    and commands are answered, and of a slow one no second message is begun."""
+    slow, begun, go_on, decode = sent(13), threading.Semaphore(0), threading.Event(), given.decode_picture
+
+    def decoded(data: bytes, *size: Any, **how: Any) -> Any:
+        if data == slow[4:]:
+            begun.release()
+            assert go_on.wait(PATIENCE_S)
+        return decode(data, *size, **how)
+
+    monkeypatch.setattr(given, "decode_picture", decoded)
+    with serving(pipeline, Limits(sessions=WORKERS + 2)) as client, contextlib.ExitStack() as stack:
+        stack.callback(go_on.set)
+        sockets = []
+        for _ in range(WORKERS + 1):
+            id = opened(client, camera=True, strength=FAINT)
+            sockets.append(stack.enter_context(client.websocket_connect(f"/v1/sessions/{id}/stream")))
+            sockets[-1].send_bytes(slow)
+            assert begun.acquire(timeout=PATIENCE_S)
+        quick = opened(client, camera=True, strength=FAINT)
+        with client.websocket_connect(f"/v1/sessions/{quick}/stream?format=webp") as socket:
+            socket.send_bytes(sent(200))
+            until(socket, lambda m: m["type"] == "chunk")
+            socket.send_json({"type": "command", "name": "prompt", "text": BLUE})
+            until(socket, lambda m: m["type"] == "ack")
+        with client.websocket_connect(f"/v1/sessions/{id}/stream") as again:
+            again.send_bytes(slow)
+            assert "still being decoded" in until(again, lambda m: m["type"] == "error")[-1]["message"]
+        go_on.set()
 
 
 def test_a_codec_without_a_stream_refuses_a_camera(pipeline: Any) -> None:

@@ -184,6 +184,15 @@ def test_what_is_refused_is_refused_by_its_head(data: bytes, message: str) -> No
         decode_picture(data, (64, 64), name="x.png", pixels=1_000_000)
 
 
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded() -> None:
+    """A scan of a few bytes takes as long as the picture; a common progressive one has ten."""
+    data = saved(Image.new("RGB", (64, 64), RED), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    assert shown(data[:-2] + 50 * last + data[-2:])[9, 9, 0] > 250
+    with pytest.raises(ValueError, match=r"^x.jpg must have at most 64 scans, got 5,010$"):
+        decode_picture(data[:-2] + 5000 * last + data[-2:], (64, 64), name="x.jpg")
+
+
 @pytest.mark.parametrize("size", [(1, 100), (100, 1), (3, 2), (2, 3)])
 @pytest.mark.parametrize("how", ["crop", "pad"])
 def test_extreme_shapes_fit(size: tuple[int, int], how: str) -> None:

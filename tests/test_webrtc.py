@@ -89,7 +89,7 @@ class Double:
 
     @property
     def hooks(self) -> Hooks:
-        return Hooks(self.answers, self.shown.append)
+        return Hooks(self.answers, shown=self.shown.append)
 
     def answers(self, text: str | bytes) -> list[dict[str, Any]]:
         """What `Service.answer` does, in short."""

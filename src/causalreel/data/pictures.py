@@ -32,6 +32,8 @@ PIXELS = 100_000_000
 """Most pixels of a picture."""
 ASPECT = 100
 """Most that one side may be of the other."""
+SCANS = 64
+"""Most scans of a JPEG: a progressive one has about ten, and each takes as long as the whole picture does."""
 ORIENTATION = 0x0112
 """EXIF: how the stored picture has to be turned."""
 
@@ -73,6 +75,7 @@ def decode_picture(
             warnings.simplefilter("ignore")  # of size, which is looked at here, and of odd metadata
             with Image.open(file, formats=formats) as picture:
                 _check_head(picture, name, pixels)
+                _check_scans(picture, file, name)
                 shown = _upright(picture, size, how, name)
     except _Refused as error:
         raise ValueError(str(error)) from None
@@ -102,6 +105,17 @@ def _check_head(picture: Image, name: str, pixels: int) -> None:
         raise _Refused(f"{name} must have at most {pixels} pixels, got {width}x{height}")
     if max(width, height) > ASPECT * min(width, height):
         raise _Refused(f"{name} must be at most {ASPECT} times as long as wide, got {width}x{height}")
+
+
+def _check_scans(picture: Image, file: BinaryIO, name: str) -> None:
+    if picture.format not in ("JPEG", "MPO"):
+        return
+    here = file.tell()
+    file.seek(0)
+    scans = file.read().count(b"\xff\xda")  # pixels are coded without this pair of bytes
+    file.seek(here)
+    if scans > SCANS:
+        raise _Refused(f"{name} must have at most {SCANS} scans, got {scans:,}")
 
 
 def _upright(picture: Image, size: tuple[int, int] | None, how: Fit, name: str) -> np.ndarray:

@@ -23,7 +23,7 @@ from causalreel.control.steering import Frame as Steered
 from causalreel.infer.commands import Command, Mode, Options, Scene
 from causalreel.infer.live import Live, Policy, PolicyKind
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.restyle import Encoded, Feed, Restyle
+from causalreel.infer.restyle import Encoded, Feed, GivenVideo, Restyle
 from causalreel.infer.schedule import adapt
 from causalreel.nn.camera import ACTIONS, INTRINSICS, W2C
 from causalreel.types import Conditioning, DecodeStream
@@ -90,6 +90,16 @@ class LiveVideo:
         """Whether the next chunk waits for frames that somebody sends."""
         return self.feed is not None and self.feed.is_waiting
 
+    def give(self, video: GivenVideo) -> None:
+        """The frames of the given video, in place of what stood for them until everything else was checked."""
+        assert self._restyle is not None and self.live is None
+        self._restyle = replace(self._restyle, video=video)
+
+    @property
+    def given_bytes(self) -> int:
+        """Memory of the frames of a given video."""
+        return 0 if self._restyle is None else self._restyle.video.held
+
     @property
     def strength(self) -> float | None:
         """The noise level at which chunks begin, of a video that is made of a given one."""
@@ -144,13 +154,16 @@ class LiveVideo:
         return self.next_latents() if first is None else first
 
     def reset(self) -> None:
-        """Free all that it holds on its device; the next chunk is the scene's first one."""
+        """Free all that it holds on its device; the next chunk is the scene's first one. A closed one has none, and
+        lets go of a given video too."""
         if self.live is not None:
             self.live.close()
         self.live = self._decode = None
         if self._given is not None:
             self._given.close()
             self._given = None
+        if self.closed and self._restyle is not None:
+            self._restyle = replace(self._restyle, video=self._restyle.video.spent())
         if self.course is not None:
             self.course.begin()
 

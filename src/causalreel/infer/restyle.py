@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -37,6 +37,8 @@ class GivenVideo:
     """-> parts (1,t,3,H,W) in [-1,1], in order; asked for when they are needed."""
     feed: Feed | None = None
     """Where frames come from in place of `read`, of a video that is never over."""
+    held: int = 0
+    """Bytes of frames that are kept in memory as long as it is."""
 
     @staticmethod
     def of(video: Tensor) -> GivenVideo:
@@ -49,7 +51,12 @@ class GivenVideo:
     @staticmethod
     def of_pictures(pictures: Sequence[np.ndarray], size: tuple[int, int]) -> GivenVideo:
         """A video that was decoded before: (H,W,3) uint8 each, of this size."""
-        return GivenVideo(len(pictures), size, lambda: map(_as_video, pictures))
+        held = sum(picture.nbytes for picture in pictures)
+        return GivenVideo(len(pictures), size, lambda: map(_as_video, pictures), held=held)
+
+    def spent(self) -> GivenVideo:
+        """The same without its frames, when nobody reads them any more."""
+        return replace(self, read=lambda: (), held=0)
 
     @staticmethod
     def of_feed(feed: Feed, size: tuple[int, int]) -> GivenVideo:

@@ -318,14 +318,14 @@ def parameters(cls: type) -> tuple[Parameter, ...]:
 
 
 def read(cls: type[Read], given: Mapping[str, Any], *, what: str, picture: Reads | None = None) -> Read:
-    """The dataclass of these names and values; what: who takes them, for the message. picture: reads one as it comes;
-    None: it is a tensor."""
+    """The dataclass of these names and values; what: who takes them, for the message. picture: reads one as it comes,
+    which takes a while and is done when all else is right; None: it is a tensor."""
     known = parameters(cls)
     names = [one.name for one in known]
     if unknown := [name for name in given if name not in names]:
         raise _unknown(cls, unknown[0], what)
     values: dict[str, Any] = {}
-    for one in known:
+    for one in sorted(known, key=lambda one: isinstance(one.kind, Picture)):
         value = given.get(one.name)
         if value is None and (one.default is None or (one.name not in given and not one.is_needed)):
             continue

@@ -6,14 +6,17 @@ from __future__ import annotations
 import io
 import re
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from causalreel.data.pictures import decode_picture
 from causalreel.data.video_in import open_video
 from causalreel.infer.restyle import Feed, GivenVideo, Restyle
 from causalreel.infer.values import Picture
-from causalreel.serve.safety import MIB, ApiError, decode_base64, decode_picture
+from causalreel.serve.safety import FORMATS, MIB, ApiError, decode_base64
+from causalreel.serve.scheduler import Busy
 from causalreel.serve.wire import SessionRequest
 
 if TYPE_CHECKING:
@@ -33,10 +36,10 @@ NAME = re.compile(r"<_io\.BytesIO object at \w+>:? ")
 _filming = threading.Lock()
 
 
-def restyle_of(request: SessionRequest, pipeline: Pipeline, *, frames: int, pixels: int) -> Restyle | None:
-    """What a request wants its session to be made of; None: of noise. frames, pixels: most of a video, and of a frame.
+def restyle_of(request: SessionRequest, pipeline: Pipeline) -> Restyle | None:
+    """What a request wants its session to be made of; None: of noise. A video is still without frames; see `film_of`.
 
-    ValueError for what cannot be; ApiError 503 while another video is decoded.
+    ValueError for what cannot be.
     """
     if request.video is None and not request.camera:
         if request.strength is not None:
@@ -45,21 +48,37 @@ def restyle_of(request: SessionRequest, pipeline: Pipeline, *, frames: int, pixe
     if request.video is not None and request.camera:
         raise ValueError("a session is made of a video or of a camera's frames, not of both")
     strength, size = STRENGTH if request.strength is None else request.strength, pipeline.size
-    if request.camera:
-        chunk = pipeline.sampling.chunk if request.chunk is None else request.chunk
-        given = GivenVideo.of_feed(Feed(pipeline.geometry.temporal * (chunk or 1)), size)
-        return Restyle(given, strength)
+    if request.video is not None:
+        return Restyle(GivenVideo.of_pictures([], size), strength)
+    chunk = pipeline.sampling.chunk if request.chunk is None else request.chunk
+    return Restyle(GivenVideo.of_feed(Feed(pipeline.geometry.temporal * (chunk or 1)), size), strength)
+
+
+def film_of(
+    request: SessionRequest, pipeline: Pipeline, *, frames: int, pixels: int
+) -> Callable[[int], GivenVideo] | None:
+    """What decodes a request's video, if it has one: of at most so many bytes -> its frames; ValueError for what is
+    none, Busy where memory is short, ApiError 503 while another one is decoded. frames, pixels: most of it, and of a
+    frame."""
+    if request.video is None:
+        return None
     data = decode_base64(request.video, "video must be base64 of a video file")
-    if not _filming.acquire(blocking=False):
-        raise ApiError(503, "busy", "another video is being decoded", {"retry-after": "2"})
-    try:
-        return Restyle(GivenVideo.of_pictures(film(data, pipeline, frames=frames, pixels=pixels), size), strength)
-    finally:
-        _filming.release()
+
+    def decoded(room: int) -> GivenVideo:
+        if not _filming.acquire(blocking=False):
+            raise ApiError(503, "busy", "another video is being decoded", {"retry-after": "2"})
+        try:
+            found = film(data, pipeline, frames=frames, pixels=pixels, room=room)
+        finally:
+            _filming.release()
+        return GivenVideo.of_pictures(found, pipeline.size)
+
+    return decoded
 
 
-def film(data: bytes, pipeline: Pipeline, *, frames: int, pixels: int) -> list[np.ndarray]:
-    """A video file -> its frames at the model's rate and of its size, (H,W,3) uint8 each; ValueError."""
+def film(data: bytes, pipeline: Pipeline, *, frames: int, pixels: int, room: int = FILM_BYTES) -> list[np.ndarray]:
+    """A video file -> its frames at the model's rate and of its size, (H,W,3) uint8 each; ValueError. room: bytes that
+    they may take at present; Busy beyond."""
     (height, width), fps = pipeline.size, pipeline.export.fps
     most = min(frames, FILM_BYTES // (height * width * 3))
     found: list[np.ndarray] = []
@@ -71,6 +90,11 @@ def film(data: bytes, pipeline: Pipeline, *, frames: int, pixels: int) -> list[n
                 if len(found) == most:
                     raise ValueError(
                         f"it has more than {most} frames at {fps:g} a second, the most that a session takes"
+                    )
+                if (len(found) + 1) * picture.nbytes > room:
+                    raise Busy(
+                        f"no memory for this session's video: its frames need more than the {room / MIB:.1f} MiB that "
+                        "are free"
                     )
                 found.append(picture)
     except ValueError as error:
@@ -90,5 +114,5 @@ def pictures_in(message: bytes, size: tuple[int, int]) -> list[np.ndarray]:
                 f"a message of frames holds 1 to {MOST_FRAMES} pictures, each behind 4 bytes of its length"
             )
         parts.append(message[at - length : at])
-    decoded = (decode_picture(part, size, pixels=FRAME_PIXELS) for part in parts)
-    return [Picture().read("frame", one).numpy() for one in decoded]
+    decoded = (decode_picture(part, size, name="frame", formats=FORMATS, pixels=FRAME_PIXELS) for part in parts)
+    return [Picture().read("frame", one[0]).numpy() for one in decoded]

@@ -70,6 +70,8 @@ class Handle:
         """Playing time of the chunks that may be made ahead."""
         self.newest = self.taken = -1
         """Sequence numbers of the last chunk made, and of the last one that the reader has for certain."""
+        self.decoding = threading.Lock()
+        """Held while frames that a client sent are decoded: those of a session one message at a time."""
         self._clock, self._wake = clock, wake
         self._kept: deque[Emitted] = deque()
         self._condition = threading.Condition()

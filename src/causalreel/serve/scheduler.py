@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 
 from causalreel.infer.live import PolicyKind, first_prompt
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.restyle import Restyle
+from causalreel.infer.restyle import GivenVideo, Restyle
 from causalreel.serve.handle import Ended, Handle, Limits, Pace
 from causalreel.serve.memory import free_bytes, held_bytes, process_bytes
 from causalreel.serve.records import Record
@@ -60,6 +61,7 @@ class Scheduler:
         self._warm = first_prompt(pipeline.export) if warm == "" else warm
         self._is_measured = False
         self._budget: int | None = None
+        self._host_budget: int | None = None
         self._handles: dict[str, Handle] = {}
         self._condition = threading.Condition()
         self._is_closed = self._is_stale = False
@@ -69,7 +71,7 @@ class Scheduler:
         """Start the thread; returns at once, `is_ready` says when it is warm."""
         if self._thread is not None:
             raise RuntimeError("the scheduler has been started before")
-        self._budget = free_bytes(self.pipeline.device)
+        self._budget, self._host_budget = free_bytes(self.pipeline.device), free_bytes(torch.device("cpu"))
         self._thread = threading.Thread(target=self._run, name="causalreel-scheduler", daemon=True)
         self._thread.start()
 
@@ -92,9 +94,11 @@ class Scheduler:
         pace: Pace = "realtime",
         id: str | None = None,
         restyle: Restyle | None = None,
+        film: Callable[[int], GivenVideo] | None = None,
     ) -> Handle:
         """A new session, or one that plays a record again; id: None makes one. restyle: a video that it is made of, and
-        ends with. Raises Busy where there is no room, ValueError for what the model cannot meet."""
+        ends with; film: makes its frames, of at most so many bytes, once all else has been checked. Raises Busy where
+        there is no room, ValueError for what the model cannot meet."""
         if pace not in ("realtime", "max"):
             raise ValueError(f"pace must be realtime or max, got {pace!r}")
         self.admit()
@@ -103,9 +107,12 @@ class Scheduler:
         else:
             how: dict[str, Any] = {"policy": self.policy, "clock": self.clock, "restyle": restyle}
             session = Session(self.pipeline, options, id=id, **how)
+        if film is not None:
+            self.admit(session.given_bytes)
+            session.video.give(film(self.room()))
         handle = Handle(session, pace, self.limits, self.clock, self.wake)
         with self._condition:
-            self.admit()  # text may have taken long to encode
+            self.admit(session.given_bytes)  # text may have taken long to encode, a video to be decoded
             self._handles[handle.id] = handle
         self.wake()
         return handle
@@ -145,16 +152,31 @@ class Scheduler:
 
     # ---- admission ----
 
-    def admit(self) -> None:
-        """Busy unless there is room for another session."""
+    def admit(self, given: int = 0) -> None:
+        """Busy unless there is room for another session, with what it was given in host memory."""
         live = sum(handle.ended is None for handle in self._handles.copy().values())
         if self._is_closed:
             raise Busy("the server is shutting down")
         if live >= self.limits.sessions:
             count = self.limits.sessions
             raise Busy(f"all {count} sessions are taken" if count > 1 else "the only session is taken")
-        if self._budget is not None and (live + 1) * self.session_bytes > self.limits.memory_share * self._budget:
-            raise Busy(f"no memory for another session: {live} hold {self.session_bytes / 2**20:.0f} MiB each")
+        if self._budget is None or self._host_budget is None:
+            return
+        free = int(self.limits.memory_share * self._budget) - live * self.session_bytes
+        room = self.room()
+        if self.session_bytes > free or given > room:
+            needed, free = (given, room) if given > room else (self.session_bytes, free)
+            raise Busy(f"no memory for another session: it needs {_mib(needed)} MiB, {_mib(free)} MiB are free")
+
+    def room(self) -> int:
+        """Bytes of host memory that is free for what another session is given, such as a video's frames."""
+        if self._host_budget is None:
+            return sys.maxsize
+        handles = list(self._handles.copy().values())
+        free = int(self.limits.memory_share * self._host_budget) - sum(one.session.given_bytes for one in handles)
+        if self.pipeline.device.type == "cpu":  # where sessions themselves live too, this one included
+            free -= (sum(one.ended is None for one in handles) + 1) * self.session_bytes
+        return max(free, 0)
 
     def _measure(self, session: Session) -> None:
         """What the first session comes to hold, with the chunks that are kept for its reader."""
@@ -299,6 +321,10 @@ def _explain(error: Exception) -> str:
         return "out of memory: the server had none left for this session; others go on"
     log.error("a session failed", exc_info=error)
     return "the session failed; the server's log says why"
+
+
+def _mib(size: int) -> str:
+    return f"{max(size, 0) / 2**20:.0f}"
 
 
 def _free_memory() -> None:

@@ -16,7 +16,7 @@ from causalreel.infer.commands import describe, parse
 from causalreel.infer.live import hints, understand
 from causalreel.nn.camera import W2C
 from causalreel.serve.counters import Counters
-from causalreel.serve.given import pictures_in, restyle_of
+from causalreel.serve.given import film_of, pictures_in, restyle_of
 from causalreel.serve.guard import SMALL
 from causalreel.serve.handle import Handle
 from causalreel.serve.records import parse_record
@@ -52,9 +52,10 @@ class Service:
         """Session -> the connection that is served its frames; a newer one takes over."""
         self.threads = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="encode")
         """Threads that encode chunks; more than there are cores would only get in the way of each other."""
-
         self.workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="work")
         """Threads that check requests and encode prompts."""
+        self.cameras = ThreadPoolExecutor(scheduler.limits.sessions, thread_name_prefix="camera")
+        """Threads that decode frames as they come, one for each session that can be: none waits for another's."""
 
     async def work(self, do: Callable[..., Result], *arguments: Any) -> Result:
         """Have a thread do what takes a while; few at a time, or the event loop would not get its turn."""
@@ -74,10 +75,11 @@ class Service:
     def open(self, request: SessionRequest) -> Handle:
         """Open a session; ApiError 400 for what the model cannot do, 503 when there is no room."""
         try:
-            self.scheduler.admit()  # before a video is decoded for nothing
-            most = {"frames": self.settings.video_frames, "pixels": self.settings.image_pixels}
-            restyle = restyle_of(request, self.scheduler.pipeline, **most)
-            handle = self.scheduler.open(request, pace=request.pace, id=self.new_id(), restyle=restyle)
+            self.scheduler.admit()  # before anything is checked for nothing
+            pipeline, most = self.scheduler.pipeline, self.settings
+            restyle = restyle_of(request, pipeline)
+            film = film_of(request, pipeline, frames=most.video_frames, pixels=most.image_pixels)
+            handle = self.scheduler.open(request, pace=request.pace, id=self.new_id(), restyle=restyle, film=film)
         except Busy as error:
             raise ApiError(503, "busy", str(error), {"retry-after": "5"}) from error
         except ValueError as error:
@@ -150,6 +152,15 @@ class Service:
         log.info("session %s: %s%s", handle.id, command.name, self.said(next(iter(command.prompts), None)))
         return number
 
+    def feed(self, handle: Handle, message: bytes) -> None:
+        """Frames that a client sends for its session; ValueError."""
+        if not handle.decoding.acquire(blocking=False):
+            raise ValueError("frames of this session are still being decoded; send a message of them after the other")
+        try:
+            handle.feed(pictures_in(message, self.scheduler.pipeline.size))
+        finally:
+            handle.decoding.release()
+
     def state(self, handle: Handle) -> dict[str, Any]:
         """The message that tells a session's state."""
         return {"type": "state", "state": plain(handle.session.state())}
@@ -173,7 +184,7 @@ class Service:
         self.scheduler.close()
 
     def close(self) -> None:
-        for pool in (self.threads, self.workers):
+        for pool in (self.threads, self.workers, self.cameras):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -190,6 +201,14 @@ class Talk:
         """The client goes on though it was told to slow down: close."""
         return self.refused >= PATIENCE
 
+    def threads(self, text: str | bytes) -> ThreadPoolExecutor:
+        """Those that answer a message: frames take long and are many, and hold up no commands and no other session."""
+        return self.service.cameras if self.is_frames(text) else self.service.workers
+
+    def is_frames(self, text: str | bytes) -> bool:
+        """Whether a message holds frames that the session is made of."""
+        return isinstance(text, bytes) and self.handle.session.video.feed is not None
+
     def answer(self, text: str | bytes) -> list[dict[str, Any]]:
         """A client's message -> the messages that answer it; never raises for what a client can send."""
         said: Any = None
@@ -203,10 +222,10 @@ class Talk:
                 raise ValueError(
                     f"messages must have at most {self.service.settings.body_bytes} bytes, got {len(text)}"
                 )
-            if isinstance(text, bytes) and self.handle.session.video.feed is not None:
+            if isinstance(text, bytes) and self.is_frames(text):
                 if wait > 0:
                     raise ValueError(TOO_FAST)
-                self.handle.feed(pictures_in(text, self.service.scheduler.pipeline.size))
+                self.service.feed(self.handle, text)
                 return []
             message = parse_message(text)
             said = message.pop("id", None)

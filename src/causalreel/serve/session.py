@@ -23,7 +23,7 @@ from torch import Tensor
 from causalreel.control.steering import Frame as Steered
 from causalreel.data.video import on_host
 from causalreel.infer import values
-from causalreel.infer.commands import COMMANDS, Command, LoRA, Options, Prompt, Scene, parse
+from causalreel.infer.commands import COMMANDS, Command, Image, LoRA, Options, Prompt, Scene, parse
 from causalreel.infer.live import PolicyKind
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.pipeline import Pipeline
@@ -271,6 +271,14 @@ class Session:
     def can_run(self) -> bool:
         """Whether `next_chunk` would make a chunk, if no command waits."""
         return self.video.can_run and not (self._begun is None and self.video.is_waiting)
+
+    @property
+    def given_bytes(self) -> int:
+        """Host memory of what clients gave it: frames of a video, pictures to begin with, now and in its record."""
+        with self._lock:
+            commands = [entry.command for entry in (*self._log, *self._pending, *tuple(self._waiting))]
+        pictures = [self.video.options.image, *(one.image for one in commands if isinstance(one, Image))]
+        return self.video.given_bytes + sum(one.nbytes for one in pictures if one is not None)
 
     def feed(self, pictures: Iterable[np.ndarray]) -> None:
         """Further frames (H,W,3) uint8 of the camera that it is made of; ValueError if it is not."""

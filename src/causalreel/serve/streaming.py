@@ -109,7 +109,7 @@ class Viewer:
                 raise WebSocketDisconnect(message.get("code", 1006))
             said = message.get("text")
             said = message.get("bytes", b"") if said is None else said
-            for answer in await self.service.work(talk.answer, said):
+            for answer in await asyncio.get_running_loop().run_in_executor(talk.threads(said), talk.answer, said):
                 await self.tell(answer)
         return TOO_MUCH, "too many messages"
 

@@ -15,6 +15,7 @@ import contextlib
 import ipaddress
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -55,6 +56,8 @@ class Hooks:
 
     answers: Callable[[str | bytes], list[dict[str, Any]]]
     """A client's message -> the messages that answer it; may take a while, raises nothing."""
+    threads: Callable[[str | bytes], Executor | None] = lambda said: None
+    """Which do that; None: the event loop's own."""
     shown: Callable[[Emitted], None] = lambda chunk: None
     """Called when a chunk begins to be shown."""
     dropped: Callable[[], None] = lambda: None
@@ -148,7 +151,8 @@ class Control:
         """Answer messages one after the other, for as long as the peer lasts; a command may have text to encode."""
         while True:
             text = await self.waiting.get()
-            for message in await asyncio.to_thread(self.hooks.answers, text):
+            threads = self.hooks.threads(text)
+            for message in await asyncio.get_running_loop().run_in_executor(threads, self.hooks.answers, text):
                 self.send(message)
             if self.hooks.is_too_much():
                 self.give_up()
@@ -369,6 +373,7 @@ async def connect_session(request: Request, session_id: str) -> Answer:
     talk = Talk(service, handle, client_of(request.scope))
     hooks = Hooks(
         talk.answer,
+        talk.threads,
         partial(service.counters.given, to="webrtc"),
         service.counters.dropped.inc,
         lambda: talk.is_too_much,
