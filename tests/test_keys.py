@@ -30,6 +30,7 @@ from causalreel.infer import values
 from causalreel.infer.commands import parse, parse_line
 from causalreel.infer.live import Live
 from causalreel.infer.models import profile
+from causalreel.infer.steered import Steered
 from causalreel.nn.camera import ACTIONS, W2C
 from causalreel.serve import records
 from causalreel.serve import session as session_module
@@ -351,7 +352,7 @@ def test_timed_keys_of_a_file(tmp_path: Path) -> None:
     known = replace(profile("tiny/frame-1step"), export=painted().export)
     path = tmp_path / "keys"
     path.write_text("# a turn\n0.3 right\n\n1.0\n")
-    script = read_keys(path, known)
+    script = read_keys(str(path), known, 16.0)
     assert [(one.time_s, one.command.pressed) for one in script] == [(0.3, ("right",)), (1.0, ())]
     made = list(play(session(), frames=33, script=script))
     yaws = [last_view(chunk)[0] for chunk in made]
@@ -359,9 +360,41 @@ def test_timed_keys_of_a_file(tmp_path: Path) -> None:
     for text, words in (("1 jump", "keys:1: keys: unknown 'jump'"), ("soon w", "keys:1: expected seconds and what is")):
         path.write_text(text)
         with pytest.raises(ValueError, match=words):
-            read_keys(path, known)
+            read_keys(str(path), known, 16.0)
     with pytest.raises(ValueError, match="has no keys and no camera; prompts steer it"):
-        read_keys(path, profile("tiny/frame-1step"))
+        read_keys(str(path), profile("tiny/frame-1step"), 16.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_keys_without_a_file_lead_a_stream_where_they_lead_a_clip(chunk: int, tmp_path: Path) -> None:
+    """At chunk borders, by which pieces last here; behind them the camera stays."""
+    known = replace(profile("tiny/frame-1step"), export=painted().export)
+    told = "left+w none*2,d*4" if chunk == 2 else "w*2 left+w*3,none d right"
+    one, poses = session(chunk), []
+    for _ in play(one, frames=61, script=read_keys(told, known, one.fps)):
+        poses += [frame.w2c for frame in one.video.seen]
+    clip = Steered(keys=told).fields(STEERING, None)["w2c"][0].double().numpy()
+    np.testing.assert_allclose(poses[: len(clip)], clip, atol=1e-6)
+    np.testing.assert_allclose(poses[len(clip) :], np.broadcast_to(clip[-1], (len(poses) - len(clip), 4, 4)), atol=1e-6)
+    assert len(poses) > len(clip) > 6
+    with pytest.raises(
+        ValueError, match=r"^there is no file 'w\*2,q', and read as keys: keys: unknown 'q', did you mean"
+    ):
+        read_keys("w*2,q", known, one.fps)
+    with pytest.raises(
+        ValueError, match=r"^there is no file 'keys.txt', and read as keys: keys: cannot read 'keys.txt'"
+    ):
+        read_keys("keys.txt", known, one.fps)
+
+
+def test_ten_thousand_prompts_full_of_commas_can_be_read_again() -> None:
+    """What a JSON text is made of counts outside of its strings alone."""
+    text = "a red circle" + 20 * ", " + 'it \\" moves [{ right'
+    entry = {"name": "prompt", "arguments": {"text": text, "mode": "recompute", "chunks": 4}}
+    commands = [{"number": 1 + at, "at": at, **entry} for at in range(records.MAX_COMMANDS)]
+    kept = {"format": records.FORMAT, "model": "tiny", "policy": "renew", "options": {"prompt": text}}
+    record = records.parse_record(json.dumps({**kept, "commands": commands, "chunks": 10_000}, indent=1).encode())
+    assert len(record.commands) == records.MAX_COMMANDS and record.commands[-1].command.text == text
 
 
 def test_keys_of_a_terminal_count_until_they_are_not_heard_any_more() -> None:

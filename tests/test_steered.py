@@ -64,8 +64,33 @@ def test_what_cannot_be_followed_is_one_line(given: dict, told: str) -> None:
 
 
 def test_keys_are_bounded() -> None:
-    with pytest.raises(ValueError, match="more than 1,000,000"):
-        read_held("w*9999999", WALK)
+    assert len(read_held("w*10000", WALK)) == 10_000
+    for text in ("w*10001", "w*5000,none*5001", "w*" + "9" * 5000, " ".join(["w*9999"] * 2)):
+        with pytest.raises(
+            ValueError, match=r"^keys: lead through more than 10,000 latent frames, the most of a clip$"
+        ):
+            read_held(text, WALK)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("w w w", "w*3"),
+        (" w  ,w\tw\n", "w,w,w"),
+        ("W*2 left + w * 3 none", "w*2,left+w*3,none*1"),
+        ("w *2, left+ w *03", "w*2,left+w*3"),
+    ],
+)
+def test_pieces_stand_behind_commas_or_spaces(text: str, same: str) -> None:
+    assert read_held(text, WALK) == read_held(same, WALK)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "w,,w", "w,", "w*", "w 3", "w*0", "w*-1", "+w", "w++a", "w;a", "w*2*3", "\0"]
+)
+def test_what_are_no_keys_is_one_line(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^keys: (cannot read '.*'|got nothing); expected pieces such as [^\n]*$"):
+        read_held(text, WALK)
 
 
 def test_a_model_without_a_camera_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

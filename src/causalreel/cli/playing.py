@@ -70,10 +70,10 @@ class Stream(StreamFlags):
     script: Path | None = None
     """Timed commands, a line each: "12.5 a blue square moves left", or JSON with time and command; checked as a whole
     before the model is loaded."""
-    keys: Annotated[str | None, arg(metavar="FILE|terminal")] = None
-    """Steer a model with keys: by those of this terminal (W A S D and arrows, in real time; the space bar lets go), or
-    by a file with a line for every change: seconds and all keys held from then on, "1.5 w left". A window takes keys
-    anyway."""
+    keys: Annotated[str | None, arg(metavar="FILE|KEYS|terminal")] = None
+    """Steer a model with keys: by those of this terminal (W A S D and arrows, in real time; the space bar lets go); by
+    keys and for how many latent frames, "w*5,left+w*3,none*2", with commas or spaces between them; or by a file with a
+    line for every change: seconds and all keys held from then on, "1.5 w left". A window takes keys anyway."""
     stdin: bool = False
     """Take commands typed while it plays."""
     output: Annotated[str | None, arg(aliases=["-o"])] = None
@@ -109,7 +109,8 @@ def stream(args: Stream) -> int:
             steering_of(profile.export)
             terminal = stack.enter_context(Terminal())
         elif args.keys is not None:
-            script = sorted([*script, *read_keys(Path(args.keys), profile)], key=lambda timed: timed.time_s)
+            timed = read_keys(args.keys, profile, args.fps or profile.export.fps)
+            script = sorted([*script, *timed], key=lambda timed: timed.time_s)
         frames = _frames(args.frames, args.seconds, "--seconds", args.fps or profile.export.fps)
         pipeline = args.load(adjustable=True)
         steady_heap()

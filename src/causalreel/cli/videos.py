@@ -69,7 +69,8 @@ class Generate(MannerFlags):
     fit: Literal["crop", "pad"] = "crop"
     """A picture or video of another shape keeps its aspect: cut to fill the frame, or set between black bars."""
     keys: str | None = None
-    """Models that are steered: keys, and for how many latent frames: "w*5,left+w*3,none*2"."""
+    """Models that are steered: keys, and for how many latent frames: "w*5,left+w*3,none*2", with commas or spaces
+    between them; + holds keys together."""
     trajectory: str | None = None
     """Models that are steered: a trajectory string of another project, such as "w*3,l*2" with --dialect minwm."""
     dialect: str | None = None

@@ -14,10 +14,13 @@ from torch import Tensor
 from causalreel.control.files import read_poses
 from causalreel.control.poses import Array, relative
 from causalreel.control.steering import Course, Frame, Steering
+from causalreel.control.strings import MOST_LATENTS
 from causalreel.foreign import shown
 
-LONGEST = 1_000_000
-"""Latent frames that keys may be held for."""
+LONGEST = MOST_LATENTS
+"""Latent frames that keys may be held for: no clip has more."""
+PIECE = re.compile(r"([a-z]+(?:\+[a-z]+)*)(?:\*0*([1-9][0-9]*))?")
+"""Keys that are held together, and for how long."""
 
 Held = tuple[str, ...]
 
@@ -27,7 +30,7 @@ class Steered:
     """How the camera of a clip goes; one of the three."""
 
     keys: str | None = None
-    """Such as "w*5,left+w*3,none*2": keys, and for how many latent frames."""
+    """Such as "w*5,left+w*3,none*2": keys, and for how many latent frames; see `read_held`."""
     trajectory: str | None = None
     """A string of another project, in its `dialect`."""
     dialect: str | None = None
@@ -85,19 +88,21 @@ class Steered:
 def read_held(text: str, steering: Steering) -> list[Held]:
     """Keys and for how many latent frames, such as "w*5,left+w*3,none*2" -> those held in each frame behind the first.
 
-    ValueError naming the piece that cannot be read, or the nearest key.
+    Pieces stand behind a comma or spaces; + holds keys together, and spaces around + and * mean nothing. ValueError
+    naming the piece that cannot be read, or the nearest key.
     """
     frames: list[Held] = []
-    for piece in text.split(","):
-        match = re.fullmatch(r"\s*([a-z+\s]+?)\s*(?:\*\s*(\d{1,7}))?\s*", piece.lower())
+    for piece in re.split(r"\s*,\s*|\s+", re.sub(r"\s*([*+])\s*", r"\1", text.strip().lower())):
+        match = PIECE.fullmatch(piece)
         if match is None:
-            raise ValueError(f"keys: cannot read {shown(piece)!r}; expected pieces such as w*5, left+w*3 or none*2")
-        names = tuple(name.strip() for name in match[1].split("+"))
+            told = f"cannot read {shown(piece)!r}" if text.strip() else "got nothing"
+            raise ValueError(f"keys: {told}; expected pieces such as w*5, left+w*3 or none*2, by commas or spaces")
+        names = tuple(match[1].split("+"))
         pressed = () if names == ("none",) else names
         steering.check(pressed)
-        count = int(match[2] or 1)
+        count = int((match[2] or "1")[:9])
         if len(frames) + count > LONGEST:
-            raise ValueError(f"keys: held for more than {LONGEST:,} latent frames")
+            raise ValueError(f"keys: lead through more than {LONGEST:,} latent frames, the most of a clip")
         frames += [pressed] * count
     return frames
 

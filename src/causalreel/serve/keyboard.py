@@ -17,9 +17,11 @@ from typing import Any, TextIO
 
 from causalreel.control.steering import Steering
 from causalreel.files import read_lines
+from causalreel.foreign import shown
 from causalreel.infer.commands import Keys, parse_line
 from causalreel.infer.live_video import steering_of
 from causalreel.infer.models import Profile
+from causalreel.infer.steered import read_held
 from causalreel.serve.play import MOST_BYTES, Timed, timed_at
 from causalreel.serve.records import MAX_COMMANDS
 from causalreel.serve.session import Session
@@ -34,12 +36,27 @@ INSTEAD = {"left": ("left", "j", "a"), "right": ("right", "l", "d"), "up": ("up"
 """What an arrow can mean: the first of these that the model has."""
 
 
-def read_keys(path: Path, profile: Profile) -> list[Timed]:
-    """A file of timed keys: a line has seconds and all keys that are held from then on (1.5 w left), none to let go of
-    all; empty lines and those after # do not count. ValueError names the line, and the nearest key."""
+def read_keys(given: str, profile: Profile, fps: float) -> list[Timed]:
+    """Keys by time: the name of a file of them, or else keys and for how many latent frames, as `generate` takes them
+    (w*5,left+w*3). ValueError for what is neither, which names the nearest key."""
     steering = steering_of(profile.export)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of keys at {path}")
+    if Path(given).is_file():
+        return _read_file(Path(given), steering)
+    try:
+        held = read_held(given, steering)
+    except ValueError as error:
+        raise ValueError(f"there is no file {shown(given)!r}, and read as keys: {error}") from None
+    found: list[Timed] = []
+    for at, pressed in enumerate((*held, ())):  # of latent frame 1 + at; in the first one no key counts
+        if pressed != (found[-1].command.arguments["pressed"] if found else ()):
+            frames = 1 + at * profile.geometry.temporal if at else 0
+            found.append(Timed(frames / fps, Keys(pressed)))
+    return found
+
+
+def _read_file(path: Path, steering: Steering) -> list[Timed]:
+    """A line has seconds and all keys that are held from then on (1.5 w left), none to let go of all; empty lines and
+    those after # do not count. ValueError names the line, and the nearest key."""
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has more than {MOST_BYTES >> 20} MiB: it is no file of keys")
     found = []
