@@ -430,6 +430,22 @@ def test_a_command_imports_what_it_uses(tmp_path: Path) -> None:
     assert [name for name in found if name.startswith(rooms) or name in outside] == []
 
 
+def test_torch_is_imported_while_the_collector_rests() -> None:
+    code = (
+        "import gc; from causalreel.cli import main; {before}assert main(['models']) == 0; "
+        "print(gc.isenabled(), gc.get_freeze_count() > 50_000)"
+    )
+
+    def said(before: str) -> str:
+        command = [sys.executable, "-c", code.format(before=before)]
+        done = subprocess.run(command, capture_output=True, text=True, env=_env(), check=True)
+        return done.stdout.splitlines()[-1]
+
+    assert said("") == "True True"
+    assert said("gc.disable(); ") == "False False"
+    assert said("import torch; ") == "True False"
+
+
 def test_the_default_of_a_family_is_found_without_reading_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     parse = config.parse
