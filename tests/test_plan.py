@@ -110,6 +110,12 @@ def test_what_waits_on_the_host_is_not_the_gpus() -> None:
     assert [part.name for part in activations.parts if part.is_on_host] == ["activations"]
 
 
+def test_rollouts_of_several_processes_hold_no_memory_of_their_own() -> None:
+    names = {gpus: {p.name for p in planned("wan/dmd", f"settings.batch={gpus}", gpus=gpus).parts} for gpus in (1, 2)}
+    assert names[1] - names[2] == {"rollouts"} and names[2] - names[1] == {"gathered"}
+    assert "rollouts" not in {part.name for part in planned("wan/dmd", ONE, "speed=plain").parts}
+
+
 def test_a_batch_that_cannot_be_shared_is_named() -> None:
     with pytest.raises(ValueError, match=r"settings\.batch: 3 rows cannot be shared by 2 processes in 1 parts"):
         planned("wan/ar", "settings.batch=3", gpus=2)

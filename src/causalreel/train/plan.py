@@ -100,7 +100,8 @@ def plan(
         gathered = max(2 * whole[role] * _block(size) for role, size in sizes.items())
         gathered += WIDE * max(map(_block, trained))
         parts.append(Part("gathered", gathered, "two blocks whole, trained ones in float32, and one's gradient"))
-    parts += _activations(recipe, sizes, clip, rows, gradients)
+    is_recorded = gpus == 1 and recipe.speed != "plain"
+    parts += _activations(recipe, sizes, clip, rows, gradients, is_recorded=is_recorded)
     context = Context()
     work = step_work(recipe.settings, dict(sizes), clip, context) or Work()
     seconds = None if rate is None else work.flop / gpus / (rate * 1e12 * RATES[recipe.stage])
@@ -157,10 +158,10 @@ def _on_host(name: str, size: ModelConfig, width: int, shards: int) -> list[Part
 
 
 def _activations(
-    recipe: Recipe, sizes: Mapping[str, ModelConfig], clip: Clip, rows: int, gradients: float
+    recipe: Recipe, sizes: Mapping[str, ModelConfig], clip: Clip, rows: int, gradients: float, *, is_recorded: bool
 ) -> list[Part]:
     """The widest gradient pass of the step: activations go while gradients come, so that the larger of both
-    counts, unless a batch is taken in parts."""
+    counts, unless a batch is taken in parts. is_recorded: whether rollouts stay in memory of their own."""
     settings, context = recipe.settings, recipe.trainer.parallel.context
     passes: list[tuple[ModelConfig, int]] = []  # network, latent frames
     if isinstance(settings, (ARDiffusionConfig, CausalODEConfig, CausalCDConfig)):
@@ -190,8 +191,9 @@ def _activations(
         rolled = max(settings.longest or 0, clip.frames)  # latent frames of the longest rollout
         cache = 2 * model.layers * unit * rolled / clip.frames
         found.append(Part("context", cache, "keys and values of the rollout that the student reads"))
-        room = cache * (1 + settings.chunk / rolled)
-        found.append(Part("rollouts", room + RECORDED * unit, "their cache, and recorded calls"))
+        if is_recorded:  # others have given their cache back by then
+            room = cache * (1 + settings.chunk / rolled)
+            found.append(Part("rollouts", room + RECORDED * unit, "their cache, and recorded calls"))
     return found
 
 
