@@ -201,11 +201,16 @@ def is_done(out: Path, job: Job) -> bool:
 
 def train_here(out: Path, job: Job) -> None:
     """Run a job in this process."""
+    from causalreel.train import trainer
     from causalreel.train.recipe import resolve
     from causalreel.train.run import run
 
     overrides = [f"trainer.out={out / job.name}", f"trainer.seed={job.seed}", f"data={out / 'data'}"]
     overrides += ["codec=tiny", "rows=null", "speed=plain", "trainer.optimisers.student.schedule=constant", *job.more]
+    try:
+        import av  # noqa: F401
+    except ImportError:  # numbers of previews are in the records all the same
+        trainer._write_preview = lambda video, directory, step: None
     with bfloat16_masters() if job.patch == "bfloat16 masters" else contextlib.nullcontext():
         if run(resolve(job.recipe, overrides)).is_interrupted:
             raise KeyboardInterrupt
