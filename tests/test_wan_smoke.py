@@ -42,7 +42,7 @@ def test_other_settings_are_another_run_and_a_failure_stops_only_what_needs_it(t
     assert few.returncode == 0, few.stderr
     mixed = started(tmp_path, "--smoke", "--stages", "ar", "ode", "--steps", "2", "--", "settings.grid=5")
     found = json.loads((tmp_path / "results.json").read_text())
-    assert mixed.returncode == 1 and "no key 'grid' in settings" in found["ar"]["failed"]
+    assert mixed.returncode == 1 and "unknown key 'grid' in settings" in found["ar"]["failed"]
     assert len(found["ode"]["loss"]) == 2
     late = started(tmp_path, "--smoke", "--stages", "ar", "ode", "--limit", "0.2")
     found = json.loads((tmp_path / "results.json").read_text())
