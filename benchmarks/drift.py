@@ -6,7 +6,9 @@
 
 A model under a policy is a unit, in a process of its own, `--jobs` of them at a time; a unit that is done is not made
 again, so the same command goes on where it was interrupted. All units have the same prompts and, clip for clip, the
-same noise. Beside `drift.json` (every window), `table.md` and `drift.png` there is a sheet of frames for each unit.
+same noise. `drift.json` (every window), `table.md` and `drift.png` are written anew after each unit, beside a sheet of
+its frames. With a budget no unit is begun past it, and those that run then end with the windows they have: their column
+100x stays empty, and the next run makes them whole.
 
 Ways: context policies; `full`, which sees everything, up to ten lengths; `renew`, segments as live streams make them;
 `rolling-plan`, Rolling Forcing. A column such as 100x is the mean over the last fifth of the windows up to there.
@@ -17,10 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +46,11 @@ from causalreel.weights.files import read_tensors, write_tensors
 log = logging.getLogger("drift")
 
 MODELS = ("frame-2step=tiny/frame-2step", "chunk-4step=tiny/chunk-4step")
-POLICIES = ("window", "sink", "re-indexed", "rolling-sink", "infinity-rope", "deep-forcing", "memrope", "relax-forcing")
+POLICIES = ("memrope", "infinity-rope", "window", "rolling-sink", "re-indexed", "relax-forcing", "deep-forcing", "sink")
 WAYS = (RENEW, *POLICIES, "rolling-forcing", "full")
+"""In this order, both models of each, so that what matters most is there if time runs out."""
+CUT = "cut"
+"""In the names of files of units that ended before their time."""
 FULL = 10
 """Training lengths up to which everything is kept: its memory and time grow with the length."""
 
@@ -58,8 +65,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=0, help="clips made together; 0: all, or 8 on a CPU")
     parser.add_argument("--jobs", type=int, default=8, help="units at a time")
-    parser.add_argument("--budget", type=float, default=0, help="seconds after which no unit is begun; 0: none")
+    parser.add_argument("--budget", type=float, default=0, help="seconds that it may take, about; 0: any")
     parser.add_argument("--smoke", action="store_true", help="2 lengths, 2 clips of 1 seed, 2 at a time")
+    parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
     parser.add_argument("--unit", nargs=2, metavar=("LABEL=MODEL", "WAY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:
@@ -70,9 +78,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     failed = work(args)
-    rows = gather(args.out)
-    if rows:
-        summarise(args.out, rows)
+    if tell(args.out):
         print((args.out / "table.md").read_text())
     if failed:
         sys.exit(f"{len(failed)} units failed, see their .log in {args.out}: {', '.join(failed)}")
@@ -82,28 +88,32 @@ def work(args: argparse.Namespace) -> list[str]:
     """Make every unit that is not there; -> those that failed."""
     units = [(model, way) for way in args.ways for model in args.models]
     waiting = [unit for unit in units if not (args.out / f"{name(*unit)}.safetensors").exists()]
-    begun, running, failed = time.monotonic(), dict[str, subprocess.Popen](), []
+    began, running, failed = time.monotonic(), dict[str, subprocess.Popen](), []
+    until = began + args.budget if args.budget else math.inf
     while waiting or running:
-        for key, process in list(running.items()):
-            if process.poll() is not None:
-                del running[key]
-                told = "done" if process.returncode == 0 else f"FAILED ({process.returncode})"
-                failed += [] if process.returncode == 0 else [key]
-                print(f"{time.monotonic() - begun:6.0f} s  {key}: {told}", flush=True)
-        if args.budget and time.monotonic() - begun > args.budget and waiting:
+        ended = [key for key, process in running.items() if process.poll() is not None]
+        for key in ended:
+            code = running.pop(key).returncode
+            told = f"FAILED ({code})" if code else "done" if (args.out / f"{key}.safetensors").exists() else "cut short"
+            failed += [key] if code else []
+            print(f"{time.monotonic() - began:6.0f} s  {key}: {told}", flush=True)
+        if time.monotonic() > until and waiting:
             print(f"not begun within {args.budget:g} s: {', '.join(name(*unit) for unit in waiting)}", flush=True)
             waiting = []
         while waiting and len(running) < args.jobs:
             unit = waiting.pop(0)
-            running[name(*unit)] = begin(args, unit)
+            running[name(*unit)] = begin(args, unit, until)
+        if ended and (waiting or running):
+            with suppress(ValueError, OSError):  # told again at the end, and then aloud
+                tell(args.out)
         time.sleep(0.2)
     return failed
 
 
-def begin(args: argparse.Namespace, unit: tuple[str, str]) -> subprocess.Popen:
+def begin(args: argparse.Namespace, unit: tuple[str, str], until: float) -> subprocess.Popen:
     numbers = {"--out": args.out, "--lengths": args.lengths, "--clips": args.clips, "--batch": args.batch}
     command = [sys.executable, __file__, *(str(part) for pair in numbers.items() for part in pair)]
-    command += ["--seeds", *map(str, args.seeds), "--unit", *unit]
+    command += ["--seeds", *map(str, args.seeds), "--until", str(until), "--unit", *unit]
     with (args.out / f"{name(*unit)}.log").open("w") as log_file:
         environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
         return subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=environment)
@@ -132,15 +142,16 @@ def make(args: argparse.Namespace, spec: str, way: str) -> None:
 
     batch = args.batch or (len(prompts) if is_gpu else 8)
     how: dict[str, Any] = {"lengths": lengths, "batch": batch, "watch": watch}
-    row = of_model(pipeline, f"{label}, {way}", way=way, prompts=prompts, seeds=seeds, **how)
+    row = of_model(pipeline, f"{label}, {way}", way=way, prompts=prompts, seeds=seeds, until=args.until, **how)
     memory = torch.cuda.max_memory_allocated() if is_gpu else 0
     shown = torch.cat(kept, dim=1)
     contact_sheet(shown, args.out / f"{name(spec, way)}.png", prompts[:4], columns=min(11, shown.shape[1]))
     facts = {"label": row.label, "seconds": row.seconds, "gpu_mib": memory >> 20, "clips": args.clips, "batch": batch}
     facts |= {"device": torch.cuda.get_device_name() if is_gpu else "cpu", "torch": str(torch.__version__)}
-    write_text(args.out / f"{name(spec, way)}.json", json.dumps(facts | {"seeds": args.seeds}))
+    stem = args.out / (name(spec, way) if row.count >= lengths else f"{name(spec, way)}.{CUT}")
+    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(facts | {"seeds": args.seeds}))
     tensors = {metric: values.contiguous() for metric, values in row.curves.items()}
-    with replacing(args.out / f"{name(spec, way)}.safetensors") as path:
+    with replacing(stem.with_name(f"{stem.name}.safetensors")) as path:
         write_tensors(path, tensors)  # last of all: a unit is done when it is there
 
 
@@ -159,9 +170,20 @@ def manner(model: str, way: str, lengths: int) -> Manner:
     return Manner(way)
 
 
+def tell(out: Path) -> bool:
+    """Write tables and pictures of the units that are there; whether there are any."""
+    rows = gather(out)
+    if rows:
+        summarise(out, rows)
+    return bool(rows)
+
+
 def gather(out: Path) -> list[tuple[Long, dict[str, Any]]]:
     rows = []
     for path in sorted(out.glob("*.safetensors")):
+        whole = path.with_name(path.name.replace(f".{CUT}.", "."))
+        if whole != path and whole.exists():
+            continue
         facts = json.loads(path.with_suffix(".json").read_text())
         rows.append((Long(facts["label"], read_tensors(path), facts["seconds"]), facts))
     order = {way: i for i, way in enumerate(WAYS)}

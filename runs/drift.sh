@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Drift of the tiny models under every context policy, before and after training for length; tables and pictures.
 #
-#   bash runs/drift.sh            one GPU (written for an H200, about 6 minutes); writes runs/drift
+#   bash runs/drift.sh            one GPU (written for an H200, about 7 minutes); writes runs/drift
+#   GPUS="0 1" bash runs/drift.sh models for length are trained and measured on the last, the others on the first
 #   bash runs/drift.sh --smoke    the same path in miniature on a CPU: proves the plumbing only
 #
-# Run it again to go on where it stopped. OUT names another folder, JOBS how many clips' processes share the GPU.
+# Run it again to go on where it stopped. OUT names another folder, JOBS how many processes share a GPU. BUDGET: seconds
+# for all of it: trainings not over by half of them (with two GPUs) or three quarters are stopped, clips end as long as
+# they are when the time is up, and the tables hold what there is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-runs/drift} jobs=${JOBS:-10} clips=4096 small=() more=()
+out=${OUT:-runs/drift} jobs=${JOBS:-6} budget=${BUDGET:-0} clips=4096 small=() more=()
+read -r -a gpus <<<"${GPUS:-}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=${PYTHONPATH:-src}
 if [ "${1:-}" = "--smoke" ]; then
   clips=48 small=(--smoke)
@@ -15,25 +19,59 @@ if [ "${1:-}" = "--smoke" ]; then
 fi
 mkdir -p "$out"
 
-if [ ! -f "$out/data/done" ]; then
-  python3 -m causalreel encode --codec tiny --out "$out/data" --clips "$clips"
-  touch "$out/data/done"
-fi
-longer() { # longer NAME RECIPE: a model trained for length
-  if [ -f "$out/$1/export/config.yaml" ]; then return 0; fi
-  python3 -m causalreel train "$2" "trainer.out=$out/$1" "data=$out/data" ${more[@]+"${more[@]}"} >"$out/$1.log" 2>&1
+on() { # on NUMBER: use that one of the GPUs that were given
+  [ ${#gpus[@]} = 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[$1]}
 }
-trainings=()
-for pair in "long tiny/long" "long-chunk tiny/long_chunk" "rolling tiny/rolling"; do
-  longer $pair &
-  trainings+=($!)
-done
-measure() { python3 benchmarks/drift.py --jobs "$jobs" ${small[@]+"${small[@]}"} "$@"; }
-measure --out "$out/shipped"
+left() { # left PER_CENT: seconds until so much of the budget is spent, at least 1; 0: there is none
+  local seconds=$((budget * $1 / 100 - SECONDS))
+  if [ "$budget" = 0 ]; then echo 0; else echo $((seconds > 1 ? seconds : 1)); fi
+}
+longer() { # longer PER_CENT NAME RECIPE: a model trained for length
+  if [ -f "$out/$2/export/config.yaml" ]; then return 0; fi
+  timeout -k 15 "$(left "$1")" python3 -m causalreel train "$3" "trainer.out=$out/$2" "data=$out/data" \
+    ${more[@]+"${more[@]}"} >"$out/$2.log" 2>&1 || { echo "training $2 is not over, see $out/$2.log" >&2; return 1; }
+}
+train() { # train PER_CENT: all three, and their clips
+  local pair pids=() failed=0
+  if [ ! -f "$out/data/done" ]; then
+    python3 -m causalreel encode --codec tiny --out "$out/data" --clips "$clips" >"$out/data.log" 2>&1 || return 1
+    touch "$out/data/done"
+  fi
+  for pair in "long tiny/long" "long-chunk tiny/long_chunk" "rolling tiny/rolling"; do
+    longer "$1" $pair &
+    pids+=($!)
+  done
+  for pair in "${pids[@]}"; do wait "$pair" || failed=1; done
+  return $failed
+}
+measure() { # measure PER_CENT ARGUMENTS ...
+  python3 benchmarks/drift.py --jobs "$jobs" --budget "$(left "$1")" ${small[@]+"${small[@]}"} "${@:2}"
+}
+trained() { # the models trained for length, as far as they are there
+  local pair failed=0 models=()
+  for pair in frame-2step-long=long chunk-4step-long=long-chunk; do
+    if [ -f "$out/${pair#*=}/export/config.yaml" ]; then models+=("${pair%=*}=$out/${pair#*=}/export"); fi
+  done
+  [ ${#models[@]} = 0 ] || measure 94 --out "$out/trained" --models "${models[@]}" \
+    --ways infinity-rope renew memrope rolling-sink sink || failed=1
+  models=(chunk-4step=tiny/chunk-4step)
+  if [ -f "$out/rolling/export/config.yaml" ]; then models=("chunk-4step-rolling=$out/rolling/export" "${models[@]}"); fi
+  measure 97 --out "$out/trained" --ways rolling-plan --models "${models[@]}" || failed=1
+  return $failed
+}
+
 failed=0
-for training in "${trainings[@]}"; do wait "$training" || failed=1; done
-[ $failed = 0 ] || { echo "a training failed, see $out/*.log" >&2; exit 1; }
-measure --out "$out/trained" --ways renew infinity-rope memrope sink rolling-sink \
-  --models "frame-2step-long=$out/long/export" "chunk-4step-long=$out/long-chunk/export"
-measure --out "$out/trained" --ways rolling-plan \
-  --models "chunk-4step-rolling=$out/rolling/export" chunk-4step=tiny/chunk-4step
+if [ ${#gpus[@]} -gt 1 ]; then
+  (on -1 && { train 50 || failed=1; trained || failed=1; exit $failed; }) &
+  aside=$!
+  (on 0 && measure 95 --out "$out/shipped") || failed=1
+  wait "$aside" || failed=1
+else
+  on 0
+  train 75 &
+  aside=$!
+  measure 65 --out "$out/shipped" || failed=1
+  wait "$aside" || failed=1
+  trained || failed=1
+fi
+[ $failed = 0 ] || { echo "not everything was made; see $out and its logs, and run this again" >&2; exit 1; }

@@ -156,6 +156,16 @@ def test_parts_can_be_watched(model: Path) -> None:
     assert seen == [(0, 13), (1, 16), (2, 16)] and row.seconds > 0
 
 
+def test_what_is_not_there_in_time_is_left_out(model: Path) -> None:
+    """A window at least, and as many as all batches have, the same numbers as of whole clips."""
+    pipeline = load(model, device="cpu")
+    how = {"way": "memrope", "prompts": ["a large red circle", "a blue square"], "seeds": [1, 2], "lengths": 3}
+    cut, whole = (of_model(pipeline, "x", batch=1, until=until, **how) for until in (0.0, math.inf))
+    assert (cut.count, whole.count) == (1, 3)
+    for name in EXACT:
+        torch.testing.assert_close(cut.curves[name], whole.curves[name][:, :1], equal_nan=True)
+
+
 def test_files_of_any_size_and_rate_are_measured(tmp_path: Path) -> None:
     video = torch.rand(20, 3, 50, 70, generator=torch.Generator().manual_seed(0)) * 2 - 1
     write_video(tmp_path / "a.mp4", video, 10)

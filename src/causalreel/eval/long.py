@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -83,18 +84,31 @@ def of_model(
     batch: int,
     is_world: bool = True,
     watch: Callable[[int, Tensor], None] | None = None,
+    until: float = math.inf,
 ) -> Long:
     """Make long clips and measure them as they come. is_world: the prompts are of the tiny world, whose exact metrics
-    are read too. watch: called with the number of each part, and the part, of the first batch."""
+    are read too. watch: called with the number of each part, and the part, of the first batch. until: `time.monotonic`
+    at which a batch ends as long as it is, a window at least; there are as many windows as all batches have."""
     began, parts = time.perf_counter(), []
     for first in range(0, len(prompts), batch):
         some, noise = prompts[first : first + batch], seeds[first : first + batch]
-        made = stream(pipeline, some, noise, lengths, way)
+        made = _in_time(stream(pipeline, some, noise, lengths, way), until, windows_of(pipeline).first)
         shown = _watched(made, watch) if watch is not None and first == 0 else made
         told, at_a_time = some if is_world else None, 2048 if pipeline.device.type == "cuda" else 128
         parts.append(curves(shown, windows_of(pipeline), told, at_a_time=at_a_time))
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    count = min(numbers.shape[1] for part in parts for numbers in part.values())
+    joined = {name: torch.cat([part[name][:, :count] for part in parts]) for name in parts[0]}
     return Long(label, joined, time.perf_counter() - began)
+
+
+def _in_time(parts: Iterator[Tensor], until: float, least: int) -> Iterator[Tensor]:
+    """The first `least` frames, and all that are there in time."""
+    made = 0
+    for part in parts:
+        yield part
+        made += part.shape[1]
+        if made >= least and time.monotonic() > until:
+            return
 
 
 def _watched(parts: Iterator[Tensor], watch: Callable[[int, Tensor], None]) -> Iterator[Tensor]:
