@@ -48,6 +48,7 @@ def _window(numbers: Numbers, first: int, chunk: int) -> Context:
 
 
 POLICIES: dict[str, Make] = {
+    "none": lambda n, first, chunk: Context(),
     "sliding_window": _window,
     "rolling_sink": lambda n, first, chunk: RollingSink(sink_chunks=n["sink_blocks"], recent_chunks=n["recent_blocks"]),
     "infinity_rope": lambda n, first, chunk: InfinityRope(
@@ -108,10 +109,13 @@ class Seen:
 
     def _scores(self, block: int) -> None:
         assert isinstance(self.cache, TokenCache)
-        if scores := self.cache.state.pop("scores", None):
-            self.found.add(
-                f"out.selection_scores.block{block:02d}", torch.cat(scores) if len(scores) > 1 else scores[0][0]
-            )
+        name = f"out.selection_scores.block{block:02d}"
+        wanted = self.found.case.tensors.get(name)
+        if (scores := self.cache.state.pop("scores", None)) and wanted is not None:
+            found = torch.stack(scores)  # (layers,B,candidates)
+            if isinstance(self.policy, DeepForcing) and wanted.numel() < found.numel():
+                found = found[-self.policy.observed :]  # of the layers that choose by them
+            self.found.add(name, found.reshape(wanted.shape) if found.numel() == wanted.numel() else found)
 
 
 def _entries(cache: TokenCache) -> dict[str, Any]:
