@@ -21,7 +21,9 @@ def uniform(keys: Tensor, purpose: int, count: int = 1) -> Tensor:
 
 
 def keys_of(seed: int, first: int, count: int, held_out: bool) -> Tensor:
-    """(count,) int64: one well mixed number per clip."""
+    """(count,) int64: one well mixed number per clip. ValueError for no clip, or a seed beyond its range."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
     if not 0 <= seed < 1 << 62:
         raise ValueError(f"seed must be 0 to 2**62 - 1, got {seed}")
     base = _mix(torch.tensor([2 * seed + int(held_out)], dtype=torch.int64) ^ 0x5851F42D4C957F2D)

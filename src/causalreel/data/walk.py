@@ -207,8 +207,6 @@ def simulate(
 
     A clip depends on (seed, its index, config) alone, bit for bit. `held_out` worlds share no clip with training ones.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
     clips = keys_of(seed ^ 0x57A1C, first, count, held_out)
     scene = _scenes(clips, config)
     keys = _paths(clips, scene)

@@ -168,8 +168,6 @@ def simulate(
 
     A clip depends on (seed, its index, config) alone, bit for bit. `held_out` worlds share no clip with training ones.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
     keys = keys_of(seed, first, count, held_out)
     n = config.max_objects
     draw = uniform(keys, ATTRIBUTE, 32)  # (B,32)

@@ -140,9 +140,14 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _known(numbers: dict[str, Any]) -> dict[str, Any]:
+def known(numbers: dict[str, Any]) -> dict[str, Any]:
     """Numbers that are not known (NaN) as None: JSON has no other word for them."""
     return {name: None if value != value else value for name, value in numbers.items()}
+
+
+def file_name(label: str) -> str:
+    """A model's label as a part of files' names."""
+    return "".join(c if c.isalnum() else "-" for c in label)
 
 
 def save(
@@ -150,8 +155,8 @@ def save(
 ) -> None:
     """Write the folder, which must be there."""
     record = {
-        row.label: {name: _known(dataclasses.asdict(e)) for name, e in summarise(row.clips).items()}
-        | _known({"frechet": row.frechet, "seconds": row.seconds})
+        row.label: {name: known(dataclasses.asdict(e)) for name, e in summarise(row.clips).items()}
+        | known({"frechet": row.frechet, "seconds": row.seconds})
         for row in rows
     }
     write_text(out / "scores.json", json.dumps({"facts": facts, "models": record}, indent=1, allow_nan=False))
@@ -159,8 +164,7 @@ def save(
     clips = {f"{row.label}/{name}": v.float().contiguous() for row in rows for name, v in row.clips.items()}
     write_tensors(out / "scores.safetensors", clips)
     for label, videos in shown.items():
-        name = "".join(c if c.isalnum() else "-" for c in label)
-        contact_sheet(videos, out / f"{name}.png", prompts, columns=10)
+        contact_sheet(videos, out / f"{file_name(label)}.png", prompts, columns=10)
 
 
 def run(

@@ -22,7 +22,7 @@ from torch import Tensor
 from causalreel.data.video import contact_sheet, to_bytes
 from causalreel.data.world import prompts
 from causalreel.eval.changes import LOOKED_AT, Changed, judge
-from causalreel.eval.run import parse_model, with_steps
+from causalreel.eval.run import file_name, known, parse_model, with_steps
 from causalreel.files import write_text
 from causalreel.folders import claim
 from causalreel.infer.commands import Mode, Options, Prompt
@@ -174,7 +174,7 @@ def run(
     """Play, judge and write -> the rows of the table."""
     rows: dict[str, dict[str, float]] = {}
     specs = [parse_model(spec) for spec in models]
-    names = [_file_name(label) for label, _, _ in specs]
+    names = [file_name(label) for label, _, _ in specs]
     for label, name in zip((spec[0] for spec in specs), names, strict=True):
         if names.count(name) > 1:
             raise ValueError(f"two rows would be called {label!r}, or their files so: name one of them, label=model")
@@ -203,8 +203,7 @@ def page_examples(pipeline: Pipeline) -> list[str]:
 def _write(found: Sequence[Stream], row: dict[str, float], path: Path) -> None:
     """Numbers of the streams, and a contact sheet of some of them, the noisiest first."""
     told = [{**dataclasses.asdict(s.told), **dataclasses.asdict(s.result)} for s in found]
-    means = {key: None if value != value else value for key, value in row.items()}
-    content = json.dumps({"means": means, "streams": told}, indent=1, allow_nan=False)
+    content = json.dumps({"means": known(row), "streams": told}, indent=1, allow_nan=False)
     write_text(path.with_name(f"{path.name}.json"), content)
     worst = sorted(found, key=lambda s: -s.result.noise)[: SHEETS // 2]
     some = worst + [s for s in found if s not in worst][: SHEETS - len(worst)]
@@ -214,7 +213,3 @@ def _write(found: Sequence[Stream], row: dict[str, float], path: Path) -> None:
         contact_sheet(sheet, path.with_name(f"{path.name}.png"), captions, columns=BEFORE + BEHIND)
     except ImportError as error:  # the numbers took minutes
         log.warning("no contact sheet %s: %s", path.name, error)
-
-
-def _file_name(label: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in label)

@@ -33,7 +33,7 @@ from causalreel.data.walk import (
 )
 from causalreel.data.walk_render import paint, render
 from causalreel.eval.control import agreement, pose_errors, revisit, words
-from causalreel.eval.run import load_models
+from causalreel.eval.run import file_name, known, load_models
 from causalreel.eval.statistics import Estimate, summarise
 from causalreel.files import write_text
 from causalreel.folders import claim
@@ -269,7 +269,7 @@ def _save(
     out: Path, rows: Sequence[ControlRow], shown: Mapping[str, list[Tensor]], asked: Sequence[Task], facts: dict
 ) -> None:
     record = {
-        row.label: {name: _known(estimate) for name, estimate in summarise(row.clips).items()}
+        row.label: {name: known(dataclasses.asdict(estimate)) for name, estimate in summarise(row.clips).items()}
         | {"seconds": row.seconds}
         for row in rows
     }
@@ -277,7 +277,7 @@ def _save(
     write_text(out / "control.md", table(rows) + "\n")
     true = shown["true render"]
     for label, pictures in shown.items():
-        name = "".join(c if c.isalnum() else "-" for c in label)
+        name = file_name(label)
         kept = {
             task.name: to_bytes(made).unflatten(0, made.shape[:2]) for task, made in zip(asked, pictures, strict=True)
         }
@@ -292,8 +292,3 @@ def _save(
             contact_sheet(clips, out / f"{name}.png", told, columns=16)
         except ImportError as error:  # the numbers took minutes
             log.warning("no contact sheet of %s, its pictures are in %s.safetensors: %s", label, name, error)
-
-
-def _known(estimate: Estimate) -> dict[str, float | None]:
-    numbers = dataclasses.asdict(estimate)
-    return {name: None if value != value else value for name, value in numbers.items()}

@@ -61,22 +61,24 @@ _TO_OFFICIAL_OUTSIDE = {theirs: ours for ours, theirs in OUTSIDE.items()} | {TIE
 
 def transformers_name(name: str) -> str:
     """Wan2.1's name -> transformers' name; ValueError for a name that the encoder does not have."""
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if found and found[2] in BLOCK:
-        return f"encoder.block.{found[1]}.{BLOCK[found[2]]}"
-    if name in OUTSIDE:
-        return OUTSIDE[name]
+    if found := _renamed(name, "blocks", "encoder.block", BLOCK, OUTSIDE):
+        return found
     raise ValueError(f"'{shown(name)}' is no name of Wan2.1's text encoder")
 
 
 def official_name(name: str) -> str:
     """transformers' name -> Wan2.1's name; ValueError for a name that the encoder does not have."""
-    found = re.fullmatch(r"encoder\.block\.(\d+)\.(.+)", name)
-    if found and found[2] in _TO_OFFICIAL_BLOCK:
-        return f"blocks.{found[1]}.{_TO_OFFICIAL_BLOCK[found[2]]}"
-    if name in _TO_OFFICIAL_OUTSIDE:
-        return _TO_OFFICIAL_OUTSIDE[name]
+    if found := _renamed(name, "encoder.block", "blocks", _TO_OFFICIAL_BLOCK, _TO_OFFICIAL_OUTSIDE):
+        return found
     raise ValueError(f"'{shown(name)}' is no name of a UMT5 encoder in transformers")
+
+
+def _renamed(name: str, block: str, new: str, inside: Mapping[str, str], outside: Mapping[str, str]) -> str | None:
+    """A name by one layout in the other, where layers are called `new` and not `block`; None if it has none."""
+    found = re.fullmatch(rf"{re.escape(block)}\.(\d+)\.(.+)", name)
+    if found and found[2] in inside:
+        return f"{new}.{found[1]}.{inside[found[2]]}"
+    return outside.get(name)
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

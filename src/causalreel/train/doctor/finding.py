@@ -19,3 +19,13 @@ class Finding:
     what: str
     do: str
     """What helps."""
+
+
+def wrong(check: str, what: str, do: str) -> Finding:
+    """What was measured and will not come right."""
+    return Finding(check, "wrong", "measured", what, do)
+
+
+def watch(check: str, what: str, do: str) -> Finding:
+    """What was measured and may come right."""
+    return Finding(check, "watch", "measured", what, do)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from causalreel.data.video_in import read_video
 from causalreel.train.doctor.files import RunFiles
-from causalreel.train.doctor.finding import Finding
+from causalreel.train.doctor.finding import Finding, watch, wrong
 from causalreel.train.looks import looks
 
 FRAMES, SIDE = 96, 64
@@ -59,29 +59,23 @@ def _against(last: Look, data: dict[str, float]) -> Iterator[Finding]:
     ratios = {name: now[name] / data[name] for name in data if data[name] > 0}
     if ratios.get("motion", 1) < 0.25:
         what = f"motion {ratios['motion']:.2f} times the data's in the preview of step {step}: it freezes"
-        yield _wrong("motion", what, "an earlier checkpoint of stage 3; fewer cycles, or a stage before that moves")
+        yield wrong("motion", what, "an earlier checkpoint of stage 3; fewer cycles, or a stage before that moves")
     if ratios.get("motion", 1) > 4:
         what = f"motion {ratios['motion']:.1f} times the data's in the preview of step {step}: it flickers"
-        yield _wrong("motion", what, "look at chunk, shift and the stage before")
+        yield wrong("motion", what, "look at chunk, shift and the stage before")
     if ratios.get("contrast", 1) > 1.6 or ratios.get("colour", 1) > 2:
         what = f"contrast {ratios.get('contrast', 1):.2f} and colour {ratios.get('colour', 1):.2f} times the data's"
-        yield _wrong("saturation", f"{what} in the preview of step {step}", "less guidance, fewer cycles")
+        yield wrong("saturation", f"{what} in the preview of step {step}", "less guidance, fewer cycles")
     if ratios.get("contrast", 1) < 0.4:
         what = f"contrast {ratios['contrast']:.2f} times the data's in the preview of step {step}: it is washed out"
-        yield _wrong("contrast", what, "train on; if it stays, look at codec, shift and the teacher")
+        yield wrong("contrast", what, "train on; if it stays, look at codec, shift and the teacher")
 
 
 def _since(seen: Sequence[Look]) -> Iterator[Finding]:
     (first, before), (last, now) = seen[0], seen[-1]
     if last > first and before["motion"] > 0 and now["motion"] < 0.4 * before["motion"]:
-        yield Finding(
+        yield watch(
             "motion",
-            "watch",
-            "measured",
             f"motion fell from {before['motion']:.3g} in step {first} to {now['motion']:.3g} in step {last}",
             "compare the previews; stage 3 loses motion when it goes on for too long",
         )
-
-
-def _wrong(check: str, what: str, do: str) -> Finding:
-    return Finding(check, "wrong", "measured", what, do)

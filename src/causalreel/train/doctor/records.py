@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from causalreel.train.doctor.files import RunFiles
-from causalreel.train.doctor.finding import Finding
+from causalreel.train.doctor.finding import Finding, watch, wrong
 from causalreel.train.stages.causal_cd import CausalCDConfig
 
 STILL = 0.999
@@ -25,7 +25,7 @@ def _of_role(run: RunFiles, role: str) -> Iterator[Finding]:
     is_still = still is not None and still >= STILL and (ratio or 0) < 1e-7
     if coarse is not None and coarse > 0.99 and not (is_still and run.last(f"{role}/lr") == 0):
         share = "" if still is None else f", and {still:.0%} of them did not change in the last step that was recorded"
-        yield _wrong(
+        yield wrong(
             "bfloat16 masters",
             f"the {role}'s weights are all of bfloat16{share}: steps smaller than 1/256 of a weight are lost",
             "keep trained weights in float32 and compute in bfloat16 (as this trainer does unless it is changed)",
@@ -33,7 +33,7 @@ def _of_role(run: RunFiles, role: str) -> Iterator[Finding]:
     elif is_still:
         rate = run.last(f"{role}/lr")
         why = "its learning rate is 0" if rate == 0 else f"at a learning rate of {rate:g}"
-        yield _wrong(
+        yield wrong(
             "frozen",
             f"the {role} does not move: {still:.1%} of its weights were the same after the last recorded step, {why}",
             f"look at trainer.optimisers.{role}, and whether its losses reach it",
@@ -47,10 +47,8 @@ def _of_gradients(run: RunFiles, role: str) -> Iterator[Finding]:
     for place in range(5, len(norms)):
         usual = median(value for _, value in norms[max(0, place - 20) : place])
         if norms[place][1] > 10 * usual > 0:
-            yield Finding(
+            yield watch(
                 "gradient spike",
-                "watch",
-                "measured",
                 f"the {role}'s gradient norm was {norms[place][1]:.3g} to step {norms[place][0]}, {usual:.3g} before",
                 "if it comes again: a lower learning rate, a lower clip, or look at the rows of that time",
             )
@@ -71,9 +69,9 @@ def _of_loss(run: RunFiles, role: str) -> Iterator[Finding]:
         check = "critic" if role == "critic" else "loss"
         what = f"the {role}'s loss rose: {lowest:.3g} at its lowest, {last:.3g} now (means of {width} records)"
         if role == "critic":
-            yield _wrong(check, f"{what}: it falls behind its student", "more critic updates, or a slower student")
+            yield wrong(check, f"{what}: it falls behind its student", "more critic updates, or a slower student")
         else:
-            yield _wrong(check, what, "a lower learning rate, and the checkpoint from before it rose")
+            yield wrong(check, what, "a lower learning rate, and the checkpoint from before it rose")
 
 
 def _of_average(run: RunFiles, source: str) -> Iterator[Finding]:
@@ -85,18 +83,18 @@ def _of_average(run: RunFiles, source: str) -> Iterator[Finding]:
     if run.step <= start:
         return
     if distance == 0:
-        yield _wrong(
+        yield wrong(
             "average",
             f"the {role} is a copy of the {source}: nothing is averaged",
             "settings.ema.decay (causal CD: settings.target_decay) such as 0.99, and from_step within the run",
         )
     elif still is not None and still >= STILL:
-        yield _wrong("average", f"the {role} stands still while the {source} moves", "a decay below 1")
+        yield wrong("average", f"the {role} stands still while the {source} moves", "a decay below 1")
     elif decay is not None and decay < 1:
         behind = 1 / (1 - decay)
         recent = [value for step, value in run.column(f"{source}/update_ratio") if step > run.step - 6 * behind - 1]
         if distance > 3 * behind * max(recent):
-            yield _wrong(
+            yield wrong(
                 "average",
                 f"the {role} lags: it is {distance / max(recent):.0f} steps of the {source} away, a decay of {decay:g} "
                 f"explains {behind:.0f}",
@@ -116,7 +114,7 @@ def _decay(run: RunFiles) -> tuple[float | None, int]:
 def _of_critic(run: RunFiles) -> Iterator[Finding]:
     student, critic = run.last("student/update_ratio"), run.last("critic/update_ratio")
     if student and critic is not None and 0 < critic < 0.1 * student:
-        yield _wrong(
+        yield wrong(
             "critic",
             f"a cycle moves the critic by {critic:.2g} of its weights, its student by {student:.2g}: it is left behind",
             "more critic updates (settings.critic_updates), or a higher learning rate of the critic",
@@ -128,10 +126,8 @@ def _of_text(run: RunFiles) -> Iterator[Finding]:
     total = run.recipe.trainer.steps if run.recipe else run.step
     is_new = run.recipe is not None and run.recipe.stage == "pretrain" and run.step < total / 2
     if len(gains) == 2 and max(gains) <= 0 and not is_new:
-        yield Finding(
+        yield watch(
             "text",
-            "watch",
-            "measured",
             "the student knows clips as well with the text of another clip (probe/text is not above 0)",
             "look at whether captions belong to their clips and differ between clips, and at text dropout",
         )
@@ -140,14 +136,8 @@ def _of_text(run: RunFiles) -> Iterator[Finding]:
 def _of_data(run: RunFiles) -> Iterator[Finding]:
     waits = [value for _, value in run.column("data_wait")][-20:]
     if waits and median(waits) > 0.2:
-        yield Finding(
+        yield watch(
             "data wait",
-            "watch",
-            "measured",
             f"{median(waits):.0%} of the time goes by in waiting for data",
             "put the prepared set on a faster disk, or give the process more CPU",
         )
-
-
-def _wrong(check: str, what: str, do: str) -> Finding:
-    return Finding(check, "wrong", "measured", what, do)

@@ -11,7 +11,7 @@ from torch import Tensor
 from causalreel.headers import read_header
 from causalreel.train import checkpoint, sharded
 from causalreel.train.doctor.files import RunFiles
-from causalreel.train.doctor.finding import Finding
+from causalreel.train.doctor.finding import Finding, wrong
 from causalreel.train.watch import LOW_BITS
 from causalreel.weights.files import read_tensors
 
@@ -46,10 +46,10 @@ def _compared(run: RunFiles, ends: list[Path], notes: list[str]) -> Iterator[Fin
         if not now.numel():
             continue
         if not now.isfinite().all():
-            yield _wrong("weights", f"the {role} has weights that are not finite in {ends[-1].name}", "an earlier one")
+            yield wrong("weights", f"the {role} has weights that are not finite in {ends[-1].name}", "an earlier one")
         stands = bool(before) and before[0].shape == now.shape and torch.equal(before[0], now)
         if role in trained and _is_coarse(now) and not stands:  # else it may be as it was read
-            yield _wrong(
+            yield wrong(
                 "bfloat16 masters",
                 f"every weight of the {role} in {ends[-1].name} fits in bfloat16",
                 "keep trained weights in float32",
@@ -61,16 +61,16 @@ def _compared(run: RunFiles, ends: list[Path], notes: list[str]) -> Iterator[Fin
         is_moved = role in trained or (is_followed and "student" in held and _moved(held["student"]))
         if is_moved and changed < 0.001:
             check = "average" if is_followed else "frozen"
-            yield _wrong(check, f"the {role} is the same in steps {steps}", f"look at what should move the {role}")
+            yield wrong(check, f"the {role} is the same in steps {steps}", f"look at what should move the {role}")
         elif role not in trained and not is_followed and changed > 0:
-            yield _wrong(
+            yield wrong(
                 "frozen role", f"the {role} has no optimiser and changed in steps {steps}", "find what wrote it"
             )
     for role in ("average", "target"):
         if role in held and "student" in held and torch.equal(held[role][-1], held["student"][-1]):
             start = getattr(getattr(run.recipe and run.recipe.settings, "ema", None), "from_step", 0)
             if checkpoint.step_of(ends[-1]) > start and _moved(held["student"]):
-                yield _wrong(
+                yield wrong(
                     "average", f"the {role} in {ends[-1].name} is a copy of the student", "set its decay, such as 0.99"
                 )
 
@@ -95,7 +95,3 @@ def _sample(path: Path) -> Tensor:
         flat = tensors[name].reshape(-1)
         parts.append(flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].clone())
     return torch.cat(parts) if parts else torch.empty(0)
-
-
-def _wrong(check: str, what: str, do: str) -> Finding:
-    return Finding(check, "wrong", "measured", what, do)
