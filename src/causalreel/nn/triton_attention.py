@@ -90,39 +90,18 @@ def attend_e4m3(
     first, last = blocks * part // parts, blocks * (part + 1) // parts
     full = first + ((first == 0) & (begin < left)).to(tl.int32)
     full_end = tl.maximum(tl.minimum(last, (right - begin) // BLOCK), full)
+    channel = head * WIDTH
     for block in tl.range(full, full_end):
+        start = begin + block * BLOCK
         acc, total, top = _step(
-            acc,
-            total,
-            top,
-            query,
-            key_at,
-            value_at,
-            begin + block * BLOCK,
-            left,
-            right,
-            score,
-            head * WIDTH,
-            BLOCK,
-            False,
+            acc, total, top, query, key_at, value_at, start, left, right, score, channel, BLOCK, False
         )
     partial = (full - first) + (last - full_end)
     for i in tl.range(0, partial, num_stages=1):
         block = tl.where(i < full - first, first, full_end + i - (full - first))
+        start = begin + block * BLOCK
         acc, total, top = _step(
-            acc,
-            total,
-            top,
-            query,
-            key_at,
-            value_at,
-            begin + block * BLOCK,
-            left,
-            right,
-            score,
-            head * WIDTH,
-            BLOCK,
-            True,
+            acc, total, top, query, key_at, value_at, start, left, right, score, channel, BLOCK, True
         )
     there = part.to(tl.int64) * length * (HEADS * WIDTH) + at
     tl.store(out + there, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])

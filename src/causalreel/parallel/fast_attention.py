@@ -15,7 +15,7 @@ from causalreel.nn.camera_kernels import norm_see, see_out
 from causalreel.nn.dit import DiT, SelfAttention
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.kv_cache import FrameCache
-from causalreel.nn.masks import FrameMask, Reading
+from causalreel.nn.masks import Reading
 from causalreel.nn.rope import rotate
 from causalreel.nn.split_attention import attend_split, copies_for
 from causalreel.nn.static_cache import StaticCache
@@ -35,6 +35,11 @@ class AttentionCall:
     """Cameras P and their inverses (B,F,4,4), of networks whose heads see through them."""
     is_blind: bool = False
     """No cameras were given to such a network."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a frame."""
+        return self.size[0] * self.size[1]
 
 
 class FastAttention:
@@ -68,21 +73,19 @@ class FastAttention:
 
         With heads that see through cameras (B*F*S,2E): all heads, then all twins.
         """
-        exchange, frames, cache = self.model.exchange, shape[1], call.cache
-        tokens = call.size[0] * call.size[1]
+        exchange, frames, cache, mask = self.model.exchange, shape[1], call.cache, call.reading.mask
         qkv = block.qkv(z, scale).view(shape[0], frames * shape[2], -1)
         if call.views is not None:
             out = see_out(self._twin_attention(layer, qkv, block, call, call.views, frames), call.views[0])
             return kernels.quantise_rows(out) if self.quantised else (out, None)
-        weights, mask = (block.q_norm, block.k_norm, *call.rotation), call.reading.mask
         if not call.reading.turns_keys:
             out = self._by_groups(layer, qkv, block, call)
             return kernels.quantise_rows(out) if self.quantised else (out, None)
         if isinstance(cache, StaticCache) and isinstance(cache.memory, PackedMemory):
-            out, scale = self._packed_attention(layer, qkv, weights, frames, mask, cache, cache.memory, tokens)
+            out, scale = self._packed_attention(layer, qkv, block, call, frames, cache, cache.memory)
         else:
-            queries, k, v = self._queries(layer, qkv, weights, frames, mask, cache, tokens)
-            out, scale = attend_split(queries, k, v, mask, tokens, quantised=self.quantised and exchange is None)
+            queries, k, v = self._queries(layer, qkv, block, call, frames)
+            out, scale = attend_split(queries, k, v, mask, call.tokens, quantised=self.quantised and exchange is None)
         if exchange is None:
             return out.flatten(2).flatten(0, 1), scale
         out = exchange.to_tokens(out, frames).flatten(2).flatten(0, 1)
@@ -93,7 +96,7 @@ class FastAttention:
     ) -> Tensor:
         """qkv (B,L,3E) -> what heads and their twins read (B,L,2N,D)."""
         config, exchange, cache, mask = self.model.config, self.model.exchange, call.cache, call.reading.mask
-        tokens = call.size[0] * call.size[1]
+        tokens = call.tokens
         see = partial(
             norm_see, qkv, block.q_norm, block.k_norm, *call.rotation, *views, heads=config.heads, eps=config.eps
         )
@@ -129,21 +132,16 @@ class FastAttention:
         return attention(layer, rotate(q, cos, sin), k, v).flatten(2).flatten(0, 1)
 
     def _queries(
-        self,
-        layer: int,
-        qkv: Tensor,
-        weights: tuple[Tensor, ...],
-        frames: int,
-        mask: FrameMask | None,
-        cache: FrameCache | None,
-        tokens: int,
+        self, layer: int, qkv: Tensor, block: FastBlock, call: AttentionCall, frames: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (B,L,3E) -> queries (P,B,L,N,D), and the keys and values they may see, the cache's included."""
-        config, exchange = self.model.config, self.model.exchange
+        config, exchange, cache = self.model.config, self.model.exchange, call.cache
+        weights = block.q_norm, block.k_norm, *call.rotation
         if exchange is None and isinstance(cache, StaticCache):
             keys, values = cache.memory.keys(layer), cache.memory.values(layer)
             k, v = cache.memory.view(layer, cache.rows)
-            copies = copies_for(mask, (frames, k.shape[1] // tokens), tokens, config.heads, qkv.device)
+            seen = frames, k.shape[1] // call.tokens
+            copies = copies_for(call.reading.mask, seen, call.tokens, config.heads, qkv.device)
             where = {"keys": keys, "values": values, "slots": cache.slots}
             return kernels.norm_rotate_into(qkv, *weights, eps=config.eps, copies=copies, **where), k, v
         q, k, v = kernels.norm_rotate(qkv, *weights, heads=config.heads, eps=config.eps)
@@ -157,15 +155,15 @@ class FastAttention:
         self,
         layer: int,
         qkv: Tensor,
-        weights: tuple[Tensor, ...],
+        block: FastBlock,
+        call: AttentionCall,
         frames: int,
-        mask: FrameMask | None,
         cache: StaticCache,
         memory: PackedMemory,
-        tokens: int,
     ) -> tuple[Tensor, Tensor | None]:
         """qkv (B,L,3E) -> what it reads (B,L,N,D); e4m3 with row scales, unless it still has to be exchanged."""
-        config, exchange = self.model.config, self.model.exchange
+        config, exchange, tokens = self.model.config, self.model.exchange, call.tokens
+        weights = block.q_norm, block.k_norm, *call.rotation
         if exchange is None:
             where = {"keys": memory.keys(layer), "values": memory.values(layer), "slots": cache.slots}
             q = kernels.norm_rotate_packed(qkv, *weights, run=cache.chunk * tokens, eps=config.eps, **where)
@@ -174,4 +172,4 @@ class FastAttention:
             q, k, v = exchange.to_heads(*turned, frames)
             memory.store(layer, cache.slots, k, v)
             q = kernels.to_fp8(q)
-        return attend_packed(q, memory, layer, cache.rows, mask, tokens, quantised=exchange is None)
+        return attend_packed(q, memory, layer, cache.rows, call.reading.mask, tokens, quantised=exchange is None)
