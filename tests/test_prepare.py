@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -352,7 +353,7 @@ def test_folders_tables_and_tars(place: Path) -> None:
     first = [open_set(place / f"out-{source}").shards[0].clip(0) for source in ("v", "t.tar")]
     assert torch.equal(*first)
     (left,) = csv.DictReader((place / "out-t.csv" / "report.csv").open())
-    assert left["source"] == "v/a.mp4" and left["reason"].startswith("caption: unknown word 'x'")
+    assert left["source"] == "v/a.mp4" and left["reason"].startswith("bad caption: unknown word 'x'")
     assert open_set(place / "out-t.csv").rows == 1
 
 
@@ -401,11 +402,30 @@ def test_broken_videos_are_reported_and_cost_nothing(place: Path) -> None:
         (place / "in" / f"{name}.mp4").write_bytes(data)
         (place / "in" / f"{name}.txt").write_text(RED)
     video(place / "in" / "mute.mp4", moving(6), None)
+    for name, data in (("latin", "caf\xe9".encode("latin1")), ("wide", RED.encode("utf-16")), ("long", b"x" * 70000)):
+        video(place / "in" / f"{name}.mp4", moving(6), None).with_suffix(".txt").write_bytes(data)
     manifest = prepare_videos("in", items_of(place / "in"), place / "out", plan())
     left = {row["source"]: row["reason"] for row in csv.DictReader((place / "out" / "report.csv").open())}
     assert manifest is not None and manifest.clips == 1 and left.pop("mute.mp4") == "no caption"
+    assert re.fullmatch(r"bad caption: .*latin\.txt is not UTF-8 text \(byte 3 is 0xe9\).*", left.pop("latin.mp4"))
+    assert "wide.txt is not UTF-8 text (it looks like UTF-16)" in left.pop("wide.mp4")
+    assert "too large for a caption" in left.pop("long.mp4")
     assert all(reason.startswith("cannot be decoded: ") for reason in left.values()) and len(left) == 3
-    assert manifest.statistics["left out"] == {"cannot be decoded": 3, "no caption": 1}
+    assert manifest.statistics["left out"] == {"cannot be decoded": 3, "no caption": 1, "bad caption": 3}
+
+
+def test_a_tar_goes_on_behind_a_caption_that_cannot_be_read(place: Path) -> None:
+    data = video(place / "a.mp4", moving(6)).read_bytes()
+    texts = {"1.txt": RED.encode(), "2.txt": b"\xff\xfe", "3.json": b"{", "4.json": b'{"caption": 3}'}
+    with tarfile.open(place / "t.tar", "w") as archive:
+        for name, content in (pair for key, text in texts.items() for pair in ((f"{key[0]}.mp4", data), (key, text))):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    found = items_of(place / "t.tar")
+    assert [item.caption for item in found] == [RED, None, None, None] and found[0].problem is None
+    told = ("2.txt is not UTF-8", "3.json is no JSON", "caption must be a text, got 3")
+    assert all(words in (item.problem or "") for words, item in zip(told, found[1:], strict=True))
 
 
 def test_nothing_could_be_made(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,12 +44,14 @@ def embed(groups: Sequence[Group], plan: Plan) -> None:
     for done, group in enumerate(waiting, 1):
         tensors: dict[str, Tensor] = {}
         for at, item in enumerate(group.items):
-            if item.caption is None:
-                continue
-            try:
-                tensors[f"text.{at}"] = without_zeros(encoder.encode([item.caption])[0]).cpu()
-            except ValueError as error:
-                tensors[f"refused.{at}"] = torch.frombuffer(bytearray(str(error).encode()), dtype=torch.uint8)
+            refused = item.problem
+            if item.caption is not None:
+                try:
+                    tensors[f"text.{at}"] = without_zeros(encoder.encode([item.caption])[0]).cpu()
+                except ValueError as error:
+                    refused = str(error)
+            if refused is not None:
+                tensors[f"refused.{at}"] = torch.frombuffer(bytearray(refused.encode()), dtype=torch.uint8)
         write_part(group.text, tensors)
         tell(f"embedded captions of {done * plan.group} of about {len(waiting) * plan.group} videos")
     if release := getattr(encoder, "release", None):
@@ -98,7 +100,7 @@ def _decoded(groups: Sequence[Group], plan: Plan, scratch: Path) -> Iterator[Eve
             if group.end(at).is_file():
                 continue
             if (refused := embedded.get(f"refused.{at}")) is not None:
-                yield group, at, LeftOut(item.start, f"caption: {bytes(refused.tolist()).decode()}")
+                yield group, at, LeftOut(item.start, f"bad caption: {bytes(refused.tolist()).decode()}")
             elif item.caption is None:
                 yield group, at, LeftOut(item.start, "no caption")
             else:

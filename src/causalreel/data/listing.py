@@ -39,12 +39,14 @@ class Item:
     """What reports call it: its path within the source, and its part."""
     file: Path
     caption: str | None
-    """None: none was found."""
+    """None: none was found, or none that can be read."""
     start: float = 0.0
     end: float | None = None
     """Seconds."""
     part: Part | None = None
     """Where in a tar it is."""
+    problem: str | None = None
+    """Why its caption cannot be read."""
 
     @contextlib.contextmanager
     def on_disk(self, scratch: Path) -> Iterator[Path]:
@@ -84,6 +86,8 @@ def items_of(source: Path) -> list[Item]:
     if not found:
         raise ValueError(f"{source} holds no {what}")
     if all(item.caption is None for item in found):
+        if (problem := next((item.problem for item in found if item.problem), None)) is not None:
+            raise ValueError(f"{source}: no caption can be read, the first one: {problem}")
         raise ValueError(
             f"{source} has {len(found)} videos and no captions: each needs a text file beside it, such as "
             f"{Path(found[0].name).with_suffix('.txt')} for {found[0].name}"
@@ -104,11 +108,16 @@ def _of_folder(source: Path) -> Iterator[Item]:
         ):
             continue
         beside = path.with_suffix(".txt")
-        yield Item(inside.as_posix(), path, _caption_of(beside) if beside.is_file() else None)
+        caption, problem = _caption_of(beside) if beside.is_file() else (None, None)
+        yield Item(inside.as_posix(), path, caption, problem=problem)
 
 
-def _caption_of(path: Path) -> str | None:
-    return read_text(path, most=CAPTION_BYTES, what="caption").strip() or None
+def _caption_of(path: Path) -> tuple[str | None, str | None]:
+    """-> the caption, and why there is none."""
+    try:
+        return read_text(path, most=CAPTION_BYTES, what="caption").strip() or None, None
+    except ValueError as error:
+        return None, str(error)
 
 
 # ---- tables
@@ -191,7 +200,12 @@ def _of_tar(source: Path) -> Iterator[Item]:
         video = next((suffix for suffix in parts if suffix in VIDEOS), None)
         if video is not None:
             name, part = parts[video]
-            yield Item(f"{source.name}/{name}", source, _caption_in(source, parts, key), part=part)
+            caption, problem = None, None
+            try:
+                caption = _caption_in(source, parts, key)
+            except ValueError as error:
+                problem = str(error)
+            yield Item(f"{source.name}/{name}", source, caption, part=part, problem=problem)
 
 
 def _caption_in(source: Path, parts: Mapping[str, tuple[str, Part]], key: str) -> str | None:
