@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from causalreel.nn.dit import Attention, Block, CallText, DiT, SelfAttention, modulate
+from causalreel.nn.dit import Attention, Block, DiT, SelfAttention, modulate
 from causalreel.nn.linear import named_layers
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rotate
+from causalreel.nn.texts import CallText
 from causalreel.types import Conditioning
 
 W2C, INTRINSICS, ACTIONS = "w2c", "intrinsics", "actions"

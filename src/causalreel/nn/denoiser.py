@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from causalreel.flow import guide
 from causalreel.nn.caches import growing_cache
 from causalreel.nn.camera import network
-from causalreel.nn.dit import CallText, TextKeys
 from causalreel.nn.kv_cache import FrameCache, KVCache
 from causalreel.nn.masks import Context, Frame, frames_of, reading
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.presets import ModelConfig
+from causalreel.nn.texts import CallText, TextKeys
 from causalreel.nn.token_cache import TokenCache
 from causalreel.types import Cache, Conditioning, Denoiser, ReplayCache
 

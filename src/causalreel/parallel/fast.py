@@ -19,7 +19,7 @@ from causalreel.nn import kernels
 from causalreel.nn.caches import growing_cache, static_kind
 from causalreel.nn.camera import CameraAttention
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.dit import Block, CallText, DiT, read_text
+from causalreel.nn.dit import Block, DiT
 from causalreel.nn.fp8_attention import PackedMemory
 from causalreel.nn.kv_cache import FrameCache
 from causalreel.nn.linear import Adapted, effective
@@ -28,6 +28,7 @@ from causalreel.nn.paged_cache import PagedCache
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.split_attention import attend_plain
 from causalreel.nn.static_cache import CacheMemory, StaticCache
+from causalreel.nn.texts import CallText, read_text
 from causalreel.parallel.fast_attention import FastAttention
 from causalreel.parallel.fast_block import PRODUCTS, TWINS, Bf16Linear, FastBlock, give_back
 from causalreel.parallel.quantise import Fp8Linear

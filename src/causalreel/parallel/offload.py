@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.dit import CallText, SelfAttention
+from causalreel.nn.dit import SelfAttention
+from causalreel.nn.texts import CallText
 
 
 def offload_activations(denoiser: DiTDenoiser) -> DiTDenoiser:

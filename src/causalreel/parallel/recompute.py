@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from causalreel.nn.denoiser import DiTDenoiser
-from causalreel.nn.dit import Block, CallText, SelfAttention
+from causalreel.nn.dit import Block, SelfAttention
 from causalreel.nn.lora import adapters
+from causalreel.nn.texts import CallText
 
 Recompute = Literal["none", "selective", "full"]
 """What is computed again: nothing, the halves of each block around its self-attention, or whole blocks."""

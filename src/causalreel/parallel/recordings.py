@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causalreel.nn.dit import KeyValue, TextRun
 from causalreel.nn.masks import Reading
 from causalreel.nn.static_cache import StaticCache
+from causalreel.nn.texts import KeyValue, TextRun
 from causalreel.parallel.mesh import release_first
 
 WARMUP = 2
