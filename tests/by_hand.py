@@ -31,6 +31,14 @@ def frames_at(frames: list[int], positions: list[int], own: list[int], tokens: i
     return Read([(f, t, p) for f, p in zip(frames, positions, strict=True) for t in range(tokens)], own)
 
 
+def turned(keys: Tensor, at: list[tuple[int, int]]) -> Tensor:
+    """keys (B,L,N,D), of each its token and position, rotated."""
+    tables = [rope_table((position,), 2, 2, keys.shape[-1], keys.device) for _, position in at]
+    rows = [(table[0][token], table[1][token]) for table, (token, _) in zip(tables, at, strict=True)]
+    cos, sin = (torch.stack([row[i] for row in rows]) for i in (0, 1))
+    return rotate(keys, cos, sin)
+
+
 @torch.no_grad()
 def from_scratch(
     net: DiTDenoiser,
@@ -43,23 +51,17 @@ def from_scratch(
     read: Callable[[int, int], Read],
     remember: Callable[[Past, int], None] = lambda past, start: None,
     read_done: Callable[[int, int], Read] | None = None,
+    listen: Callable[[int, int, Tensor], None] = lambda layer, start, queries: None,
 ) -> Tensor:
     """-> latents (B,F,C,4,4) of a chunked rollout; read(layer, start) says what the chunk that starts there sees, and
     read_done what it sees when it is read for the cache, if that is something else.
 
     remember: called after each commit with a block's keys and values and the next chunk's start, to make up some more.
+    listen: called before it with the layer, the chunk's start and its rotated queries (B,L,N,D).
     """
     model, config, done = net.model, net.config, []
-    width = config.dim // config.heads
     past: list[Past] = [{} for _ in model.blocks]
     text = model.embed_text(given.text)
-
-    def turned(keys: Tensor, at: list[tuple[int, int]]) -> Tensor:
-        """keys (B,L,N,D), of each its token and position."""
-        tables = [rope_table((position,), 2, 2, width, keys.device) for _, position in at]
-        rows = [(table[0][token], table[1][token]) for table, (token, _) in zip(tables, at, strict=True)]
-        cos, sin = (torch.stack([row[i] for row in rows]) for i in (0, 1))
-        return rotate(keys, cos, sin)
 
     def evaluate(x: Tensor, sigma: float, start: int, keep: bool) -> Tensor:
         time = model.time_embedding(sinusoid(torch.full(x.shape[:2], sigma), config.freq_dim).float())
@@ -85,6 +87,7 @@ def from_scratch(
             z = nn.functional.layer_norm(y, y.shape[-1:], eps=config.eps)
             y = y + gate2[:, :, None] * block.ffn(z * (1 + scale2[:, :, None]) + shift2[:, :, None])
             if keep:
+                listen(layer, start, turned(q, own))
                 names = [(start + frame, token) for frame in range(chunk) for token in range(4)]
                 past[layer] |= {name: (k[:, i], v[:, i]) for i, name in enumerate(names)}
                 remember(past[layer], start + chunk)

@@ -280,7 +280,7 @@ def test_a_selecting_policy_trains_by_replay(name: str) -> None:
 @pytest.mark.parametrize("name", SELECTING)
 def test_a_selection_keeps_what_it_must_and_stays_flat(name: str) -> None:
     policy = SELECTING[name]
-    _, _, caches = watched(denoiser(policy), 60)
+    _, _, caches = watched(denoiser(policy), 100)  # more than ten windows
     most = policy.most_held(2)
     assert [cache.held for cache in caches[10:]] == [most] * len(caches[10:])
     for cache in caches[10:]:
@@ -293,10 +293,12 @@ def test_a_selection_keeps_what_it_must_and_stays_flat(name: str) -> None:
                 assert entries.positions[0].tolist() == [p for p in range(most or 0) for _ in range(4)]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "full"])
-def test_what_is_held_is_flat(name: str) -> None:
+FLAT = [policy for policy, *_ in CASES.values() if policy != Context()] + [RollingForcing(window=8, sink=2, cache=10)]
+
+
+@pytest.mark.parametrize("policy", FLAT, ids=str)
+def test_what_is_held_is_flat(policy: ContextPolicy) -> None:
     """After ten windows as much as after two, and as much as the policy says."""
-    policy = CASES[name][0]
     cache, held = KVCache(2, policy), []
     for start in range(0, 200, 2):
         read = cache.begin(frames_of([2], start=start), 1)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from causalreel.nn.policies.selecting import Committed, Entries, SelectingPolicy
+from causalreel.nn.policies.selecting import Committed, Entries, SelectingPolicy, highest
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class DeepForcing(SelectingPolicy):
 
     def _kept(self, now: Committed, entries: Entries, scores: Tensor, first: int, shift: int) -> Entries:
         sink, recent = self.sink * now.tokens, self.recent * now.tokens
-        chosen = scores.topk(self.budget * now.tokens - sink - recent, dim=1).indices.sort(dim=1).values + sink
+        chosen = highest(scores, self.budget * now.tokens - sink - recent) + sink
         where = torch.arange(first - self.sink, first, device=scores.device).repeat_interleave(now.tokens)
         newest = entries.part(len(entries) - recent)
         return Entries.joined([entries.part(0, sink).at(where), entries.take(chosen).moved(shift), newest])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from causalreel.nn.policies.selecting import Committed, Entries, SelectingPolicy
+from causalreel.nn.policies.selecting import Committed, Entries, SelectingPolicy, highest
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RelaxForcing(SelectingPolicy):
         scores = self._scores(now)
         now.state["scores"] = [scores]
         count = self.budget - self.sink - self.recent
-        chosen = scores.topk(count, dim=1).indices.sort(dim=1).values + self.sink  # (B,count)
+        chosen = highest(scores, count) + self.sink  # (B,count)
         ends = torch.arange(held, device=scores.device).expand(len(scores), -1)
         frames = torch.cat([ends[:, : self.sink], chosen, ends[:, held - self.recent :]], dim=1)
         inside = torch.arange(now.tokens, device=scores.device)

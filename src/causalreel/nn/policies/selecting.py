@@ -80,6 +80,11 @@ class Committed:
     """The policy's own, empty at first; values are replaced, never changed in place, so that caches can be copied."""
 
 
+def highest(scores: Tensor, count: int) -> Tensor:
+    """scores (B,N) -> places (B,count) of the highest ones, in order; of equal ones the first."""
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+
+
 class SelectingPolicy(ContextPolicy):
     """A policy that is asked after every commit. It needs calls of one chunk, and a cache that may grow."""
 
