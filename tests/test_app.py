@@ -210,6 +210,11 @@ def test_a_record_opens_a_session_that_plays_it_again(client: TestClient, pipeli
     ]:
         answer = client.post("/v1/sessions/replay", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == status, answer.text
+    other = {**record, "model": "tiny/walk", "options": {"prompt": "a red pillar ahead"}}
+    said = client.post("/v1/sessions/replay", json=other).json()["error"]["message"]
+    assert said.startswith(
+        f"the record was made with tiny/walk, this server shows {pipeline.export.name}: unknown word"
+    )
     assert client.post("/v1/sessions/replay", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
 
 

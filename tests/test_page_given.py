@@ -5,6 +5,7 @@ The model is embedded, at little strength, so that what is given shows. With STA
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
 from causalreel.data.video import write_video
 from causalreel.serve.handle import Limits
+from causalreel.serve.records import FORMAT
 from patience import wait_until
 from served import listening, small_pipeline
 from test_page import CHROMIUM, COLLECT, api, count, frames
@@ -111,3 +113,52 @@ def test_a_video_is_given_and_the_session_ends_with_it(page: Any, tmp_path: Path
     (tmp_path / "no.mp4").write_bytes(b"no video")
     page.set_input_files("#given", tmp_path / "no.mp4")
     wait_until(lambda: "cannot be read as a video" in page.locator("#problem").inner_text(), "the reason")
+
+
+def test_what_cannot_be_given_leaves_the_video_that_plays(page: Any) -> None:
+    """And says why where it is read, wherever the page is scrolled to."""
+    before = page.locator("#session").inner_text()
+    options = {"prompt": "a red pillar ahead"}
+    record = {
+        "format": FORMAT,
+        "model": "tiny/walk",
+        "policy": "renew",
+        "options": options,
+        "commands": [],
+        "chunks": 9,
+    }
+    for where, name, data, words in (
+        ("#given", "no.mp4", b"no video", "cannot be read as a video"),
+        (
+            "#open",
+            "walk.json",
+            json.dumps(record).encode(),
+            "the record was made with tiny/walk, this server shows tiny",
+        ),
+    ):
+        page.locator("#session").scroll_into_view_if_needed()
+        page.set_input_files(where, {"name": name, "mimeType": "application/octet-stream", "buffer": data})
+        wait_until(lambda words=words: words in page.locator("#problem").inner_text(), words)
+        box = page.locator("#problem").bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= page.evaluate("innerHeight")
+        begun = count(page)
+        wait_until(lambda begun=begun: count(page) > begun + 4, "the video to go on")
+    assert page.locator("#session").inner_text() == before and page.locator("#end").is_enabled()
+
+
+def test_the_video_stays_in_sight_of_the_prompt(page: Any) -> None:
+    """On a phone, where the prompt is below it, small in a corner; a press leads back."""
+    screen = page.locator("#screen")
+    page.locator("#send").scroll_into_view_if_needed()
+    page.evaluate("() => document.querySelector('#prompt-form').scrollIntoView()")
+    if page.kind == "desktop":
+        page.wait_for_timeout(200)
+        assert screen.bounding_box()["width"] > 300
+        return
+    wait_until(lambda: screen.bounding_box()["width"] < 130, "a small video")
+    box = screen.bounding_box()
+    assert box["y"] >= 0 and box["x"] + box["width"] <= 390
+    photograph(page, "mini")
+    screen.click()
+    wait_until(lambda: screen.bounding_box()["width"] > 300, "the large video")
+    assert page.locator("#frame").bounding_box()["y"] >= -1

@@ -142,6 +142,10 @@ def test_a_full_server_and_one_that_goes(browser: Any, tmp_path: Path) -> None: 
     assert other.locator("#start").is_visible() and other.locator("#problem").is_visible()
     look(other, "full")
     second.close()
+    before = page.locator("#session").inner_text()
+    page.click("#again")  # where there is no place for two the one that plays makes room
+    wait_until(lambda: page.locator("#session").inner_text() not in (before, "none"), "another session")
+    wait_until(lambda shown=count(page): count(page) > shown + 4, "frames")
     kill(running)
     says(page, "#connection", "No connection, trying again")
     says(page, "#words-over", "No connection, trying again")

@@ -129,8 +129,8 @@ def _object(words: list[str], piece: str) -> Object | None:
         return None
     if len(words) != 2 or words[0] not in COLORS or words[1] not in SHAPES:
         raise ValueError(
-            f"cannot read {shown(piece.strip())!r}: expected {NOTHING}, or a colour ({', '.join(COLORS)}) and a shape "
-            f"({', '.join(SHAPES)}){_near([word for word in words if word not in (*COLORS, *SHAPES)])}"
+            f"cannot read {shown(piece.strip())!r}: expected the word {NOTHING}, or a colour ({', '.join(COLORS)}) and "
+            f"a shape ({', '.join(SHAPES)}){_near([word for word in words if word not in (*COLORS, *SHAPES)])}"
         )
     return words[0], words[1]
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from causalreel.control.strings import MOTIONS
+from causalreel.foreign import shown
 from causalreel.infer.commands import describe, parse
 from causalreel.infer.live import hints, understand
 from causalreel.nn.camera import W2C
@@ -90,10 +91,15 @@ class Service:
     def open_replay(self, body: bytes) -> tuple[Handle, list[str]]:
         """Open a session that plays a record again -> it, and why its frames may differ; errors as for `open`."""
         try:
-            record = parse_record(body)
-            pipeline = self.scheduler.pipeline
-            understand(pipeline.export, record.prompts)
-            handle = self.scheduler.open(record, id=self.new_id())
+            record, pipeline = parse_record(body), self.scheduler.pipeline
+            try:
+                understand(pipeline.export, record.prompts)
+                handle = self.scheduler.open(record, id=self.new_id())
+            except ValueError as error:
+                if record.model == pipeline.export.name:
+                    raise
+                told = f"the record was made with {shown(record.model, 80)}, this server shows {pipeline.export.name}"
+                raise ValueError(f"{told}: {error}") from error
         except Busy as error:
             raise ApiError(503, "busy", str(error), {"retry-after": "5"}) from error
         except ValueError as error:

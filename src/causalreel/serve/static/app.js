@@ -2,7 +2,7 @@
 // A link may carry ?prompt=...&seed=...&steps=...&fps=... for the session it starts.
 
 import { Timeline } from "./charts.js";
-import { fullScreen, limit, onSubmit, shortcuts } from "./controls.js";
+import { fullScreen, keepInSight, limit, onSubmit, shortcuts } from "./controls.js";
 import { Given } from "./given.js";
 import { $, connection, overlay, round, say, stored, tell } from "./page.js";
 import { FirstPicture } from "./picture.js";
@@ -68,7 +68,7 @@ const given = new Given(now.api, { replace, options, command, stream: () => now.
 /** The screen takes the video's shape; small videos are enlarged without smoothing. */
 function shape({ width, height }) {
   $("video").classList.toggle("small", width <= SMALL);
-  $("screen").style.setProperty("--shape", width / height);
+  $("frame").style.setProperty("--shape", width / height);
 }
 
 /** The first frame of a chunk is on the screen. */
@@ -120,7 +120,7 @@ function options() {
   return chosen;
 }
 
-/** Join the session that `open` gives: by default the one from before a reload, or else a new one. */
+/** Join the session that `open` gives: by default the one from before a reload, or else a new one. -> it, or null. */
 async function begin(open = known) {
   leave();
   connection("wait", "Connecting");
@@ -128,9 +128,12 @@ async function begin(open = known) {
   tell("");
   try {
     await meet();
-    join(await open());
+    const opened = await open();
+    join(opened);
+    return opened;
   } catch (problem) {
     refused(problem);
+    return null;
   }
 }
 
@@ -331,22 +334,46 @@ async function endSession() {
   }
 }
 
-/** End the session that plays, and join the one that `open` gives. */
-async function replace(open) {
-  if (now.stream && !now.stream.isOver) await endSession();
-  stored(() => sessionStorage, "session", null);
-  await begin(open);
+/** Join the session that `open` gives in place of the one that plays; if there is none, that one goes on. -> it, or null. */
+async function replace(open = () => now.api.create(options())) {
+  if (now.isOpening) return null;
+  let opened = null;
+  try {
+    now.isOpening = true;
+    if (now.stream && !now.stream.isOver) {
+      opened = await instead(open);
+      if (!opened && now.stream && !now.stream.isOver) return null;
+    }
+    stored(() => sessionStorage, "session", null);
+    return await begin(opened ? async () => opened : open);
+  } finally {
+    now.isOpening = false;
+  }
+}
+
+/** The session that `open` gives, and the one that plays is ended: before it only where there is no place for both. */
+async function instead(open) {
+  tell("");
+  let opened = null;
+  try {
+    opened = await open();
+  } catch (problem) {
+    const isFull = problem.code === "busy" && (await now.api.ready()).free_sessions === 0;
+    if (!isFull) {
+      tell(problem.message);
+      return null;
+    }
+  }
+  await endSession();
+  return opened;
 }
 
 /** A session that shows what a replay file holds, in place of the one that plays. */
 async function openReplay(file) {
   try {
     const text = await readReplay(file);
-    await replace(async () => {
-      const opened = await now.api.replay(text);
-      if (opened.notes.length) tell(`The replay may differ from what was recorded: ${opened.notes.join("; ")}.`);
-      return opened;
-    });
+    const opened = await replace(() => now.api.replay(text));
+    if (opened?.notes.length) tell(`The replay may differ from what was recorded: ${opened.notes.join("; ")}.`);
   } catch (problem) {
     tell(problem.message);
   }
@@ -402,6 +429,7 @@ function wire() {
     begin();
   });
   shortcuts(SHORTCUTS, (event) => steering.takes(event));
+  keepInSight($("frame"), $("prompt-form"));
   setInterval(measure, 500);
   setInterval(() => { if (now.stream?.socket?.readyState === 1) now.stream.ping(); }, 20_000);
 }

@@ -22,6 +22,19 @@ export function fullScreen() {
   else $("screen").requestFullscreen?.().catch((problem) => tell(problem.message));
 }
 
+/** Where the prompt is below the video and it is out of sight, it plays small in a corner; a press leads back to it. */
+export function keepInSight(frame, form) {
+  const seen = new Map([[frame, true], [form, false]]);
+  const watch = new IntersectionObserver((changes) => {
+    for (const { target, intersectionRatio } of changes) seen.set(target, intersectionRatio > 0.2);
+    $("screen").classList.toggle("mini", !seen.get(frame) && seen.get(form));
+  }, { threshold: [0, 0.2, 0.4] });
+  for (const one of seen.keys()) watch.observe(one);
+  $("screen").addEventListener("click", () => {
+    if ($("screen").classList.contains("mini")) frame.scrollIntoView({ block: "start" });
+  });
+}
+
 /** Keys that press buttons, by what they write; steers(event): whether the key steers the video, which comes first. */
 export function shortcuts(acts, steers) {
   document.addEventListener("keydown", (event) => {

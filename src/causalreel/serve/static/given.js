@@ -9,7 +9,8 @@ const MESSAGES_PER_S = 6; // of the camera's, which count against the rate that 
 const MOST_WAITING = 1e6; // bytes that the socket has not sent: beyond them frames are left out
 
 export class Given {
-  /** replace(open): end the session and join the one that `open` gives; command(name, values); stream() and model(). */
+  /** replace(open): join the session that `open` gives in place of the one that plays -> it, or null; command(name,
+   *  values); stream() and model(). */
   constructor(api, { replace, options, command, stream, model }) {
     Object.assign(this, { api, replace, options, command, stream, model });
     this.media = null;
@@ -52,16 +53,11 @@ export class Given {
   async camera() {
     const wanted = { width: { ideal: 640 }, facingMode: "user" };
     const media = await navigator.mediaDevices.getUserMedia({ video: wanted, audio: false });
-    await this.replace(async () => {
-      try {
-        const opened = await this.api.create({ ...this.options(), camera: true, strength: this.strength });
-        this.watch(media);
-        return opened;
-      } catch (problem) {
-        for (const track of media.getTracks()) track.stop();
-        throw problem;
-      }
-    });
+    const opened = await this.replace(
+      () => this.api.create({ ...this.options(), camera: true, strength: this.strength }),
+    );
+    if (opened) this.watch(media);
+    else for (const track of media.getTracks()) track.stop();
   }
 
   async watch(media) {

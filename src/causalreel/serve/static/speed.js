@@ -6,6 +6,7 @@ import { $, round, say } from "./page.js";
 const SLOWER = 0.92; // share of the frame rate below which generation is called slower than real time
 const AGAIN = 0.97; // and from which on it is no longer called that: a rate between them changes nothing
 const RECENT = 8; // chunks that are averaged
+const OFTEN = 5; // measures in a row that are slow before it is called so: others are of a beginning, or of a moment
 
 export class Speed {
   constructor() {
@@ -18,6 +19,7 @@ export class Speed {
 
   clear() {
     this.chunks = [];
+    this.slowly = 0;
     this.latency.clear();
     this.rate.clear();
     this.call(false);
@@ -42,7 +44,8 @@ export class Speed {
     $("speed").textContent =
       `A chunk of ${this.chunks.at(-1).frames} frames takes ${made_s.toFixed(3)} s to make and ${span_s.toFixed(3)} s `
       + `to play: ${(span_s / made_s).toFixed(1)} times real time.${shown}`;
-    const isSlow = isKnown && rate < (this.isSlow ? AGAIN : SLOWER) * this.fps;
+    this.slowly = isKnown && rate < (this.isSlow ? AGAIN : SLOWER) * this.fps ? this.slowly + 1 : 0;
+    const isSlow = this.slowly > (this.isSlow ? 0 : OFTEN);
     this.call(isSlow, isSlow ? slowWords(rate, this.fps, made_s > span_s) : "", isLive);
   }
 

@@ -47,6 +47,7 @@ export class Api {
     return value;
   }
 
+  ready() { return this.call("GET", "../readyz"); }
   model() { return this.call("GET", "model"); }
   replay(text) { return this.call("POST", "sessions/replay", text); }
   create(options) { return this.call("POST", "sessions", options); }
