@@ -338,6 +338,7 @@ def test_a_policy_is_read_from_its_name_and_numbers() -> None:
         ("sink:window=4,sink=2", "window must hold the sink and the chunk's 3 frames"),
         ("rolling-sink:sink_chunks=0", "at least 1"),
         ("infinity-rope:cache_chunks=1", "cache_chunks must exceed sink_chunks"),
+        ("infinity-rope:flush_every=-2", "flush_every must be at least 0, got -2"),
         ("infinity-rope:last_position=1", "room for a chunk of 3 frames"),
         ("infinity-rope:shifts_single_frames=2", "must be true or false"),
         ("deep-forcing:budget=3,sink=2,recent=2", "budget must hold sink and recent"),

@@ -46,8 +46,9 @@ class InfinityRope(ContextPolicy):
                 f"cache_chunks must exceed sink_chunks, and that be at least 0; got {self.cache_chunks} and "
                 f"{self.sink_chunks}"
             )
-        if min(self.last_position, self.flush_every, self.cut_shift) < 0:
-            raise ValueError("last_position, flush_every and cut_shift must be at least 0")
+        for name in ("last_position", "flush_every", "cut_shift"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     @property
     def is_endless(self) -> bool:
