@@ -126,7 +126,7 @@ def test_scripts(tmp_path: Path) -> None:
     path, small = tmp_path / "script.txt", profile("tiny/frame-1step")
     Image.new("RGB", (90, 70), "red").save(tmp_path / "a.png")
     path.write_bytes(
-        b'\xef\xbb\xbf# first\n\n2.5 a red circle\r\n{"time": 1, "command": "steps", "steps": 1}\n'
+        b'\xef\xbb\xbf# first\n\n{"time": 1, "command": "steps", "steps": 1}\n2.5 a red circle\r\n'
         b'{"time": 3, "text": "a circle"}\n{"time": 4, "command": "image", "image": "a.png"}\n'
     )
     *found, pictured = read_script(path, small)
@@ -142,6 +142,7 @@ def test_scripts(tmp_path: Path) -> None:
         ("-1 a red circle", "a time must be a number of seconds"),
         ("nan a circle", "a time must be"),
         ("1e300 a circle", "a time must be"),
+        ("0.5 a circle", "0.5 s is before 1 s: a script cannot go back in time"),
         ('{"time": true, "text": "a circle"}', "a time must be"),
         ('{"time": "2", "text": "a circle"}', "a time must be"),
         ('{"command": "pause"}', "there is no time"),

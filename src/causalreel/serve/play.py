@@ -55,6 +55,10 @@ def read_script(path: Path, profile: Profile) -> list[Timed]:
             continue
         try:
             timed = _timed(line, picture)
+            if found and timed.time_s < found[-1].time_s:
+                raise ValueError(
+                    f"{timed.time_s:g} s is before {found[-1].time_s:g} s: a script cannot go back in time"
+                )
             understand(profile.export, timed.command.prompts)
             if isinstance(timed.command, Steps):
                 adapt(profile.sampling, steps=timed.command.steps)
@@ -65,7 +69,7 @@ def read_script(path: Path, profile: Profile) -> list[Timed]:
             raise ValueError(f"{path}:{row}: {error}") from None
     if len(found) > MAX_COMMANDS:
         raise ValueError(f"{path} holds {len(found)} commands, at most {MAX_COMMANDS} are allowed")
-    return sorted(found, key=lambda timed: timed.time_s)
+    return found
 
 
 def picture_file(folder: Path, size: tuple[int, int]) -> Reads:
