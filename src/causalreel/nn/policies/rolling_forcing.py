@@ -17,8 +17,8 @@ class RollingForcing(ContextPolicy):
     frames that still have room, and these at their own positions.
 
     A finished chunk that is read again for the cache sees what is held at its own positions: the sink where it was, as
-    long as `window` reaches back to it. With a `cache` of less than the window and a chunk, as nothing released has, the
-    chunk that it will drive out is still seen then.
+    long as `window` reaches back to it, and the chunk that it will drive out (nothing released has a `cache` so small
+    that this one is in reach).
     """
 
     tells_done: ClassVar[bool] = True
