@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
@@ -11,15 +12,19 @@ from torch import Tensor, nn
 from by_hand import Read, frames_at, from_scratch
 from causalreel import config
 from causalreel.codecs.tiny import tiny_codec
+from causalreel.data.video import to_bytes
+from causalreel.infer.commands import Options
 from causalreel.infer.live import ENDLESS, Live, Policy, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import Schedule
 from causalreel.nn.denoiser import DiTDenoiser, Guided
-from causalreel.nn.masks import Context, frames_of, reading
+from causalreel.nn.masks import Context, Frame, frames_of, reading
+from causalreel.nn.policies.interface import ContextPolicy, View, right_before
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.static_cache import StaticCache
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.rollout import Call, KeyedNoise, Part, chunked, collect, fuse, rollout
+from causalreel.serve.session import Session
 from causalreel.text.tiny import TinyTextEncoder
 from causalreel.train.losses import surrogate_loss
 from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
@@ -32,7 +37,7 @@ POLICIES = {1: Context(window=4, sink=1, last_position=6), 2: Context(window=8, 
 """By chunk; the second reads its oldest frames at position 0."""
 
 
-def denoiser(context: Context, layers: int = 2) -> DiTDenoiser:
+def denoiser(context: ContextPolicy, layers: int = 2) -> DiTDenoiser:
     torch.manual_seed(0)
     net = DiTDenoiser(replace(CONFIG, layers=layers), context=context)
     nn.init.normal_(net.model.head.head.weight, std=0.2)
@@ -148,6 +153,65 @@ def test_a_live_stream_goes_on_for_ever_at_re_indexed_positions(is_fast: bool) -
         plan = Schedule(20, 0, card.sampling, policy)
         again = collect(pipe.rollout(plan, Conditioning(prompt), KeyedNoise([3], SPEC)))
     assert torch.equal(shown, again)
+
+
+# ---- a policy of one's own, entered nowhere
+
+
+@dataclass(frozen=True)
+class Pinned(ContextPolicy):
+    """The first two frames and the newest three, at positions that never grow: every chunk ends at 6."""
+
+    policy: Literal["pinned"] = "pinned"
+
+    @property
+    def is_endless(self) -> bool:
+        return True
+
+    def after(self, held: tuple[Frame, ...], chunk: tuple[Frame, ...]) -> tuple[Frame, ...]:
+        newest = chunk[-1].chunk_end - 3
+        return tuple(frame for frame in held + chunk if frame.index < 2 or frame.index >= newest)
+
+    def view(self, held: tuple[Frame, ...], chunk: tuple[Frame, ...]) -> View:
+        first = 7 - len(chunk)
+        return View(held, right_before(first, held), tuple(range(first, 7)))
+
+    def most_seen(self, chunk: int) -> int:
+        return 5 + chunk
+
+    def most_held(self, chunk: int) -> int:
+        return 5
+
+
+def test_a_policy_of_ones_own_works_everywhere() -> None:
+    """From scratch, in both caches, plain and fused, in training replay and in a session."""
+
+    def read(layer: int, start: int) -> Read:
+        frames = [f for f in range(start) if f < 2 or f >= start - 3]
+        return frames_at(frames, [max(0, 6 - len(frames) + i) for i in range(len(frames))], [6])
+
+    net, fast = denoiser(Pinned()), accelerate(denoiser(Pinned()).requires_grad_(False).eval())
+    expected = from_scratch(net, given(), KeyedNoise([1, 2], SPEC), chunk=1, frames=FRAMES, sigmas=SIGMAS, read=read)
+    assert isinstance(fast.run, FastDiT)
+    for change in (iter, fuse):
+        for one in (net, fast):
+            close(run(one, one.new_cache(), 1, change=change), expected)
+            fixed = fast.run.new_cache(Pinned(), chunk=1, frames=None, batch=2, size=(4, 4))
+            assert isinstance(fixed, StaticCache)
+            close(run(one, fixed, 1, change=change), expected)
+    plan, noise = list(training_plan([1] * FRAMES, SIGMAS, [1, 1])), KeyedNoise([1, 2], SPEC)
+    record = record_rollout(net, plan, told=given(), noise=noise, cache=net.new_cache(), keep_caches=True)
+    close(record.latents, expected)
+    close(torch.cat([part().detach() for part in replay_passes(net, record, given())], 1), expected)
+    card = Export("pinned", CONFIG, Sampling(chunk=1), Pinned(), 6, 16.0, SPEC)  # type: ignore[arg-type]
+    pipe = Pipeline(fast, card, card.sampling, tiny_codec(0), TinyTextEncoder(), torch.device("cpu"))
+    words = "a large red square moves right slowly on a dark background"
+    session, text = Session(pipe, Options(words, seed=3), policy="slide"), Conditioning(encode_prompt(pipe, words))
+    shown = [session.next_chunk() for _ in range(FRAMES)]
+    clip = collect(pipe.rollout(Schedule(FRAMES, 0, card.sampling, Pinned()), text, KeyedNoise([3], SPEC)))
+    stream = pipe.codec.stream()
+    pixels = [to_bytes(stream(clip[:, i : i + 1])[0]) for i in range(FRAMES)]
+    assert torch.equal(torch.cat([made.frames for made in shown if made is not None]), torch.cat(pixels))
 
 
 # ---- the arithmetic
