@@ -17,7 +17,7 @@ from torch import Tensor
 
 from causalreel.data.drawing import BOUNDS, COLOR_RGB, RADII
 from causalreel.data.world import SPEED_PIXELS
-from causalreel.eval.metrics import Sight, look
+from causalreel.eval.reading import Sight, look
 from causalreel.vocabulary import (
     BACKGROUND_RGB,
     BACKGROUNDS,
