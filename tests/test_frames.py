@@ -150,6 +150,7 @@ def test_scripts(tmp_path: Path) -> None:
         ("{" + "[" * 100_000, "the line has more than 8,192 values"),
         ("{" + "[" * 8000, "the line is n"),
         ("2 a red sqare", "unknown word 'sqare'"),
+        ('{"time": 0, "command": "pause"}', "0 s is before 1 s: a script cannot go back in time"),
         ('{"time": 1, "command": "jump"}', "name must be one of prompt, pause"),
         ('{"time": 1, "command": ["pause"]}', "name must be one of"),
         ('{"time": 1, "command": "pause", "now": 1}', "pause takes no arguments; got 'now'"),

@@ -357,7 +357,14 @@ def test_timed_keys_of_a_file(tmp_path: Path) -> None:
     made = list(play(session(), frames=33, script=script))
     yaws = [last_view(chunk)[0] for chunk in made]
     assert yaws[4] == pytest.approx(3 * DEGREES, abs=1.5) == pytest.approx(yaws[-1], abs=1.5)
-    for text, words in (("1 jump", "keys:1: keys: unknown 'jump'"), ("soon w", "keys:1: expected seconds and what is")):
+    for text, words in (
+        ("1 jump", "keys:1: keys: unknown 'jump'"),
+        ("soon w", "keys:1: expected seconds and what is"),
+        (
+            "1 w\n\n0.5",
+            "keys:3: 0.5 s is before 1 s: a script cannot go back in time",
+        ),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=words):
             read_keys(str(path), known, 16.0)

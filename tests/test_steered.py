@@ -93,11 +93,113 @@ def test_what_are_no_keys_is_one_line(text: str) -> None:
         read_held(text, WALK)
 
 
-def test_a_model_without_a_camera_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert (
-        cli.main(["generate", "--keys", "w*3", "a red circle", "-o", str(tmp_path / "x.mp4"), "--device", "cpu"]) == 2
-    )
-    assert "has no camera" in capsys.readouterr().err and not list(tmp_path.iterdir())
+def poses(**cells: float) -> np.ndarray:
+    """Three poses, with numbers of the second one changed: _RC."""
+    found = np.tile(np.eye(4), (3, 1, 1))
+    for place, number in cells.items():
+        found[1, int(place[1]), int(place[2])] = number
+    return found
+
+
+FILES = {
+    "few": poses(),
+    "scaled": poses(_00=2.0),
+    "mirrored": poses(_00=-1.0),
+    "nan": poses(_03=np.nan),
+    "infinite": poses(_11=np.inf),
+    "flat": np.zeros((3, 3)),
+    "long": np.tile(np.eye(4, dtype=np.float32), (10_002, 1, 1)),
+}
+PIXELS = np.array([969.0, 969.0, 960.0, 540.0])
+WALKS, FLAT = "tiny/walk", "tiny/frame-1step"
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "told"),
+    [
+        (WALKS, "--poses few.npy --convention c2w --latent-frames 6", "--poses: leads through 2 latent frames behind"),
+        (WALKS, "--trajectory w*2 --dialect minwm --latent-frames 6", "--trajectory: leads through 2 latent frames"),
+        (
+            WALKS,
+            "--keys w*2 --latent-frames 6",
+            "--keys: leads through 2 latent frames behind the first, the video has 5",
+        ),
+        (WALKS, "--poses scaled.npy --convention c2w", "the upper left of pose 1 is no rotation"),
+        (WALKS, "--poses mirrored.npy --convention c2w", "the upper left of pose 1 is no rotation"),
+        (WALKS, "--poses nan.npy --convention c2w", "pose 1 is not finite"),
+        (WALKS, "--poses infinite.npy --convention w2c", "pose 1 is not finite"),
+        (WALKS, "--poses flat.npy --convention c2w", "expected numbers"),
+        (WALKS, "--poses few.npy", "--poses and --convention"),
+        (WALKS, "--poses none.npy --convention c2w", "poses not found"),
+        (
+            WALKS,
+            "--poses long.npy --convention c2w",
+            "--poses: leads through 10,001 latent frames behind the first, at",
+        ),
+        (
+            WALKS,
+            "--trajectory w*10001 --dialect minwm",
+            "leads through 10,001 latent frames, at most 10,000 can be used",
+        ),
+        (WALKS, "--trajectory w-999999 --dialect sana", "leads through 249,999 latent frames, at most 10,000"),
+        (WALKS, "--keys w,lift", "keys: unknown 'lift', did you mean 'left'?; there are w, a, s, d, left, right"),
+        (WALKS, "--trajectory w*2 --dialect minvm", "dialect: unknown 'minvm', did you mean 'minwm'?"),
+        (WALKS, "--trajectory q*2 --dialect minwm", "trajectory: unknown key 'q'"),
+        (WALKS, "--trajectory-file few.npy --dialect minwm", "few.npy is not UTF-8 text"),
+        (
+            WALKS,
+            "--trajectory w --trajectory-file walk.txt --dialect minwm",
+            "--trajectory and --trajectory-file exclude",
+        ),
+        (
+            WALKS,
+            "--keys w --intrinsics 969,969,960,540",
+            "a focal length of 969 as a normalised one; it looks like pixels",
+        ),
+        (
+            WALKS,
+            "--poses pixels.npz --convention c2w",
+            "a focal length of 969 as a normalised one; it looks like pixels",
+        ),
+        (WALKS, "--poses two.npz --convention c2w", "two.npz has 2 intrinsics for 3 poses"),
+        (WALKS, "--keys w --intrinsics 0.5,0.5,0.5", "--intrinsics: expected fx,fy,cx,cy, four finite numbers"),
+        (WALKS, "--keys w --intrinsics nan,1,1,1", "--intrinsics: expected fx,fy,cx,cy, four finite numbers"),
+        (WALKS, "--keys w --intrinsics 0,1,1,1", "--intrinsics: expected fx,fy,cx,cy, four finite numbers"),
+        (FLAT, "--poses few.npy --convention c2w", "tiny/frame-1step has no camera"),
+        (FLAT, "--keys w*3", "tiny/frame-1step has no camera"),
+        (FLAT, "--intrinsics 0.5,0.5,0.5,0.5", "tiny/frame-1step has no camera"),
+    ],
+)
+def test_what_a_camera_cannot_follow_is_one_line_before_weights_are_loaded(
+    model: str, words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("causalreel.infer.models.load", never)
+    monkeypatch.chdir(tmp_path)
+    for name, array in FILES.items():
+        np.save(f"{name}.npy", array)
+    np.savez("pixels.npz", c2w=poses(), intrinsics=PIXELS)
+    np.savez("two.npz", c2w=poses(), intrinsics=np.full((2, 4), 0.5))
+    Path("walk.txt").write_text("w*2\n")
+    prompt = "a red pillar ahead" if model == WALKS else "a red circle"
+    told_to = ["generate", prompt, "--model", model, *words.split(), "-o", "x.mp4", "--device", "cpu"]
+    assert cli.main(told_to) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1 and not Path("x.mp4").exists(), said
+
+
+def test_intrinsics_are_those_that_are_named(tmp_path: Path) -> None:
+    """Before those of a file, and for keys too."""
+    rows = np.linspace(0.4, 0.6, 12).reshape(3, 4)
+    np.savez(tmp_path / "poses.npz", c2w=poses(), intrinsics=rows)
+    file = {"poses": tmp_path / "poses.npz", "convention": "c2w"}
+    made = Steered(**file).fields(WALK, None)["intrinsics"][0].double()
+    torch.testing.assert_close(made, torch.tensor(rows), atol=1e-6, rtol=0)
+    for given in (file, {"keys": "w*2"}, {}):
+        made = Steered(**given, intrinsics="0.6, 0.7 0.5 0.4").fields(WALK, 3)["intrinsics"]
+        assert torch.equal(made, torch.tensor([0.6, 0.7, 0.5, 0.4]).expand(1, 3, 4))
 
 
 def test_a_course_is_as_long_as_its_clip_and_gives_what_the_network_takes(tmp_path: Path) -> None:

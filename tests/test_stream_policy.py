@@ -16,6 +16,8 @@ from causalreel.nn.policies.registry import policy_from
 from causalreel.nn.policies.window import Context
 
 RED = "a large red circle moves right"
+CHUNKS, ROOM = "tiny/chunk-4step", "window must hold the sink and the chunk's 3 frames: got window=4, sink=2"
+GIVEN = ("--video", "given.mp4", "--strength")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,12 @@ def test_a_stream_takes_a_policy_and_its_record_makes_it_again(
         (["serve", "--policy", "sinks", "--port", "0"], "did you mean 'sink'"),
         (["generate", RED, "--plan", "rolling", "-o", "x.mp4"], "--any-plan allows it"),
         (["generate", RED, "--policy", "sink:window=2,sink=2", "-o", "x.mp4"], "window must exceed sink"),
+        (["generate", RED, "--model", CHUNKS, "--policy", "sink:window=4,sink=2", "-o", "x.mp4"], ROOM),
+        (["stream", RED, "--model", CHUNKS, "--policy", "sink:window=4,sink=2", "--frames", "9", "-o", "x.mp4"], ROOM),
+        (["serve", "--model", CHUNKS, "--policy", "sink:window=4,sink=2", "--port", "0"], ROOM),
         (["generate", "a[5s] | b[-2s]", "-o", "x.mp4"], "a script cannot go back in time"),
+        *((["generate", RED, *GIVEN, strength, "-o", "x.mp4"], "strength") for strength in ("0", "-1", "1.01", "nan")),
+        *((["stream", RED, *GIVEN, strength, "-o", "x.mp4"], "strength") for strength in ("0", "-1", "1.01", "nan")),
     ],
 )
 def test_what_cannot_be_is_one_line(

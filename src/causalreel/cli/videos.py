@@ -73,12 +73,17 @@ class Generate(MannerFlags):
     between them; + holds keys together."""
     trajectory: str | None = None
     """Models that are steered: a trajectory string of another project, such as "w*3,l*2" with --dialect minwm."""
+    trajectory_file: Path | None = None
+    """The same in a text file."""
     dialect: str | None = None
     """Of the trajectory: minwm, worldplay, lingbot, sana, sana-2 or letters."""
     poses: Path | None = None
     """Models that are steered: a file with a camera pose for each latent frame (.npy, .npz, .json, or a folder)."""
     convention: Literal["c2w", "w2c"] | None = None
     """Of the poses: world from camera, or camera from world."""
+    intrinsics: Annotated[str | None, arg(metavar="FX,FY,CX,CY")] = None
+    """Models with a camera: its intrinsics, normalised by the image's size. Default: those of the file of poses, or of
+    the model."""
     sheet: Path | None = None
     """Also write a picture (.png, .jpg) with a row of frames per prompt."""
     scale: Annotated[int | None, Range(1, 64)] = None
@@ -251,18 +256,27 @@ def _steered(args: Generate, profile: Profile, frames: int | None) -> tuple[int 
     How long a clip is, prompts by time and given videos decide as well.
     """
     from causalreel import families
+    from causalreel.foreign import read_text
     from causalreel.infer.steered import Steered
-    from causalreel.nn.camera import fields_of
+    from causalreel.nn.camera import INTRINSICS, fields_of
 
-    asked = Steered(args.keys, args.trajectory, args.dialect, args.poses, args.convention)
+    trajectory = args.trajectory
+    if args.trajectory_file is not None:
+        if trajectory is not None:
+            raise ValueError("--trajectory and --trajectory-file exclude each other")
+        trajectory = read_text(args.trajectory_file, what="trajectory file").strip()
+    asked = Steered(args.keys, trajectory, args.dialect, args.poses, args.convention, args.intrinsics)
     steering = families.steering(profile.export)
     if steering is None:
-        if asked.is_given:
-            raise ValueError(f"{profile.export.name} has no camera: --keys, --trajectory and --poses are not for it")
+        if asked.is_given or args.intrinsics is not None:
+            told = "--keys, --trajectory, --poses and --intrinsics are not for it"
+            raise ValueError(f"{profile.export.name} has no camera: {told}")
         return frames, None
+    taken = fields_of(profile.export.model)
+    if args.intrinsics is not None and INTRINSICS not in taken:
+        raise ValueError(f"{profile.export.name} has keys and no camera: --intrinsics is not for it")
     if asked.is_given and frames is None:
         frames = profile.geometry.frames_of(asked.fields(steering, None)["w2c"].shape[1])
-    taken = fields_of(profile.export.model)
 
     @functools.lru_cache(maxsize=4)
     def course(latents: int) -> dict[str, Tensor]:

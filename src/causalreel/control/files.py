@@ -97,11 +97,12 @@ def _array(data: bytes, where: str) -> NDArray[np.generic]:
 
 def read_poses(path: str | Path, *, convention: str) -> Track:
     """Poses of a file by its ending: .npy and .npz (N,4,4) or (N,7), .json as HY-WorldPlay's; the folder of
-    LingBot-World. `convention`: c2w or w2c, which no file says. Intrinsics where the file has them in a known form.
+    LingBot-World. `convention`: c2w or w2c, which no file says. Intrinsics where the file has them in a known form: of
+    an .npz its array `intrinsics`, normalised, one for all poses or one for each.
     """
     if convention not in ("c2w", "w2c"):
         raise ValueError(f"convention: got {shown(convention)!r}, allowed c2w (world from camera) or w2c")
-    place = Path(path)
+    place, intrinsics = Path(path), None
     if place.is_dir():
         return _of_convention(read_lingbot(place), convention, "a LingBot-World folder holds")
     if place.suffix == ".json":
@@ -113,12 +114,18 @@ def read_poses(path: str | Path, *, convention: str) -> Track:
             there = ", ".join(map(shown, arrays)) or "nothing"
             raise ValueError(f"poses: {place} holds {there}; expected an array called {convention} or poses")
         given = arrays[names[0]]
+        if "intrinsics" in arrays:
+            intrinsics = P.intrinsics_rows(arrays["intrinsics"], f"{place}: intrinsics")
+            P.check_unit(intrinsics, is_normalised=True, what=f"{place}: intrinsics")
     elif place.suffix == ".npy":
         given = read_array(place)
     else:
         raise ValueError(f"poses: {place} has an unknown ending; allowed .npy, .npz, .json and LingBot-World's folder")
     rows = P.from_quaternions(given, str(place)) if given.ndim == 2 else P.checked(given, str(place))
-    return Track(rows if convention == "c2w" else P.inverted(rows))
+    if intrinsics is not None and len(intrinsics) not in (1, len(rows)):
+        raise ValueError(f"poses: {place} has {len(intrinsics)} intrinsics for {len(rows)} poses")
+    intrinsics = None if intrinsics is None else np.broadcast_to(intrinsics, (len(rows), 4))
+    return Track(rows if convention == "c2w" else P.inverted(rows), intrinsics)
 
 
 def _of_convention(track: Track, convention: str, holds: str) -> Track:

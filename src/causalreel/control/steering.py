@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from causalreel.control.poses import Array, inverted
-from causalreel.control.strings import MOTIONS, Dialect, Walk, dialect, held, padded, poses
+from causalreel.control.strings import FRAMES, MOST_LATENTS, MOTIONS, Dialect, Walk, dialect, held, padded, poses
 from causalreel.foreign import shown
 from causalreel.spelling import nearest
 
@@ -120,9 +120,15 @@ class Steering:
         return tuple(found)
 
     def ahead(self, text: str, name: str, start: Array) -> list[Array]:
-        """Poses (4,4) of the latent frames behind `start` that a trajectory string in a dialect leads through."""
+        """Poses (4,4) of the latent frames behind `start` that a trajectory string in a dialect leads through: at most
+        `MOST_LATENTS`."""
         rule = dialect(name)
         frames = held(text, rule)
+        latents = len(frames) // (1 if rule.unit == "latent" else FRAMES)
+        if latents > MOST_LATENTS:
+            raise ValueError(
+                f"trajectory: leads through {latents:,} latent frames, at most {MOST_LATENTS:,} can be used"
+            )
         made = poses(frames if rule.unit == "latent" else padded(frames), rule)
         made = made[1:] if rule.unit == "latent" else made[4::4]
         return [start @ pose for pose in made]

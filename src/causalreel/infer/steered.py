@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from causalreel.control.files import read_poses
-from causalreel.control.poses import Array, relative
+from causalreel.control.poses import Array, check_unit, intrinsics_rows, relative
 from causalreel.control.steering import Course, Frame, Steering
 from causalreel.control.strings import MOST_LATENTS
 from causalreel.foreign import shown
@@ -38,6 +38,8 @@ class Steered:
     """A file with a pose for each latent frame, in its `convention`."""
     convention: str | None = None
     """c2w or w2c."""
+    intrinsics: str | None = None
+    """fx fy cx cy, normalised by the image's size; None: those of the poses' file, or the model's."""
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.keys, self.trajectory, self.poses)) > 1:
@@ -56,6 +58,8 @@ class Steered:
 
         Without anything given the camera stays. ValueError for what cannot be read or is too short.
         """
+        if self.intrinsics is not None:
+            steering = replace(steering, intrinsics=read_intrinsics(self.intrinsics))
         course = Course(steering)
         if self.keys is not None:
             held = read_held(self.keys, steering)
@@ -65,24 +69,26 @@ class Steered:
                 course.press(pressed)
                 frames += course.next(1)
         elif self.is_given:
-            ahead, intrinsics, what = self._ahead(steering)
+            ahead, rows, what = self._ahead(steering)
             count = _enough(len(ahead), latents, what)
             first = course.next(1)
-            course.follow(ahead, intrinsics)
+            course.follow(ahead)
             frames = first + course.next(count - 1)
+            if rows is not None and self.intrinsics is None:
+                told = (tuple(row) for row in rows.tolist())
+                frames = [replace(frame, intrinsics=row) for frame, row in zip(frames, told, strict=False)]
         else:
             frames = course.next(latents or 1)
         return _tensors(frames)
 
-    def _ahead(self, steering: Steering) -> tuple[list[Array], Sequence[float] | None, str]:
-        """Poses behind the first frame, seen from it, and intrinsics if there are any of their own."""
+    def _ahead(self, steering: Steering) -> tuple[list[Array], Array | None, str]:
+        """Poses behind the first frame, seen from it, and intrinsics of all frames if there are any of their own."""
         if self.trajectory is not None:
             assert self.dialect is not None
             return steering.ahead(self.trajectory, self.dialect, np.eye(4)), None, "--trajectory"
         assert self.poses is not None and self.convention is not None
         track = read_poses(self.poses, convention=self.convention)
-        intrinsics = None if track.intrinsics is None else [float(n) for n in track.intrinsics[0]]
-        return list(relative(track.c2w)[1:]), intrinsics, "--poses"
+        return list(relative(track.c2w)[1:]), track.intrinsics, "--poses"
 
 
 def read_held(text: str, steering: Steering) -> list[Held]:
@@ -107,12 +113,28 @@ def read_held(text: str, steering: Steering) -> list[Held]:
     return frames
 
 
+def read_intrinsics(text: str) -> tuple[float, float, float, float]:
+    """Four numbers by commas or spaces, fx fy cx cy normalised by the image's size; ValueError for others."""
+    try:
+        rows = intrinsics_rows([float(number) for number in text.replace(",", " ").split()], "--intrinsics")
+    except ValueError:
+        told = "expected fx,fy,cx,cy, four finite numbers normalised by the image's size, fx and fy above 0"
+        raise ValueError(f"--intrinsics: {told}; got {shown(text)!r}") from None
+    check_unit(rows, is_normalised=True, what="--intrinsics")
+    fx, fy, cx, cy = rows[0].tolist()
+    return fx, fy, cx, cy
+
+
 def _enough(given: int, latents: int | None, what: str) -> int:
     """Latent frames of the clip, the first counted; ValueError where fewer are given."""
     if latents is not None and given < latents - 1:
         raise ValueError(
             f"{what}: leads through {given} latent frames behind the first, the video has {latents - 1}: give as many, "
             f"or ask for {1 + given} with --latent-frames"
+        )
+    if latents is None and given > LONGEST:
+        raise ValueError(
+            f"{what}: leads through {given:,} latent frames behind the first, at most {LONGEST:,} can be made"
         )
     return 1 + given if latents is None else latents
 

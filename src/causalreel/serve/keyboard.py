@@ -22,7 +22,7 @@ from causalreel.infer.commands import Keys, parse_line
 from causalreel.infer.live_video import steering_of
 from causalreel.infer.models import Profile
 from causalreel.infer.steered import read_held
-from causalreel.serve.play import MOST_BYTES, Timed, timed_at
+from causalreel.serve.play import MOST_BYTES, Timed, check_order, timed_at
 from causalreel.serve.records import MAX_COMMANDS
 from causalreel.serve.session import Session
 
@@ -56,7 +56,7 @@ def read_keys(given: str, profile: Profile, fps: float) -> list[Timed]:
 
 def _read_file(path: Path, steering: Steering) -> list[Timed]:
     """A line has seconds and all keys that are held from then on (1.5 w left), none to let go of all; empty lines and
-    those after # do not count. ValueError names the line, and the nearest key."""
+    those after # do not count. ValueError names the line, one that goes back in time too, and the nearest key."""
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has more than {MOST_BYTES >> 20} MiB: it is no file of keys")
     found = []
@@ -68,12 +68,14 @@ def _read_file(path: Path, steering: Steering) -> list[Timed]:
             command = parse_line(f"/keys {held}")
             assert isinstance(command, Keys)
             steering.check(command.pressed)
-            found.append(Timed(timed_at(seconds), command))
+            timed = Timed(timed_at(seconds), command)
+            check_order(found, timed)
+            found.append(timed)
         except ValueError as error:
             raise ValueError(f"{path}:{row}: {error}") from None
     if len(found) > MAX_COMMANDS:
         raise ValueError(f"{path} holds {len(found)} changes of the keys, at most {MAX_COMMANDS} are allowed")
-    return sorted(found, key=lambda timed: timed.time_s)
+    return found
 
 
 def named(key: str, steering: Steering) -> str | None:

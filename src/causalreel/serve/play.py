@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,7 +42,7 @@ def read_script(path: Path, profile: Profile) -> list[Timed]:
 
     A line is a time and a prompt (12.5 a blue square moves left), a time and a command as it is typed (14 /keys w
     left), or JSON: {"time": 12.5, "command": "prompt", "text": ..., "mode": "fade"}. A picture is named by its path
-    from the script's folder. ValueError names the line that is neither, or asks for what cannot be.
+    from the script's folder. ValueError names the line that is neither, goes back in time, or asks for what cannot be.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,10 +55,7 @@ def read_script(path: Path, profile: Profile) -> list[Timed]:
             continue
         try:
             timed = _timed(line, picture)
-            if found and timed.time_s < found[-1].time_s:
-                raise ValueError(
-                    f"{timed.time_s:g} s is before {found[-1].time_s:g} s: a script cannot go back in time"
-                )
+            check_order(found, timed)
             understand(profile.export, timed.command.prompts)
             if isinstance(timed.command, Steps):
                 adapt(profile.sampling, steps=timed.command.steps)
@@ -70,6 +67,12 @@ def read_script(path: Path, profile: Profile) -> list[Timed]:
     if len(found) > MAX_COMMANDS:
         raise ValueError(f"{path} holds {len(found)} commands, at most {MAX_COMMANDS} are allowed")
     return found
+
+
+def check_order(before: Sequence[Timed], timed: Timed) -> None:
+    """ValueError for a line that goes back behind the one before it."""
+    if before and timed.time_s < before[-1].time_s:
+        raise ValueError(f"{timed.time_s:g} s is before {before[-1].time_s:g} s: a script cannot go back in time")
 
 
 def picture_file(folder: Path, size: tuple[int, int]) -> Reads:
