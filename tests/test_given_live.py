@@ -31,6 +31,7 @@ from causalreel.serve.service import WORKERS
 from causalreel.serve.session import Session
 from patience import PATIENCE_S, wait_until
 from served import BLUE, RED, coded, message, opened, picture, serving, small_pipeline, until
+from steered import PROMPT, STEP, random_pipeline
 
 FAINT = 0.05
 """A strength at which the given frames shine through."""
@@ -174,6 +175,49 @@ def test_a_session_is_made_of_frames_that_are_sent(pipeline: Any) -> None:
             socket.send_bytes(sent(90))
             until(socket, lambda m: m["type"] == "chunk")
         assert client.get(f"/v1/sessions/{id}/record").status_code == 400
+
+
+def test_one_walks_in_what_a_camera_sees_and_comes_back_to_it() -> None:
+    """Keys and a prompt at once, a connection that drops in the middle, and a restart with the key still held."""
+
+    def chunk(socket: Any, level: int) -> dict[str, Any]:
+        socket.send_bytes(sent(level, level, level, level))
+        return until(socket, lambda m: m["type"] == "chunk")[-1]
+
+    with serving(random_pipeline()) as client:
+        id = opened(client, PROMPT, camera=True, strength=0.5, pace="max")
+        stream = f"/v1/sessions/{id}/stream?format=webp"
+        with client.websocket_connect(stream) as socket:
+            assert chunk(socket, 60)["camera"] == [[0, 0, 0, 0, 0]]
+            for told in ({"name": "keys", "pressed": ["w"]}, {"name": "prompt", "text": BLUE}):
+                socket.send_json({"type": "command", "id": 1, **told})
+                until(socket, lambda m: m["type"] == "ack")
+            both = chunk(socket, 90)
+            assert [one["name"] for one in both["commands"]] == ["keys", "prompt"] and both["prompt"] == BLUE
+            assert both["keys"] == ["w"] and both["camera"] == [[0, 0, STEP, 0, 0]]
+        assert client.get(f"/v1/sessions/{id}").json()["state"]["sequence"] == 2  # it waits for frames
+        with client.websocket_connect(f"{stream}&after=0") as socket:  # what was missed comes again
+            state = until(socket, lambda m: m["type"] == "hello")[-1]["state"]
+            assert state["camera"] and state["keys"] == ["w"] and state["prompt"] == BLUE
+            assert until(socket, lambda m: m["type"] == "chunk")[-1]["sequence"] == 1
+            assert chunk(socket, 90)["camera"] == [[0, 0, 2 * STEP, 0, 0]]
+            socket.send_json({"type": "command", "id": 2, "name": "restart"})
+            until(socket, lambda m: m["type"] == "ack")
+            again = [chunk(socket, 90) for _ in range(2)]
+            assert [one["camera"] for one in again] == [[[0, 0, 0, 0, 0]], [[0, 0, STEP, 0, 0]]]
+
+
+def test_one_walks_in_a_given_video_until_it_is_over(tmp_path: Path) -> None:
+    one = Session(
+        random_pipeline(), Options(PROMPT), restyle=Restyle(GivenVideo.of_pictures([grey(90)] * 13, (64, 64)), 0.5)
+    )
+    one.next_chunk()
+    one.command("keys", pressed=["d", "left"])
+    one.command("prompt", text=BLUE)
+    made = [one.next_chunk() for _ in range(3)]
+    assert [chunk.camera[0].yaw for chunk in made] == pytest.approx([-12, -24, -36])
+    assert all(chunk.keys == ("d", "left") and chunk.prompt == BLUE for chunk in made)
+    assert one.next_chunk() is None and one.closed and not one.has_input and one.given_bytes == 0
 
 
 def test_frames_cost_tokens_and_are_for_sessions_with_a_camera(pipeline: Any) -> None:

@@ -485,8 +485,8 @@ def _seen(frame: Steered) -> Seen:
     pose = frame.c2w
     yaw = math.degrees(math.atan2(pose[0, 2], pose[2, 2]))
     pitch = math.degrees(math.asin(min(1.0, max(-1.0, -pose[1, 2]))))
-    x, y, z = (round(float(number), 4) for number in pose[:3, 3])
-    return Seen(x, y, z, round(yaw, 3), round(pitch, 3))
+    x, y, z = (round(float(number), 4) + 0.0 for number in pose[:3, 3])  # + 0.0: no negative zero is shown
+    return Seen(x, y, z, round(yaw, 3) + 0.0, round(pitch, 3) + 0.0)
 
 
 def with_queue(emitted: Emitted, queue_s: float) -> Emitted:
