@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,7 @@ PROPE = replace(PLAIN, camera="prope")
 EMBEDDED = replace(PLAIN, camera="embedded", actions=5)
 SPEC, FRAMES, CHUNK, BATCH = LatentSpec(4, 4, 4), 6, 2, 2
 LEVELS = (1.0, 0.7, 0.3)
+Tells = Callable[[ModelConfig], Conditioning]
 
 
 def denoiser(config: ModelConfig = PROPE, context: ContextPolicy = Context(), seed: int = 0) -> DiTDenoiser:
@@ -63,6 +65,12 @@ def given(config: ModelConfig = PROPE, frames: int = FRAMES) -> Conditioning:
     return Conditioning(torch.randn(BATCH, 5, config.text_dim, generator=generator), fields)
 
 
+def by_chunk(config: ModelConfig = PROPE, frames: int = FRAMES) -> Conditioning:
+    """The same with a text of its own for every chunk."""
+    text = torch.randn(BATCH, frames // CHUNK, 5, config.text_dim, generator=torch.Generator().manual_seed(6))
+    return replace(given(config, frames), text=text, prompts=tuple(frame // CHUNK for frame in range(frames)))
+
+
 def noise(seed: int = 1, frames: int = FRAMES) -> Tensor:
     return torch.randn(BATCH, frames, *SPEC.shape, generator=torch.Generator().manual_seed(seed))
 
@@ -81,15 +89,17 @@ def close(a: Tensor, b: Tensor, limit: float = 2e-5) -> None:
 
 
 both = pytest.mark.parametrize("config", [PROPE, EMBEDDED], ids=["prope", "embedded"])
+texts = pytest.mark.parametrize("told", [given, by_chunk], ids=["one text", "text by chunk"])
 
 
 # ---- laws ------------------------------------------------------------------------------------------------------------
 
 
 @both
+@texts
 @torch.no_grad()
-def test_cached_calls_are_the_masked_pass(config: ModelConfig) -> None:
-    net, conditioning, sizes = denoiser(config), given(config), chunk_sizes(FRAMES, CHUNK)
+def test_cached_calls_are_the_masked_pass(config: ModelConfig, told: Tells) -> None:
+    net, conditioning, sizes = denoiser(config), told(config), chunk_sizes(FRAMES, CHUNK)
     clean, x, sigma = noise(2), noise(3), torch.full((1, FRAMES), 0.6)
     whole = net.teacher_forced(x, sigma, conditioning, clean=clean, sizes=sizes)
     cache, parts = net.new_cache(), []
@@ -102,9 +112,10 @@ def test_cached_calls_are_the_masked_pass(config: ModelConfig) -> None:
 
 
 @both
+@texts
 @pytest.mark.parametrize("context", [Context(), Context(4, 1), Context(4, 2, 3)], ids=["full", "window", "re-indexed"])
-def test_fused_plans_are_plain_ones(config: ModelConfig, context: Context) -> None:
-    net, conditioning = denoiser(config, context), given(config)
+def test_fused_plans_are_plain_ones(config: ModelConfig, context: Context, told: Tells) -> None:
+    net, conditioning = denoiser(config, context), told(config)
 
     def plan():
         return chunked(chunk_sizes(FRAMES, CHUNK), LEVELS)
@@ -126,8 +137,9 @@ def test_a_policy_that_chooses_among_all_is_the_full_context(config: ModelConfig
 
 
 @both
-def test_replayed_gradient_is_the_parallel_one(config: ModelConfig) -> None:
-    net, conditioning = denoiser(config), given(config)
+@texts
+def test_replayed_gradient_is_the_parallel_one(config: ModelConfig, told: Tells) -> None:
+    net, conditioning = denoiser(config), told(config)
     plan = list(training_plan(chunk_sizes(FRAMES, CHUNK), LEVELS, [2, 1]))
     source = KeyedNoise(range(BATCH), SPEC)
     record = record_rollout(net, fuse(plan), told=conditioning, noise=source, cache=net.new_cache(), keep_caches=True)
@@ -261,7 +273,7 @@ def fast_cache(net: DiTDenoiser, context: ContextPolicy, batch: int = BATCH) -> 
 def test_heads_with_cameras_are_accelerated(context: ContextPolicy, is_static: bool) -> None:
     """The fast form is the network, with cameras and without, fused and not, guided too."""
     plain, net = denoiser(context=context), accelerate(denoiser(context=context).requires_grad_(False))
-    for conditioning in (given(), Conditioning(given().text)):
+    for conditioning in (given(), by_chunk(), Conditioning(given().text)):
         for fused in (False, True):
             plans = [chunked(chunk_sizes(FRAMES, CHUNK), LEVELS) for _ in range(2)]
             plans = [fuse(plan) for plan in plans] if fused else plans

@@ -12,12 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from causalreel.control.strings import latent_poses, view_matrices
 from causalreel.infer.distributed import CodecElsewhere, ahead
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.masks import Context
@@ -61,6 +65,36 @@ def inputs(frames: int, batch: int = 2) -> tuple[Tensor, Tensor, Conditioning]:
     return x, sigma, Conditioning(torch.randn(batch, 4, 8))
 
 
+def seeing(heads: int, camera: Literal["prope", "embedded"], share=lambda net: net) -> dict[str, Tensor]:
+    """Every way of use of a network with cameras and keys, told a text for every frame -> its result."""
+    config = ModelConfig(heads * 16, heads * 16, heads, 2, text_dim=8, text_length=4, freq_dim=32, channels=4)
+    torch.manual_seed(heads)
+    network = DiTDenoiser(replace(config, camera=camera, actions=3)).requires_grad_(False).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    walks = [latent_poses(text, "minwm", latents=6) for text in ("l*3,w*9", "w*2,i*2,d*9")]
+    fields = {
+        "w2c": torch.from_numpy(np.stack([view_matrices(walk) for walk in walks])).float(),
+        "intrinsics": torch.tensor([0.6, 0.9, 0.5, 0.5]).expand(2, 6, 4),
+        "actions": torch.randn(2, 6, 3),
+    }
+    told = Conditioning(torch.randn(2, 3, 4, 8), fields, prompts=(0, 0, 1, 1, 2, 2))
+    x, sigma, found = torch.randn(2, 6, *LATENT.shape), torch.rand(2, 6), {}
+    with torch.no_grad():
+        net = share(network)
+        found["bidirectional"] = net(x, sigma, told)
+        found["teacher forcing"] = net.teacher_forced(x, sigma, net.prepare(told), clean=x.flip(0), sizes=[2, 2, 2])
+        for how in ("cached", "accelerated"):
+            cache = net.new_cache()
+            if how == "accelerated":
+                fast, size = accelerate(net).run, (LATENT.height, LATENT.width)
+                assert isinstance(fast, FastDiT)
+                cache = fast.new_cache(net.context, chunk=2, frames=6, batch=2, size=size)
+            noise = KeyedNoise([5, 6], LATENT)
+            found[how] = collect(rollout(net, fuse(plan_of(2)), conditioning=told, noise=noise, cache=cache))
+    return {f"{camera}, {name}": value for name, value in found.items()}
+
+
 def everything(heads: int, share=lambda net: net) -> dict[str, Tensor]:
     """Every way of use -> its result; `share` is applied to each network first."""
     found = {}
@@ -93,7 +127,7 @@ def everything(heads: int, share=lambda net: net) -> dict[str, Tensor]:
                 plan = plan_of(chunk)
                 chunks = rollout(net, fuse(plan) if fused else plan, conditioning=told, noise=noise, cache=held)
                 found[f"{name}, {how}"] = collect(chunks)
-    return found
+    return found | seeing(heads, "prope", share) | seeing(heads, "embedded", share)
 
 
 def stored(net: DiTDenoiser, chunk: int, precision: str) -> Tensor:
@@ -267,6 +301,9 @@ def test_the_accelerated_network_is_the_network(alone: dict) -> None:
         for name in ROLLOUTS:
             assert (found[f"{name}, accelerated"] - found[name]).abs().max() < 1e-4 * found[name].abs().max()
             assert 1e-3 < (found[f"{name}, e4m3"] - found[name]).norm() / found[name].norm() < 0.3
+        for camera in ("prope", "embedded"):
+            fast, plain = found[f"{camera}, accelerated"], found[f"{camera}, cached"]
+            assert (fast - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
 def test_all_processes_get_the_same_bits(results: list[dict]) -> None:
