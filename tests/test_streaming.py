@@ -133,8 +133,44 @@ def test_numbers_that_are_none_in_a_shard(tmp_path: Path, name: str) -> None:
     (tmp_path / MANIFEST).unlink()
     source = ShardSource(open_set(tmp_path), length=8)
     source.batch(torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=rf"{path.name}: clip 2 has {name} that are not finite"):
+    with pytest.raises(ValueError, match=rf"{path.name}: clip 2 has values of {name} that are not finite"):
         source.batch(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("name", ["latents-00000", "latents-00001", "null"])
+def test_a_bit_that_has_turned_is_found_by_the_process_whose_it_is(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [row(number) for number in range(8)]
+    entries = tuple(pack(tmp_path / f"latents-{n:05d}.safetensors", rows[4 * n : 4 * n + 4]) for n in range(2))
+    write_manifest(tmp_path, Manifest(entries, {}, {}, write_null(tmp_path, torch.ones(8, 5))))
+    data = open_set(tmp_path)
+    data.verify()
+    path = tmp_path / f"{name}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path} is damaged \(its contents are not those that the manifest names\)"):
+        data.verify()
+    other = 1 if name != "latents-00001" else 0
+    data.verify(other, 2)
+    with pytest.raises(ValueError, match=path.name):
+        data.verify(1 - other, 2)
+    if name != "null":
+        monkeypatch.setattr("causalreel.data.streaming.HASHED", 100)  # too much to read
+        caplog.set_level("INFO", "causalreel")
+        data.verify()
+        assert "are not compared with their hashes; `causalreel prepare --check` does that" in caplog.text
+
+
+def test_unconditional_text_that_is_none(tmp_path: Path) -> None:
+    packed(tmp_path, 4)
+    path = tmp_path / "null.safetensors"
+    save_file({"text": torch.full((2, 5), float("inf"))}, path)
+    with pytest.raises(
+        ValueError, match=r"null.safetensors is damaged \(the unconditional text has values that are not"
+    ):
+        open_set(tmp_path).null()
 
 
 def test_a_shard_cut_off_lost_or_exchanged(tmp_path: Path) -> None:

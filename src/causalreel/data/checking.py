@@ -39,6 +39,7 @@ def check(folder: Path) -> Findings:
     """Read everything; ValueError only where there is nothing to check."""
     found, first = Findings(), None
     seen: dict[bytes, str] = {}
+    twice: list[str] = []
     for path in shards(folder):
         try:
             shard = read_shard(path)
@@ -46,18 +47,20 @@ def check(folder: Path) -> Findings:
             captions = read_captions(path, shard.clips)
             found.shape = shard.shape
             found.clips, found.shards = found.clips + shard.clips, found.shards + 1
-            found.problems += _rows(shard, captions, seen, found)
+            found.problems += _rows(shard, captions, seen, twice, found)
         except ValueError as error:
             found.problems.append(str(error))
-    found.problems += list(_against_manifest(folder))
+    found.problems += [*_against_manifest(folder), *twice]
     if first is not None and first.text_width is not None and not (folder / NULL).is_file():
         found.warnings.append(f"{folder} has no {NULL}: training with guidance needs the unconditional text")
     found.warnings += _far(found.moments)
     return found
 
 
-def _rows(shard: Shard, captions: list[str], seen: dict[bytes, str], found: Findings) -> Iterator[str]:
-    """Problems of a shard's rows: numbers that are none, clips that were there before."""
+def _rows(
+    shard: Shard, captions: list[str], seen: dict[bytes, str], twice: list[str], found: Findings
+) -> Iterator[str]:
+    """Problems of a shard's rows, numbers that are none; clips that were there before go to `twice`."""
     lengths = shard.lengths("text") if shard.text_width is not None else None
     if lengths is not None:
         found.tokens += int(lengths.sum())
@@ -77,7 +80,7 @@ def _rows(shard: Shard, captions: list[str], seen: dict[bytes, str], found: Find
                 continue
             found.moments.add(clip)
         if (before := seen.setdefault(digest.digest(), place)) != place:
-            yield f"{place} is the same as {before}"
+            twice.append(f"{place} is the same as {before}")
 
 
 def _against_manifest(folder: Path) -> Iterator[str]:

@@ -100,7 +100,7 @@ def _check(row: Row, first: Row) -> None:
                 f"{like.dtype}: all clips of a set need the same frames, channels, height, width and type"
             )
         if not value.isfinite().all():
-            raise ValueError(f"{row.source} has {what} that are not finite, numbers are expected")
+            raise ValueError(f"{row.source} has values of {what} that are not finite, numbers are expected")
     shapes = [{name: (tuple(value.shape), value.dtype) for name, value in one.fields.items()} for one in (row, first)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{row.source} has fields {shapes[0]}, {first.source} {shapes[1]}: all clips need the same")

@@ -268,7 +268,9 @@ def _values(shard: Path) -> dict[str, Tensor]:
             part = values[start : start + 1024]
             if not part.sum(dtype=torch.float64).isfinite():
                 row = int((~part.isfinite()).flatten(1).any(1).nonzero()[0])
-                raise ValueError(f"{shard}: clip {start + row} has {name} that are not finite, numbers are expected")
+                raise ValueError(
+                    f"{shard}: clip {start + row} has values of {name} that are not finite, numbers are expected"
+                )
     return found
 
 

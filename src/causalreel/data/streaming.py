@@ -7,6 +7,7 @@ end of an epoch is filled from the next, is the business of `train.stage.DataCur
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,10 +24,17 @@ from torch import Tensor
 
 from causalreel.data.manifest import NULL, Manifest, read_manifest
 from causalreel.data.shards import FIELD, TYPES, Shard, agree, damaged, read_ragged_text, read_shard, shards
+from causalreel.hashed import sha256_of
 from causalreel.types import Batch, Conditioning, LatentBatch, TrajectoryBatch
+
+log = logging.getLogger(__name__)
 
 OPEN = 64
 """Files that are held open."""
+GIB = 2**30
+HASHED = 16 * GIB
+"""Bytes that a process compares with their hashes before it trains: a quarter of a minute."""
+DIFFERS = "its contents are not those that the manifest names"
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,31 @@ class PreparedSet:
         path = self.folder / NULL
         if not path.exists():
             return None
-        shard = read_shard_text(path)
-        if not shard[2]:
-            return torch.zeros(1, *shard[0], dtype=shard[3])
-        return (
-            torch.from_numpy(np.fromfile(path, np.uint8, shard[2], offset=shard[1])).view(shard[3]).view(1, *shard[0])
-        )
+        shape, start, size, dtype = read_shard_text(path)
+        if not size:
+            return torch.zeros(1, *shape, dtype=dtype)
+        text = torch.from_numpy(np.fromfile(path, np.uint8, size, offset=start)).view(dtype).view(1, *shape)
+        if not text.isfinite().all():
+            raise damaged(path, "the unconditional text has values that are not finite")
+        return text
+
+    def verify(self, rank: int = 0, size: int = 1) -> None:
+        """Compare the files with the hashes of the manifest, the `rank`-th of `size` shares of them; ValueError that
+        names the one that differs. Shares of more than `HASHED` bytes are left to `causalreel prepare --check`."""
+        if self.manifest is None:
+            return
+        told = {shard.file: shard for shard in self.manifest.shards}
+        if rank == 0 and self.manifest.null is not None and sha256_of(self.folder / NULL) != self.manifest.null:
+            raise damaged(self.folder / NULL, DIFFERS)
+        mine = [shard.path for shard in self.shards[rank::size]]
+        total = sum(told[path.name].bytes for path in mine)
+        if total > HASHED:
+            told_of = "%s: %.0f GiB are not compared with their hashes; `causalreel prepare --check` does that"
+            log.info(told_of, self.folder, total / GIB)
+            return
+        for path in mine:
+            if sha256_of(path) != told[path.name].sha256:
+                raise damaged(path, DIFFERS)
 
     def captions(self, stop: int | None = None) -> list[str]:
         """Of the first `stop` clips, for who wants to look."""
@@ -244,7 +271,7 @@ class ShardSource:
                 raise damaged(held.path, "it became shorter while it was read")
             done += got
         if not torch.isfinite(target).all():
-            raise ValueError(f"{held.path}: clip {row} has {name} that are not finite, numbers are expected")
+            raise ValueError(f"{held.path}: clip {row} has values of {name} that are not finite, numbers are expected")
 
     def _file(self, shard: int) -> BinaryIO:
         if shard not in self._files:

@@ -21,7 +21,7 @@ from typing import Any
 from causalreel.data.encoding import embed, encode_clips
 from causalreel.data.groups import WORK, Group, Plan, Share, Teller, read_part
 from causalreel.data.listing import Item
-from causalreel.data.manifest import Manifest, ShardEntry, read_manifest, write_manifest
+from causalreel.data.manifest import NULL, Manifest, ShardEntry, read_manifest, write_manifest
 from causalreel.data.packing import Moments, write_null
 from causalreel.data.sheet import Tile, write_sheet
 from causalreel.files import write_text
@@ -62,7 +62,9 @@ def prepare_videos(
 
 
 def _is_whole(out: Path, manifest: Manifest) -> bool:
-    """Whether all shards that a manifest names are there."""
+    """Whether all files that a manifest names are there."""
+    if manifest.null is not None and not (out / NULL).is_file():
+        return False
     paths = [(out / shard.file, shard.bytes) for shard in manifest.shards]
     return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 

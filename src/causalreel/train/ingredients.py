@@ -35,6 +35,7 @@ from causalreel.train.codec_of import check_codec, maker_of_data, mark_of, open_
 from causalreel.train.contents import Content
 from causalreel.train.initial import RANDOM, Start, is_export, open_start, size_of
 from causalreel.train.recipe import Recipe, resolve, shipped_recipes
+from causalreel.train.sharded import together
 from causalreel.train.stage import DataSource
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.stages.dmd import DMDConfig
@@ -118,6 +119,7 @@ def gather(recipe: Recipe, device: torch.device, team: Team | None = None, *, is
     _check_fields(source, roles, recipe.data)
     contents: tuple[Content, ...] = ()
     if recipe.trainer.check:
+        together(team, lambda: data.verify(team.rank, team.size))
         _check_codec_of_data(recipe.data, recipe.codec)
         beginnings = {f"lora_init.{role}": lora for role, lora in adapted.items()}
         contents = (
@@ -312,7 +314,8 @@ def _streamed(
     null = data.null()
     if null is None:
         raise ValueError(
-            f"{data.folder} has no {NULL} with the unconditional text: `causalreel import --model` writes it"
+            f"{data.folder} has no {NULL} with the unconditional text: `causalreel prepare` and `causalreel import "
+            "--model` write it"
         )
     null = F.pad(null, (0, 0, 0, length - null.shape[1])).to(device)  # (1,K,E) -> (1,length,E)
     files = [f"{shard.path.name} {shard.path.stat().st_size}" for shard in data.shards]
