@@ -31,6 +31,7 @@ SKIPS = {
     "chromium": "chromium",
     "nginx": "nginx",
     "another processor": "processor",
+    "patience (--whole)": "--whole",
     "an optional package": "extra |is not installed|could not import|needs playwright",
 }
 """What is missing -> how the reasons of skipped tests speak of it."""
@@ -38,6 +39,7 @@ SKIPS = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=1, help="how many times as many random inputs fuzz tests try")
+    parser.addoption("--whole", action="store_true", help="also what takes minutes: all stages by four processes")
     parser.addoption("--threads", type=int, default=1, help="threads of torch, here and in child processes; 0: its own")
 
 
@@ -53,6 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
             del os.environ[name]
     if not threads:  # commands then say that they take one thread, before the one line that tests of errors expect
         logging.getLogger("causalreel").addFilter(lambda record: not record.msg.startswith("one CPU thread"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("whole") and not config.getoption("--whole"):
+            item.add_marker(pytest.mark.skip(reason="needs --whole"))
 
 
 def why_skipped(reasons: list[str]) -> str:
