@@ -1,4 +1,4 @@
-"""What deep forcing and relax forcing choose, entry by entry: the rules of Causal-rCM's script, said by hand."""
+"""What deep and relax forcing choose, entry by entry, said by hand; and every policy with noisy context."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from by_hand import Past, Read, from_scratch, turned
 from causalreel.nn.policies.deep_forcing import DeepForcing
 from causalreel.nn.policies.relax_forcing import RelaxForcing
-from causalreel.rollout import KeyedNoise
-from test_policies import SPEC, close, denoiser, given, run
+from causalreel.parallel.fast import FastDiT, accelerate
+from causalreel.rollout import KeyedNoise, chunked, fuse
+from test_policies import CASES, SELECTING, SIGMAS, SPEC, close, denoiser, given, run
 
 TOKENS, CHUNK, FRAMES = 4, 2, 26
 Entry = tuple[int, int, int]
@@ -123,10 +124,26 @@ def test_what_is_chosen_is_what_the_rules_say(policy: DeepForcing | RelaxForcing
     """Keys, queries, scores, choices and positions: nothing is taken from the cache."""
     net = denoiser(policy)
     choice = Deep(2, policy) if isinstance(policy, DeepForcing) else Relax(2, policy)
-    how = {"chunk": CHUNK, "frames": FRAMES, "sigmas": (1.0, 0.6)}
+    how = {"chunk": CHUNK, "frames": FRAMES, "sigmas": SIGMAS}
     how |= {"read": choice.read, "remember": choice.remember, "listen": choice.listen}
     expected = from_scratch(net, given()[:1], KeyedNoise([1], SPEC), **how)
     made = run(net, net.new_cache(), CHUNK, FRAMES)
     close(made[:1], expected)
     if isinstance(choice, Deep) and policy.recent < CHUNK:
         assert choice.zeros > 0  # tokens of the new chunk among the candidates, which nobody has asked for yet
+
+
+@pytest.mark.parametrize("name", [*CASES, *SELECTING])
+def test_noisy_context_goes_with_every_policy(name: str) -> None:
+    """What a chunk leaves is that of its last denoising call, in growing and in fast caches, fused or not."""
+    policy, frames = CASES[name][0] if name in CASES else SELECTING[name], 12
+    net, fast = denoiser(policy), accelerate(denoiser(policy))
+    assert isinstance(fast.run, FastDiT)
+    noisy = lambda plan: chunked([2] * (frames // 2), SIGMAS, noisy_from=1)  # noqa: E731
+    expected = run(net, net.new_cache(), 2, frames, change=noisy)
+    plain = run(net, net.new_cache(), 2, frames)
+    close(expected[:, :4], plain[:, :4])
+    assert (expected - plain).abs().max() > 1e-3  # the second chunk is read with its noise
+    for change in (noisy, lambda plan: fuse(noisy(plan))) if policy.fuses else (noisy,):
+        cache = fast.run.new_cache(policy, chunk=2, frames=frames, batch=2, size=(4, 4))
+        close(run(fast, cache, 2, frames, change=change), expected)
