@@ -34,9 +34,10 @@ from causalreel.infer.steered import Steered
 from causalreel.nn.camera import ACTIONS, W2C
 from causalreel.serve import records
 from causalreel.serve import session as session_module
+from causalreel.serve.emitted import Emitted
 from causalreel.serve.keyboard import Terminal, keys_in, read_keys
 from causalreel.serve.play import Typed, play, read_script
-from causalreel.serve.session import Emitted, Options, Session
+from causalreel.serve.session import Options, Session
 from causalreel.weights.export import Export
 from ceilings import examples
 from patience import wait_until

@@ -13,10 +13,11 @@ import torch
 from causalreel.infer import live
 from causalreel.infer.schedule import Schedule
 from causalreel.serve import memory
+from causalreel.serve.emitted import Emitted, Timings
 from causalreel.serve.handle import Ended, Handle, Limits, Lost
 from causalreel.serve.memory import held_bytes
 from causalreel.serve.scheduler import Busy, Scheduler
-from causalreel.serve.session import Emitted, Options, Session, Timings
+from causalreel.serve.session import Options, Session
 from patience import PATIENCE_S, wait_until
 from test_infer import PROMPTS, pipeline
 from test_live import TWO_STEP

@@ -21,7 +21,7 @@ from causalreel.infer.commands import Command, Field, Keys, Prompt
 from causalreel.infer.live import Live, encode_prompt
 from causalreel.serve import begun
 from causalreel.serve import session as module
-from causalreel.serve.begun import Timings
+from causalreel.serve.emitted import Timings
 from causalreel.serve.records import Recorded, checked_record, parse_record, read_record
 from causalreel.serve.session import Options, Session
 from causalreel.weights.export import Sampling

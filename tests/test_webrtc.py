@@ -29,9 +29,9 @@ from causalreel.eval.metrics import MetricConfig, measure
 from causalreel.infer.pipeline import Pipeline
 from causalreel.serve import webrtc
 from causalreel.serve.app import create_app
+from causalreel.serve.emitted import Applied, Emitted, Timings
 from causalreel.serve.handle import Ended, Lost
 from causalreel.serve.safety import Settings
-from causalreel.serve.session import Applied, Emitted, Timings
 from causalreel.serve.track import CLOCK, LOOK_S, Pace, Reader, SessionTrack
 from causalreel.serve.webrtc import Control, Hooks, PeerLimits, Peers, PeersFull, add_webrtc
 from patience import PATIENCE_S

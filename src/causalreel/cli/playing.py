@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from causalreel.infer.models import Profile
     from causalreel.infer.restyle import Restyle
+    from causalreel.serve.emitted import Emitted
     from causalreel.serve.play import Timed
     from causalreel.serve.records import Record
-    from causalreel.serve.session import Emitted, Session
+    from causalreel.serve.session import Session
 
 MOST_FRAMES = 1 << 40
 """Of a video that has an end."""

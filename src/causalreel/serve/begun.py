@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,22 +17,8 @@ from causalreel.control.steering import Frame
 from causalreel.data.video import to_bytes
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.pipeline import side_stream
+from causalreel.serve.emitted import Applied, Timings
 from causalreel.types import DecodeStream
-
-if TYPE_CHECKING:
-    from causalreel.serve.session import Applied
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where the time of a chunk went, in seconds; what was done beside other chunks counts whole."""
-
-    denoise_s: float
-    decode_s: float
-    queue_s: float = 0.0
-    """Waiting for the model, while it worked for other sessions."""
-    encode_s: float = 0.0
-    """Into stills or video, by whoever sends it."""
 
 
 def aside(device: torch.device) -> AbstractContextManager[object]:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from causalreel.infer.commands import Close, Command
-from causalreel.serve.session import Emitted, Session, with_queue
+from causalreel.serve.emitted import Emitted, with_queue
+from causalreel.serve.session import Session
 
 Pace = Literal["realtime", "max"]
 

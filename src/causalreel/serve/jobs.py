@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from causalreel.data.video import write_video
+from causalreel.serve.emitted import Emitted
 from causalreel.serve.handle import Ended, Handle
 from causalreel.serve.safety import ApiError
 from causalreel.serve.scheduler import Busy, Scheduler
-from causalreel.serve.session import Emitted, Options
+from causalreel.serve.session import Options
 from causalreel.serve.store import Store, disk
 
 if TYPE_CHECKING:

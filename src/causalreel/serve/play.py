@@ -19,8 +19,9 @@ from causalreel.infer.live_video import steering_of
 from causalreel.infer.models import Profile
 from causalreel.infer.schedule import adapt
 from causalreel.infer.values import Reads, Text
+from causalreel.serve.emitted import Emitted
 from causalreel.serve.records import MAX_COMMANDS
-from causalreel.serve.session import Emitted, Session
+from causalreel.serve.session import Session
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ decides what is shown. So its record replays to the same frames, bit for bit on 
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import uuid
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from causalreel.control.steering import Frame as Steered
 from causalreel.data.video import on_host
 from causalreel.infer import values
 from causalreel.infer.commands import COMMANDS, Command, Image, LoRA, Options, Prompt, Scene, parse
@@ -29,7 +27,8 @@ from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.restyle import Restyle
 from causalreel.infer.schedule import step_count
-from causalreel.serve.begun import Begun, Timings, aside
+from causalreel.serve.begun import Begun, aside
+from causalreel.serve.emitted import Applied, Emitted, Seen, described
 from causalreel.serve.records import (
     FORMAT,
     MAX_COMMANDS,
@@ -46,59 +45,10 @@ from causalreel.serve.records import (
     packed,
 )
 
-__all__ = ["Applied", "Emitted", "Options", "Seen", "Session", "Timings", "with_queue"]
+__all__ = ["Options", "Session"]
 
 MAX_TOLD = 1000
 """Commands, the last of them, of which the next chunk tells that they took effect."""
-
-
-@dataclass(frozen=True)
-class Applied:
-    """A command that took effect."""
-
-    number: int
-    name: str
-    arguments: dict[str, Any]
-    latency_s: float
-    """From the command to its first affected pixels being ready; time spent paused counts."""
-    chunk: int = 0
-    """Number of the chunk with which it took effect."""
-    frame: int = 0
-    """Number of that chunk's first pixel frame."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A camera as a map shows it, in the axes of the video's first one: x to the right, y down, z forward."""
-
-    x: float
-    y: float
-    z: float
-    yaw: float
-    """Degrees to the right."""
-    pitch: float
-    """Degrees up."""
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """A chunk of pixels."""
-
-    sequence: int
-    """0, 1, 2 ..."""
-    first_frame: int
-    """Number of its first pixel frame in the session."""
-    frames: Tensor
-    """(t,H,W,3) uint8 on the CPU."""
-    prompt: str
-    """In force when it was made."""
-    timings: Timings
-    commands: tuple[Applied, ...] = ()
-    """What took effect with it."""
-    keys: tuple[str, ...] = ()
-    """That count in it: held, or pressed for it and let go of before."""
-    camera: tuple[Seen, ...] = ()
-    """Where the camera is in its latent frames, for models with keys."""
 
 
 @dataclass
@@ -253,7 +203,7 @@ class Session:
                 "camera": video.feed is not None,
                 "fields": {name: value.tolist() for name, value in video.fields.items()},
                 "keys": list(video.pressed),
-                "applied": None if self._last is None else _receipt(self._last),
+                "applied": None if self._last is None else self._last.receipt,
                 "paused": video.paused,
                 "closed": video.closed,
                 "sequence": self.sequence,
@@ -299,8 +249,8 @@ class Session:
                 if not is_idle:
                     command = pending.command.as_taken(self.video)
                     self._keep(Recorded(self._started, command, pending.number, before))
-                described = _described(pending.command.arguments)
-                self._taken.append(Applied(pending.number, pending.command.name, described, pending.told_s))
+                arguments = described(pending.command.arguments)
+                self._taken.append(Applied(pending.number, pending.command.name, arguments, pending.told_s))
             self._told_loras = self._loras_now()
             del self._taken[:-MAX_TOLD]
         if self.closed:
@@ -362,7 +312,7 @@ class Session:
             begun.timings(done),
             commands,
             keys=begun.keys,
-            camera=tuple(map(_seen, begun.seen)),
+            camera=tuple(map(Seen.of, begun.seen)),
         )
         with self._lock:
             self.sequence, self.frames = self.sequence + 1, self.frames + len(pictures)
@@ -469,26 +419,3 @@ class Session:
         chunks = 0 if self._record is None else self._record.chunks
         while self.sequence < chunks and (made := self.next_chunk()) is not None:
             yield made
-
-
-def _described(arguments: dict[str, Any]) -> dict[str, Any]:
-    """As JSON takes it, without pixels."""
-    return {k: f"{v.shape[1]} x {v.shape[0]} pixels" if isinstance(v, Tensor) else v for k, v in arguments.items()}
-
-
-def _receipt(applied: Applied) -> dict[str, Any]:
-    """That a command took effect: its number, and the chunk and the pixel frame with which it did."""
-    return {"number": applied.number, "name": applied.name, "chunk": applied.chunk, "frame": applied.frame}
-
-
-def _seen(frame: Steered) -> Seen:
-    pose = frame.c2w
-    yaw = math.degrees(math.atan2(pose[0, 2], pose[2, 2]))
-    pitch = math.degrees(math.asin(min(1.0, max(-1.0, -pose[1, 2]))))
-    x, y, z = (round(float(number), 4) + 0.0 for number in pose[:3, 3])  # + 0.0: no negative zero is shown
-    return Seen(x, y, z, round(yaw, 3) + 0.0, round(pitch, 3) + 0.0)
-
-
-def with_queue(emitted: Emitted, queue_s: float) -> Emitted:
-    """The chunk with the time that it waited for the model."""
-    return replace(emitted, timings=replace(emitted.timings, queue_s=queue_s))

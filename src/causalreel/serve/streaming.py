@@ -13,11 +13,11 @@ from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
+from causalreel.serve.emitted import Emitted
 from causalreel.serve.encoding import encoder
 from causalreel.serve.handle import Ended, Handle, Lost
 from causalreel.serve.safety import SUBPROTOCOL, ApiError, client_of
 from causalreel.serve.service import Service, Talk
-from causalreel.serve.session import Emitted
 from causalreel.serve.wire import Format, dumps, pack
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from causalreel.data.colour import BT601, BT709, to_yuv
+from causalreel.serve.emitted import Emitted
 from causalreel.serve.handle import Ended, Handle, Lost
-from causalreel.serve.session import Emitted
 from causalreel.serve.wire import applied, steered
 
 try:

@@ -30,10 +30,10 @@ from pydantic import BaseModel
 
 from causalreel.infer.values import Choice, Text, Whole
 from causalreel.serve.bodies import BODY, DOOR, errors, read_body, takes
+from causalreel.serve.emitted import Emitted
 from causalreel.serve.handle import Handle
 from causalreel.serve.safety import ApiError, client_of
 from causalreel.serve.service import Service, Talk
-from causalreel.serve.session import Emitted
 from causalreel.serve.track import Reader, SessionTrack, matrix_of
 from causalreel.serve.wire import dumps
 

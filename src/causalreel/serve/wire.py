@@ -20,7 +20,7 @@ from causalreel.infer.values import Choice, Film, Picture, Switch, Text, Whole
 from causalreel.serve.handle import Pace
 
 if TYPE_CHECKING:
-    from causalreel.serve.session import Applied, Emitted
+    from causalreel.serve.emitted import Applied, Emitted
 
 Format = Literal["jpeg", "webp", "h264"]
 HEAD = 4
