@@ -10,6 +10,7 @@ import { Playback } from "./playback.js";
 import { Decoder, hasVideoDecoder, Player } from "./player.js";
 import { explainModes, promptError, sendPrompt } from "./prompting.js";
 import { History } from "./prompts.js";
+import { replacing } from "./replace.js";
 import { copyLink, readReplay, Recorder, saveReplay, toggleRecording } from "./sharing.js";
 import { Speed } from "./speed.js";
 import { Steering } from "./steer.js";
@@ -58,6 +59,7 @@ const player = new Player($("video"), {
   skipped(count) { say(`${count} frames were skipped to catch up.`); },
 });
 const playback = new Playback(now, player, order);
+const replace = replacing(now, { end: endSession, begin, fresh: () => now.api.create(options()) });
 const decoder = new Decoder((item) => player.push(item), (problem) => undecodable(problem));
 const recorder = new Recorder($("video"));
 const picture = new FirstPicture($("video"), (image) => command("image", { image }));
@@ -332,40 +334,6 @@ async function endSession() {
   } catch (problem) {
     tell(problem.message);
   }
-}
-
-/** Join the session that `open` gives in place of the one that plays; if there is none, that one goes on. -> it, or null. */
-async function replace(open = () => now.api.create(options())) {
-  if (now.isOpening) return null;
-  let opened = null;
-  try {
-    now.isOpening = true;
-    if (now.stream && !now.stream.isOver) {
-      opened = await instead(open);
-      if (!opened && now.stream && !now.stream.isOver) return null;
-    }
-    stored(() => sessionStorage, "session", null);
-    return await begin(opened ? async () => opened : open);
-  } finally {
-    now.isOpening = false;
-  }
-}
-
-/** The session that `open` gives, and the one that plays is ended: before it only where there is no place for both. */
-async function instead(open) {
-  tell("");
-  let opened = null;
-  try {
-    opened = await open();
-  } catch (problem) {
-    const isFull = problem.code === "busy" && (await now.api.ready()).free_sessions === 0;
-    if (!isFull) {
-      tell(problem.message);
-      return null;
-    }
-  }
-  await endSession();
-  return opened;
 }
 
 /** A session that shows what a replay file holds, in place of the one that plays. */
