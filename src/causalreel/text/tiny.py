@@ -68,7 +68,7 @@ class TinyTextEncoder:
         """The prompt as a full sentence of the tiny world; see `vocabulary.complete`.
 
         A picture (3,H,W) settles a background that the prompt leaves open. ValueError if the prompt names another one
-        than the picture shows: the model has never seen a background change.
+        than the picture shows: a video begins as its prompt says.
         """
         seen = None if picture is None else background_in(picture)
         named = background_of(prompt) if seen is not None else None
