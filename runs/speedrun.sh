@@ -23,7 +23,7 @@ if [ "${1:-}" = "--smoke" ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # networks this small only lose by more
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # up to four trainings at once, each else with a thread for every core
-stages=${STAGES:-codec data base ar ode cd dmd eval embed} init=${INIT:-ode} events=${EVENTS:-0.5}
+stages=${STAGES:-codec data base ar ode cd dmd eval embed} init=${INIT:-ode} events=${EVENTS:-0.75}
 read -r -a gpus <<<"${GPUS:-}"
 again_codec=() again_base=()
 case ${FROM:-nothing} in
