@@ -11,6 +11,9 @@ psnr         dB against the true render, exact
 remembers    share of scenes where it is nearer to the true render than to the same floor and sky without objects
 ahead        share where the colour that stood ahead is there (the prompt says it too, but not how large and where)
 
+glance: far off, 60 degrees away and back, against its own picture before that: what is remembered of the start costs
+room for what is here.
+
 Rows beside the policies: the codec; floor and sky alone; and words alone, a first picture drawn from the prompt.
 """
 
@@ -66,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/walk_memory"))
     parser.add_argument("--model", default="tiny/walk")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="full keeps everything; own: the model's")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1, 2, 10], help="training lengths of a path")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1, 2, 10], help="training lengths of a path")
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8)
@@ -76,6 +79,7 @@ def main() -> None:
     scene = scenes(args.clips, args.seed)
     paths = {f"turn, {n}x": turned(scene, n * trained) for n in args.lengths}
     paths |= {f"walk, {n}x": walked_off(scene, n * trained) for n in args.lengths if n * trained > 4 * AWAY}
+    paths |= {"far": glanced(scene, 0), "glance": glanced(scene, 5)}
     truth, empty = first_picture(scene), first_picture(without_objects(scene))
     base = load(args.model)
     with torch.no_grad():
@@ -85,10 +89,11 @@ def main() -> None:
     for policy in args.policies:
         place = args.out / f"{policy.replace(':', '-')}.safetensors"
         before = read_tensors(place) if place.exists() else {}
-        if {name: len(pictures) for name, pictures in before.items()} != {name: len(scene) for name in paths}:
+        missing = {name: path for name, path in paths.items() if len(before.get(name, ())) != len(scene)}
+        if missing:
             began = time.perf_counter()
             pipeline = load(args.model, policy=spelled(policy, paths))
-            write_tensors(place, made(pipeline, paths, args))
+            write_tensors(place, before | made(pipeline, missing, args))
             print(f"{policy}: {time.perf_counter() - began:.0f} s", flush=True)
         shown[policy] = read_tensors(place)
         tell(args, scene, truth, empty, shown)
@@ -118,6 +123,12 @@ def walked_off(scene: WalkState, frames: int) -> WalkState:
     keys = torch.stack([there_and_back(side[None])[0] for side in (right, opposite(right))])  # (2,F,6)
     free = torch.stack([is_free(scene.walking(side.expand(len(scene), -1, -1))) for side in keys], dim=1)
     return scene.walking(keys[free.int().argmax(1)])
+
+
+def glanced(scene: WalkState, turns: int) -> WalkState:
+    """Away, a training length straight on, and so many turns to the right and back."""
+    steps = [["right"]] * AWAY + [["w"]] * 16 + [["right"]] * turns + [["left"]] * turns
+    return scene.walking(held([], *steps).expand(len(scene), -1, -1))
 
 
 def without_objects(scene: WalkState) -> WalkState:
@@ -179,6 +190,8 @@ def tell(
     lines = ["| | path | psnr | remembers | ahead |", "|---|---|---|---|---|"]
     for label, pictures in shown.items():
         for name, seen in pictures.items():
+            if name == "far":
+                continue
             right, wrong = psnr(seen[:, 0], truth[:, 0]), psnr(seen[:, 0], empty[:, 0])
             is_there = (colors_in(seen[:, 0]) == scene.color[:, 0, None, None]).sum((1, 2)) >= LEAST_PIXELS
             clips = {
@@ -186,17 +199,21 @@ def tell(
                 "remembers": (right > wrong).float(),
                 "ahead": torch.where(scene.present[:, 0], is_there.float(), torch.nan),
             }
+            if name == "glance":
+                clips = {"psnr": psnr(seen[:, 0], pictures["far"][:, 0])}
             found = {metric: estimate(values) for metric, values in clips.items()}
             result.setdefault(label, {})[name] = {
                 metric: {"mean": one.mean, "stderr": one.stderr, "clips": clips[metric].tolist()}
                 for metric, one in found.items()
             }
             cells = " | ".join(f"{one.mean:.2f} ± {one.stderr:.2f}" for one in found.values())
-            lines.append(f"| {label} | {name} | {cells} |")
+            lines.append(f"| {label} | {name} | {cells} |" + " |" * (3 - len(found)))
     facts = {"clips": args.clips, "seed": args.seed, "model": args.model, "torch": str(torch.__version__)}
     write_text(args.out / "memory.json", json.dumps({"facts": facts, "rows": result}, indent=1).replace("NaN", "null"))
     write_text(args.out / "table.md", "\n".join(lines) + "\n")
-    for name in dict.fromkeys(name for pictures in shown.values() for name in pictures):
+    for name in dict.fromkeys(
+        name for pictures in shown.values() for name in pictures if name not in ("far", "glance")
+    ):
         rows = {"true": truth} | {label: pictures[name] for label, pictures in shown.items() if name in pictures}
         strips = [pictures[:12, 0] for pictures in rows.values()]  # a scene a column
         contact_sheet(strips, args.out / f"{name.replace(', ', '-')}.png", list(rows), columns=12)

@@ -27,6 +27,8 @@ def test_paths_lose_sight_of_the_first_picture_and_come_back(frames: int) -> Non
         middle = slice(walk_memory.AWAY, path.yaw.shape[1] - walk_memory.AWAY)
         share = seen(path, path.yaw[:, middle][:, ::7], path.at[:, middle][:, ::7]).float().mean((2, 3))
         assert share[:, 0].max() == 0 and share.max() < 0.1  # walking shows a strip of its floor
+    far, glance = (walk_memory.glanced(scene, turns) for turns in (0, 5))
+    assert torch.equal(far.yaw, glance.yaw[:, :-10]) and torch.allclose(far.yaw[:, -1], glance.yaw[:, -1])
     assert is_free(paths[-1]).float().mean() > 0.5
     first = walk_memory.first_picture(scene)
     assert (psnr(first, walk_memory.first_picture(walk_memory.without_objects(scene))) < 25).all()
@@ -41,6 +43,7 @@ def test_it_runs_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(rows) == ["codec", "floor and sky", "words alone", "memrope"]
     assert rows["codec"]["first"]["psnr"]["mean"] > 30 and rows["floor and sky"]["first"]["remembers"]["mean"] == 0
     assert rows["memrope"]["turn, 1x"]["psnr"]["mean"] > 10
+    assert set(rows["memrope"]["glance"]) == {"psnr"} and rows["memrope"]["glance"]["psnr"]["mean"] > 10
     assert (tmp_path / "turn-1x.png").exists() and "| memrope | turn, 1x |" in (tmp_path / "table.md").read_text()
     monkeypatch.setattr(walk_memory, "made", lambda pipeline, paths, args, **how: pytest.fail("made again"))
     monkeypatch.setattr(walk_memory, "words", lambda *args: torch.zeros(1, 1, 3, 64, 64))
