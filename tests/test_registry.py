@@ -34,6 +34,7 @@ from causalreel.weights import hub, identify
 from causalreel.weights.build import random_denoiser
 from causalreel.weights.export import Export, save_export
 from causalreel.weights.hub import HubFile
+from test_cli import fails
 
 SMALL = ModelConfig(dim=16, ffn_dim=24, heads=2, layers=2, text_dim=8, text_length=6, freq_dim=16)
 LARGE = ModelConfig(dim=24, ffn_dim=24, heads=2, layers=3, text_dim=8, text_length=6, freq_dim=16)
@@ -483,14 +484,6 @@ def test_random_weights_are_made_on_the_gpu_in_bfloat16() -> None:
 
 def generate(*arguments: str) -> int:
     return cli.main(["generate", *arguments, *SIDES])
-
-
-def fails(capsys: pytest.CaptureFixture[str], *parts: str) -> None:
-    captured = capsys.readouterr()
-    assert re.fullmatch(r"causalreel: error: [^\n]+\n", captured.err), captured.err
-    assert captured.out == ""
-    for part in parts:
-        assert part in captured.err
 
 
 @pytest.mark.parametrize(
