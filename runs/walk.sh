@@ -2,14 +2,14 @@
 # From nothing to a world that one walks in: codec, data, base, AR, CD, DMD with 2 and with 1 step, measures, pictures,
 # and the models as the package ships them.
 #
-#   bash runs/walk.sh            one GPU (an H200 that another training shared: 22 minutes up to CD); writes runs/walk
+#   bash runs/walk.sh            one GPU (an H200 that another training shared: 33 minutes); writes runs/walk
 #   bash runs/walk.sh --smoke    the same path in miniature on a CPU, in a minute: proves the plumbing only
 #
 # The last trainings share the GPU: their hosts are slower than it. Stop it at any time and run it again: finished
 # stages are skipped, running ones continue from their checkpoints. STAGES="codec data base" runs only these;
 # MORE="trainer.log_every=10" overrides every recipe; BASE_STEPS, AR_STEPS, DMD_STEPS shorten theirs.
-# Nothing goes on behind a codec below LEAST_PSNR (32 dB; 0 takes any). What stage 3 has not made is neither evaluated nor
-# shipped: the causal CD model in 2 steps is in its place. EMBED is where the shipped models go ($RUN/assets).
+# Nothing goes on behind a codec below LEAST_PSNR (32 dB; 0 takes any). What stage 3 has not made is not evaluated, and the
+# causal CD model is in its place among the shipped ones. EMBED is where these go ($RUN/assets).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${RUN:-runs/walk}
@@ -99,7 +99,13 @@ if wanted eval; then
   add DMD-2step 2step
   add DMD-1step 1step
   add DMD-2step-from-AR direct
-  if [ -n "$smoke" ]; then models=("base=$run/base/export" "DMD-2step=$run/2step/export" "DMD-1step=$run/1step/export"); fi
+  add DMD-1step-from-AR direct @1
+  if [ -n "$smoke" ]; then
+    models=()
+    add base base
+    add DMD-2step-from-AR direct
+    add DMD-1step-from-AR direct @1
+  fi
   reel eval --control --clips "$eval_clips" --out "$run/eval" ${smoke:+--steps 2} "${models[@]}"
 fi
 if wanted embed; then
@@ -113,11 +119,12 @@ if wanted embed; then
   }
   mkdir -p "$assets/walk"
   cp "$run/codec/export/codec.safetensors" "$run/codec/export/codec.yaml" "$assets/walk/"
-  if there 2step; then
-    embed walk 2step DMD-2step --codec codec.safetensors
-    embed walk-1step 1step DMD-1step --codec ../walk/codec.safetensors
+  if there direct; then # of stage 3 what measures best, in two steps and in one: docs/walk.md
+    embed walk direct DMD-2step-from-AR --codec codec.safetensors
+    embed walk-1step direct DMD-1step-from-AR --codec ../walk/codec.safetensors --steps 1
   else
     embed walk cd CD-2step --codec codec.safetensors --steps 2
+    embed walk-1step cd CD-1step --codec ../walk/codec.safetensors --steps 1
   fi
 fi
 echo "== end ($(date +%T))"

@@ -117,18 +117,20 @@ def test_a_signal_reaches_every_training_once(environment: dict[str, str]) -> No
 
 
 def test_the_walk_ships_what_there_is(environment: dict[str, str]) -> None:
-    """Up to causal CD its student in two steps; after stage 3, from the same folder, that stage's two."""
+    """Up to causal CD its student, after stage 3, from the same folder, that stage's: in two steps and in one."""
     assert run(environment, WALK, STAGES="codec data base ar cd eval embed").returncode == 0
-    assert names(environment, "begin") == ["codec", "data", "base", "ar", "cd", "eval", "export"]
-    *_, evaluated, shipped = log(environment)
+    assert names(environment, "begin") == ["codec", "data", "base", "ar", "cd", "eval", "export", "export"]
+    *_, evaluated, two, one = log(environment)
     assert "CD-2step=" in evaluated and "DMD" not in evaluated
-    assert "/cd/export " in shipped and "--name tiny/walk " in shipped and shipped.endswith("--steps 2")
+    assert "/cd/export " in two and "--name tiny/walk " in two and two.endswith("--steps 2")
+    assert "/cd/export " in one and "--label CD-1step " in one and one.endswith("--steps 1")
     assert run(environment, WALK, STAGES="dmd eval embed").returncode == 0
-    begun = names(environment, "begin")[7:]
+    begun = names(environment, "begin")[8:]
     assert sorted(begun[:3]) == ["1step", "2step", "direct"] and begun[3:] == ["eval", "export", "export"]
     *_, evaluated, two, one = log(environment)
-    assert "CD-2step=" in evaluated and "DMD-1step=" in evaluated
-    assert "/2step/export " in two and "--name tiny/walk " in two and "--label DMD-2step " in two
-    assert "--name tiny/walk-1step " in one and one.endswith("--codec ../walk/codec.safetensors")
+    assert "CD-2step=" in evaluated and "DMD-1step=" in evaluated and "/direct/export@1" in evaluated
+    assert "/direct/export " in two and "--name tiny/walk " in two and "--label DMD-2step-from-AR " in two
+    assert "/direct/export " in one and "--name tiny/walk-1step " in one and "--label DMD-1step-from-AR " in one
+    assert one.endswith("--codec ../walk/codec.safetensors --steps 1")
     card = Path(environment["RUN"]) / "assets/walk/config.yaml"
     assert card.read_text() == "out: runs/walk/x\n" and (card.parent / "codec.safetensors").is_file()
