@@ -24,7 +24,19 @@ import causalreel
 PACKAGE = str(Path(causalreel.__file__).parent) + os.sep
 LAYERS = (
     ("types",),
-    ("config", "flow", "solvers", "vocabulary", "folders", "fingerprint", "hashed", "files", "foreign", "headers"),
+    (
+        "config",
+        "flow",
+        "solvers",
+        "vocabulary",
+        "folders",
+        "fingerprint",
+        "hashed",
+        "files",
+        "foreign",
+        "headers",
+        "spelling",
+    ),
     ("nn", "codecs", "text", "data", "control", "rollout"),
     ("weights", "parallel"),
     ("families",),
