@@ -81,18 +81,18 @@ def _paint(color: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("text", "after"),
     [
-        ("a blue circle", "a small blue circle moves quickly on a dark background"),
-        ("a square", "a large red square moves slowly on a dark background"),
-        ("on a light background", BEFORE.replace("dark", "light").replace(" right", "").replace(" up", "")),
+        ("a blue circle", "a small blue circle moves up quickly on a dark background"),
+        ("a square", "a large red square moves right slowly on a dark background"),
+        ("on a light background", BEFORE.replace("dark", "light")),
         (
             "a green triangle and a red square moves left",
-            "a small green triangle moves quickly and a large red square moves left slowly on a dark background",
+            "a small green triangle moves up quickly and a large red square moves left slowly on a dark background",
         ),
         (BEFORE.replace("red", "green"), BEFORE.replace("red", "green")),
     ],
 )
 def test_what_a_change_leaves_open_stays(text: str, after: str) -> None:
-    """By colour, then in order; what is not named goes; of a prompt that names none all stay, each on its way."""
+    """By colour, then in order; what is not named goes; of a prompt that names no object all stay."""
     assert complete(text, 0, before=BEFORE) == after == complete(text, 7, before=BEFORE)
 
 
@@ -102,8 +102,8 @@ def test_what_comes_is_drawn_in_a_colour_of_its_own() -> None:
     assert len(found) > 5
     for sentence in found:
         first, second = parse_caption(sentence).objects
-        assert (first.color, first.shape, first.size, first.direction) == ("yellow", "circle", "large", None)
-        assert second.shape == "square" and second.color not in ("yellow",) and second.size and second.direction
+        assert (first.color, first.shape, first.size, first.direction) == ("yellow", "circle", "large", "right")
+        assert second.shape == "square" and second.color not in ("yellow",) and second.size and second.speed
         assert sentence.endswith("on a grey background")
     said = said_of("a square moves left")
     assert said.objects[0].color == "" and said.objects[0].direction == "left" and said.background is None
@@ -120,7 +120,7 @@ def test_a_live_video_keeps_what_a_prompt_leaves_open_until_it_begins_again(tiny
     session.command("prompt", text="a blue circle")
     session.command("prompt", text="on a light background")  # behind the first, though neither has taken effect
     session.take_commands()
-    kept = "a small blue circle moves quickly on a light background"
+    kept = "a small blue circle moves up quickly on a light background"
     assert session.video.scene.said == kept and session.prompt == "on a light background"
     assert torch.equal(session.video.text, tiny.text.encode([kept]))
     session.command("restart")

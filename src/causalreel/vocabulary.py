@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import string
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from causalreel.foreign import shown
 from causalreel.spelling import nearest
@@ -179,19 +179,18 @@ def complete(text: str, seed: int, *, background: str | None = None, before: str
     """Prompt -> a full sentence in the wording of training; what it leaves open is drawn by (prompt, seed).
 
     background: the one that holds unless the prompt names another. before: the sentence that holds until now, if the
-    prompt changes a video that goes on: then what it leaves open stays as it was (`_succeeding`), and an object told no
-    direction goes on as it goes, which is what a caption without that word means (`data.events`).
+    prompt changes a video that goes on: then what it leaves open stays as it was (`_succeeding`).
 
     The world's captions name every attribute, and a model trained on them reads a shorter prompt poorly: this is to the
     tiny world what rewriting prompts is to large models. A full sentence comes back as it was; `tokenize` refuses the
     rest.
     """
     chance = random.Random(f"{seed}/{' '.join(text.split()).lower()}")
-    said, named_background = _gather(text)
-    objects: list[dict[str, Any]] = [*said] or [{}]
+    objects, named_background = _gather(text)
     if before is not None:
-        objects, background = _succeeding(said, before)
+        objects, background = _succeeding(objects, before)
     background = named_background or background or chance.choice(BACKGROUNDS)
+    objects = objects or [{}]
     named = {attributes["color"] for attributes in objects if "color" in attributes}
     for attributes in objects:
         free = [color for color in COLORS if color not in named]
@@ -201,11 +200,11 @@ def complete(text: str, seed: int, *, background: str | None = None, before: str
     return compose(Caption(tuple(ObjectSpec(**attributes) for attributes in objects), background))
 
 
-def _succeeding(objects: list[dict[str, str]], before: str) -> tuple[list[dict[str, Any]], str | None]:
+def _succeeding(objects: list[dict[str, str]], before: str) -> tuple[list[dict[str, str]], str | None]:
     """The objects that a prompt names, filled from those of the sentence before it, and the background that was.
 
     An object named in a colour that is there is that one, the others follow in their order; those not named go. Of a
-    prompt that names none all stay. Where they are headed is not said again: they may have turned since.
+    prompt that names none all stay.
     """
     old, background = _gather(before)
     objects = objects or [{} for _ in old]
@@ -219,8 +218,7 @@ def _succeeding(objects: list[dict[str, str]], before: str) -> tuple[list[dict[s
     for number in range(len(objects)):
         if number not in matched and left:
             matched[number] = old[left.pop(0)]
-    stays = {number: was | {"direction": None} for number, was in matched.items()}
-    return [stays.get(number, {}) | attributes for number, attributes in enumerate(objects)], background
+    return [matched.get(number, {}) | attributes for number, attributes in enumerate(objects)], background
 
 
 def said_of(text: str) -> Caption:
