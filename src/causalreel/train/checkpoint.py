@@ -72,7 +72,7 @@ def not_written(final: Path, error: OSError) -> OSError:
     """The error for a checkpoint that could not be written: which, why, and what there is instead."""
     former = latest(final.parent)
     rest = f"{former} is intact" if former else "there is no earlier one"
-    return OSError(f"checkpoint {final} could not be written ({error}); {rest}")
+    return OSError(f"checkpoint {final} could not be written ({error.strerror or error}); {rest}")
 
 
 def latest(directory: Path) -> Path | None:
