@@ -270,7 +270,9 @@ def test_a_kill_at_any_time_changes_nothing_and_nothing_is_encoded_twice(
     assert len(encoded) == len(set(encoded)) == 15
 
 
-def test_killed_by_the_system(reel: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_by_the_system(
+    reel: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(encoders, "load_codec", lambda path: Pooled())
     words = ["prepare", "in", "--out", "out", "--frames", "5", "--group", "2", "--device", "cpu"]
     script = f"""
@@ -292,10 +294,19 @@ cli.main({words!r})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=PATIENCE_S)
     assert done.returncode == -signal.SIGKILL and not (place / "out" / "manifest.json").exists(), done.stderr
+    shutil.copytree(place / "out", place / "cut")
+    for name, gone in (("00000/00000-00000", "00000"), ("00001/text", "00001"), ("null", "null.safetensors")):
+        part, again = place / "cut" / ".prepare" / f"{name}.safetensors", place / "cut" / ".prepare" / gone
+        part.write_bytes(part.read_bytes()[:-1])
+        assert cli.main(["cut" if word == "out" else word for word in words]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f".prepare/{name}.safetensors is damaged" in error and f"delete cut/.prepare/{gone} and run" in error
+        shutil.rmtree(again) if again.is_dir() else again.unlink()
+    assert cli.main(["cut" if word == "out" else word for word in words]) == 0
     assert cli.main(words) == 0
     whole = [*words[:3], "whole", *words[4:]]
     assert cli.main(whole) == 0
-    assert written(place / "out") == written(place / "whole")
+    assert written(place / "out") == written(place / "whole") == written(place / "cut")
 
 
 def test_two_processes_write_what_one_writes(reel: Path, place: Path) -> None:

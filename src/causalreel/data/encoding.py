@@ -31,15 +31,16 @@ T = TypeVar("T")
 # ---- captions
 
 
-def embed(groups: Sequence[Group], plan: Plan) -> None:
-    """Embed the captions of groups that have no text yet; the encoder is let go before anything else is loaded."""
+def embed(out: Path, groups: Sequence[Group], plan: Plan) -> None:
+    """Embed the captions of groups that have no text yet, and the unconditional text if it is not there; the encoder is
+    let go before anything else is loaded."""
     waiting = [group for group in groups if not group.text.is_file()]
-    has_null = not groups or (groups[0].out / WORK / "null.safetensors").is_file()
-    if not waiting and has_null:
+    null = out / WORK / "null.safetensors"
+    if not waiting and null.is_file():
         return
     encoder = plan.models.load_text()
-    if not has_null:
-        write_part(groups[0].out / WORK / "null.safetensors", {"text": without_zeros(encoder.null(1)[0]).cpu()})
+    if not null.is_file():
+        write_part(null, {"text": without_zeros(encoder.null(1)[0]).cpu()})
     tell = Teller()
     for done, group in enumerate(waiting, 1):
         tensors: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from causalreel.data.clips import Cutting
@@ -148,15 +148,19 @@ class Group:
 
 def clips_in(part: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The clips of a part: when each begins in its video, and its tensors."""
-    with safe_open(part, framework="pt") as file:
-        starts = file.get_tensor("starts").tolist()
-        for row, start in enumerate(starts):
-            yield f"{start:.3f}", {name: file.get_slice(name)[row] for name in ("latents", "shown")}
+    tensors = read_part(part)
+    for row, start in enumerate(tensors["starts"].tolist()):
+        yield f"{start:.3f}", {name: tensors[name][row] for name in ("latents", "shown")}
 
 
 def read_part(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    """The tensors of a file in `.prepare`, mapped; ValueError that says what to delete if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        gone = path if path.parent.name == WORK else path.parent
+        raise ValueError(f"{path} is damaged ({error}); delete {gone} and run the same command again") from None
 
 
 def write_part(path: Path, tensors: dict[str, Tensor]) -> None:

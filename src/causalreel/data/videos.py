@@ -53,7 +53,8 @@ def prepare_videos(
             return held if share.rank == 0 else None
         mine = [Group(out, number, group, plan) for number, group in enumerate(groups)][share.rank :: share.size]
         waiting = [group for group in mine if not group.is_done]
-        embed(waiting, plan)
+        if waiting or share.rank == 0:
+            embed(out, waiting, plan)
         encode_clips(waiting, plan, share)
         if share.rank > 0:
             return None
