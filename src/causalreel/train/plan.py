@@ -2,7 +2,7 @@
 
 What stays is counted: masters, moments, gradients, averages, frozen networks, each process's share. What passes is the
 widest moment, in tensors of a token's width for every token of a pass (`unit`). Counts stand beside the names of the
-tensors that are alive; two numbers are fitted to measurements and say so (docs/training-at-scale.md).
+tensors that are alive; three numbers are fitted to measurements and say so (docs/training-at-scale.md).
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ of masked attention. Fitted to teacher forcing of the 1.3B network on an H200.""
 EXCHANGED = 12
 """Units of processes that share tokens: q, k and v as they are sent and received, and their gradients likewise."""
 
-RECORDED = 99
-"""Units of a clip that recorded rollouts hold beside their cache. Fitted to a DMD cycle of the same network."""
+BESIDE = 99
+"""Units of a clip that a DMD cycle holds beside what is counted. Fitted to one on one H200, of the same network; two
+processes, which record no calls, were measured to hold as much. What it consists of is not known."""
 
 RATES = {"ar_diffusion": 0.40, "causal_ode": 0.40, "causal_cd": 0.45, "dmd": 0.475, "pretrain": 0.43}
 """Shares of the datasheet's bf16 rate that steps reached on an H200 at 1.3B; of causal ODE taken from AR diffusion."""
@@ -191,9 +192,9 @@ def _activations(
         rolled = max(settings.longest or 0, clip.frames)  # latent frames of the longest rollout
         cache = 2 * model.layers * unit * rolled / clip.frames
         found.append(Part("context", cache, "keys and values of the rollout that the student reads"))
+        found.append(Part("beside", BESIDE * unit, "what was measured beside these, not told apart"))
         if is_recorded:  # others have given their cache back by then
-            room = cache * (1 + settings.chunk / rolled)
-            found.append(Part("rollouts", room + RECORDED * unit, "their cache, and recorded calls"))
+            found.append(Part("rollouts", cache * (1 + settings.chunk / rolled), "the cache of recorded calls"))
     return found
 
 
