@@ -88,11 +88,12 @@ def main() -> int:
     run.make_data(args.videos)
     ended = [run.train(name) for name in args.stages]
     try:
-        if exports := [name for name in args.stages if (out / name / "export").exists()]:
+        well = [name for name, is_well in zip(args.stages, ended, strict=True) if is_well]
+        if exports := [name for name in well if (out / name / "export").exists()]:
             run.show_video(exports[-1])
     finally:
         print(run.table())
-    return 0 if all(ended) and "failed" not in run.found["video"] else 1
+    return 0 if all(ended) and "failed" not in run.found.get("video", {}) else 1
 
 
 class Run:
