@@ -223,6 +223,7 @@ def test_the_model_says_what_it_understands(client: TestClient, pipeline: Pipeli
     assert (model["name"], model["width"], model["takes_picture"]) == (pipeline.export.name, 64, True)
     assert model["loras"] == {}
     assert model["words"]["shape"] == ["circle", "square", "triangle"] and model["synonyms"]["big"] == "large"
+    assert model["changes"] is True
     pipeline.text.encode(model["examples"])
     free = hints(dataclasses.replace(pipeline.export, text="umt5", family="wan21"))
     assert free["words"] is None and len(free["examples"]) > 1

@@ -52,6 +52,8 @@ class Text:
     """What a prompt may say, by kind of word; None: anything."""
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """Other spellings of words."""
+    changes: bool = True
+    """Whether another prompt changes a video that plays; where not, the live page begins again with it."""
 
 
 @dataclass(frozen=True)

@@ -349,10 +349,12 @@ def understand(export: Export, prompts: Sequence[str], picture: Tensor | None = 
 
 
 def hints(export: Export) -> dict[str, Any]:
-    """examples: prompts to begin with; words: what a prompt may say, None if anything; synonyms: other spellings."""
+    """examples: prompts to begin with; words: what a prompt may say, None if anything; synonyms: other spellings;
+    changes: whether another prompt changes a video that plays."""
     text = families.of(export).text
     words = None if text.words is None else {slot: list(words) for slot, words in text.words.items()}
-    return {"examples": list(text.examples), "words": words, "synonyms": dict(text.synonyms)}
+    told = {"examples": list(text.examples), "words": words, "synonyms": dict(text.synonyms)}
+    return told | {"changes": text.changes}
 
 
 def first_prompt(export: Export) -> str:

@@ -125,6 +125,8 @@ class ModelView(BaseModel):
     """All words that its prompts may use, by what they describe; null: any text."""
     synonyms: dict[str, str]
     """Other spellings of these words."""
+    changes: bool
+    """Whether another prompt changes a video that plays; where not, it wants a restart."""
     fields: list[str]
     """Fields of its conditioning: what a session may begin with and change by the command field."""
     control: ControlView | None

@@ -31,6 +31,7 @@ FAMILY = Family(
         open=lambda files, device, cache, stays: WalkTextEncoder(device),
         examples=EXAMPLES,
         words=SLOTS,
+        changes=False,
     ),
     size=(64, 64),
     fps=16.0,

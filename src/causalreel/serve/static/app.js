@@ -8,7 +8,7 @@ import { $, connection, overlay, round, say, stored, tell } from "./page.js";
 import { FirstPicture } from "./picture.js";
 import { Playback } from "./playback.js";
 import { Decoder, hasVideoDecoder, Player } from "./player.js";
-import { explainModes, promptError, sendPrompt } from "./prompting.js";
+import { explainModes, modeOf, promptError, sendPrompt } from "./prompting.js";
 import { History } from "./prompts.js";
 import { replacing } from "./replace.js";
 import { copyLink, readReplay, Recorder, saveReplay, toggleRecording } from "./sharing.js";
@@ -151,6 +151,7 @@ async function meet() {
   $("model").textContent = now.model.name;
   if (!$("prompt").value.trim()) $("prompt").value = now.model.examples[0] ?? "";
   words.show(now.model);
+  modeOf(now.model);
   picture.allow(now.model.takes_picture);
   steering.allow(now.model.control);
   limit(now.model.commands);

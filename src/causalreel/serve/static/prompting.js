@@ -34,12 +34,25 @@ export function promptError(text) {
   if (text) say(text);
 }
 
+let isChosen = false;
+
+/** What a model's prompts do until somebody chooses: where they change nothing that plays, the video begins again. */
+export function modeOf({ changes = true }) {
+  if (isChosen) return;
+  $("mode").value = changes ? "recompute" : "restart";
+  explain();
+}
+
+function explain() {
+  $("fade-part").hidden = $("mode").value !== "fade";
+  $("mode-help").textContent = MODES[$("mode").value];
+}
+
 /** Say what the chosen way does. */
 export function explainModes() {
-  const explain = () => {
-    $("fade-part").hidden = $("mode").value !== "fade";
-    $("mode-help").textContent = MODES[$("mode").value];
-  };
-  $("mode").addEventListener("change", explain);
+  $("mode").addEventListener("change", () => {
+    isChosen = true;
+    explain();
+  });
   explain();
 }
