@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to the shipped models: data, codec, base, AR, causal ODE / CD, DMD, evaluation, export.
+# From nothing to models like those that are shipped: data, codec, base, AR, causal ODE / CD, DMD, evaluation, export.
 #
 #   bash runs/speedrun.sh               one GPU (H200: 31 minutes before clips had events)
 #   FROM=package bash runs/speedrun.sh  codec and base go on from the package's (115 and 320 s there)
