@@ -10,12 +10,12 @@
 # time is up, and the tables hold what there is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-runs/drift} jobs=${JOBS:-6} budget=${BUDGET:-0} clips=4096 small=() more=()
+out=${OUT:-runs/drift} jobs=${JOBS:-6} budget=${BUDGET:-0} clips=4096 small=() more=(trainer.preview_every=0)
 read -r -a gpus <<<"${GPUS:-}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=${PYTHONPATH:-src}
 if [ "${1:-}" = "--smoke" ]; then
   clips=48 small=(--smoke)
-  more=(trainer.steps=1 trainer.device=cpu trainer.preview_every=0 settings.batch=2 settings.critic_updates=1)
+  more+=(trainer.steps=1 trainer.device=cpu settings.batch=2 settings.critic_updates=1)
 fi
 mkdir -p "$out"
 
