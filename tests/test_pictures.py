@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,8 +191,29 @@ def test_a_jpeg_of_thousands_of_scans_is_not_decoded() -> None:
     data = saved(Image.new("RGB", (64, 64), RED), "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     assert shown(data[:-2] + 50 * last + data[-2:])[9, 9, 0] > 250
-    with pytest.raises(ValueError, match=r"^x.jpg must have at most 64 scans, got 5,010$"):
-        decode_picture(data[:-2] + 5000 * last + data[-2:], (64, 64), name="x.jpg")
+    end, hidden = data[-2:], b"\xff\xfe\x00\x04\xff\xd9" + b"\xff\xbf\xff\xff"  # an end in a comment, and no part
+    for between in (b"", hidden, 70_000 * b"\xff"):
+        with pytest.raises(ValueError, match=r"^x.jpg must have at most 64 scans, got more$"):
+            decode_picture(data[:-2] + between + 5000 * last + end, (64, 64), name="x.jpg")
+
+
+def test_what_a_jpeg_carries_is_no_scan_of_it() -> None:
+    """A phone's picture has others in its head, and a video behind its end."""
+    data = saved(Image.new("RGB", (64, 64), RED), "JPEG")
+    head = b"\xff\xe5" + struct.pack(">H", 60_002) + 30_000 * b"\xff\xda"
+    assert shown(data[:2] + 5 * head + data[2:] + 1000 * b"\xff\xda\x00\x02")[9, 9, 0] > 250
+
+
+def test_what_stands_behind_a_jpeg_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.jpg"
+    path.write_bytes(saved(Image.new("RGB", (64, 64), RED), "JPEG"))
+    os.truncate(path, 1 << 32)
+    work_within(
+        200,
+        "read_picture(arguments[0], (64, 64))",
+        str(path),
+        setup="from PIL import Image; from causalreel.data.pictures import read_picture",
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 100), (100, 1), (3, 2), (2, 3)])

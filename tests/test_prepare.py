@@ -425,6 +425,14 @@ def test_broken_videos_are_reported_and_cost_nothing(place: Path) -> None:
     assert manifest.statistics["left out"] == {"cannot be decoded": 3, "no caption": 1, "bad caption": 3}
 
 
+def test_a_bad_caption_beside_a_name_that_is_no_utf_8_is_reported_too(place: Path) -> None:
+    video(place / "in" / "good.mp4", moving(6))
+    odd = video(place / "in" / "odd\udcff.mp4", moving(6), None)
+    odd.with_suffix(".txt").write_bytes(b"caf\xe9")
+    manifest = prepare_videos("in", items_of(place / "in"), place / "out", plan())
+    assert manifest is not None and manifest.clips == 1 and manifest.statistics["left out"] == {"bad caption": 1}
+
+
 def test_a_tar_goes_on_behind_a_caption_that_cannot_be_read(place: Path) -> None:
     data = video(place / "a.mp4", moving(6)).read_bytes()
     texts = {"1.txt": RED.encode(), "2.txt": b"\xff\xfe", "3.json": b"{", "4.json": b'{"caption": 3}'}

@@ -52,7 +52,8 @@ def embed(out: Path, groups: Sequence[Group], plan: Plan) -> None:
                 except ValueError as error:
                     refused = str(error)
             if refused is not None:
-                tensors[f"refused.{at}"] = torch.frombuffer(bytearray(refused.encode()), dtype=torch.uint8)
+                told = refused.encode(errors="backslashreplace")  # a file's name may be no UTF-8
+                tensors[f"refused.{at}"] = torch.frombuffer(bytearray(told), dtype=torch.uint8)
         write_part(group.text, tensors)
         tell(f"embedded captions of {done * plan.group} of about {len(waiting) * plan.group} videos")
     if release := getattr(encoder, "release", None):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
@@ -34,6 +35,10 @@ ASPECT = 100
 """Most that one side may be of the other."""
 SCANS = 64
 """Most scans of a JPEG: a progressive one has about ten, and each takes as long as the whole picture does."""
+MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+"""What begins a part of a JPEG; other pairs stand among coded pixels, and no decoder takes a part behind them."""
+SCAN, END = 0xDA, 0xD9
+BLOCK = 1 << 16
 ORIENTATION = 0x0112
 """EXIF: how the stored picture has to be turned."""
 
@@ -111,11 +116,31 @@ def _check_scans(picture: Image, file: BinaryIO, name: str) -> None:
     if picture.format not in ("JPEG", "MPO"):
         return
     here = file.tell()
-    file.seek(0)
-    scans = file.read().count(b"\xff\xda")  # pixels are coded without this pair of bytes
+    scans = _scans(file)
     file.seek(here)
     if scans > SCANS:
-        raise _Refused(f"{name} must have at most {SCANS} scans, got {scans:,}")
+        raise _Refused(f"{name} must have at most {SCANS} scans, got more")
+
+
+def _scans(file: BinaryIO) -> int:
+    """Scans of a JPEG, counted to one more than `SCANS`. As its decoder goes: from part to part, past what they hold,
+    such as another picture, and to the picture's end, behind which phones put a video."""
+    scans, at, start, block = 0, 2, 0, b""
+    while scans <= SCANS:
+        found = MARKER.search(block, at - start)
+        if found is None or found.end() + 2 > len(block):
+            at = max(at, start + (len(block) - 1 if found is None else found.start()))
+            file.seek(at)
+            start, block = at, file.read(BLOCK)
+            if len(block) < 4:
+                break
+            continue
+        kind, behind = block[found.end() - 1], found.end()
+        if kind == END:
+            break
+        scans += kind == SCAN
+        at = start + behind + int.from_bytes(block[behind : behind + 2], "big")
+    return scans
 
 
 def _upright(picture: Image, size: tuple[int, int] | None, how: Fit, name: str) -> np.ndarray:

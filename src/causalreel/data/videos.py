@@ -129,4 +129,4 @@ def _write_report(path: Path, left: list[Any]) -> None:
     writer: Any = csv.DictWriter(table, ("source", "start", "reason"), lineterminator="\n")
     writer.writeheader()
     writer.writerows(left)
-    write_text(path, table.getvalue())
+    write_text(path, table.getvalue().encode(errors="backslashreplace").decode())  # a file's name may be no UTF-8
