@@ -385,6 +385,8 @@ def test_keys_without_a_file_lead_a_stream_where_they_lead_a_clip(chunk: int, tm
     np.testing.assert_allclose(poses[: len(clip)], clip, atol=1e-6)
     np.testing.assert_allclose(poses[len(clip) :], np.broadcast_to(clip[-1], (len(poses) - len(clip), 4, 4)), atol=1e-6)
     assert len(poses) > len(clip) > 6
+    long = read_keys(", ".join(["w*2", "d"] * 500), known, one.fps)  # longer than a file's name can be
+    assert len(long) == 1001 and long[-1].command.pressed == ()
     with pytest.raises(
         ValueError, match=r"^there is no file 'w\*2,q', and read as keys: keys: unknown 'q', did you mean"
     ):

@@ -98,7 +98,8 @@ def read_held(text: str, steering: Steering) -> list[Held]:
     naming the piece that cannot be read, or the nearest key.
     """
     frames: list[Held] = []
-    for piece in re.split(r"\s*,\s*|\s+", re.sub(r"\s*([*+])\s*", r"\1", text.strip().lower())):
+    plain = re.sub(" ?([*+]) ?", r"\1", " ".join(text.lower().split()))
+    for piece in re.split(" ?, ?| ", plain):
         match = PIECE.fullmatch(piece)
         if match is None:
             told = f"cannot read {shown(piece)!r}" if text.strip() else "got nothing"

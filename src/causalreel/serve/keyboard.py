@@ -40,7 +40,7 @@ def read_keys(given: str, profile: Profile, fps: float) -> list[Timed]:
     """Keys by time: the name of a file of them, or else keys and for how many latent frames, as `generate` takes them
     (w*5,left+w*3). ValueError for what is neither, which names the nearest key."""
     steering = steering_of(profile.export)
-    if Path(given).is_file():
+    if os.path.isfile(given):  # which many keys are too long a name for
         return _read_file(Path(given), steering)
     try:
         held = read_held(given, steering)
