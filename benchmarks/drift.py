@@ -1,7 +1,7 @@
 """How the tiny models drift under every context policy, up to a hundred times the length of a training clip.
 
     python benchmarks/drift.py --out runs/drift                    every policy, two models, 3 seeds: for a GPU
-    python benchmarks/drift.py --out runs/drift --smoke            the same in miniature, in minutes on a CPU
+    python benchmarks/drift.py --out runs/drift-smoke --smoke      the same in miniature, in minutes on a CPU
     python benchmarks/drift.py --out runs/drift --models long=runs/tiny/long/export --ways renew memrope
 
 A model under a policy is a unit, in a process of its own, `--jobs` of them at a time; a unit that is done is not made
@@ -77,11 +77,21 @@ def main() -> None:
         make(args, *args.unit)
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    check_alike(args)
     failed = work(args)
     if tell(args.out):
         print((args.out / "table.md").read_text())
     if failed:
         sys.exit(f"{len(failed)} units failed, see their .log in {args.out}: {', '.join(failed)}")
+
+
+def check_alike(args: argparse.Namespace) -> None:
+    """End where units that are there are of other clips: they would stand beside new ones as if alike."""
+    for path in sorted(args.out.glob("*.safetensors")):
+        facts = json.loads(path.with_suffix(".json").read_text())
+        for key in ("lengths", "clips", "seeds"):
+            if facts.get(key, getattr(args, key)) != getattr(args, key):
+                sys.exit(f"--{key}: got {getattr(args, key)}, but {path} has {facts[key]}; take another --out")
 
 
 def work(args: argparse.Namespace) -> list[str]:
@@ -149,7 +159,7 @@ def make(args: argparse.Namespace, spec: str, way: str) -> None:
     facts = {"label": row.label, "seconds": row.seconds, "gpu_mib": memory >> 20, "clips": args.clips, "batch": batch}
     facts |= {"device": torch.cuda.get_device_name() if is_gpu else "cpu", "torch": str(torch.__version__)}
     stem = args.out / (name(spec, way) if row.count >= lengths else f"{name(spec, way)}.{CUT}")
-    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(facts | {"seeds": args.seeds}))
+    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(facts | {"seeds": args.seeds, "lengths": args.lengths}))
     tensors = {metric: values.contiguous() for metric, values in row.curves.items()}
     with replacing(stem.with_name(f"{stem.name}.safetensors")) as path:
         write_tensors(path, tensors)  # last of all: a unit is done when it is there

@@ -43,6 +43,7 @@ from causalreel.data.walk import (
 )
 from causalreel.data.walk_render import paint
 from causalreel.eval.control import LEAST_PIXELS, colors_in, psnr
+from causalreel.eval.run import file_name
 from causalreel.eval.statistics import estimate
 from causalreel.files import write_text
 from causalreel.infer.clips import ClipRequest
@@ -87,7 +88,7 @@ def main() -> None:
     told = words(base, scene, args)
     shown = {"codec": {"first": plain}, "floor and sky": {"first": empty}, "words alone": {"first": told}}
     for policy in args.policies:
-        place = args.out / f"{policy.replace(':', '-')}.safetensors"
+        place = args.out / f"{file_name(f'{args.model} {args.seed} {policy}')}.safetensors"
         before = read_tensors(place) if place.exists() else {}
         missing = {name: path for name, path in paths.items() if len(before.get(name, ())) != len(scene)}
         if missing:

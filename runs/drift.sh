@@ -3,7 +3,7 @@
 #
 #   bash runs/drift.sh            one GPU (written for an H200, about 7 minutes); writes runs/drift
 #   GPUS="0 1" bash runs/drift.sh models for length are trained and measured on the last, the others on the first
-#   bash runs/drift.sh --smoke    the same path in miniature on a CPU: proves the plumbing only
+#   bash runs/drift.sh --smoke    the same path in miniature on a CPU: proves the plumbing only; writes runs/drift-smoke
 #
 # Run it again to go on where it stopped. OUT names another folder, JOBS how many processes share a GPU. BUDGET: seconds
 # for all of it: trainings that take too long are stopped and measured as they are, clips end as long as they are when the
@@ -14,7 +14,7 @@ out=${OUT:-runs/drift} jobs=${JOBS:-6} budget=${BUDGET:-0} clips=4096 small=() m
 read -r -a gpus <<<"${GPUS:-}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=${PYTHONPATH:-src}
 if [ "${1:-}" = "--smoke" ]; then
-  clips=48 small=(--smoke)
+  out=${OUT:-runs/drift-smoke} clips=48 small=(--smoke)
   more+=(trainer.steps=1 trainer.device=cpu settings.batch=2 settings.critic_updates=1)
 fi
 mkdir -p "$out"

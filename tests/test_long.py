@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import re
 from pathlib import Path
@@ -263,3 +265,16 @@ def test_what_cannot_be_is_one_line(
     told = capsys.readouterr().err
     assert re.search(message, told) and told.count("error:") == 1
     assert not (tmp_path / "out" / "drift.json").exists()
+
+
+def test_drift_measures_no_clips_beside_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from benchmarks import drift
+
+    asked = argparse.Namespace(out=tmp_path, lengths=100, clips=32, seeds=[0, 1, 2])
+    (tmp_path / "a.memrope.safetensors").touch()
+    there = {"clips": 32, "seeds": [0, 1, 2]}
+    (tmp_path / "a.memrope.json").write_text(json.dumps(there))  # of before lengths were told
+    drift.check_alike(asked)
+    (tmp_path / "a.memrope.json").write_text(json.dumps({**there, "lengths": 2}))
+    with pytest.raises(SystemExit, match=r"--lengths: got 100, but .*safetensors has 2; take another --out"):
+        drift.check_alike(asked)

@@ -48,3 +48,9 @@ def test_it_runs_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(walk_memory, "made", lambda pipeline, paths, args, **how: pytest.fail("made again"))
     monkeypatch.setattr(walk_memory, "words", lambda *args: torch.zeros(1, 1, 3, 64, 64))
     walk_memory.main()
+    made = []
+    monkeypatch.setattr(walk_memory, "made", lambda pipeline, paths, args, **how: made.append(1) or {})
+    monkeypatch.setattr(walk_memory, "tell", lambda *args: None)
+    monkeypatch.setattr(sys, "argv", [*command, "--seed", "1"])
+    walk_memory.main()
+    assert made  # pictures of another seed are others
