@@ -79,6 +79,7 @@ def test_keys_are_bounded() -> None:
         (" w  ,w\tw\n", "w,w,w"),
         ("W*2 left + w * 3 none", "w*2,left+w*3,none*1"),
         ("w *2, left+ w *03", "w*2,left+w*3"),
+        pytest.param("w" + 100_000 * " " + "w", "w*2", id="spaces"),  # in time that grows with them alone
     ],
 )
 def test_pieces_stand_behind_commas_or_spaces(text: str, same: str) -> None:

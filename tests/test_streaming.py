@@ -163,6 +163,19 @@ def test_a_bit_that_has_turned_is_found_by_the_process_whose_it_is(
         assert "are not compared with their hashes; `causalreel prepare --check` does that" in caplog.text
 
 
+def test_processes_agree_on_whether_shards_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(number) for number in range(8)]
+    parts = [pack(tmp_path / f"latents-{n:05d}.safetensors", part) for n, part in enumerate((rows[:7], rows[7:]))]
+    write_manifest(tmp_path, Manifest(tuple(parts), {}, {}, write_null(tmp_path, torch.ones(8, 5))))
+    data, small = open_set(tmp_path), tmp_path / "latents-00001.safetensors"
+    small.write_bytes(small.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ValueError, match=small.name):
+        data.verify(1, 2)
+    monkeypatch.setattr("causalreel.data.streaming.HASHED", parts[0].bytes - 1)
+    data.verify(0, 2)
+    data.verify(1, 2)
+
+
 def test_unconditional_text_that_is_none(tmp_path: Path) -> None:
     packed(tmp_path, 4)
     path = tmp_path / "null.safetensors"
