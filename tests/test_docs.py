@@ -226,6 +226,51 @@ def test_files_that_are_named_exist(page: Path) -> None:
             assert (ROOT / name).exists(), name
 
 
+SCORED = {
+    "tiny/frame-2step": ("evaluation.md", "frame-2step"),
+    "tiny/frame-1step": ("evaluation.md", "frame-1step"),
+    "tiny/chunk-4step": ("evaluation.md", "chunk-4step"),
+    "tiny/base": ("evaluation.md", "tiny/base, 48 Euler steps, guidance 3"),
+    "tiny/ar-frame": ("evaluation.md", "tiny/ar-frame, 48 UniPC steps, guidance 2"),
+    "tiny/ar-chunk": ("evaluation.md", "tiny/ar-chunk, 48 UniPC steps, guidance 2"),
+    "tiny/walk": ("walk.md", "**DMD from AR, 2 steps**"),
+    "tiny/walk-1step": ("walk.md", "**DMD from AR, 1 step**"),
+}
+"""Embedded model -> the page and the row of its tables."""
+
+HEADINGS = {"evaluation.md": "The shipped models", "walk.md": "Measured"}
+CALLED = {"PSNR seen": "psnr seen", "yaw within 6 degrees": "yaw within", "`ahead` there": "ahead"}
+CALLED |= {f"{way} within 0.25": f"{way} within" for way in ("forward", "sideways")}
+"""Columns that scores have under another name."""
+
+
+def row_of(page: str, label: str) -> dict[str, str]:
+    """The cells of a row, by the heads of their columns, of all tables behind the page's heading."""
+    found: dict[str, str] = {}
+    heads: list[str] = []
+    behind = (ROOT / "docs" / page).read_text().split(f"\n## {HEADINGS[page]}\n")[1]
+    for line in re.split(r"^##+ ", behind, flags=re.MULTILINE)[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            heads = []
+        elif not heads:
+            heads = cells
+        elif cells[0] == label:
+            found |= dict(zip(heads[1:], cells[1:], strict=True))
+    return found
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_embedded_models_score_as_the_docs_say(name: str) -> None:
+    scores = exports.read_export(variants()[name]).provenance["metrics"]
+    told = {CALLED.get(head, head): cell.split()[0] for head, cell in row_of(*SCORED[name]).items()}
+    shared = told.keys() & scores.keys()
+    assert len(shared) >= 6, told
+    for metric in shared:
+        digits = len(told[metric].partition(".")[2])
+        assert abs(float(told[metric]) - scores[metric]) <= 0.5001 * 10**-digits + 5e-5, metric
+
+
 def test_ci_can_be_run() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 

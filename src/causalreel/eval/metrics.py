@@ -17,9 +17,7 @@ from torch import Tensor
 from causalreel.data.drawing import BOUNDS, RADII
 from causalreel.data.world import SPEED_PIXELS
 from causalreel.eval.reading import ANY, TEMPLATES, Captions, MetricConfig, Reading, median, read
-from causalreel.vocabulary import (
-    Caption,
-)
+from causalreel.vocabulary import Caption
 
 
 @dataclass(frozen=True)
