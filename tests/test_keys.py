@@ -495,7 +495,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"name": "camera", "poses": pose(), "convention": "c2c"}, "convention must be one of c2w, w2c, got 'c2c'"),
     (
         {"name": "camera", "poses": pose(), "intrinsics": [969, 969, 960, 540]},
-        "camera: intrinsics: got a focal length of 969 as a normalised one; it looks like pixels: say so",
+        "camera: intrinsics: got a focal length of 969 as a normalised one; it looks like pixels: divide by",
     ),
     ({"name": "trajectory", "dialect": "minvm", "text": "w*3"}, "dialect must be one of minwm, worldplay, lingbot"),
     ({"name": "trajectory", "dialect": "minwm", "text": "w*1000000"}, "trajectory: leads through 1,000,000 latent"),

@@ -214,6 +214,7 @@ def check_unit(rows: Array, *, is_normalised: bool, what: str = "intrinsics") ->
     or below 4 as pixels."""
     largest = float(rows[:, :2].max())
     if is_normalised and largest > 4:
-        raise ValueError(f"{what}: got a focal length of {largest:g} as a normalised one; it looks like pixels: say so")
+        told = "it looks like pixels: divide by the image's width and height"
+        raise ValueError(f"{what}: got a focal length of {largest:g} as a normalised one; {told}")
     if not is_normalised and largest < 4:
-        raise ValueError(f"{what}: got a focal length of {largest:g} in pixels; it looks normalised: say so")
+        raise ValueError(f"{what}: got a focal length of {largest:g} in pixels; it looks normalised")
