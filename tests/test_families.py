@@ -182,7 +182,8 @@ def test_the_command_line_writes_a_video_of_its_size(tmp_path: Path, capsys: pyt
 def test_a_live_session() -> None:
     pipe = causalreel.load("square/frame", **HOW)
     assert Policy.of(pipe.export, pipe.sampling).kind == "slide"
-    assert hints(pipe.export) == {"examples": ["a cat"], "words": None, "synonyms": {}, "changes": True}
+    taken = {"mode": "recompute", "changes": True}
+    assert hints(pipe.export) == {"examples": ["a cat"], "words": None, "synonyms": {}} | taken
     live = Live(pipe, encode_prompt(pipe, "a"))
     assert [live.next_chunk().latents.shape for _ in range(7)] == [(1, 1, 48, 4, 6)] * 7
     session = Session(pipe, Options("a"))

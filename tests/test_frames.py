@@ -132,8 +132,8 @@ def test_scripts(tmp_path: Path) -> None:
     *found, pictured = read_script(path, small)
     assert [(timed.time_s, timed.command) for timed in found] == [
         (1.0, Steps(1)),
-        (2.5, Prompt("a red circle", "recompute", 4)),
-        (3.0, Prompt("a circle", "recompute", 4)),
+        (2.5, Prompt("a red circle", None, 4)),
+        (3.0, Prompt("a circle", None, 4)),
     ]
     assert pictured.command.picture.shape == (64, 64, 3) and pictured.time_s == 4
     for line, message in [

@@ -116,6 +116,10 @@ class Command:
     def check(self, video: LiveVideo) -> None:
         """ValueError if this model cannot obey it. What words mean is found out when they are encoded."""
 
+    def suited(self, video: LiveVideo) -> Command:
+        """The same with what it leaves to the model filled in."""
+        return self
+
     def is_idle(self, video: LiveVideo) -> bool:
         """Whether it changes nothing, so that a record can do without it."""
         return False
@@ -178,7 +182,7 @@ class Prompt(Command):
     name: ClassVar[str] = "prompt"
     group: ClassVar[str] = "scene"
     text: Annotated[str, Text("What to show.")]
-    mode: Annotated[Mode, Choice(MODES, "How the old prompt goes.")] = "recompute"
+    mode: Annotated[Mode | None, Choice(MODES, "How the old prompt goes; none: as suits the model.")] = None
     chunks: Annotated[int, Whole(1, MOST_CHUNKS, "Of a fade.")] = 4
 
     def supersede(self, old: Command) -> Command | None:
@@ -187,10 +191,14 @@ class Prompt(Command):
         reads_again = self.mode != "fade" and old.mode == "recompute"  # the past, in any case
         return replace(self, mode="recompute") if reads_again else self
 
+    def suited(self, video: LiveVideo) -> Command:
+        return self if self.mode else replace(self, mode=video.prompt_mode)
+
     def scene(self, before: Scene) -> Scene:
         return replace(before, prompt=self.text)
 
     def apply(self, video: LiveVideo) -> None:
+        assert self.mode is not None
         video.read_prompt(self.mode, self.chunks)
 
 

@@ -350,11 +350,11 @@ def understand(export: Export, prompts: Sequence[str], picture: Tensor | None = 
 
 def hints(export: Export) -> dict[str, Any]:
     """examples: prompts to begin with; words: what a prompt may say, None if anything; synonyms: other spellings;
-    changes: whether another prompt changes a video that plays."""
+    mode: how another prompt is taken; changes: whether it changes a video that plays."""
     text = families.of(export).text
     words = None if text.words is None else {slot: list(words) for slot, words in text.words.items()}
     told = {"examples": list(text.examples), "words": words, "synonyms": dict(text.synonyms)}
-    return told | {"changes": text.changes}
+    return told | {"mode": text.mode, "changes": text.changes}
 
 
 def first_prompt(export: Export) -> str:

@@ -191,11 +191,16 @@ class LiveVideo:
         scene = self.scene
         return scene.said == self.pipeline.text.complete(scene.prompt, scene.seed, None, before=before)
 
+    @property
+    def prompt_mode(self) -> Mode:
+        """How another prompt is taken where nobody says."""
+        return families.of(self.pipeline.export).text.mode
+
     def take(self, command: Command, encoded: tuple[Scene, Tensor] | None) -> None:
         """A command takes effect. encoded: what `encode` made of its scene, if it has one."""
         if encoded is not None:
             self.scene, self.text = encoded
-        command.apply(self)
+        command.suited(self).apply(self)
 
     def read_prompt(self, mode: Mode, chunks: int) -> None:
         """Go over to the text in force; see `Live.tell`."""

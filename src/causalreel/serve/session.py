@@ -145,6 +145,7 @@ class Session:
 
     def _tell(self, command: Command, *, ends_replay: bool = False) -> int:
         told_s = self.clock()
+        command = command.suited(self.video)
         command.check(self.video)
         with self._order:  # encoding text may take long, and nobody but other commands waits for it
             if self.closed:

@@ -125,6 +125,8 @@ class ModelView(BaseModel):
     """All words that its prompts may use, by what they describe; null: any text."""
     synonyms: dict[str, str]
     """Other spellings of these words."""
+    mode: str
+    """How another prompt is taken where `mode` is not said."""
     changes: bool
     """Whether another prompt changes a video that plays; where not, it wants a restart."""
     fields: list[str]

@@ -37,9 +37,9 @@ export function promptError(text) {
 let isChosen = false;
 
 /** What a model's prompts do until somebody chooses: where they change nothing that plays, the video begins again. */
-export function modeOf({ changes = true }) {
+export function modeOf({ changes = true, mode = "recompute" }) {
   if (isChosen) return;
-  $("mode").value = changes ? "recompute" : "restart";
+  $("mode").value = changes ? mode : "restart";
   explain();
 }
 
