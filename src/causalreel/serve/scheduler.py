@@ -213,7 +213,7 @@ class Scheduler:
             while not (self._is_measured or self._is_closed):
                 session.next_chunk()
                 self._measure(session)
-            session.command("prompt", text=prompt)  # reads a full window again
+            session.command("prompt", text=prompt, mode="recompute")  # reads a full window again
             session.next_chunk()
             session.close()
             if self.pipeline.device.type == "cuda":  # the first call of each kind is recorded: not while people watch
@@ -230,7 +230,7 @@ class Scheduler:
                 if self._is_closed:
                     return
                 if turn == chunks:
-                    session.command("prompt", text=prompt)
+                    session.command("prompt", text=prompt, mode="recompute")
                 session.next_chunk()
             session.close()
 
