@@ -94,3 +94,54 @@ def test_masked_attention_in_pieces_is_as_near_to_float32_as_plain_attention(chu
         for backend in ("pieces", "sdpa")
     ]
     assert all(ours < 1.3 * plain for ours, plain in zip(*errors, strict=True))
+
+
+@torch.no_grad()
+def test_a_network_that_waits_on_the_host_is_the_network() -> None:
+    """Blocks come over pinned memory and a stream of their own, call after call, and as their weights are by then."""
+    from causalreel.parallel.hosted import host_blocks
+
+    config = ModelConfig(dim=512, ffn_dim=2048, heads=4, layers=6, text_dim=8, text_length=4, channels=4)
+    torch.manual_seed(0)
+    plain = DiTDenoiser(config)
+    torch.nn.init.normal_(plain.model.head.head.weight, std=0.2)
+    hosted = copy.deepcopy(plain)
+    host_blocks(hosted, torch.device("cuda"))
+    plain.cuda()
+    x, sigma = torch.randn(2, 3, 4, 16, 16, device="cuda"), torch.rand(2, 1, device="cuda")
+    told = Conditioning(torch.randn(2, 4, 8, device="cuda"))
+    for _ in range(3):
+        found = [hosted(x, sigma, told) for _ in range(4)]
+        exact = plain(x, sigma, told)
+        assert all(torch.equal(made, exact) for made in found)
+        assert all(parameter.device.type == "cpu" for parameter in hosted.model.blocks.parameters())
+        for net in (plain, hosted):
+            for parameter in net.model.blocks.parameters():
+                parameter.mul_(1.1)
+
+
+@torch.no_grad()
+def test_an_average_on_the_host_is_the_one_on_the_gpu() -> None:
+    from causalreel.parallel.hosted import host_blocks
+    from causalreel.train.average import Follower
+    from causalreel.train.stage import Average
+
+    config = ModelConfig(dim=512, ffn_dim=2048, heads=4, layers=6, text_dim=8, text_length=4, channels=4)
+    torch.manual_seed(0)
+    student = DiTDenoiser(config).cuda()
+    roles = {"student": student, "here": copy.deepcopy(student), "away": copy.deepcopy(student)}
+    host_blocks(roles["away"], torch.device("cuda"))
+    followers = [
+        Follower(Average(role=role, source="student", decay=0.9), roles, is_on_host=role == "away")
+        for role in ("here", "away")
+    ]
+    for step in range(5):
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for follower in followers:
+            follower.follow(step)
+        for follower in followers:
+            follower.wait()  # before the source changes, as the trainer does
+    here, away = (dict(roles[role].named_parameters()) for role in ("here", "away"))
+    for name, value in here.items():
+        assert torch.allclose(away[name].cuda(), value, rtol=1e-6, atol=1e-7), name

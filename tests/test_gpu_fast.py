@@ -78,14 +78,17 @@ def run(
     plan: str,
     seed: int,
     fields: dict[str, torch.Tensor] | None = None,
+    reads: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
+    """reads: which of the clip's texts each frame reads; None: there is one for all."""
     fast = net.run
     if isinstance(fast, FastDiT):
         cache = fast.new_cache(context, chunk=chunk, frames=frames, batch=1, size=(SPEC.height, SPEC.width))
     else:
         cache = KVCache(CONFIG.layers, context)
     calls = chunked([chunk] * (frames // chunk), (1.0, 0.7), first=(1.0, 0.8, 0.5))
-    told = Conditioning(torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(seed)).cuda(), fields or {})
+    texts = torch.randn(1, 3, 16, 32, generator=torch.Generator().manual_seed(seed)).cuda()
+    told = Conditioning(texts[:, 0] if reads is None else texts, fields or {}, prompts=reads)
     with torch.no_grad():
         chunks = rollout(
             net,
@@ -141,6 +144,26 @@ def test_recorded_rollouts_with_cameras_are_the_networks(chunk: int, frames: int
         assert relative(run(fast, plan="fused", **how), exact) < max(1.2 * plain, 1e-3)
         for net8 in coarse:
             assert relative(run(net8, plan="fused", **how), exact) < 0.2
+
+
+@pytest.mark.parametrize("plan", ["plain", "fused"])
+@pytest.mark.parametrize(("chunk", "reads"), [(1, (0, 0, 0, 1, 1, 1, 1, 2, 2)), (3, (0,) * 3 + (1,) * 6 + (2,) * 6)])
+def test_recorded_rollouts_with_text_by_chunk_are_the_networks(chunk: int, reads: tuple[int, ...], plan: str) -> None:
+    """Replayed calls read the text of their own chunk, and a fused one both."""
+    torch.manual_seed(0)
+    net = DiTDenoiser(CONFIG).requires_grad_(False).cuda()
+    torch.nn.init.normal_(net.model.head.head.weight, std=0.1)
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    fast = accelerate(copy.deepcopy(half))
+    coarse = [accelerate(copy.deepcopy(half), precision=precision) for precision in ("fp8", "fp8-attention")]
+    for seed in (0, 1):
+        how = {"chunk": chunk, "frames": len(reads), "context": Context(window=3 * chunk), "seed": seed}
+        exact = run(net, plan="plain", reads=reads, **how)
+        assert relative(run(net, plan="plain", **how), exact) > 0.01  # the texts tell
+        plain = relative(run(half, plan="plain", reads=reads, **how), exact)
+        assert relative(run(fast, plan=plan, reads=reads, **how), exact) < max(1.2 * plain, 1e-3)
+        for net8 in coarse:
+            assert relative(run(net8, plan=plan, reads=reads, **how), exact) < 0.2
 
 
 def test_clips_made_in_turn_are_those_made_alone() -> None:
