@@ -121,10 +121,10 @@ if wanted embed; then
   cp "$run/codec/export/codec.safetensors" "$run/codec/export/codec.yaml" "$assets/walk/"
   if there direct; then # of stage 3 what measures best, in two steps and in one: docs/walk.md
     embed walk direct DMD-2step-from-AR --codec codec.safetensors
-    embed walk-1step direct DMD-1step-from-AR --codec ../walk/codec.safetensors --steps 1
+    embed walk-1step direct DMD-1step-from-AR --codec ../walk/codec.safetensors --steps 1 --weights-of walk
   else
     embed walk cd CD-2step --codec codec.safetensors --steps 2
-    embed walk-1step cd CD-1step --codec ../walk/codec.safetensors --steps 1
+    embed walk-1step cd CD-1step --codec ../walk/codec.safetensors --steps 1 --weights-of walk
   fi
 fi
 echo "== end ($(date +%T))"

@@ -123,7 +123,7 @@ def test_the_walk_ships_what_there_is(environment: dict[str, str]) -> None:
     *_, evaluated, two, one = log(environment)
     assert "CD-2step=" in evaluated and "DMD" not in evaluated
     assert "/cd/export " in two and "--name tiny/walk " in two and two.endswith("--steps 2")
-    assert "/cd/export " in one and "--label CD-1step " in one and one.endswith("--steps 1")
+    assert "/cd/export " in one and "--label CD-1step " in one and "--steps 1 --weights-of walk" in one
     assert run(environment, WALK, STAGES="dmd eval embed").returncode == 0
     begun = names(environment, "begin")[8:]
     assert sorted(begun[:3]) == ["1step", "2step", "direct"] and begun[3:] == ["eval", "export", "export"]
@@ -131,6 +131,6 @@ def test_the_walk_ships_what_there_is(environment: dict[str, str]) -> None:
     assert "CD-2step=" in evaluated and "DMD-1step=" in evaluated and "/direct/export@1" in evaluated
     assert "/direct/export " in two and "--name tiny/walk " in two and "--label DMD-2step-from-AR " in two
     assert "/direct/export " in one and "--name tiny/walk-1step " in one and "--label DMD-1step-from-AR " in one
-    assert one.endswith("--codec ../walk/codec.safetensors --steps 1")
+    assert one.endswith("--codec ../walk/codec.safetensors --steps 1 --weights-of walk")
     card = Path(environment["RUN"]) / "assets/walk/config.yaml"
     assert card.read_text() == "out: runs/walk/x\n" and (card.parent / "codec.safetensors").is_file()

@@ -17,8 +17,11 @@ from causalreel.data.video_in import count_frames
 from causalreel.data.walk import WalkState, captions, fields, held, simulate, there_and_back
 from causalreel.data.walk_render import paint
 from causalreel.eval.control import pose_errors, psnr
+from causalreel.fingerprint import fingerprint
 from causalreel.infer.pipeline import Pipeline
-from causalreel.weights.export import ASSETS, read_export
+from causalreel.train.initial import open_start
+from causalreel.weights.export import ASSETS, load_export, read_export
+from causalreel.weights.re_export import re_export
 
 NAME = "tiny/walk"
 FASTER = "tiny/walk-1step"
@@ -55,13 +58,26 @@ def test_it_turns_as_its_keys_say_and_finds_back(pipeline: Pipeline) -> None:
 def test_they_are_small_and_say_what_they_are() -> None:
     files = [path for name in (NAME, FASTER) for path in (ASSETS / name).iterdir()]
     assert {path.name for path in files} == {"config.yaml", "model.safetensors", "codec.safetensors", "codec.yaml"}
-    assert len(files) == 6  # one codec for both
+    assert len(files) == 5  # one codec and one set of weights for both
     assert max(path.stat().st_size for path in files) < 16e6
     for name, steps in ((NAME, 2), (FASTER, 1)):
         card = read_export(name)
         assert card.name == name and card.family == "walk" and card.sampling.chunk == 1
         assert len(card.sampling.steps) == steps and len(card.sampling.first_steps or ()) == 4
         assert card.provenance["recipe"]["stage"] == "dmd" and card.provenance["metrics"]["clips"] >= 64
+
+
+def test_the_faster_one_makes_what_it_makes_with_weights_of_its_own(tmp_path: Path) -> None:
+    """Bit for bit, and training knows both starts by one fingerprint."""
+    codec = str((ASSETS / NAME / "codec.safetensors").resolve())
+    own = re_export(FASTER, tmp_path / "own", codec=codec)
+    assert (own / "model.safetensors").is_file() and read_export(own).weights_of is None
+    shared, whole = (causalreel.load(model, device="cpu") for model in (FASTER, own))
+    states = [pipeline.denoiser.model.state_dict() for pipeline in (shared, whole)]
+    assert fingerprint(states[0]) == fingerprint(states[1]) == fingerprint(load_export(NAME)[0].model.state_dict())
+    clips = [pipeline.generate(PROMPT, seed=1, frames=13) for pipeline in (shared, whole)]
+    assert torch.equal(*clips)
+    assert open_start(Path(FASTER)).fingerprint() == open_start(own).fingerprint()
 
 
 def test_every_command_knows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

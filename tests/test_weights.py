@@ -32,6 +32,7 @@ from causalreel.weights.export import (
     save_export,
 )
 from causalreel.weights.files import read_metadata, read_tensors, write_tensors
+from causalreel.weights.re_export import re_export
 
 SMALL = PRESETS["tiny-smoke"]
 SMALL_CODEC = VAEConfig(dim=4, res_blocks=1, latent_std=tuple([2.0] * 16))
@@ -240,3 +241,74 @@ def test_codecs_of_any_kind_are_saved_and_loaded(tmp_path: Path) -> None:
     (tmp_path / "codec.yaml").write_text("codec: small\nkind: taehv\n")
     with pytest.raises(ValueError, match="codec must be a mapping with the keys of TAEHVConfig, got 'small'"):
         load_codec(tmp_path)
+
+
+def with_shared(root: Path, name: str = "b", **changes: str) -> Path:
+    """root/a, an export, and root/<name> of its weights in one step -> the latter, its config changed by hand."""
+    if not (root / "a").exists():
+        save_export(root / "a", small_denoiser(), small_export("a"))
+    how = {"name": name, "codec": "..", "sampling": SAMPLINGS["frame-1step"], "weights_of": "a"}
+    folder = re_export(root / "a", root / name, **how)
+    text = (folder / "config.yaml").read_text()
+    for key, value in changes.items():
+        text = re.sub(rf"(?m)^{key}: .*$", f"{key}: {value}".replace("\\", r"\\"), text)
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+def test_an_export_can_have_the_weights_of_another(tmp_path: Path) -> None:
+    save_export(tmp_path / "b", small_denoiser(seed=1), small_export("of before"))
+    folder = with_shared(tmp_path)
+    assert [file.name for file in folder.iterdir()] == ["config.yaml"]
+    (one, export), (own, _) = load_export(folder), load_export(tmp_path / "a")
+    assert export.name == "b" and len(export.sampling.steps) == 1 and export.weights_of == "a"
+    states = [denoiser.model.state_dict() for denoiser in (one, own)]
+    assert states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][key], states[1][key]) for key in states[0]
+    )
+    save_export(tmp_path / "c", one, export)  # written again it has its own
+    assert load_export(tmp_path / "c")[1].weights_of is None
+
+
+def test_weights_of_another_are_looked_for_beside_the_export_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_export(tmp_path / "elsewhere", small_denoiser(), small_export("a"))
+    for wrong in ("../a", "a/../../elsewhere", str(tmp_path / "elsewhere"), "..", ".", "''", '"a\\0"'):
+        folder = with_shared(tmp_path / "here", weights_of=wrong)
+        refuses(folder, "weights_of must be the plain name of a folder beside this one")
+    refuses(with_shared(tmp_path / "here", weights="''"), "and weights the hash")
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
+    refuses(with_shared(tmp_path / "here", weights_of="link"), "a link that leads out")
+    monkeypatch.chdir(with_shared(tmp_path / "here"))
+    assert load_export(".")[1].name == "b"
+
+
+def test_weights_of_another_that_cannot_be_had_are_one_line(tmp_path: Path) -> None:
+    refuses(with_shared(tmp_path, weights_of="gone"), "weights_of", "gone is not an export")
+    refuses(with_shared(tmp_path, weights_of="b"), "weights_of must name an export that has its own weights", "'b'")
+    with_shared(tmp_path)
+    refuses(with_shared(tmp_path, "c", weights_of="b"), "must name an export that has its own weights", "those of 'a'")
+    with pytest.raises(ValueError, match="must name an export that has its own weights"):
+        re_export(tmp_path / "a", tmp_path / "d", codec="..", weights_of="b")
+    save_export(tmp_path / "other", small_denoiser(seed=1), small_export("other"))
+    with pytest.raises(ValueError, match="holds other weights than a"):
+        re_export(tmp_path / "a", tmp_path / "d", codec="..", weights_of="other")
+    with pytest.raises(ValueError, match=r"must name another export than .*, which would lose its weights"):
+        re_export(tmp_path / "a", tmp_path / "a", codec="..", weights_of="a")
+    load_export(tmp_path / "a")
+    with pytest.raises(ValueError, match="codec: name one"):
+        re_export(tmp_path / "a", tmp_path / "d", weights_of="a")
+    assert not (tmp_path / "d").exists()
+
+
+def test_weights_of_another_that_are_new_are_refused(tmp_path: Path) -> None:
+    """Nothing changes beneath a model: it was written for certain weights."""
+    folder = with_shared(tmp_path)
+    save_export(tmp_path / "a", small_denoiser(seed=1), small_export("a"))
+    refuses(folder, "does not hold the weights that", "b/config.yaml was written for")
+    larger = dataclasses.replace(SMALL, ffn_dim=160)
+    save_export(tmp_path / "a", small_denoiser(larger), small_export("a", model=larger))
+    refuses(folder, "holds the weights of 'a'", "not of 'a' as")
+    (tmp_path / "a/model.safetensors").unlink()
+    refuses(folder, "weights file not found")

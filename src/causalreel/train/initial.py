@@ -23,7 +23,7 @@ from causalreel.nn.presets import PRESETS, ModelConfig, preset
 from causalreel.parallel.sharding import fill, local
 from causalreel.train.contents import facts_of
 from causalreel.weights.build import draw, empty_denoiser
-from causalreel.weights.export import CONFIG, MODEL, export_folder, open_export, read_export
+from causalreel.weights.export import CONFIG, export_folder, open_export, read_export, weights_file
 from causalreel.weights.hub import fetch
 from causalreel.weights.identify import preset_of, size_in_words
 from causalreel.weights.layouts import check_heads, read_network
@@ -123,7 +123,7 @@ def open_start(source: Path) -> Start:
     if not is_export(source):
         return _of_file(source)
     export, tensors = open_export(source)
-    found = Start(str(source), export.model, export.context, tensors, str(export_folder(source) / MODEL))
+    found = Start(str(source), export.model, export.context, tensors, str(weights_file(source, export)))
     check_fits(found.denoiser().model, tensors, source=found.file)
     check_types(tensors, source=found.file)
     return found

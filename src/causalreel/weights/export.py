@@ -1,7 +1,8 @@
 """Exports: a model's weights with what is needed to use them, as a folder of two files.
 
     folder/config.yaml         an `Export`: network, sampling, context, latents, codec, text encoder, provenance
-    folder/model.safetensors   the network under Wan2.1's bare names, bfloat16 unless asked otherwise
+    folder/model.safetensors   the network under Wan2.1's bare names, bfloat16 unless asked otherwise; none where the
+                               config says that the weights are those of an export in a folder beside this one
 
 A codec is two files side by side as well, `codec.safetensors` and `codec.yaml` with a `CodecExport`; either its folder
 or the .safetensors file names it.
@@ -30,7 +31,7 @@ from causalreel.files import write_text
 from causalreel.fingerprint import fingerprint
 from causalreel.flow import warp_steps
 from causalreel.folders import claim
-from causalreel.foreign import read_json, shown
+from causalreel.foreign import file_in, shown
 from causalreel.headers import Header, read_header
 from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.linear import effective_state
@@ -145,10 +146,18 @@ class Export:
     """The keys that steer it, and how its cameras and actions follow them; null: it has none."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: recipe, commit, seed, metrics."""
+    weights_of: str | None = field(default=None, compare=False)
+    """The folder beside this one, an export too, whose weights these are, such as `walk`; null: it has its own."""
     weights: str = field(default="", compare=False)
     """A hash of the weights beside it, which their file holds too; empty in older exports."""
 
     def __post_init__(self) -> None:
+        name = self.weights_of
+        if name is not None and (name in ("", ".", "..") or any(c in name for c in "/\\\0") or not self.weights):
+            raise ValueError(
+                "weights_of must be the plain name of a folder beside this one, and weights the hash of its weights; "
+                f"got {shown(name)!r} and {shown(self.weights)!r}"
+            )
         if self.frames < 1 or (self.sampling.chunk is not None and self.frames % self.sampling.chunk):
             raise ValueError(f"frames must be a positive multiple of chunk {self.sampling.chunk}, got {self.frames}")
         if not self.fps > 0:
@@ -203,9 +212,9 @@ def save_export(
     if denoiser.config != export.model:
         raise ValueError(f"export.model differs from the saved network's config: {export.model}, {denoiser.config}")
     with claim(folder, "export"):
-        cast = _cast(denoiser.model, dtype)
+        cast = cast_weights(denoiser.model, dtype)
         beside = () if codec is None else (fingerprint(codec.state_dict()),)
-        export = dataclasses.replace(export, weights=fingerprint(cast, *beside)[:16])
+        export = dataclasses.replace(export, weights=fingerprint(cast, *beside)[:16], weights_of=None)
         metadata = {"format": "causalreel", "name": export.name, "config_hash": _identity(export)}
         write_tensors(folder / MODEL, cast, metadata | {"weights": export.weights})
         if codec is not None:
@@ -259,69 +268,44 @@ def load_export(
     export, tensors = open_export(folder)
     with without_initialisation():
         denoiser = DiTDenoiser(export.model, context=export.context, backend=backend, compute=compute)
-    load_strictly(denoiser.model, tensors, source=str(export_folder(folder) / MODEL), types=FLOATS)
+    load_strictly(denoiser.model, tensors, source=str(weights_file(folder, export)), types=FLOATS)
     return denoiser.requires_grad_(False).eval(), export
 
 
 def open_export(folder: str | Path) -> tuple[Export, dict[str, Tensor]]:
     """An export's config and its weights, mapped and not yet read; ValueError as of `load_export`."""
     folder = export_folder(folder)
-    export, path = read_export(folder), folder / MODEL
+    export = read_export(folder)
+    path = weights_file(folder, export)
+    name = export.name if export.weights_of is None else read_export(path.parent).name
     header = read_header(path)
-    claimed, identity = header.metadata, _identity(export)
+    claimed, identity = header.metadata, _identity(dataclasses.replace(export, name=name))
     if claimed.get("config_hash", identity) != identity:
         raise ValueError(
             f"{path} holds the weights of '{shown(claimed.get('name', 'another model'))}', "
-            f"not of '{shown(export.name)}' as {CONFIG} beside it says"
+            f"not of '{shown(name)}' as {folder / CONFIG} says"
         )
     _check_pair(header, export.weights, path, folder / CONFIG)
     check_model(export.model, header, path)
     return export, read_tensors(path)
 
 
-def re_export(
-    source: str | Path,
-    folder: str | Path,
-    *,
-    name: str | None = None,
-    codec: str | None = None,
-    scores: Path | None = None,
-    label: str | None = None,
-    sampling: Sampling | None = None,
-) -> Path:
-    """Save an export again under another name, with its codec beside it or named `codec`, and its scores -> the folder.
-
-    scores: scores.json (or control.json) of an evaluation, of which the row `label` goes into the provenance.
-    sampling: how it is sampled from now on; None: as before.
-    """
-    source = export_folder(source)
-    denoiser, export = load_export(source)
-    provenance = dict(export.provenance)
-    if scores is not None:
-        provenance["metrics"] = _metrics(scores, label)
-    beside = load_codec(codec_file(source, export.codec)) if codec is None else None
-    named = dataclasses.replace(
-        export,
-        name=name or export.name,
-        codec=codec or export.codec,
-        sampling=sampling or export.sampling,
-        provenance=provenance,
-    )
-    return save_export(folder, denoiser, named, codec=beside)
-
-
-def _metrics(scores: Path, label: str | None) -> dict[str, Any]:
-    """What an evaluation's scores.json says of one of its models."""
-    rows = read_json(scores, what="scores.json of an evaluation")
+def weights_file(folder: str | Path, export: Export) -> Path:
+    """The weights of an export in `folder`: its own, or those of the one beside it that it names, which has its own."""
+    folder = export_folder(folder)
+    if export.weights_of is None:
+        return folder / MODEL
+    beside = file_in(folder / os.pardir, export.weights_of, str(folder / CONFIG))
     try:
-        models, facts = rows["models"], rows["facts"]
-        if label not in models:
-            raise ValueError(f"label must be one of {', '.join(models)}; got {label!r}")
-        means = {key: value["mean"] for key, value in models[label].items() if isinstance(value, dict)}
-        known = {key: round(mean, 4) for key, mean in means.items() if mean is not None}
-        return {"clips": facts["clips"], "seed": facts["seed"], **known}
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{scores} is no scores.json of an evaluation") from None
+        other = read_export(beside)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: weights_of: {error}") from None
+    if other.weights_of is not None:
+        raise ValueError(
+            f"{folder / CONFIG}: weights_of must name an export that has its own weights; {export.weights_of!r} has "
+            f"those of {other.weights_of!r}"
+        )
+    return beside / MODEL
 
 
 def save_codec(
@@ -333,7 +317,7 @@ def save_codec(
 ) -> Path:
     """Write a codec into a folder, or as a .safetensors file with its config beside it; -> the .safetensors file."""
     path = _codec_path(path)
-    cast = _cast(codec, dtype)
+    cast = cast_weights(codec, dtype)
     card = CodecExport(codec.config, kind_of(codec.config).name, dict(provenance or {}), fingerprint(cast)[:16])
     write_tensors(path, cast, {"format": "causalreel-codec", "weights": card.weights})
     write_text(path.with_suffix(".yaml"), config.dump(card))
@@ -399,6 +383,8 @@ def _codec_path(path: str | Path) -> Path:
 
 def _check_pair(header: Header, weights: str, path: Path, card: Path) -> None:
     """ValueError for weights and a config that were written one after the other, and of which one is of before."""
+    if card.parent != path.parent and header.metadata.get("weights") != weights:
+        raise ValueError(f"{path} does not hold the weights that {card} was written for")
     if header.metadata.get("weights", weights) != weights:
         raise ValueError(
             f"{path} is not what {card.name} beside it was written for: the export was stopped between the two files; "
@@ -406,8 +392,8 @@ def _check_pair(header: Header, weights: str, path: Path, card: Path) -> None:
         )
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
-
+def cast_weights(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Mapping[str, Tensor]:
+    """What an export of it holds; ValueError for values that are not finite."""
     cast = {name: value.to(dtype) for name, value in effective_state(module).items()}
     check_finite(cast, source="weights to be exported")
     return cast

@@ -125,6 +125,8 @@ def folder_in_words(folder: Path) -> str | None:
         return f"its weights are {shown(pickles[0])}; name that file, {shown(str(folder / pickles[0]), 300)}"
     if pickles:
         return f"it has {len(pickles)} PyTorch files, such as {shown(pickles[0])}; name one of them"
+    if "config.yaml" in names:
+        return "an export may have the weights of another one beside it, which weights_of in its config.yaml names"
     return None
 
 
