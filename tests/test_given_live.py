@@ -27,8 +27,10 @@ from causalreel.serve import given
 from causalreel.serve.given import film, pictures_in
 from causalreel.serve.handle import Limits
 from causalreel.serve.records import checked_record
+from causalreel.serve.safety import decode_picture
 from causalreel.serve.service import WORKERS
 from causalreel.serve.session import Session
+from jpegs import of_scans
 from patience import PATIENCE_S, wait_until
 from served import BLUE, RED, coded, message, opened, picture, serving, small_pipeline, until
 from steered import PROMPT, STEP, random_pipeline
@@ -385,6 +387,23 @@ def test_a_slow_camera_holds_up_nobody_else(pipeline: Any, monkeypatch: Any) -> 
             again.send_bytes(slow)
             assert "still being decoded" in until(again, lambda m: m["type"] == "error")[-1]["message"]
         go_on.set()
+
+
+def test_the_scans_of_a_messages_jpegs_are_bounded_together() -> None:
+    """Before one of them is decoded; as many as a message takes, of common scans and of 1080p, are taken."""
+
+    def message(scans: int) -> bytes:
+        data = of_scans(1920, 1080, scans)
+        return given.MOST_FRAMES * (len(data).to_bytes(4, "big") + data)
+
+    assert len(pictures_in(message(10), (64, 64))) == given.MOST_FRAMES
+    with pytest.raises(
+        ValueError, match=r"^frames of a message must have at most 170000000 pixels together[^\n]*: send"
+    ):
+        pictures_in(message(11), (64, 64))
+    with pytest.raises(ValueError, match=r"at most 170000000 pixels, counted once for each scan; got 4000x4000 in 11"):
+        decode_picture(of_scans(4000, 4000, 11), (64, 64), pixels=16_000_000)
+    assert decode_picture(of_scans(4000, 4000, 10), (64, 64), pixels=16_000_000).shape == (3, 64, 64)
 
 
 def test_a_codec_without_a_stream_refuses_a_camera(pipeline: Any) -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms, features
 
-from causalreel.data.pictures import decode_picture, fit
+from causalreel.data.pictures import decode_picture, fit, scanned_pixels
 from ceilings import examples, work_within
+from jpegs import of_scans
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90"}
@@ -195,6 +196,28 @@ def test_a_jpeg_of_thousands_of_scans_is_not_decoded() -> None:
     for between in (b"", hidden, 70_000 * b"\xff"):
         with pytest.raises(ValueError, match=r"^x.jpg must have at most 64 scans, got more$"):
             decode_picture(data[:-2] + between + 5000 * last + end, (64, 64), name="x.jpg")
+
+
+def test_pixels_count_once_for_each_scan() -> None:
+    """That many are refused before one is decoded: all of it but the heads is missing."""
+    data = of_scans(1000, 800, 10)
+    assert scanned_pixels(data) == 8_000_000 and scanned_pixels(saved(Image.new("1", (70, 30)), "PNG")) == 2100
+    assert scanned_pixels(saved(Image.new("RGB", (70, 30)), "JPEG")) == 2100
+    said = r"^x.jpg must have at most 7999999 pixels, counted once for each scan; got 1000x800 in 10 scans$"
+    with pytest.raises(ValueError, match=said):
+        decode_picture(data, (8, 8), name="x.jpg", scanned=7_999_999)
+    assert decode_picture(data, (8, 8), scanned=8_000_000).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="at most 7000 pixels, got 1000x800"):
+        scanned_pixels(data, pixels=7000)
+
+
+@pytest.mark.parametrize("head", [0xC9, 0xCA])
+def test_arithmetic_coding_is_refused(head: int) -> None:
+    """Sequential and progressive; Pillow decodes it, and a scan of three bytes takes ten times as long as others do."""
+    with pytest.raises(
+        ValueError, match=r"^x.jpg must be coded by Huffman's method; it is coded arithmetically, [^\n]*$"
+    ):
+        decode_picture(of_scans(64, 64, 3, head=head), (8, 8), name="x.jpg")
 
 
 def test_what_a_jpeg_carries_is_no_scan_of_it() -> None:

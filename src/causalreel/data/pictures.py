@@ -12,6 +12,8 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, get_args
 
@@ -38,6 +40,8 @@ SCANS = 64
 MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 """What begins a part of a JPEG; other pairs stand among coded pixels, and no decoder takes a part behind them."""
 SCAN, END = 0xDA, 0xD9
+ARITHMETIC = (0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+"""Heads of JPEGs whose pixels are coded arithmetically: a scan of a few bytes then takes ten times as long."""
 BLOCK = 1 << 16
 ORIENTATION = 0x0112
 """EXIF: how the stored picture has to be turned."""
@@ -66,12 +70,35 @@ def decode_picture(
     name: str = "image",
     formats: tuple[str, ...] = FORMATS,
     pixels: int = PIXELS,
+    scanned: int = PIXELS * SCANS,
 ) -> Tensor:
     """A picture's bytes -> (1,3,H,W) in [-1,1] of `size` (height, width), or as large as it is.
 
-    name: what messages call it. formats: those of `FORMATS` that are tried. pixels: most that it may have.
-    Raises ValueError, in one line.
+    name: what messages call it. formats: those of `FORMATS` that are tried. pixels: most that it may have. scanned:
+    most that its scans may go over, see `scanned_pixels`. Raises ValueError, in one line.
     """
+    with _opened(source, name, formats, pixels) as (picture, scans):
+        if picture.width * picture.height * scans > scanned:
+            what = f"{picture.width}x{picture.height} in {scans} scans"
+            raise _Refused(f"{name} must have at most {scanned} pixels, counted once for each scan; got {what}")
+        shown = _upright(picture, size, how, name)
+    return torch.from_numpy(shown).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def scanned_pixels(
+    source: bytes | BinaryIO, *, name: str = "image", formats: tuple[str, ...] = FORMATS, pixels: int = PIXELS
+) -> int:
+    """Pixels that decoding a picture goes over, a JPEG's once in each scan, from its head and before any is decoded.
+
+    The arguments, and ValueError for what is refused by its head, as of `decode_picture`.
+    """
+    with _opened(source, name, formats, pixels) as (picture, scans):
+        return picture.width * picture.height * scans
+
+
+@contextmanager
+def _opened(source: bytes | BinaryIO, name: str, formats: tuple[str, ...], pixels: int) -> Iterator[tuple[Image, int]]:
+    """A picture whose head is fine, and its scans; whatever goes wrong with it is a ValueError."""
     from PIL import Image
 
     file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -80,8 +107,7 @@ def decode_picture(
             warnings.simplefilter("ignore")  # of size, which is looked at here, and of odd metadata
             with Image.open(file, formats=formats) as picture:
                 _check_head(picture, name, pixels)
-                _check_scans(picture, file, name)
-                shown = _upright(picture, size, how, name)
+                yield picture, _scans(picture, file, name)
     except _Refused as error:
         raise ValueError(str(error)) from None
     except Image.DecompressionBombError:
@@ -89,7 +115,6 @@ def decode_picture(
     except Exception as error:  # decoders of foreign bytes raise whatever they like
         kinds = ", ".join(formats)
         raise ValueError(f"{name} cannot be read as a picture ({kinds}): {_in_a_line(error)}") from error
-    return torch.from_numpy(shown).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 class _Refused(Exception):
@@ -112,19 +137,27 @@ def _check_head(picture: Image, name: str, pixels: int) -> None:
         raise _Refused(f"{name} must be at most {ASPECT} times as long as wide, got {width}x{height}")
 
 
-def _check_scans(picture: Image, file: BinaryIO, name: str) -> None:
+def _scans(picture: Image, file: BinaryIO, name: str) -> int:
+    """How often decoding goes over the picture; refuses a JPEG of too many scans, or of slow ones."""
     if picture.format not in ("JPEG", "MPO"):
-        return
+        return 1
     here = file.tell()
-    scans = _scans(file)
+    scans, is_arithmetic = _parts(file)
     file.seek(here)
     if scans > SCANS:
         raise _Refused(f"{name} must have at most {SCANS} scans, got more")
+    if is_arithmetic:
+        raise _Refused(
+            f"{name} must be coded by Huffman's method; it is coded arithmetically, which browsers do not show"
+        )
+    return scans
 
 
-def _scans(file: BinaryIO) -> int:
-    """Scans of a JPEG, counted to one more than `SCANS`. As its decoder goes: from part to part, past what they hold,
-    such as another picture, and to the picture's end, behind which phones put a video."""
+def _parts(file: BinaryIO) -> tuple[int, bool]:
+    """Scans of a JPEG, counted to one more than `SCANS`, and whether it is coded arithmetically. As its decoder goes:
+    from part to part, past what they hold, such as another picture, and to the picture's end, behind which phones put a
+    video."""
+    is_arithmetic = False
     scans, at, start, block = 0, 2, 0, b""
     while scans <= SCANS:
         found = MARKER.search(block, at - start)
@@ -139,8 +172,9 @@ def _scans(file: BinaryIO) -> int:
         if kind == END:
             break
         scans += kind == SCAN
+        is_arithmetic |= kind in ARITHMETIC
         at = start + behind + int.from_bytes(block[behind : behind + 2], "big")
-    return scans
+    return scans, is_arithmetic
 
 
 def _upright(picture: Image, size: tuple[int, int] | None, how: Fit, name: str) -> np.ndarray:

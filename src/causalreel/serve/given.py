@@ -7,15 +7,15 @@ import io
 import re
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from causalreel.data.pictures import decode_picture
+from causalreel.data.pictures import decode_picture, scanned_pixels
 from causalreel.data.video_in import open_video
 from causalreel.infer.restyle import Feed, GivenVideo, Restyle
 from causalreel.infer.values import Picture
-from causalreel.serve.safety import FORMATS, MIB, ApiError, decode_base64
+from causalreel.serve.safety import FORMATS, MIB, SCANNED, ApiError, decode_base64
 from causalreel.serve.scheduler import Busy
 from causalreel.serve.wire import SessionRequest
 
@@ -114,5 +114,11 @@ def pictures_in(message: bytes, size: tuple[int, int]) -> list[np.ndarray]:
                 f"a message of frames holds 1 to {MOST_FRAMES} pictures, each behind 4 bytes of its length"
             )
         parts.append(message[at - length : at])
-    decoded = (decode_picture(part, size, name="frame", formats=FORMATS, pixels=FRAME_PIXELS) for part in parts)
-    return [Picture().read("frame", one[0]).numpy() for one in decoded]
+    how: dict[str, Any] = {"name": "frame", "formats": FORMATS, "pixels": FRAME_PIXELS}
+    scanned = sum(scanned_pixels(part, **how) for part in parts)
+    if scanned > SCANNED:
+        raise ValueError(
+            f"frames of a message must have at most {SCANNED} pixels together, a JPEG's counted once for each scan; "
+            f"got {scanned}: send fewer, or no progressive ones"
+        )
+    return [Picture().read("frame", decode_picture(part, size, **how)[0]).numpy() for part in parts]

@@ -31,6 +31,9 @@ SUBPROTOCOL = "causalreel.v1"
 BEARER_PREFIX = "bearer."
 """A second subprotocol, this and the token in base64url without padding, carries a browser's token."""
 FORMATS = ("PNG", "JPEG", "WEBP")
+SCANNED = 170_000_000
+"""Most pixels of all pictures of a message, a JPEG's counted once for each scan: the largest picture, or as many frames
+as a message takes, in the ten scans of a common progressive JPEG."""
 _decoding = threading.Lock()
 CLIENTS = 4096
 """Clients whose rate is remembered; the one not seen for longest is forgotten first."""
@@ -149,11 +152,11 @@ def decode_base64(text: Any, wanted: str = "image must be base64 of a PNG, JPEG 
 def decode_picture(data: bytes, size: tuple[int, int], *, pixels: int) -> Tensor:
     """A picture's bytes -> (3,H,W) in [-1,1], cropped to `size` (height, width).
 
-    Its kind and size are read from its head before any pixel is; more than `pixels` are refused, and kinds other than
-    PNG, JPEG and WebP are not even tried. One is decoded at a time. Raises ValueError.
+    Its kind and size are read from its head before any pixel is; more than `pixels` are refused, or `SCANNED` in all
+    scans, and kinds other than PNG, JPEG and WebP are not even tried. One is decoded at a time. Raises ValueError.
     """
     with _decoding:
-        return pictures.decode_picture(data, size, formats=FORMATS, pixels=pixels)[0]
+        return pictures.decode_picture(data, size, formats=FORMATS, pixels=pixels, scanned=SCANNED)[0]
 
 
 def token_of(scope: Scope) -> str | None:
