@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from causalreel.data import compared
 from causalreel.data.manifest import MANIFEST, Manifest, ShardEntry, read_manifest, write_manifest
 from causalreel.data.packing import Row, pack, without_zeros, write_null
 from causalreel.data.shards import read_captions, read_shard
@@ -174,6 +175,22 @@ def test_processes_agree_on_whether_shards_are_compared(tmp_path: Path, monkeypa
     monkeypatch.setattr("causalreel.data.streaming.HASHED", parts[0].bytes - 1)
     data.verify(0, 2)
     data.verify(1, 2)
+
+
+def test_each_process_reads_its_share_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are; a second launch reads nothing, and one of another size nothing either."""
+    packed(tmp_path, 4, 4, 4)
+    read: list[str] = []
+    hashed = compared.sha256_of
+    monkeypatch.setattr(compared, "sha256_of", lambda path: read.append(path.name) or hashed(path))
+    monkeypatch.setattr(compared, "SETTLED_S", -1e9)
+    data, known = open_set(tmp_path), {}
+    for rank in range(2):
+        known |= data.verify(rank, 2)
+    assert sorted(read) == [*(f"latents-{number:05d}.safetensors" for number in range(3)), "null.safetensors"]
+    assert len(known) == len(read)
+    assert {**data.verify(0, 2, known), **data.verify(1, 2, known)} == data.verify(known=known) == known
+    assert len(read) == 4
 
 
 def test_unconditional_text_that_is_none(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from causalreel.data.compared import compare
 from causalreel.data.manifest import NULL, Manifest, read_manifest
 from causalreel.data.shards import FIELD, TYPES, Shard, agree, damaged, read_ragged_text, read_shard, shards
-from causalreel.hashed import sha256_of
 from causalreel.types import Batch, Conditioning, LatentBatch, TrajectoryBatch
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ OPEN = 64
 GIB = 2**30
 HASHED = 16 * GIB
 """Bytes that a process compares with their hashes before it trains: a quarter of a minute."""
-DIFFERS = "its contents are not those that the manifest names"
 
 
 @dataclass(frozen=True)
@@ -75,26 +74,29 @@ class PreparedSet:
             raise damaged(path, "the unconditional text has values that are not finite")
         return text
 
-    def verify(self, rank: int = 0, size: int = 1) -> None:
+    def verify(self, rank: int = 0, size: int = 1, known: Mapping[str, str] | None = None) -> dict[str, str]:
         """Compare the files with the hashes of the manifest, the `rank`-th of `size` shares of them; ValueError that
         names the one that differs. Where one share is of more than `HASHED` bytes, all shards are left to `causalreel
-        prepare --check`: no process waits for another's."""
+        prepare --check`: no process waits for another's. known: files that need not be read; -> those of this share,
+        see `data.compared`."""
+        known, found = known or {}, {}
         if self.manifest is None:
-            return
+            return {}
         told = {shard.file: shard for shard in self.manifest.shards}
-        if rank == 0 and self.manifest.null is not None and sha256_of(self.folder / NULL) != self.manifest.null:
-            raise damaged(self.folder / NULL, DIFFERS)
+        if rank == 0 and self.manifest.null is not None:
+            found |= compare(self.folder / NULL, self.manifest.null, known)
         paths = [shard.path for shard in self.shards]
         shares = [sum(told[path.name].bytes for path in paths[at::size]) for at in range(size)]
         if max(shares) > HASHED:
             told_of = "%s: %.0f GiB are not compared with their hashes; `causalreel prepare --check` does that"
             log.info(told_of, self.folder, sum(shares) / GIB)
-            return
+            return found
         if sum(shares) > GIB:
-            log.info("%s: comparing %.0f GiB with their hashes", self.folder, sum(shares) / GIB)
+            again = ", as far as that was not done before" if known else ""
+            log.info("%s: comparing %.0f GiB with their hashes%s", self.folder, sum(shares) / GIB, again)
         for path in paths[rank::size]:
-            if sha256_of(path) != told[path.name].sha256:
-                raise damaged(path, DIFFERS)
+            found |= compare(path, told[path.name].sha256, known)
+        return found
 
     def captions(self, stop: int | None = None) -> list[str]:
         """Of the first `stop` clips, for who wants to look."""

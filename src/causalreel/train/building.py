@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.codecs.wan_vae import latent_statistics
+from causalreel.data.compared import write_compared
 from causalreel.data.prepare import render_clips
 from causalreel.data.sources import ClipSource
 from causalreel.data.world import WorldConfig
@@ -115,6 +116,8 @@ def build_denoising(recipe: Recipe, device: torch.device, team: Team | None = No
     made = gather(recipe, device, team)
     team = made.team
     resumable(recipe.trainer, recipe, made.contents)  # before anything is made
+    if team.is_first and made.compared:
+        write_compared(Path(recipe.trainer.out), made.compared)
     stage, source, exported, sampling = STAGES[recipe.stage](recipe, made, device)
     assert recipe.codec is not None
     codec_folder = recipe.codec

@@ -17,6 +17,7 @@ from torch import Tensor
 from causalreel import config as configs
 from causalreel import families
 from causalreel.codecs.codec import Codec
+from causalreel.data.compared import read_compared
 from causalreel.data.manifest import NULL
 from causalreel.data.prepare import read_info
 from causalreel.data.shards import caption_place, load_prepared, shards
@@ -70,6 +71,8 @@ class Ingredients:
     starts: dict[str, Start]
     contents: tuple[Content, ...]
     """Fingerprints of all of them; none where the trainer does not check."""
+    compared: dict[str, str]
+    """Files of the data that hold what their hashes say, see `data.compared`."""
     team: Team
 
     def filled(self, role: str, device: torch.device) -> DiTDenoiser:
@@ -118,8 +121,11 @@ def gather(recipe: Recipe, device: torch.device, team: Team | None = None, *, is
         _check_fits(role, net, spec, null.shape[2])
     _check_fields(source, roles, recipe.data)
     contents: tuple[Content, ...] = ()
+    compared: dict[str, str] = {}
     if recipe.trainer.check:
-        together(team, lambda: data.verify(team.rank, team.size))
+        known = team.first(read_compared(Path(recipe.trainer.out)) if team.is_first else {})
+        for part in together(team, lambda: data.verify(team.rank, team.size, known)):
+            compared |= part
         _check_codec_of_data(recipe.data, recipe.codec)
         beginnings = {f"lora_init.{role}": lora for role, lora in adapted.items()}
         contents = (
@@ -142,7 +148,7 @@ def gather(recipe: Recipe, device: torch.device, team: Team | None = None, *, is
     for role, config in recipe.lora.items():
         adapt(role, roles[role], config, recipe.trainer.seed, adapted.get(role))
     return Ingredients(
-        source, data.kind or "", spec, frames, codec.to(device), family, null, roles, starts, contents, team
+        source, data.kind or "", spec, frames, codec.to(device), family, null, roles, starts, contents, compared, team
     )
 
 
