@@ -4,13 +4,14 @@
     python benchmarks/training_gpus.py --gpus 2 --tiny            a rehearsal with processes on a CPU
 
 Every run is the command that a user starts, by torchrun, killed when enough steps are in its metrics file: nothing is
-saved. Sections:
+saved. Numbers are written after every run; started again with the same --out, runs that succeeded are not made again.
+Sections, of which counts of GPUs are measured from the largest on:
 
 - one: teacher forcing and a DMD cycle on one GPU, batch 1, what the others are compared with
 - data: teacher forcing sharded over 2, 4, ... GPUs (FSDP2), batch 1 a GPU: tokens a second against `one`
 - cycles: DMD likewise
 - hybrid: teacher forcing sharded over half of the GPUs, twice (HSDP)
-- context: one clip shared by 2, 4 GPUs (Ulysses): seconds a step against `one`
+- context: one clip shared by 4 and by 2 GPUs (Ulysses), as far as that divides the heads: seconds a step against `one`
 - stages: causal ODE (two trajectories of six Euler steps), CD and DMD, all of one size, over the GPUs
 - dmd14: a DMD cycle with a frozen 14B teacher beside a 1.3B student and critic, and what `causalreel plan` says of it
 - critic14: the same with a 14B critic too
@@ -18,12 +19,14 @@ saved. Sections:
 - resume: a checkpoint written by all GPUs after two steps: the losses of two more steps by all, and by half of them
 
 Seconds are medians of --runs steps after --warmup, of fewer where a run took longer than --patience (then `failed` is
-what it said); operations are `train.operations`. Nothing of the package's own models is needed.
+what it said); operations are `train.operations`. After --budget seconds no run is begun, and none goes on. Exits with 1
+if something failed or was left out. Nothing of the package's own models is needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -33,6 +36,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,7 @@ import yaml
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.manifest import Manifest, write_manifest
 from causalreel.data.packing import Row, pack, write_null
+from causalreel.files import write_text
 from causalreel.infer.bench import device_name, gpu_facts
 from causalreel.nn.presets import preset
 from causalreel.train.ingredients import ROLES
@@ -52,6 +58,7 @@ from causalreel.types import LatentSpec
 from causalreel.weights.export import save_codec
 
 SECTIONS = ("one", "data", "cycles", "hybrid", "context", "stages", "dmd14", "critic14", "forcing14", "resume")
+Section = dict[str, Callable[[], dict[str, Any]]]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ADAM = {"lr": 2e-6, "betas": [0.0, 0.999], "weight_decay": 0.01, "clip": 10.0}
 
@@ -64,36 +71,47 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--patience", type=float, default=240.0, help="seconds that a run may take")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all of it")
     parser.add_argument("--tiny", action="store_true", help="small networks and clips")
     parser.add_argument("--out", type=Path, help="file for the numbers, which are printed too")
     args = parser.parse_args()
-    result: dict[str, Any] = {
-        "conditions": {
-            "gpus": args.gpus,
-            "chunk": args.chunk,
-            "tiny": args.tiny,
-            "device": device_name(DEVICE),
-            "torch": str(torch.__version__),
-            **gpu_facts(DEVICE),
-        }
-    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    result, left = measured(args), []
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(args, Path(folder))
-        for section in args.sections:
-            result |= getattr(runs, section)()
-            text = json.dumps(result, indent=1)
-            if args.out is not None:  # after every section: what was measured stays
+        for key, work in (item for section in args.sections for item in getattr(runs, section)().items()):
+            if key in result and "failed" not in result[key]:
+                continue
+            if runs.left_s() > 0:
+                result[key] = work()
+            if "failed" in result.get(key, {"failed": ""}):
+                left.append(key)
+            if args.out is not None:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(text)
+                write_text(args.out, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+    if left:
+        sys.exit(f"failed or left out: {', '.join(left)}")
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """The conditions of this launch, and what was measured under them before."""
+    facts = {"gpus": args.gpus, "chunk": args.chunk, "tiny": args.tiny, "device": device_name(DEVICE)}
+    facts |= {"torch": str(torch.__version__), **gpu_facts(DEVICE)}
+    if args.out is None or not args.out.is_file():
+        return {"conditions": facts}
+    found = json.loads(args.out.read_text())
+    if (before := found["conditions"]) | {"clock_mhz": None} != facts | {"clock_mhz": None}:
+        sys.exit(f"{args.out} holds numbers of other conditions ({before}, now {facts}): give another --out")
+    return found
 
 
 class Runs:
-    """The runs of one launch of this script, in one folder."""
+    """The runs of one launch of this script, in one folder. Sections name them, and what makes each."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args, self.folder = args, folder
-        self.counts = [count for count in (2, 4, 8) if count <= args.gpus]
+        self.args, self.folder, self.end = args, folder, time.monotonic() + args.budget
+        self.counts = [count for count in (8, 4, 2) if count <= args.gpus]
         self.small, self.large = ("tiny-smoke", "tiny") if args.tiny else ("wan-1.3b", "wan-14b")
         self.clip = Clip(6, LatentSpec(16, 8, 8)) if args.tiny else Clip(21, LatentSpec(16, 60, 104))
         self._write_data()
@@ -111,67 +129,72 @@ class Runs:
         null = write_null(place, torch.randn(12, width, generator=generator).bfloat16())
         write_manifest(place, Manifest((shard,), null=null))
 
+    def left_s(self) -> float:
+        return self.end - time.monotonic()
+
     # ---- sections
 
-    def one(self) -> dict[str, Any]:
-        return {f"one {stage}": self.run(stage, gpus=1, batch=1) for stage in ("ar_diffusion", "dmd")}
+    def one(self) -> Section:
+        return {f"one {stage}": partial(self.run, stage, gpus=1, batch=1) for stage in ("ar_diffusion", "dmd")}
 
-    def data(self) -> dict[str, Any]:
-        return {f"data {count}": self.run("ar_diffusion", gpus=count, batch=count) for count in self.counts}
+    def data(self) -> Section:
+        return {f"data {count}": partial(self.run, "ar_diffusion", gpus=count, batch=count) for count in self.counts}
 
-    def cycles(self) -> dict[str, Any]:
-        return {f"cycles {count}": self.run("dmd", gpus=count, batch=count) for count in self.counts}
+    def cycles(self) -> Section:
+        return {f"cycles {count}": partial(self.run, "dmd", gpus=count, batch=count) for count in self.counts}
 
-    def hybrid(self) -> dict[str, Any]:
-        count = self.args.gpus
-        how = {"parallel": {"replicate": 2}}
-        return {f"hybrid 2 x {count // 2}": self.run("ar_diffusion", gpus=count, batch=count, trainer=how)}
+    def hybrid(self) -> Section:
+        how = {"trainer": {"parallel": {"replicate": 2}}}
+        return {f"hybrid 2 x {self.args.gpus // 2}": self._over_all("ar_diffusion", **how)}
 
-    def context(self) -> dict[str, Any]:
+    def context(self) -> Section:
+        counts = [count for count in self.counts if preset(self.small).heads % count == 0]
+        how = [{"gpus": count, "batch": 1, "trainer": {"parallel": {"context": count}}} for count in counts]
         return {
-            f"context {count}": self.run("ar_diffusion", gpus=count, batch=1, trainer={"parallel": {"context": count}})
-            for count in self.counts
-            if count <= 4  # heads: 12
+            f"context {count}": partial(self.run, "ar_diffusion", **h) for count, h in zip(counts, how, strict=True)
         }
 
-    def stages(self) -> dict[str, Any]:
-        count, found = self.args.gpus, {}
-        for stage in ("causal_ode", "causal_cd", "dmd"):
-            few = {"pairs": 2 * count, "grid": 6, "keep": [0, 2, 4], "maker_batch": 1}
-            found[f"stage {stage}"] = self.run(
-                stage, gpus=count, batch=count, settings=few if stage == "causal_ode" else {}
-            )
-        return found
+    def stages(self) -> Section:
+        few = {"pairs": 2 * self.args.gpus, "grid": 6, "keep": [0, 2, 4], "maker_batch": 1}
+        settings = {"causal_ode": few, "causal_cd": {}, "dmd": {}}
+        return {f"stage {stage}": self._over_all(stage, settings=more) for stage, more in settings.items()}
 
-    def dmd14(self) -> dict[str, Any]:
-        return {"dmd14": self.run("dmd", gpus=self.args.gpus, batch=self.args.gpus, large=("teacher",))}
+    def dmd14(self) -> Section:
+        return {"dmd14": self._over_all("dmd", large=("teacher",))}
 
-    def critic14(self) -> dict[str, Any]:
-        return {"critic14": self.run("dmd", gpus=self.args.gpus, batch=self.args.gpus, large=("teacher", "critic"))}
+    def critic14(self) -> Section:
+        return {"critic14": self._over_all("dmd", large=("teacher", "critic"))}
 
-    def forcing14(self) -> dict[str, Any]:
+    def forcing14(self) -> Section:
         count = self.args.gpus
-        how, shared = {"parallel": {"context": min(4, count)}}, max(1, count // 4)
-        return {"forcing14": self.run("ar_diffusion", gpus=count, batch=shared, trainer=how, large=("student",))}
+        how: dict[str, Any] = {"gpus": count, "batch": max(1, count // 4), "large": ("student",)}
+        how["trainer"] = {"parallel": {"context": min(4, count)}}
+        return {"forcing14": partial(self.run, "ar_diffusion", **how)}
 
-    def resume(self) -> dict[str, Any]:
+    def resume(self) -> Section:
+        return {"resume": self._resumed}
+
+    def _over_all(self, stage: str, **how: Any) -> Callable[[], dict[str, Any]]:
+        """A run with a clip for each of the GPUs."""
+        return partial(self.run, stage, gpus=self.args.gpus, batch=self.args.gpus, **how)
+
+    def _resumed(self) -> dict[str, Any]:
         """The same run continued twice from its checkpoint of step 2 -> both lists of losses and their distance."""
         count, losses = self.args.gpus, {}
-        how = {"steps": 4, "save_every": 2, "keep": 9}
+        name, how = f"resume-{len(list(self.folder.iterdir()))}", {"steps": 4, "save_every": 2, "keep": 9}
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(self._recipe("ar_diffusion", name, count, (), how)))
         for gpus in (count, count // 2):
-            name = f"resume-{count}"
-            path = self.folder / f"{name}.yaml"
-            path.write_text(yaml.safe_dump(self._recipe("ar_diffusion", name, count, (), how)))
             records, said = self._started(path, gpus, steps=4)
             if len(records) < 4:
-                return {"resume": {"failed": said[-2000:], "records": records}}
+                return {"failed": said[-2000:], "records": records}
             losses[gpus] = [record["student/loss"] for record in records[2:4]]
             shutil.rmtree(max((self.folder / name / "checkpoints").iterdir()))  # that of step 4
             metrics = self.folder / name / "metrics.jsonl"
             metrics.write_text("".join(f"{line}\n" for line in _lines(metrics)[:2]))
             shutil.rmtree(self.folder / name / "export", ignore_errors=True)
         pairs = zip(*losses.values(), strict=True)
-        return {"resume": {"losses": losses, "relative": max(abs(a - b) / abs(a) for a, b in pairs)}}
+        return {"losses": losses, "relative": max(abs(a - b) / abs(a) for a, b in pairs)}
 
     # ---- a run
 
@@ -240,15 +263,15 @@ class Runs:
         metrics, log = self.folder / path.stem / "metrics.jsonl", self.folder / f"{path.stem}.log"
         with log.open("w") as said:
             process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-            end = time.monotonic() + self.args.patience
-            while process.poll() is None and time.monotonic() < end:
-                if steps is None and len(_lines(metrics)) >= self.args.warmup + self.args.runs:
-                    break
-                time.sleep(0.2)
-            records = [json.loads(line) for line in _lines(metrics)]
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end = time.monotonic() + min(self.args.patience, self.left_s())
+            try:
+                while process.poll() is None and time.monotonic() < end:
+                    if steps is None and len(_lines(metrics)) >= self.args.warmup + self.args.runs:
+                        break
+                    time.sleep(0.2)
+                records = [json.loads(line) for line in _lines(metrics)]
+            finally:
+                _kill(process)
         print(path.stem, len(records), "steps recorded", flush=True)
         return records, log.read_text()
 
@@ -268,6 +291,16 @@ class Runs:
     def _plan(self, path: Path, gpus: int) -> Plan:
         recipe = resolve(str(path))
         return plan(recipe, sizes_of(recipe, self.small), self.clip, gpus=gpus)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """A launcher and its processes, each of which is in a session of its own."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = children.read_text().split() if process.poll() is None and children.exists() else []
+    for pid in (process.pid, *map(int, workers)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    process.wait()
 
 
 def _lines(path: Path) -> list[str]:
