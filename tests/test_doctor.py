@@ -326,3 +326,22 @@ def test_shipped_curves_are_read() -> None:
         assert one.bands.keys() <= curves.METRICS.keys() and "student/loss" in one.bands
         for band in one.bands.values():
             assert all(low < high for low, high in zip(band.low, band.high, strict=True))
+
+
+def test_shipped_curves_are_of_every_stage_and_their_runs_are_judged_by_them() -> None:
+    known = curves.read_curves()
+    stages = {str(one.marks["stage"]) for one in known}
+    assert stages == {"pretrain", "ar_diffusion", "causal_ode", "causal_cd", "dmd"}
+    for name, start in (("tiny/ar", "pretrain"), ("tiny/base", "random weights")):
+        run = RunFiles(Path(), [], resolve(name), "tiny", [], None)
+        notes: list[str] = []
+        one = curves.of_run(run, known, notes)
+        assert one is not None and one.begins == start and notes == []
+
+
+def test_runs_that_begin_otherwise_are_not_compared() -> None:
+    """A base that goes on from the shipped one has learned already what its curves still have to."""
+    run = RunFiles(Path(), [], resolve("tiny/base", ["init.student=tiny/base"]), "tiny", [], None)
+    notes: list[str] = []
+    assert curves.of_run(run, curves.read_curves(), notes) is None
+    assert notes == ["curves: runs of base begin with random weights, this one with pretrain"]

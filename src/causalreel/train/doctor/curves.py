@@ -17,12 +17,13 @@ from statistics import mean, variance
 from typing import Any
 
 from causalreel.foreign import read_json
-from causalreel.train.doctor.files import RunFiles
+from causalreel.train.doctor.files import RunFiles, start_of
 from causalreel.train.doctor.finding import Finding
+from causalreel.train.initial import RANDOM
 from causalreel.train.recipe import Recipe
 
 SHIPPED = Path(__file__).with_name("curves.json")
-"""Curves of the tiny recipes, as `runs/doctor.py` makes them; the package may have none."""
+"""Curves of the tiny recipes, as `runs/doctor.py` makes them."""
 
 FALLING = ("pretrain", "ar_diffusion")
 """Stages whose losses fall to the end. Those of distillation need not: a few-step student is no longer the mean."""
@@ -112,6 +113,8 @@ class Curves:
     name: str
     marks: Mapping[str, Any]
     batch: int
+    begins: str | None
+    """What the student begins with, see `beginning`; None: not known."""
     bands: Mapping[str, Band]
 
 
@@ -119,6 +122,16 @@ def marks_of(recipe: Recipe, size: str | None) -> dict[str, Any]:
     """What kind of run it is."""
     settings = {mark: getattr(recipe.settings, mark) for mark in MARKS if hasattr(recipe.settings, mark)}
     return json.loads(json.dumps({"stage": recipe.stage, "size": size, **settings}))
+
+
+def beginning(recipe: Recipe) -> str | None:
+    """What the student begins with: random weights, or the stage that made its export; None where that is not known."""
+    if str(recipe.init.get("student", RANDOM)).startswith(RANDOM):
+        return "random weights"
+    start = start_of(recipe, "student")
+    made = None if start is None else start.provenance.get("recipe")
+    stage = made.get("stage") if isinstance(made, Mapping) else None
+    return None if stage is None else str(stage)
 
 
 def read_curves(path: Path = SHIPPED) -> list[Curves]:
@@ -132,6 +145,7 @@ def read_curves(path: Path = SHIPPED) -> list[Curves]:
                 name,
                 dict(one["marks"]),
                 int(one["batch"]),
+                None if one.get("begins") is None else str(one["begins"]),
                 {
                     metric: Band(list(map(int, band["steps"])), *([float(v) for v in band[k]] for k in ("low", "high")))
                     for metric, band in one["bands"].items()
@@ -156,6 +170,10 @@ def of_run(run: RunFiles, curves: Sequence[Curves], notes: list[str]) -> Curves 
                 notes.append(
                     f"curves: {one.name} has batches of {one.batch}, this run of {batch}: too noisy to compare"
                 )
+                return None
+            begins = beginning(run.recipe)
+            if begins is not None and one.begins is not None and begins != one.begins:
+                notes.append(f"curves: runs of {one.name} begin with {one.begins}, this one with {begins}")
                 return None
             return one
     told = ", ".join(f"{name} {value}" for name, value in marks.items() if value is not None)
@@ -231,7 +249,8 @@ def make_curves(name: str, runs: Sequence[RunFiles]) -> dict[str, Any]:
         if steps:
             bands[metric] = _band(steps, [[column[step] for column in columns] for step in steps], metric)
     marks = marks_of(recipe, runs[0].size)
-    return {"name": name, "marks": marks, "batch": recipe.settings.batch, "bands": bands}
+    told = {"name": name, "marks": marks, "batch": recipe.settings.batch, "begins": beginning(recipe)}
+    return {**told, "bands": bands}
 
 
 def _band(steps: Sequence[int], values: Sequence[Sequence[float]], metric: str) -> dict[str, Any]:

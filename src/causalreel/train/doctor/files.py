@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from causalreel.nn.presets import preset
 from causalreel.train import checkpoint
 from causalreel.train.initial import size_of
 from causalreel.train.recipe import Recipe
-from causalreel.weights.export import Sampling, read_export
+from causalreel.weights.export import Export, Sampling, read_export
 from causalreel.weights.identify import preset_of
 
 LINE, RECORDS, NAMES = 1 << 16, 200_000, 500
@@ -145,3 +146,10 @@ def _sampling(folder: Path, notes: list[str]) -> Sampling | None:
     except (ValueError, OSError) as error:
         notes.append(f"the export cannot be read: {shown(str(error), 300)}")
         return None
+
+
+def start_of(recipe: Recipe, role: str) -> Export | None:
+    """The export that a role begins with; None where it begins otherwise, or that is there no more."""
+    with contextlib.suppress(ValueError, OSError):
+        return read_export(recipe.init[role])
+    return None

@@ -6,18 +6,16 @@ under wan/ have the hyper-parameters of the released configs, but for what their
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from causalreel.train.doctor.files import RunFiles
+from causalreel.train.doctor.files import RunFiles, start_of
 from causalreel.train.doctor.finding import Finding
 from causalreel.train.recipe import Recipe, resolve, shipped_recipes
 from causalreel.train.stages.causal_cd import CausalCDConfig
 from causalreel.train.stages.causal_ode import CausalODEConfig
 from causalreel.train.stages.dmd import DMDConfig
-from causalreel.weights.export import Export, read_export
 
 
 def found(run: RunFiles) -> list[Finding]:
@@ -139,7 +137,7 @@ def _of_average(recipe: Recipe, step: int) -> Iterator[Finding]:
 def _of_starts(recipe: Recipe) -> Iterator[Finding]:
     """What the exports say that the networks begin as."""
     settings, chunk = recipe.settings, getattr(recipe.settings, "chunk", None)
-    starts = {role: _export(recipe, role) for role in recipe.init}
+    starts = {role: start_of(recipe, role) for role in recipe.init}
     wanted = {"causal_ode": ("student", "teacher"), "causal_cd": ("student", "teacher"), "dmd": ("student",)}
     is_baseline = isinstance(settings, CausalODEConfig) and settings.trajectories == "bidirectional"
     for role in () if is_baseline else wanted.get(recipe.stage, ()):
@@ -175,12 +173,6 @@ def _of_starts(recipe: Recipe) -> Iterator[Finding]:
             f"init.teacher ({recipe.init['teacher']}) is causal; distribution matching gains by a bidirectional one",
             "take the bidirectional base",
         )
-
-
-def _export(recipe: Recipe, role: str) -> Export | None:
-    with contextlib.suppress(ValueError, OSError):
-        return read_export(recipe.init[role])
-    return None
 
 
 def _of_export(run: RunFiles) -> Iterator[Finding]:
