@@ -205,7 +205,7 @@ def test_longer_clips_stream_on_behind_a_policy_that_bounds_them(context: Contex
     assert long.shape[1] == 29
     close(long[:, :13], short)  # the window makes no difference before it is full
     plan = pipe.schedule(frames=29)
-    assert plan.context == (context if context.window else policy_from("memrope", frames=4, chunk=1))
+    assert plan.context == (context if context.window else policy_from("infinity-rope", frames=4, chunk=1))
 
 
 def test_a_prefix_leads_the_clip_and_is_seen() -> None:

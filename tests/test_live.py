@@ -244,8 +244,10 @@ def test_impossible_policies() -> None:
             Policy.of(export, sampling, **how)
     twelve = dataclasses.replace(export, frames=12)
     assert [Policy.of(twelve, Sampling(n), "renew").keep for n in (1, 2, 6)] == [3, 2, 6]
-    assert Policy.of(twelve, Sampling(1), "slide").keep == 6
-    assert Policy.of(export, Sampling(1)).kind == "renew"  # as its family's row says
+    assert Policy.of(twelve, Sampling(1), "slide").keep == 3  # its positions never grow
+    windowed = dataclasses.replace(twelve, context=Context(12))
+    assert Policy.of(windowed, Sampling(1), "slide").keep == 6
+    assert Policy.of(export, Sampling(1)).kind == "slide"  # as its family's row says
     assert Policy.of(dataclasses.replace(export, family="wan21", text="umt5"), Sampling(1)).kind == "slide"
     live = Live(pipeline(TWO_STEP), encode_prompt(pipeline(), PROMPTS[0]))
     with pytest.raises(ValueError, match="mode must be one of switch, recompute, fade, got 'cut'"):

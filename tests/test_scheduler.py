@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 
 from causalreel.infer import live
 from causalreel.infer.schedule import Schedule
+from causalreel.nn.masks import Context
 from causalreel.serve import memory
 from causalreel.serve.emitted import Emitted, Timings
 from causalreel.serve.handle import Ended, Handle, Limits, Lost
@@ -398,7 +400,9 @@ def test_early_prompts_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
         return Schedule(length, prefix, *rest)
 
     monkeypatch.setattr(live, "Schedule", spy)
-    scheduler = Scheduler(pipeline(TWO_STEP), policy="slide", warm=None)
+    made = pipeline(TWO_STEP)
+    made = dataclasses.replace(made, export=dataclasses.replace(made.export, context=Context(4)))
+    scheduler = Scheduler(made, policy="slide", warm=None)
     scheduler._warm_up_early_prompts(PROMPTS[0], 3)
     assert [n for n in read_again if n] == [1, 2]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import causalreel
 from causalreel.data.video import to_bytes
 from causalreel.infer.commands import Command, Field, Keys, Prompt
-from causalreel.infer.live import Live, encode_prompt
+from causalreel.infer.live import Live, PolicyKind, encode_prompt
 from causalreel.serve import begun
 from causalreel.serve import session as module
 from causalreel.serve.emitted import Timings
@@ -40,8 +40,13 @@ class Clock:
         return self.now
 
 
-def session(sampling: Sampling = TWO_STEP, **options: object) -> Session:
-    return Session(pipeline(sampling), Options(PROMPTS[0], **options))
+def session(sampling: Sampling = TWO_STEP, policy: PolicyKind | None = None, **options: object) -> Session:
+    return Session(pipeline(sampling), Options(PROMPTS[0], **options), policy=policy)
+
+
+def apart(a: Tensor, b: Tensor) -> int:
+    """The largest difference of two videos in bytes."""
+    return int((a.int() - b.int()).abs().max())
 
 
 def pictures(one: Session, chunks: int) -> list[Tensor]:
@@ -51,10 +56,12 @@ def pictures(one: Session, chunks: int) -> list[Tensor]:
 
 
 def test_the_beginning_is_a_clip() -> None:
-    one = session(seed=5)
     clip = to_bytes(pipeline(TWO_STEP).generate(PROMPTS[0], seed=5)[0])
+    renewed = session(seed=5, policy="renew")
+    assert torch.equal(torch.cat(pictures(renewed, 4)), clip)
+    one = session(seed=5)  # reads keys at other positions the same distances apart: rotations are rounded otherwise
     made = [one.next_chunk() for _ in range(4)]
-    assert torch.equal(torch.cat([chunk.frames for chunk in made]), clip)
+    assert apart(torch.cat([chunk.frames for chunk in made]), clip) <= 1
     assert made[0].frames.dtype == torch.uint8 and made[0].frames.shape == (1, 32, 32, 3)
     assert [chunk.sequence for chunk in made] == [0, 1, 2, 3]
     assert [chunk.first_frame for chunk in made] == [0, 1, 5, 9]
@@ -177,14 +184,14 @@ def test_a_picture_and_its_prompt_agree_on_the_background() -> None:
 
 def test_a_picture_comes_first_and_a_restart_keeps_it() -> None:
     picture = torch.rand(3, 32, 32) * 2 - 1
-    one = session(image=picture)
+    one = session(policy="renew", image=picture)
     rounded = (to_bytes(picture)[0].permute(2, 0, 1).float() / 127.5) - 1
     clip = to_bytes(pipeline(TWO_STEP).generate(PROMPTS[0], prefix=rounded)[0])
     assert torch.equal(torch.cat(pictures(one, 4)), clip)
     one.command("restart")
     assert torch.equal(torch.cat(pictures(one, 4)), clip) and one.state()["has_image"]
     one.command("image", image=None)
-    assert torch.equal(torch.cat(pictures(one, 2)), torch.cat(pictures(session(), 2)))
+    assert torch.equal(torch.cat(pictures(one, 2)), torch.cat(pictures(session(policy="renew"), 2)))
     one.command("image", image=picture)
     made = one.next_chunk()
     assert torch.equal(made.frames, clip[:1]) and made.commands[0].arguments == {"image": "32 x 32 pixels"}

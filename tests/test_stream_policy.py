@@ -16,6 +16,9 @@ from causalreel.nn.policies.registry import policy_from
 from causalreel.nn.policies.window import Context
 
 RED = "a large red circle moves right"
+INFINITY = (
+    "infinity-rope:cache_chunks=11,sink_chunks=1,last_position=11,flush_every=0,cut_shift=21,shifts_single_frames=true"
+)
 CHUNKS, ROOM = "tiny/chunk-4step", "window must hold the sink and the chunk's 3 frames: got window=4, sink=2"
 GIVEN = ("--video", "given.mp4", "--strength")
 
@@ -25,7 +28,7 @@ GIVEN = ("--video", "given.mp4", "--strength")
     [
         ("memrope", "slide", "memrope:sink=1,local=8,alpha_long=0.01,alpha_short=0.1"),
         ("renew", "renew", "full"),
-        (None, "renew", "full"),
+        (None, "slide", INFINITY),
     ],
 )
 def test_a_stream_takes_a_policy_and_its_record_makes_it_again(

@@ -115,11 +115,11 @@ class Family:
     models: tuple[ReleasedModel, ...] = ()
     """Released models."""
     policy: Literal["renew", "slide"] = "slide"
-    """How live streams outlast a training clip, see `infer.live.Policy`: renew where that was measured to be better;
-    slide, as the released code for long videos does, elsewhere."""
+    """How live streams outlast a training clip, see `infer.live.Policy`: slide, under `longer` or in a window as the
+    released code for long videos does, unless renew was measured to be better."""
     longer: str | None = None
     """Context policy beyond a training clip's length, as `--policy` reads it, of models whose own keeps everything:
-    what was measured to drift least; None: a window of that length."""
+    what was measured to drift least, and of equals the fastest; None: a window of that length."""
     control: Steering | None = None
     """The keys of its models that take cameras and actions, unless an export says otherwise."""
     kinds: tuple[CodecKind, ...] = ()

@@ -41,7 +41,8 @@ def spread(pipeline: Pipeline, mesh: Mesh | None, *, decode_device: torch.device
     if mesh is None:
         return pipeline
     latent, patch, export = pipeline.export.latent, pipeline.export.model.patch, pipeline.export
-    if beyond(export, pipeline.sampling) is not None:  # longer clips then get a window: not all policies can be shared
+    longer = beyond(export, pipeline.sampling)
+    if longer is not None and longer.selects:  # which cannot be shared: longer clips get a window
         pipeline = replace(pipeline, export=replace(export, context=Context(window=export.frames)))
     shard_sequence(pipeline.denoiser, tokens=latent.height * latent.width // patch**2)
     pipeline = replace(pipeline, text=SharedText(pipeline.text, mesh))

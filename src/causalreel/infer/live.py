@@ -34,7 +34,8 @@ PolicyKind = Literal["renew", "slide"]
 
 KEPT: dict[PolicyKind, int] = {"renew": 4, "slide": 2}
 """A new segment keeps the trained length divided by this. For renew a quarter held and followed prompts best, as
-measured (`benchmarks/live_quality.py`, table in docs/live.md); for slide half is a guess between speed and memory."""
+measured (`benchmarks/live_quality.py`, table in docs/live.md); so it is for slide where positions never grow and a new
+segment means another prompt or weights; elsewhere half is a guess between speed and memory."""
 
 POSITIONS = 1024
 """Positions of frames that sliding may reach before it begins again at 0: as many as the released code has tables."""
@@ -73,12 +74,16 @@ class Policy:
         trained = export.frames // chunk * chunk
         if trained < 2 * chunk:
             raise ValueError(f"chunk must be at most {export.frames // 2} for a live stream, got {chunk}")
-        keep = max(trained // KEPT[kind] // chunk * chunk, chunk) if keep is None else keep
+        context = export.context
+        if kind == "slide":
+            context = beyond(export, sampling) or context.bounded(trained)
+        if keep is None:
+            share = KEPT["renew" if context.is_endless else kind]
+            keep = max(trained // share // chunk * chunk, chunk)
         if not chunk <= keep <= trained - chunk or keep % chunk:
             raise ValueError(f"keep must be a multiple of {chunk}, from {chunk} to {trained - chunk}; got {keep}")
         if kind == "renew":
-            return Policy(kind, trained, keep, export.context)
-        context = beyond(export, sampling) or export.context.bounded(trained)
+            return Policy(kind, trained, keep, context)
         length = ENDLESS if context.is_endless else POSITIONS
         return Policy(kind, max(length, trained) // chunk * chunk, keep, context)
 

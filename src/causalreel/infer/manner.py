@@ -75,4 +75,6 @@ def beyond(export: Export, sampling: Sampling) -> ContextPolicy | None:
     chunk, longer = sampling.chunk, families.of(export).longer
     if longer is None or chunk is None or sampling.plan != "chunked" or export.context != Context():
         return None
+    if chunk > export.frames:  # no such clip can be made, as is said elsewhere
+        return None
     return policy_from(longer, frames=export.frames // chunk * chunk, chunk=chunk)

@@ -21,9 +21,11 @@ from causalreel import __version__
 from causalreel.foreign import holds_more
 from causalreel.infer import values
 from causalreel.infer.commands import Close, Command, Options, parse
-from causalreel.infer.live import PolicyKind
+from causalreel.infer.live import Policy, PolicyKind
+from causalreel.infer.schedule import adapt
 from causalreel.infer.values import Text, Whole
-from causalreel.nn.policies.registry import described
+from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.registry import described, policy_from
 
 if TYPE_CHECKING:
     from causalreel.infer.pipeline import Pipeline
@@ -95,20 +97,42 @@ class Record:
 
     def differences(self, pipeline: Pipeline) -> list[str]:
         """Why the frames may differ from those recorded, each in a few words."""
-        here = {"model": pipeline.export.name, **made_by(pipeline)}
+        here = {"model": pipeline.export.name, **made_by(pipeline, self._policy(pipeline).context)}
         recorded = {"model": self.model, **self.made_by}
+        if self._is_same_context(pipeline):
+            recorded["context"] = here["context"]
         named = {key: recorded[key] for key in here if key in recorded and recorded[key] != here[key]}
         words = {"weights": "the weights are others"}
         return [words.get(key, f"{key} was {was[:60]}, is {here[key]}") for key, was in named.items()]
 
+    def _policy(self, pipeline: Pipeline) -> Policy:
+        """How the pipeline goes on for ever as the record says."""
+        sampling = adapt(pipeline.sampling, steps=self.options.steps, chunk=self.options.chunk)
+        return Policy.of(pipeline.export, sampling, self.policy)
 
-def made_by(pipeline: Pipeline, loras: Mapping[str, float] | None = None) -> dict[str, str]:
-    """What the frames depend on besides the record. loras: with which strengths it began; None: those of now."""
+    def _is_same_context(self, pipeline: Pipeline) -> bool:
+        """Whether the context policy recorded is the pipeline's, in other words: files of earlier versions have the
+        export's own, which may keep everything, for the window that comes of it."""
+        export, chunk = pipeline.export, pipeline.sampling.chunk or 1
+        try:
+            recorded = policy_from(self.made_by.get("context", ""), frames=export.frames, chunk=chunk)
+        except ValueError:
+            return False
+        if self.policy == "slide":
+            recorded = recorded.bounded(export.frames // chunk * chunk)
+        return recorded == self._policy(pipeline).context
+
+
+def made_by(
+    pipeline: Pipeline, context: ContextPolicy | None = None, loras: Mapping[str, float] | None = None
+) -> dict[str, str]:
+    """What the frames depend on besides the record. context: the policy in force; None: the export's. loras: with which
+    strengths it began; None: those of now."""
     is_cuda = pipeline.device.type == "cuda"
     device = torch.cuda.get_device_name(pipeline.device) if is_cuda else pipeline.device.type
     size = f"{pipeline.size[1]}x{pipeline.size[0]}"
     known = {"version": __version__, "torch": torch.__version__, "device": device, "size": size}
-    known["context"] = described(pipeline.export.context)
+    known["context"] = described(context or pipeline.export.context)
     if pipeline.loras is not None:  # whose weights change with the strengths
         strengths = pipeline.loras.strengths if loras is None else loras
         return {**known, "loras": ", ".join(f"{name} {strength:g}" for name, strength in strengths.items())}

@@ -389,7 +389,7 @@ class Session:
             ]
             return {
                 "format": FORMAT,
-                **made_by(self.pipeline, self._loras),
+                **made_by(self.pipeline, self.video.policy.context, self._loras),
                 "model": self.pipeline.export.name,
                 "policy": self.video.policy.kind,
                 "options": packed(options),

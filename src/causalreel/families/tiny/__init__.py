@@ -32,6 +32,6 @@ FAMILY = Family(
     ),
     size=(64, 64),
     fps=16.0,
-    policy="renew",
-    longer="memrope",
+    policy="slide",
+    longer="infinity-rope",
 )
