@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import causalreel
+from causalreel import families
 from causalreel.data.video import to_bytes
 from causalreel.infer.commands import Command, Field, Keys, Prompt
 from causalreel.infer.live import Live, PolicyKind, encode_prompt
@@ -573,6 +574,21 @@ def test_what_the_frames_depend_on_is_recorded() -> None:
         "model was other, is small",
         f"version was 0.0.1, is {causalreel.__version__}",
     ]
+
+
+def test_a_record_of_an_earlier_version_may_name_the_same_context_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The export's own, which keeps everything, where a window of whole chunks comes of it, or the family's policy."""
+    made = pipeline(TWO_STEP)
+    made = dataclasses.replace(made, export=dataclasses.replace(made.export, frames=5))
+    tiny = families.FAMILIES["tiny"]
+    for longer, differences in ((None, []), ("infinity-rope", ["context was full, is infinity-rope"])):
+        monkeypatch.setitem(families.FAMILIES, "tiny", dataclasses.replace(tiny, longer=longer))
+        record = checked_record(Session(made, Options(PROMPTS[0], chunk=2)).record())
+        assert record.differences(made) == []
+        old = dataclasses.replace(record, made_by={**record.made_by, "context": "full"})
+        assert [said.partition(":")[0] for said in old.differences(made)] == differences
+    renewed = checked_record(Session(made, Options(PROMPTS[0], chunk=2), policy="renew").record())
+    assert renewed.made_by["context"] == "full" and renewed.differences(made) == []
 
 
 def test_a_replay_pauses_at_its_end_and_goes_on_where_somebody_takes_over() -> None:

@@ -343,7 +343,7 @@ def _recorded_profile(flags: Replay, record: Record) -> tuple[Replay, Profile]:
     recorded = record.made_by.get("context")
     try:
         if flags.policy is None and recorded not in (None, described(profile.export.context)):
-            flags = dataclasses.replace(flags, policy=recorded)
+            flags = dataclasses.replace(flags, policy=recorded, chunk=record.options.chunk)  # which it has to hold
             profile = flags.profile()
         sampling = adapt(profile.sampling, steps=record.options.steps, chunk=record.options.chunk)
         profile = dataclasses.replace(profile, sampling=sampling)

@@ -97,30 +97,25 @@ class Record:
 
     def differences(self, pipeline: Pipeline) -> list[str]:
         """Why the frames may differ from those recorded, each in a few words."""
-        here = {"model": pipeline.export.name, **made_by(pipeline, self._policy(pipeline).context)}
+        sampling = adapt(pipeline.sampling, steps=self.options.steps, chunk=self.options.chunk)
+        context = Policy.of(pipeline.export, sampling, self.policy).context
+        here = {"model": pipeline.export.name, **made_by(pipeline, context)}
         recorded = {"model": self.model, **self.made_by}
-        if self._is_same_context(pipeline):
+        if self._means(context, frames=pipeline.export.frames, chunk=sampling.chunk or 1):
             recorded["context"] = here["context"]
         named = {key: recorded[key] for key in here if key in recorded and recorded[key] != here[key]}
         words = {"weights": "the weights are others"}
         return [words.get(key, f"{key} was {was[:60]}, is {here[key]}") for key, was in named.items()]
 
-    def _policy(self, pipeline: Pipeline) -> Policy:
-        """How the pipeline goes on for ever as the record says."""
-        sampling = adapt(pipeline.sampling, steps=self.options.steps, chunk=self.options.chunk)
-        return Policy.of(pipeline.export, sampling, self.policy)
-
-    def _is_same_context(self, pipeline: Pipeline) -> bool:
-        """Whether the context policy recorded is the pipeline's, in other words: files of earlier versions have the
-        export's own, which may keep everything, for the window that comes of it."""
-        export, chunk = pipeline.export, pipeline.sampling.chunk or 1
+    def _means(self, context: ContextPolicy, *, frames: int, chunk: int) -> bool:
+        """Whether the context policy recorded is this one, in other words: files of earlier versions have the export's
+        own, which may keep everything, for the window that comes of it."""
+        frames = frames // chunk * chunk
         try:
-            recorded = policy_from(self.made_by.get("context", ""), frames=export.frames, chunk=chunk)
+            recorded = policy_from(self.made_by.get("context", ""), frames=frames, chunk=chunk)
         except ValueError:
             return False
-        if self.policy == "slide":
-            recorded = recorded.bounded(export.frames // chunk * chunk)
-        return recorded == self._policy(pipeline).context
+        return context == (recorded.bounded(frames) if self.policy == "slide" else recorded)
 
 
 def made_by(
