@@ -177,8 +177,8 @@ class StreamFlags(ModelFlags):
     """And how a stream goes on for ever."""
 
     policy: Annotated[str | None, arg(metavar="NAME[:key=value,...]")] = None
-    """How it goes on for ever: renew, in segments of the trained length; slide, in a window that slides; or a context
-    policy with its numbers, such as memrope (see `causalreel policy`). Default: the model's."""
+    """How it goes on for ever: renew, in segments of the trained length; slide, as clips beyond that length go on; or a
+    context policy with its numbers, such as memrope (see `causalreel policy`). Default: the model's."""
 
     @property
     def kind(self) -> PolicyKind | None:
