@@ -8,7 +8,8 @@
 # stopped, or to try again what failed. OUT names another folder, BUDGET the seconds of one start (0: no end).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-runs/eight_gpus} gpus=8 budget=${BUDGET:-0} failed=0 model=wan-14b train=() watch=() precisions=(bf16 fp8-attention)
+out=${OUT:-runs/eight_gpus} gpus=8 budget=${BUDGET:-0} failed=0 model=wan-14b
+train=() watch=() precisions=(bf16 fp8-attention)
 export PYTHONPATH=${PYTHONPATH:-src} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ "${1:-}" = "--smoke" ]; then
   out=${OUT:-runs/eight_gpus-smoke} gpus=4 model=tiny train=(--tiny) watch=(--height 64 --width 64 --device cpu)
