@@ -32,7 +32,7 @@ class ExportModel:
     steps: Annotated[int | None, Range(1, 1000)] = None
     """Denoising steps that it has from now on, with 4 for the first frame of a frame-wise model; default: as before."""
     weights_of: str | None = None
-    """Folder beside OUT, an export with the same weights, which are then not written again; goes with --codec."""
+    """Name of a folder beside OUT, an export with the same weights, which are then not written again; needs --codec."""
 
 
 def export_model(args: ExportModel) -> int:
