@@ -342,6 +342,8 @@ def _recorded_profile(flags: Replay, record: Record) -> tuple[Replay, Profile]:
         raise ValueError(f"{flags.file} was recorded with {record.model[:80]!r}; give --model: {error}") from None
     recorded = record.made_by.get("context")
     try:
+        sampling = adapt(profile.sampling, steps=record.options.steps, chunk=record.options.chunk)
+        Policy.of(profile.export, sampling, record.policy)  # a chunk that is too long is so under every policy
         if flags.policy is None and recorded not in (None, described(profile.export.context)):
             flags = dataclasses.replace(flags, policy=recorded, chunk=record.options.chunk)  # which it has to hold
             profile = flags.profile()
