@@ -54,6 +54,24 @@ def brightness(video: Tensor) -> list[float]:
     return ((video.mean((1, 2, 3)) + 1) * 127.5).tolist()
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_title_that_is_not_text(suffix: str, tmp_path: Path) -> None:
+    """PyAV decodes metadata as it opens a file, each version in its own way."""
+    path = tmp_path / f"a{suffix}"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "AN OLD TITLE"
+        stream = container.add_stream("mpeg4", rate=16)
+        stream.width = stream.height = 64
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 200, np.uint8))))
+        container.mux(stream.encode())
+    known = path.read_bytes()
+    assert b"AN OLD TITLE" in known
+    path.write_bytes(known.replace(b"AN OLD TITLE", b"\xff\xfe\xe9 \x80\xc3(TLE!!"[:12]))
+    video, _ = read_video(path)
+    assert video.shape == (4, 3, 64, 64) and abs(sum(brightness(video)) / 4 - 200) < 3
+
+
 @pytest.mark.parametrize("rate", [12, 16, 24, 25, 30, 60, 120])
 @pytest.mark.parametrize("start", [0.0, 1.4])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])

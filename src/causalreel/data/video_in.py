@@ -149,6 +149,13 @@ def _aspect(stream: Any) -> float:
     return aspect if 1 / 16 <= aspect <= 16 else 1.0
 
 
+def _metadata() -> dict[str, Any]:
+    """What `av.open` is told of metadata that are not UTF-8. PyAV 19 and later escape them and take no such word."""
+    import av
+
+    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]]:
     """The container of a file, a named pipe or what is open, and its video stream; checked by its head."""
@@ -162,7 +169,7 @@ def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]
     with contextlib.ExitStack() as stack:  # an open file has no name that FFmpeg could take for a protocol
         file = stack.enter_context(open(path, "rb")) if isinstance(path, str | os.PathLike) else path
         try:
-            container = av.open(file, options=options, metadata_errors="replace")
+            container = av.open(file, options=options, **_metadata())
         except (FFmpegError, OSError, ValueError, MemoryError) as error:
             raise ValueError(f"{path} cannot be read as a video: {_said(error)}") from error
         with container:
