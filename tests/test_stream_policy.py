@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from causalreel import cli, families
 from causalreel.data.video_in import read_video
+from causalreel.files import write_text
 from causalreel.foreign import read_json
 from causalreel.infer.live import Policy
 from causalreel.infer.models import load, profile, request_for
-from causalreel.nn.policies.registry import policy_from
+from causalreel.nn.policies.registry import described, policy_from
 from causalreel.nn.policies.window import Context
+from causalreel.serve.emitted import Emitted
+from causalreel.serve.session import Session
 
 RED = "a large red circle moves right"
 INFINITY = (
@@ -57,6 +62,59 @@ def test_a_record_with_chunks_of_its_own_keeps_the_policy_that_holds_them(
     assert cli.main(["replay", record, "--device", "cpu", "-o", again]) == 0
     assert "may differ" not in capsys.readouterr().err
     assert (read_video(shown)[0] - read_video(again)[0]).abs().max() == 0
+
+
+def recorded(tmp_path: Path, *how: str) -> Path:
+    path = tmp_path / "r.json"
+    told = ["stream", RED, "--device", "cpu", "--frames", "5", "-o", str(tmp_path / "a.mp4"), "--record", str(path)]
+    assert cli.main([*told, *how]) == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "model", "context"),
+    [
+        ([], CHUNKS, INFINITY.replace("cache_chunks=11", "cache_chunks=3")),
+        (["--policy", "memrope:alpha_long=0.02"], CHUNKS, "memrope:sink=3,local=4,alpha_long=0.02,alpha_short=0.1"),
+        (["--policy", "sink:window=9"], CHUNKS, "sink:window=9,sink=3"),
+        (["--policy", "sink", "--model", CHUNKS], "tiny/frame-1step", "sink:window=12,sink=1"),
+        (["--policy", "sink", "--model", CHUNKS, "--chunk", "1"], "tiny/frame-1step", "sink:window=12,sink=1"),
+        (["--policy", "sink:sink=2"], "tiny/frame-1step", "sink:window=12,sink=2"),
+    ],
+)
+def test_another_model_replays_with_numbers_of_its_own(
+    how: list[str], model: str, context: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for those that were named."""
+    record, again, made = recorded(tmp_path, *how), str(tmp_path / "b.mp4"), []
+    replayed = Session.replayed
+
+    def noted(session: Session) -> Iterator[Emitted]:
+        made.append(described(session.video.policy.context))
+        return replayed(session)
+
+    monkeypatch.setattr(Session, "replayed", noted)
+    assert cli.main(["replay", str(record), "--model", model, "--device", "cpu", "-o", again]) == 0
+    assert made == [context]
+
+
+def test_numbers_that_may_not_suit_the_model_that_replays_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, again = recorded(tmp_path, "--policy", "sink:window=4,sink=2"), tmp_path / "b.mp4"
+    line = ["replay", str(record), "--device", "cpu", "-o", str(again), "--model"]
+    capsys.readouterr()
+    assert cli.main([*line, CHUNKS]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and ROOM in told and "sink:window=4,sink=2, does not suit" in told, told
+    assert "--policy names another" in told and not again.exists()
+    write_text(record, json.dumps({**read_json(record), "model": "mine/one"}))
+    assert cli.main([*line, "tiny/frame-1step"]) == 0
+    assert "those of mine/one, which is not here; --policy sink has this model's own" in capsys.readouterr().err
+    for context in (INFINITY, "full"):  # what this model has in any case, and what has no numbers
+        write_text(record, json.dumps({**read_json(record), "context": context}))
+        assert cli.main([*line, "tiny/frame-1step"]) == 0
+        assert "mine/one, which is not here" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

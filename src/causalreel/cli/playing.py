@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 
 from causalreel.cli.flags import StreamFlags, ending, pixel_scale
 from causalreel.cli.parsing import FRAMES, Range
-from causalreel.foreign import parse_json
+from causalreel.foreign import parse_json, shown
 from causalreel.infer.commands import MOST_VALUES, RATE, SEED, STEPS, Close, Options, Pause, Resume, Step
 from causalreel.infer.values import NumbersByName, Text
 
@@ -282,7 +282,8 @@ class Replay(StreamFlags):
     model: str = ""
     """Model that makes it; default: the one that it was recorded with."""
     policy: Annotated[str | None, arg(metavar="NAME[:key=value,...]")] = None
-    """Context policy; default: the one that it was recorded with."""
+    """Context policy; default: the one that it was recorded with. Another model has its own, or the one that was named
+    for the recording, with its own numbers where none were named."""
     output: Annotated[Path, arg(aliases=["-o"])] = Path("out.mp4")
     """Video file (.mp4, .mkv, .mov, .webm, .gif)."""
     frames: Annotated[int | None, FRAMES] = None
@@ -332,7 +333,6 @@ def _recorded_profile(flags: Replay, record: Record) -> tuple[Replay, Profile]:
     ValueError that names the file if it cannot."""
     from causalreel.infer.live import Policy, understand
     from causalreel.infer.schedule import adapt
-    from causalreel.nn.policies.registry import described
 
     try:
         profile = flags.profile()
@@ -340,13 +340,13 @@ def _recorded_profile(flags: Replay, record: Record) -> tuple[Replay, Profile]:
         if flags.model != record.model:
             raise
         raise ValueError(f"{flags.file} was recorded with {record.model[:80]!r}; give --model: {error}") from None
-    recorded = record.made_by.get("context")
     try:
         sampling = adapt(profile.sampling, steps=record.options.steps, chunk=record.options.chunk)
         Policy.of(profile.export, sampling, record.policy)  # a chunk that is too long is so under every policy
-        if flags.policy is None and recorded not in (None, described(profile.export.context)):
-            flags = dataclasses.replace(flags, policy=recorded, chunk=record.options.chunk)  # which it has to hold
-            profile = flags.profile()
+        policy, is_known = (None, True) if flags.policy is not None else record.policy_for(profile)
+        if policy is not None:
+            flags = dataclasses.replace(flags, policy=policy, chunk=record.options.chunk)  # which it has to hold
+            profile = _with_policy(flags, profile.export.name)
         sampling = adapt(profile.sampling, steps=record.options.steps, chunk=record.options.chunk)
         profile = dataclasses.replace(profile, sampling=sampling)
         record.fits(profile.size)
@@ -356,7 +356,21 @@ def _recorded_profile(flags: Replay, record: Record) -> tuple[Replay, Profile]:
         Policy.of(profile.export, profile.sampling, record.policy)
     except ValueError as error:
         raise ValueError(f"{flags.file}: {error}") from None
+    if policy is not None and not is_known:
+        name, was = shown(policy.partition(":")[0], 40), shown(record.model, 80)
+        _say(
+            f"the context policy's numbers are those of {was}, which is not here; --policy {name} has this model's own"
+        )
     return flags, profile
+
+
+def _with_policy(flags: Replay, model: str) -> Profile:
+    """What is known of the model with the context policy that was recorded; ValueError if that does not suit it."""
+    try:
+        return flags.profile()
+    except ValueError as error:
+        told = f"the context policy that was recorded, {shown(flags.policy, 240)}, does not suit {model}"
+        raise ValueError(f"{told}: {error}; --policy names another") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- output

@@ -22,13 +22,15 @@ from causalreel.foreign import holds_more
 from causalreel.infer import values
 from causalreel.infer.commands import Close, Command, Options, parse
 from causalreel.infer.live import Policy, PolicyKind
+from causalreel.infer.models import Profile, profile
 from causalreel.infer.schedule import adapt
 from causalreel.infer.values import Text, Whole
 from causalreel.nn.policies.interface import ContextPolicy
-from causalreel.nn.policies.registry import described, policy_from
+from causalreel.nn.policies.registry import described, policy_from, without_own
 
 if TYPE_CHECKING:
     from causalreel.infer.pipeline import Pipeline
+    from causalreel.weights.export import Sampling
 
 FORMAT = "causalreel-session/1"
 MAX_COMMANDS = 10_000
@@ -97,15 +99,44 @@ class Record:
 
     def differences(self, pipeline: Pipeline) -> list[str]:
         """Why the frames may differ from those recorded, each in a few words."""
-        sampling = adapt(pipeline.sampling, steps=self.options.steps, chunk=self.options.chunk)
-        context = Policy.of(pipeline.export, sampling, self.policy).context
+        context, chunk = self._own(pipeline), self._sampling(pipeline).chunk or 1
         here = {"model": pipeline.export.name, **made_by(pipeline, context)}
         recorded = {"model": self.model, **self.made_by}
-        if self._means(context, frames=pipeline.export.frames, chunk=sampling.chunk or 1):
+        if self._means(context, frames=pipeline.export.frames, chunk=chunk):
             recorded["context"] = here["context"]
         named = {key: recorded[key] for key in here if key in recorded and recorded[key] != here[key]}
         words = {"weights": "the weights are others"}
         return [words.get(key, f"{key} was {was[:60]}, is {here[key]}") for key, was in named.items()]
+
+    def policy_for(self, model: Profile) -> tuple[str | None, bool]:
+        """The context policy under which a model replays it, None for the model's own; and whether its numbers are
+        known to be meant for it. ValueError if it cannot be read.
+
+        Another model than the one that recorded has its own policy, or the one that was named with the numbers that
+        were; its own chunk and clips give the others. Where the one that recorded is not here, all numbers stay.
+        """
+        recorded = self.made_by.get("context")
+        if recorded is None or recorded == described(model.export.context):
+            return None, True
+        if self.model == model.export.name:
+            return recorded, True
+        try:
+            recorder = profile(self.model)
+        except (ValueError, OSError):
+            recorder = None
+        if recorder is None or recorder.export.name != self.model:
+            return recorded, ":" not in recorded or recorded == described(self._own(model))
+        chunk = self._sampling(recorder).chunk or 1
+        frames = recorder.export.frames // chunk * chunk
+        policy = policy_from(recorded, frames=frames, chunk=chunk)
+        return (None if policy == self._own(recorder) else without_own(policy, frames=frames, chunk=chunk)), True
+
+    def _sampling(self, model: Profile | Pipeline) -> Sampling:
+        return adapt(model.sampling, steps=self.options.steps, chunk=self.options.chunk)
+
+    def _own(self, model: Profile | Pipeline) -> ContextPolicy:
+        """In force for a model of which no other policy is asked."""
+        return Policy.of(model.export, self._sampling(model), self.policy).context
 
     def _means(self, context: ContextPolicy, *, frames: int, chunk: int) -> bool:
         """Whether the context policy recorded is this one, in other words: files of earlier versions have the export's

@@ -101,6 +101,14 @@ def described(policy: ContextPolicy) -> str:
     return name + (":" + ",".join(f"{key}={str(value).lower()}" for key, value in values.items()) if values else "")
 
 
+def without_own(policy: ContextPolicy, *, frames: int, chunk: int) -> str:
+    """The policy as `policy_from` reads it, without the numbers that its name alone gives it for such a model."""
+    name, _, numbers = described(policy).partition(":")
+    _, _, own = described(policy_from(name, frames=frames, chunk=chunk)).partition(":")
+    named = [number for number in numbers.split(",") if number not in own.split(",")]
+    return ":".join(filter(None, (name, ",".join(named))))
+
+
 def _number(name: str, key: str, text: str, kind: Any) -> Any:
     """A value as the field's type; `none` and `true` where it has them."""
     choices = typing.get_args(kind) or (kind,)
