@@ -20,6 +20,7 @@ from causalreel import families
 from causalreel.data.video import to_bytes
 from causalreel.infer.commands import Command, Field, Keys, Prompt
 from causalreel.infer.live import Live, PolicyKind, encode_prompt
+from causalreel.nn.policies.registry import POLICIES, described, policy_from
 from causalreel.serve import begun
 from causalreel.serve import session as module
 from causalreel.serve.emitted import Timings
@@ -574,6 +575,20 @@ def test_what_the_frames_depend_on_is_recorded() -> None:
         "model was other, is small",
         f"version was 0.0.1, is {causalreel.__version__}",
     ]
+
+
+def test_what_was_recorded_is_told_whole_and_in_one_line_however_long() -> None:
+    made = pipeline(TWO_STEP)
+    record = checked_record(json.loads(json.dumps(session().record())))
+    for name in POLICIES:
+        recorded = described(policy_from(name, frames=1_000_000, chunk=1))
+        other = dataclasses.replace(record, made_by={**record.made_by, "context": recorded})
+        (told,) = other.differences(made)
+        assert told == f"context was {recorded}, is {record.made_by['context']}"
+    for text in ("sink\n" * 2000, "sink\u202e" * 2000):
+        other = dataclasses.replace(record, made_by={**record.made_by, "context": text})
+        (told,) = other.differences(made)
+        assert told.isprintable() and len(told) < 2000 and told.endswith(f", is {record.made_by['context']}")
 
 
 def test_a_record_of_an_earlier_version_may_name_the_same_context_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

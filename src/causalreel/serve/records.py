@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from causalreel import __version__
-from causalreel.foreign import holds_more
+from causalreel.foreign import holds_more, shown
 from causalreel.infer import values
 from causalreel.infer.commands import Close, Command, Options, parse
 from causalreel.infer.live import Policy, PolicyKind
@@ -53,6 +53,8 @@ MOST_PIXELS = 1 << 26
 KEYS = {"format", "model", "policy", "options", "commands", "chunks"}
 MADE_BY = ("version", "torch", "device", "size", "context", "weights", "loras")
 """What else the frames depend on; files of earlier versions leave it out."""
+MOST_SHOWN = 400
+"""Characters of a recorded value in a message: any context policy with all its numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ class Record:
             recorded["context"] = here["context"]
         named = {key: recorded[key] for key in here if key in recorded and recorded[key] != here[key]}
         words = {"weights": "the weights are others"}
-        return [words.get(key, f"{key} was {was[:60]}, is {here[key]}") for key, was in named.items()]
+        return [words.get(key, f"{key} was {shown(was, MOST_SHOWN)}, is {here[key]}") for key, was in named.items()]
 
     def policy_for(self, model: Profile) -> tuple[str | None, bool]:
         """The context policy under which a model replays it, None for the model's own; and whether its numbers are
