@@ -9,16 +9,19 @@ ways to change the prompt (follow of the new prompt, chunk by chunk behind the c
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Iterator
 
 import torch
 
-from causalreel import load
+from causalreel import families, load
 from causalreel.eval.metrics import measure
 from causalreel.infer.live import Live, Policy, encode_prompt
+from causalreel.infer.models import profile
 from causalreel.nn.masks import Context
-from causalreel.vocabulary import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, SPEEDS
+from causalreel.nn.policies.registry import without_own
+from causalreel.vocabulary import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, SLOTS, SPEEDS
 
 STRETCHES = ((0, 12), (12, 40), (40, None))
 CHANGE = 10
@@ -35,6 +38,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.chunks <= STRETCHES[-1][0]:
         parser.error(f"--chunks must be more than {STRETCHES[-1][0]}, where the last stretch begins")
+    if min(args.streams, args.behind) < 1:
+        parser.error(f"--streams and --behind must be at least 1, got {args.streams} and {args.behind}")
+    try:
+        words = families.of(profile(args.model).export).text.words
+    except (ValueError, OSError) as error:
+        parser.error(f"--model: {error}")
+    if words != SLOTS:
+        parser.error(f"--model must be one that reads the tiny world's prompts, such as tiny; got {args.model}")
     pipeline = load(args.model, device="cpu")
     if args.only != "changes":
         streams(pipeline, args)
@@ -47,15 +58,22 @@ def streams(pipeline, args) -> None:
     policies = {
         f"renew, keep {keep}": Policy.of(export, pipeline.sampling, "renew", keep) for keep in kept(export, chunk)
     }
-    policies["slide"] = Policy.of(export, pipeline.sampling, "slide")
-    half = export.frames // 2 // chunk * chunk
-    policies[f"slide, window {half}"] = Policy("slide", 1023, chunk, Context(window=half))
+    half = Policy("slide", 1023, chunk, Context(window=export.frames // 2 // chunk * chunk))
+    for policy in (Policy.of(export, pipeline.sampling, "slide"), half):
+        policies[sliding(policy, export.frames // chunk * chunk, chunk)] = policy
     policies["full cache, absolute positions"] = Policy("slide", 1023, chunk)
     print(f"{args.model}: {args.streams} streams of {args.chunks} chunks; follow / consistency / quality")
     for name, policy in policies.items():
         rows = [scores(pipeline, policy, seed, args.chunks) for seed in range(args.streams)]
         cells = [" / ".join(f"{mean(row[i][k] for row in rows):.3f}" for k in range(3)) for i in range(len(STRETCHES))]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def sliding(policy: Policy, frames: int, chunk: int) -> str:
+    """slide under which context policy, with the numbers that its name alone does not say: "slide, window 12"."""
+    context = policy.context
+    is_window = isinstance(context, Context) and context == Context(context.window)
+    return f"slide, {f'window {context.window}' if is_window else without_own(context, frames=frames, chunk=chunk)}"
 
 
 def changes(pipeline, args) -> None:
@@ -109,7 +127,7 @@ def change(pipeline, policy: Policy, seed: int, mode: str, behind: int) -> list[
 
 def mean(values) -> float:
     known = [value for value in values if value == value]
-    return sum(known) / max(len(known), 1)
+    return sum(known) / len(known) if known else math.nan
 
 
 if __name__ == "__main__":
