@@ -177,10 +177,10 @@ def attribute(page: Any, where: str, name: str) -> str | None:
     return page.locator(where).get_attribute(name)
 
 
-def screenshot(page: Any, name: str, **how: Any) -> None:
-    """A picture for the documentation, if asked for."""
+def screenshot(page: Any, name: str, after_ms: int = 4000, **how: Any) -> None:
+    """A picture for the documentation, if asked for; so late that the graphs have something to show."""
     if "PICTURES" in os.environ:
-        page.wait_for_timeout(4000)  # the graphs need something to show
+        page.wait_for_timeout(after_ms)
         page.screenshot(path=Path(os.environ["PICTURES"]) / f"live-{name}.png", **how)
 
 
@@ -506,10 +506,11 @@ def test_formats(page: Any, server: str) -> None:
 
 def test_phone_and_names(browser: Any, server: str) -> None:
     """Fits a small screen, is large enough to touch, and everything that can be used has a name."""
-    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    context = browser.new_context(**phone, color_scheme="dark")
     page = context.new_page()
     page.add_init_script(COLLECT)
-    play(page, server)
+    play(page, server, 24)
     assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
     small = """(all) => all.filter((one) => one.offsetParent && one.getBoundingClientRect().height < 40)
         .map((one) => one.id)"""
@@ -519,7 +520,12 @@ def test_phone_and_names(browser: Any, server: str) -> None:
     names = """(all) => all.filter((one) => !(one.labels?.length || one.textContent.trim()
         || one.getAttribute("aria-label") || one.getAttribute("aria-labelledby"))).map((one) => one.outerHTML)"""
     assert page.locator("button, select, input, textarea, canvas, ol, section").evaluate_all(names) == []
-    screenshot(page, "phone")
+    page.fill("#prompt", SECOND)
+    page.tap("#send")
+    page.evaluate("() => { document.activeElement.blur(); window.scrollTo(0, 0); }")
+    wait_until(lambda: page.locator("#playing").inner_text() == SECOND, "the new prompt")
+    assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    screenshot(page, "phone", after_ms=2500)  # the change is still in sight
     order = page.evaluate("() => ['stage', 'prompt-form', 'pace'].map((id) => document.getElementById(id).offsetTop)")
     assert order == sorted(order)
     page.click("#end")
