@@ -20,6 +20,9 @@ from causalreel.nn.denoiser import DiTDenoiser
 from causalreel.nn.fp8_attention import PackedMemory, attend_packed
 from causalreel.nn.kv_cache import KVCache
 from causalreel.nn.masks import Context, frame_mask, frames_of
+from causalreel.nn.policies.infinity_rope import InfinityRope
+from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.rolling_sink import RollingSink
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.split_attention import attend_split
 from causalreel.parallel.fast import FastDiT, accelerate
@@ -74,7 +77,7 @@ def run(
     *,
     chunk: int,
     frames: int,
-    context: Context,
+    context: ContextPolicy,
     plan: str,
     seed: int,
     fields: dict[str, torch.Tensor] | None = None,
@@ -117,6 +120,31 @@ def test_recorded_rollouts_are_the_networks(chunk: int, frames: int, window: int
         assert relative(run(fast, plan=plan, **how), exact) < max(1.2 * plain, 1e-3)
         for net8 in coarse:
             assert relative(run(net8, plan=plan, **how), exact) < 0.2
+
+
+@pytest.mark.parametrize("plan", ["plain", "fused"])
+@pytest.mark.parametrize(
+    "context",
+    [
+        Context(window=6, sink=1, last_position=5),
+        RollingSink(sink_chunks=3, recent_chunks=2),
+        InfinityRope(cache_chunks=5, sink_chunks=1, last_position=6),
+    ],
+)
+def test_recorded_rollouts_at_moving_positions_are_the_networks(context: ContextPolicy, plan: str) -> None:
+    """Replayed calls gather their own frames, however long the video, and no other kind of call comes with its length."""
+    torch.manual_seed(0)
+    net = DiTDenoiser(CONFIG).requires_grad_(False).cuda()
+    torch.nn.init.normal_(net.model.head.head.weight, std=0.1)
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    fast, kinds = accelerate(copy.deepcopy(half)), []
+    for seed, frames in ((0, 24), (1, 40)):
+        how = {"chunk": 1, "frames": frames, "context": context, "seed": seed}
+        exact = run(net, plan="plain", **how)
+        plain = relative(run(half, plan="plain", **how), exact)
+        assert relative(run(fast, plan=plan, **how), exact) < max(1.2 * plain, 1e-3)
+        kinds.append(len(fast.run.graphs.graphs))
+    assert 0 < kinds[0] == kinds[1]
 
 
 @pytest.mark.parametrize(("chunk", "frames", "window"), [(1, 9, 4), (2, 8, None)])

@@ -62,6 +62,26 @@ def test_norm_rotate_is_the_blocks_arithmetic() -> None:
     assert torch.equal(v, qkv[..., 2 * width :].unflatten(-1, (heads, -1)))
 
 
+def test_gathered_keys_are_those_rotated_where_they_are_read() -> None:
+    torch.manual_seed(0)
+    heads, width, eps = 3, 36, 1e-6
+    qkv, norm = torch.randn(2, 2 * 4, 3 * width), RMSNorm(width, eps)
+    weights = torch.randn(width), torch.nn.init.normal_(norm.weight).detach()
+    cos, sin = (part[:, 0] for part in rope_table((9, 4), 2, 2, width // heads, torch.device("cpu")))
+    memory = torch.full((2, 2, 16, heads, width // heads), float("nan"))
+    slots = torch.tensor([12, 13, 14, 15, 4, 5, 6, 7])
+    where = {"keys": memory[0], "values": memory[1], "slots": slots, "eps": eps, "turns_keys": False}
+    q = kernels.norm_rotate_into(qkv, *weights, cos, sin, **where)
+    assert torch.equal(q[0], kernels.norm_rotate(qkv, *weights, cos, sin, heads=heads, eps=eps)[0])
+    turn = rope_table((0, 7), 2, 2, width // heads, torch.device("cpu"))  # the second frame first
+    rows = torch.tensor([4, 5, 6, 7, 12, 13, 14, 15])
+    k, v = kernels.gather_turned(memory[0], memory[1], rows, *(part[:, 0] for part in turn))
+    plain = norm(qkv[..., width : 2 * width]).unflatten(-1, (heads, -1))
+    back = [4, 5, 6, 7, 0, 1, 2, 3]
+    assert torch.allclose(k, rotate(plain[:, back], *turn), atol=1e-5)
+    assert torch.equal(v, qkv[:, back, 2 * width :].unflatten(-1, (heads, -1)))
+
+
 def test_merging_parts_is_attention_over_all_keys() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 12, 8)  # (N,L,D)
@@ -146,6 +166,15 @@ def compare(device: str = "cpu") -> None:
         where = {"keys": buffer[0], "values": buffer[1], "slots": slots, "eps": 1e-6, "copies": 3}
         found.append((run(kernels.norm_rotate_into, *args, **where), buffer))
     check("norm_rotate_into", *found)
+    found = []
+    for run in (lambda f, *a, **k: f(*a, **k), formula):
+        buffer = torch.full((2, batch, 9, heads, dim), -7.0, device=device)
+        where = {"keys": buffer[0], "values": buffer[1], "slots": slots, "eps": 1e-6, "turns_keys": False}
+        queries = run(kernels.norm_rotate_into, *args, **where)
+        rows = torch.tensor([3, 8, 8, 0, 6], device=device)
+        turns = (part[:5].contiguous() for part in turn)
+        found.append((queries, buffer, *run(kernels.gather_turned, *buffer, rows, *turns)))
+    check("gather_turned", *found)
     check("norm_rows", [kernels.norm_rows(x, weights[0], 1e-6)], [formula(kernels.norm_rows, x, weights[0], 1e-6)])
     part = normal(4, length, heads, dim), normal(4, heads, length)
     extra = normal(1, length, heads, dim), 3 * normal(1, heads, length)

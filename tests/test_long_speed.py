@@ -24,7 +24,7 @@ def test_every_policy_is_timed_and_its_cache_named(tmp_path: Path) -> None:
     rows = found["policies"]
     assert {name: row["cache"] for name, row in rows.items()} == {
         "sink": "recorded",
-        "infinity-rope": "in place",
+        "infinity-rope": "recorded",
         "memrope": "growing",
     }
     for row in rows.values():

@@ -353,7 +353,11 @@ def _fast_call(request: MemoryRequest) -> int:
     parts = max(parts_of(n, heads, keys, PROCESSORS) for n in queries)  # of the keys, each with queries of its own
     copies = 1 if request.form == "fp8-attention" and request.places is not None else parts * wide
     attention = dim * (3 * wide + copies + parts * wide + narrow)  # qkv, queries, parts' results, what they come to
-    return tokens * (between + max(ffn, model.ffn_dim * narrow + attention))
+    chunks = 0 if request.context.is_absolute else request.fresh // (request.chunk or request.fresh)
+    gathered = (
+        chunks * 2 * request.rows * keys * dim * wide // request.gpus
+    )  # keys as each chunk reads them, and values
+    return tokens * (between + max(ffn, model.ffn_dim * narrow + attention)) + gathered
 
 
 def table_bytes(request: MemoryRequest) -> int:
@@ -367,7 +371,8 @@ def table_bytes(request: MemoryRequest) -> int:
 
 
 def recording_bytes(request: MemoryRequest) -> int:
-    """What recordings of calls hold between them: latents in and out, modulation, rotation; and modulations kept."""
+    """What recordings of calls hold between them: latents in and out, modulation, rotation; modulations kept; and where
+    positions move, once for all of them, which rows each chunk gathers and how their keys are rotated."""
     if request.places is None or request.chunk is None:
         return 0
     model, latent, kinds = request.model, request.latent, -(-request.window // request.chunk)  # until it is full
@@ -375,7 +380,9 @@ def recording_bytes(request: MemoryRequest) -> int:
     rotation = request.tokens // request.gpus * (model.dim // model.heads) * 4
     ends = 2 * request.rows * latent.channels * latent.height * latent.width * 4
     frames = request.fresh + (request.chunk if request.steps > 1 else 0)  # of the kinds of call that a chunk has
-    return kinds * frames * (levels + rotation + ends) + (request.steps + 1) * request.fresh * levels
+    chunks = 0 if request.context.is_absolute else request.fresh // request.chunk
+    gathers = chunks * request.places * request.tokens * (8 + model.dim // model.heads * 4)
+    return kinds * frames * (levels + rotation + ends) + (request.steps + 1) * request.fresh * levels + gathers
 
 
 # ----------------------------------------------------------------------------------------------------------- decoder

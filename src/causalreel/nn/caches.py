@@ -19,9 +19,8 @@ def growing_cache(policy: ContextPolicy, layers: int) -> KVCache | TokenCache:
 def static_kind(policy: ContextPolicy) -> type[StaticCache] | None:
     """What holds such a rollout in memory that never moves, if its `fits` says so; None: nothing does.
 
-    Only windows and sinks at absolute positions are recorded as CUDA graphs. Re-indexed ones, rolling sink and
-    infinity-RoPE are evaluated kernel by kernel; rolling forcing and policies that look at what frames hold need a
-    cache that grows.
+    Their calls can be recorded as CUDA graphs. Rolling forcing and policies that look at what frames hold need a cache
+    that grows, and are evaluated kernel by kernel.
     """
     if policy.selects or policy.tells_done:  # the latter's calls are windows of many chunks
         return None

@@ -144,21 +144,54 @@ def norm_rotate_into(
     slots: Tensor,
     eps: float,
     copies: int = 1,
+    turns_keys: bool = True,
 ) -> Tensor:
     """As norm_rotate, but keys and values go into rows `slots` (L) int64 of keys, values (B,capacity,N,D).
 
-    -> queries (copies,B,L,N,D), all the same: parts of the keys are read by queries of their own.
+    -> queries (copies,B,L,N,D), all the same: parts of the keys are read by queries of their own. Without `turns_keys`
+    keys are stored before their rotation, for `gather_turned`.
     """
-    batch, length, _ = qkv.shape
+    batch, length, width3 = qkv.shape
     heads = keys.shape[2]
     if not uses_triton(qkv):
         q, k, v = norm_rotate(qkv, q_weight, k_weight, cos, sin, heads=heads, eps=eps)
+        if not turns_keys:
+            _, k, _ = torch.split(qkv, width3 // 3, -1)
+            k = torch.unflatten(normed(k, k_weight, eps), -1, (heads, -1))
         keys.index_copy_(1, slots, k.to(keys.dtype))
         values.index_copy_(1, slots, v.to(values.dtype))
         return q.expand(copies, -1, -1, -1, -1)
     q = torch.empty(copies, batch, length, heads, keys.shape[3], dtype=qkv.dtype, device=qkv.device)
-    _launch_norm_rotate(qkv, q_weight, k_weight, cos, sin, q, keys, values, slots, heads=heads, eps=eps)
+    how: dict[str, Any] = {"heads": heads, "eps": eps, "turns_keys": turns_keys}
+    _launch_norm_rotate(qkv, q_weight, k_weight, cos, sin, q, keys, values, slots, **how)
     return q
+
+
+def gather_turned(keys: Tensor, values: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """keys, values (B,capacity,N,D), rows (L) int64, cos, sin (L,D/2) float32 -> these rows of both (B,L,N,D), of keys
+    rotated; both have samples at one stride."""
+    batch, _, heads, dim = keys.shape
+    length, width = len(rows), heads * dim
+    if not uses_triton(keys):
+        found = keys.index_select(1, rows)
+        return turned(found.float(), cos, sin).to(keys.dtype), values.index_select(1, rows)
+    k, v = torch.empty(2, batch, length, heads, dim, dtype=keys.dtype, device=keys.device).unbind()
+    triton_kernels().gather_turned[(batch * length,)](
+        keys,
+        values,
+        rows,
+        cos,
+        sin,
+        k,
+        v,
+        length,
+        width,
+        dim // 2,
+        keys.stride(0),
+        BLOCK=power_of_two(width),
+        num_warps=warps(width),
+    )
+    return k, v
 
 
 def norm_rotate_packed(
@@ -231,6 +264,7 @@ def _launch_norm_rotate(
     *,
     heads: int,
     eps: float,
+    turns_keys: bool = True,
 ) -> None:
     batch, length, width3 = qkv.shape
     width = width3 // 3
@@ -253,6 +287,7 @@ def _launch_norm_rotate(
         COPIES=q.shape[0] if slots is not None else 1,
         HAS_SLOTS=slots is not None,
         PACKED=values is None,
+        TURNS_KEYS=turns_keys,
         BLOCK=power_of_two(width),
         num_warps=warps(width),
     )

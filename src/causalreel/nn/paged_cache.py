@@ -1,7 +1,7 @@
 """A static cache for policies that read frames in any order: each frame has a place, and keeps it while it is held.
 
 Nothing is copied: a call writes to free places, a commit makes them taken, an eviction free. Calls gather what they
-read, so they are not recorded as CUDA graphs: slower than `StaticCache`, in memory as flat.
+read, and rotate it to where it is read: slower than `StaticCache` at absolute positions, in memory as flat.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ def norm_rotate(
     COPIES: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     PACKED: tl.constexpr,
+    TURNS_KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -108,6 +109,8 @@ def norm_rotate(
     for p in tl.static_range(COPIES):
         there = p * copy_stride + row * width + at
         tl.store(q + there, turned.to(q.dtype.element_ty), mask=inside)
+    if not TURNS_KEYS:
+        cosine, sine = cosine * 0.0 + 1.0, sine * 0.0
     turned = _normed_and_rotated(start + width, k_weight, cosine, sine, width, eps, at, inside, BLOCK)
     if HAS_SLOTS:
         there = sample * batch_stride + tl.load(slots + token) * width + at
@@ -119,6 +122,24 @@ def norm_rotate(
     else:
         there = row * width + at
     tl.store(keys + there, turned.to(keys.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_turned(
+    keys, values, rows, cos, sin, out_keys, out_values, length, width, pairs, batch_stride, BLOCK: tl.constexpr
+):
+    """Row `rows[i]` of keys (B,rows,E), neighbouring channels turned, and of values as row i of the results."""
+    row = tl.program_id(0).to(tl.int64)
+    sample, token = row // length, row % length
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    source = sample * batch_stride + tl.load(rows + token) * width + at
+    tl.store(out_values + row * width + at, tl.load(values + source, mask=inside, other=0.0), mask=inside)
+    pair = tl.arange(0, BLOCK // 2) % pairs
+    cosine, sine = tl.load(cos + token * pairs + pair), tl.load(sin + token * pairs + pair)
+    even, odd = tl.split(tl.reshape(tl.load(keys + source, mask=inside, other=0.0).to(tl.float32), [BLOCK // 2, 2]))
+    turned = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), [BLOCK])
+    tl.store(out_keys + row * width + at, turned.to(out_keys.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.split_attention import attend_plain
 from causalreel.nn.static_cache import CacheMemory, StaticCache
 from causalreel.nn.texts import CallText, read_text
-from causalreel.parallel.fast_attention import FastAttention
+from causalreel.parallel.fast_attention import FastAttention, Gather
 from causalreel.parallel.fast_block import PRODUCTS, TWINS, Bf16Linear, FastBlock, give_back
 from causalreel.parallel.quantise import Fp8Linear
 from causalreel.parallel.recordings import Levels, Recordings, TextOfBlocks
@@ -203,10 +203,12 @@ class FastDiT:
         size = x.shape[3] // self.model.config.patch, x.shape[4] // self.model.config.patch
         cos, sin = self.model.rotation(reading.positions, *size, x.device)  # (L,1,D/2)
         rotation = cos.squeeze(1), sin.squeeze(1)
+        gathers = self.attention.gathers_of(reading, cache, size)
         with torch.cuda.device_of(x):  # Triton starts kernels on the current device
-            if self.graphs is not None and x.is_cuda and isinstance(cache, StaticCache) and reading.turns_keys:
-                return self.graphs(x, levels, rotation, text, fields, reading, cache)
-            return self.evaluate(x, levels, rotation, text, fields, reading, cache)
+            if self.graphs is not None and self.graphs.fit(x, cache) and (reading.turns_keys or gathers):
+                assert isinstance(cache, StaticCache)
+                return self.graphs(x, levels, rotation, text, fields, reading, cache, gathers)
+            return self.evaluate(x, levels, rotation, text, fields, reading, cache, gathers)
 
     def text_keys(self, conditioning: Conditioning, frames: int) -> TextOfBlocks:
         """What every block reads; the same keys as long as the conditioning keeps them."""
@@ -243,13 +245,14 @@ class FastDiT:
         fields: Mapping[str, Tensor],
         reading: Reading,
         cache: FrameCache | None,
+        gathers: tuple[Gather, ...] = (),
     ) -> Tensor:
         """One evaluation, kernel by kernel: x (B,F,C,H,W) -> velocity (B,F,C,H,W)."""
         model, eps = self.model, self.model.config.eps
         y = model.tokens(x, fields).contiguous()  # (B,F,S,E)
         shape, tokens = y.shape, y.shape[2]
         quantised = self.quantised
-        call = self.attention.call_of(x, fields, rotation, reading, cache)
+        call = self.attention.call_of(x, fields, rotation, reading, cache, gathers)
         y = y.flatten(0, 2)
         first = levels.blocks[0]
         _, z, scale = kernels.residual_norm(y, first[1], first[0], eps=eps, tokens=tokens, quantised=quantised)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,20 @@ from causalreel.parallel.fast_block import FastBlock
 
 
 @dataclass(frozen=True)
+class Gather:
+    """What a chunk reads of a cache in which frames lie anywhere, in tensors: calls of one shape differ in nothing
+    else."""
+
+    queries: tuple[int, int]
+    """Query frames [a,b)."""
+    rows: Tensor
+    """(Lk) int64, of the cache's memory."""
+    cos: Tensor
+    """(Lk,D/2) float32, with `sin` the rotation of these keys."""
+    sin: Tensor
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """What self-attention is told of a call."""
 
@@ -35,6 +50,8 @@ class AttentionCall:
     """Cameras P and their inverses (B,F,4,4), of networks whose heads see through them."""
     is_blind: bool = False
     """No cameras were given to such a network."""
+    gathers: tuple[Gather, ...] = ()
+    """Chunk by chunk what is read, where keys lie in a static cache as they were before their rotation."""
 
     @property
     def tokens(self) -> int:
@@ -55,16 +72,35 @@ class FastAttention:
         rotation: tuple[Tensor, Tensor],
         reading: Reading,
         cache: FrameCache | None,
+        gathers: tuple[Gather, ...] = (),
     ) -> AttentionCall:
         """What self-attention needs to know of a call."""
         size = x.shape[3] // self.model.config.patch, x.shape[4] // self.model.config.patch
         if self.model.config.camera != "prope":
-            return AttentionCall(rotation, reading, cache, size)
+            return AttentionCall(rotation, reading, cache, size, gathers=gathers)
         views = self.model.views(fields)
         if isinstance(views, Views):
             return AttentionCall(rotation, reading, cache, size, (views.project, views.lift))
         blind = torch.zeros(*x.shape[:2], 4, 4, device=x.device)  # twins that see nothing add nothing
         return AttentionCall(rotation, reading, cache, size, (blind, blind), is_blind=True)
+
+    def gathers_of(self, reading: Reading, cache: FrameCache | None, size: tuple[int, int]) -> tuple[Gather, ...]:
+        """What the chunks of a call gather from a static cache; nothing where keys are read as they lie, are in e4m3 or
+        several processes', or see through cameras (`_by_groups`)."""
+        model = self.model
+        if not isinstance(cache, StaticCache) or isinstance(cache.memory, PackedMemory):
+            return ()
+        if model.exchange is not None or model.config.camera == "prope":
+            return ()
+        assert cache.call is not None
+        first = cache.call.reads[0]
+        tables = ((group, model.rotation(group.positions, *size, model.device)) for group in reading.groups)
+        return tuple(
+            Gather(
+                group.rows, _rows_of(first, group.keys, size[0] * size[1], model.device), cos.squeeze(1), sin.squeeze(1)
+            )
+            for group, (cos, sin) in tables
+        )
 
     def __call__(
         self, layer: int, block: FastBlock, z: Tensor, scale: Tensor | None, shape: torch.Size, call: AttentionCall
@@ -79,7 +115,7 @@ class FastAttention:
             out = see_out(self._twin_attention(layer, qkv, block, call, call.views, frames), call.views[0])
             return kernels.quantise_rows(out) if self.quantised else (out, None)
         if not call.reading.turns_keys:
-            out = self._by_groups(layer, qkv, block, call)
+            out = self._gathered(layer, qkv, block, call) if call.gathers else self._by_groups(layer, qkv, block, call)
             return kernels.quantise_rows(out) if self.quantised else (out, None)
         if isinstance(cache, StaticCache) and isinstance(cache.memory, PackedMemory):
             out, scale = self._packed_attention(layer, qkv, block, call, frames, cache, cache.memory)
@@ -122,6 +158,21 @@ class FastAttention:
             out, _ = attend_split(q.unsqueeze(0), k, v, mask, tokens)
         return out if exchange is None else exchange.to_tokens(out, frames)
 
+    def _gathered(self, layer: int, qkv: Tensor, block: FastBlock, call: AttentionCall) -> Tensor:
+        """As `_by_groups`, of a static cache, with all that changes from call to call in `call.gathers`."""
+        cache, tokens = call.cache, call.tokens
+        assert isinstance(cache, StaticCache)
+        keys, values = cache.memory.keys(layer), cache.memory.values(layer)
+        where: dict[str, Any] = {"keys": keys, "values": values, "slots": cache.slots}
+        weights, eps = (block.q_norm, block.k_norm, *call.rotation), self.model.config.eps
+        queries = kernels.norm_rotate_into(qkv, *weights, eps=eps, turns_keys=False, **where)
+        parts: list[Tensor] = []
+        for gather in call.gathers:
+            k, v = kernels.gather_turned(keys, values, gather.rows, gather.cos, gather.sin)
+            rows = slice(gather.queries[0] * tokens, gather.queries[1] * tokens)
+            parts.append(attend_split(queries[:, :, rows], k, v, None, tokens)[0])
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(2).flatten(0, 1)
+
     def _by_groups(self, layer: int, qkv: Tensor, block: FastBlock, call: AttentionCall) -> Tensor:
         """qkv (B,L,3E) -> what it reads (B*L,E), where keys are stored before their rotation: as the plain network."""
         config, rotation = self.model.config, call.rotation
@@ -142,7 +193,7 @@ class FastAttention:
             k, v = cache.memory.view(layer, cache.rows)
             seen = frames, k.shape[1] // call.tokens
             copies = copies_for(call.reading.mask, seen, call.tokens, config.heads, qkv.device)
-            where = {"keys": keys, "values": values, "slots": cache.slots}
+            where: dict[str, Any] = {"keys": keys, "values": values, "slots": cache.slots}
             return kernels.norm_rotate_into(qkv, *weights, eps=config.eps, copies=copies, **where), k, v
         q, k, v = kernels.norm_rotate(qkv, *weights, heads=config.heads, eps=config.eps)
         if exchange is not None:
@@ -173,3 +224,10 @@ class FastAttention:
             memory.store(layer, cache.slots, k, v)
             q = kernels.to_fp8(q)
         return attend_packed(q, memory, layer, cache.rows, call.reading.mask, tokens, quantised=exchange is None)
+
+
+@lru_cache(maxsize=256)
+def _rows_of(first: int, frames: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
+    """Frames by their place behind the `first` one -> the rows of their tokens (L) int64."""
+    rows = ((torch.tensor(frames) + first)[:, None] * tokens + torch.arange(tokens)).flatten()
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
