@@ -132,7 +132,7 @@ def test_recorded_rollouts_are_the_networks(chunk: int, frames: int, window: int
     ],
 )
 def test_recorded_rollouts_at_moving_positions_are_the_networks(context: ContextPolicy, plan: str) -> None:
-    """Replayed calls gather their own frames, however long the video, and no other kind of call comes with its length."""
+    """Replayed calls gather their own frames, however long the video; its length brings no other kind of call."""
     torch.manual_seed(0)
     net = DiTDenoiser(CONFIG).requires_grad_(False).cuda()
     torch.nn.init.normal_(net.model.head.head.weight, std=0.1)
