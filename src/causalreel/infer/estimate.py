@@ -354,7 +354,7 @@ def _fast_call(request: MemoryRequest) -> int:
     copies = 1 if request.form == "fp8-attention" and request.places is not None else parts * wide
     attention = dim * (3 * wide + copies + parts * wide + narrow)  # qkv, queries, parts' results, what they come to
     chunks = 0 if request.context.is_absolute else request.fresh // (request.chunk or request.fresh)
-    gathered = 2 * chunks * request.rows * keys * dim * wide // request.gpus  # keys and values, as each chunk reads them
+    gathered = 2 * chunks * request.rows * keys * dim * wide // request.gpus  # keys and values of each chunk
     return tokens * (between + max(ffn, model.ffn_dim * narrow + attention)) + gathered
 
 

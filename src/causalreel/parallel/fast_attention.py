@@ -93,14 +93,12 @@ class FastAttention:
         if model.exchange is not None or model.config.camera == "prope":
             return ()
         assert cache.call is not None
-        first = cache.call.reads[0]
-        tables = ((group, model.rotation(group.positions, *size, model.device)) for group in reading.groups)
-        return tuple(
-            Gather(
-                group.rows, _rows_of(first, group.keys, size[0] * size[1], model.device), cos.squeeze(1), sin.squeeze(1)
-            )
-            for group, (cos, sin) in tables
-        )
+        gathers: list[Gather] = []
+        for group in reading.groups:
+            rows = _rows_of(cache.call.reads[0], group.keys, size[0] * size[1], model.device)
+            cos, sin = model.rotation(group.positions, *size, model.device)
+            gathers.append(Gather(group.rows, rows, cos.squeeze(1), sin.squeeze(1)))
+        return tuple(gathers)
 
     def __call__(
         self, layer: int, block: FastBlock, z: Tensor, scale: Tensor | None, shape: torch.Size, call: AttentionCall
