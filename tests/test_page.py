@@ -504,14 +504,21 @@ def test_formats(page: Any, server: str) -> None:
 # -------------------------------------------------------------------------------------------------------- for everybody
 
 
+PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+
+
+def fits(page: Any) -> bool:
+    """Compared with what a phone has: its innerWidth grows with what does not fit."""
+    return page.evaluate("() => document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
 def test_phone_and_names(browser: Any, server: str) -> None:
     """Fits a small screen, is large enough to touch, and everything that can be used has a name."""
-    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-    context = browser.new_context(**phone, color_scheme="dark")
+    context = browser.new_context(**PHONE, color_scheme="dark")
     page = context.new_page()
     page.add_init_script(COLLECT)
     play(page, server, 24)
-    assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    assert fits(page)
     small = """(all) => all.filter((one) => one.offsetParent && one.getBoundingClientRect().height < 40)
         .map((one) => one.id)"""
     assert (
@@ -524,10 +531,29 @@ def test_phone_and_names(browser: Any, server: str) -> None:
     page.tap("#send")
     page.evaluate("() => { document.activeElement.blur(); window.scrollTo(0, 0); }")
     wait_until(lambda: page.locator("#playing").inner_text() == SECOND, "the new prompt")
-    assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    assert fits(page)
     screenshot(page, "phone", after_ms=2500)  # the change is still in sight
     order = page.evaluate("() => ['stage', 'prompt-form', 'pace'].map((id) => document.getElementById(id).offsetTop)")
     assert order == sorted(order)
+    page.click("#end")
+    context.close()
+
+
+def test_why_a_replay_differs_fits_a_phone(browser: Any, server: str, tmp_path: Path) -> None:
+    """A context policy is a long word without a space."""
+    context = browser.new_context(**PHONE, accept_downloads=True)
+    page = context.new_page()
+    page.add_init_script(COLLECT)
+    play(page, server)
+    with page.expect_download() as saved:
+        page.click("#replay")
+    record = json.loads(Path(saved.value.path()).read_text(encoding="utf-8"))
+    was = record["context"].replace("cache_chunks=11", "cache_chunks=9")
+    path = tmp_path / "a.replay.json"
+    path.write_text(json.dumps({**record, "context": was}))
+    page.set_input_files("#open", path)
+    wait_until(lambda: f"context was {was}, is {record['context']}." in page.locator("#problem").inner_text(), "why")
+    assert was != record["context"] and fits(page)
     page.click("#end")
     context.close()
 

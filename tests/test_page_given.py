@@ -99,7 +99,7 @@ def test_the_camera_shows_in_the_video_and_stops_with_the_session(page: Any) -> 
     page.click("#end")
     wait_until(lambda: page.locator("#camera").inner_text() == "Use the camera", "the end")
     assert page.evaluate("() => document.querySelector('#mirror').srcObject === null")
-    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate("() => document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
 def test_a_video_is_given_and_the_session_ends_with_it(page: Any, tmp_path: Path) -> None:

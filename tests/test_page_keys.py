@@ -190,7 +190,7 @@ def test_by_touch_at_phone_width(browser: Any, address: str) -> None:  # noqa: F
         shown = while_held(page, lambda keys=keys: touch(*keys), touch)
         found = moved(shown)
         assert found[0] * right > DEGREES and (found[2] > 0.1 if ahead else abs(found[2]) < 0.1)
-    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate("() => document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     sizes = page.locator("#pads button").evaluate_all("(all) => all.map((one) => one.getBoundingClientRect().height)")
     assert min(sizes) >= 44
     page.evaluate("() => scrollTo(0, 0)")
