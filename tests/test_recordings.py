@@ -118,7 +118,7 @@ def static(fast: DiTDenoiser, policy: ContextPolicy) -> StaticCache:
 @pytest.mark.parametrize("plan", ["plain", "fused"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_replayed_calls_are_the_networks(name: str, plan: str) -> None:
-    """Two videos in turn, by the same recordings: other noise, other text, frames at other places."""
+    """Three videos in turn, by the same recordings: other noise, other text, frames at other places."""
     policy = POLICIES[name]
     net, fast = denoiser(policy), accelerate(denoiser(policy))
     assert isinstance(fast.run, FastDiT) and fast.run.graphs is not None
