@@ -26,6 +26,9 @@ T = TypeVar("T")
 FREE: Mapping[str, bool] = types.MappingProxyType({"free": True})
 """Metadata of a field that may change between a run and its resumption: `field(default=..., metadata=FREE)`."""
 
+MASK = "mask"
+"""Key of metadata: a function of a field's value that gives what `dump` and `to_dict` say in its place."""
+
 
 NODES, DEPTH, FILES = 20_000, 40, 64
 """Limits of what is read: values of a file, levels of nesting, files with all those that they extend."""
@@ -349,10 +352,15 @@ def _at(place: str) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain YAML values, every field written out."""
+    """The config as plain YAML values, every field written out, but for what `MASK` hides."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"config: got {config!r}, expected an instance of a dataclass")
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
+    fields = (field for field in dataclasses.fields(config) if field.init)
+    return {field.name: _plain(field.metadata.get(MASK, _same)(getattr(config, field.name))) for field in fields}
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +27,7 @@ from causalreel.train.contents import Content, compare
 from causalreel.weights.files import read_tensors
 from causalreel.weights.pickles import read_pickle
 
-_NAME = re.compile(r"step-\d{8,}")
+_NAME = re.compile(r"step-\d{8,18}", re.ASCII)
 _PLACES = ("data", "init.", "compute")
 """Settings that older checkpoints compare; now their contents are compared."""
 
@@ -63,9 +63,15 @@ def save(directory: Path, step: int, state: State, *, keep: int | None = None) -
     except OSError as error:
         raise not_written(final, error) from error
     if keep is not None:
-        for old in complete(directory)[:-keep]:
-            remove_folder(old)
+        prune(directory, keep)
     return final
+
+
+def prune(directory: Path, keep: int, held: Collection[Path] = ()) -> None:
+    """Delete all complete checkpoints but the newest `keep` and those that are held."""
+    for old in complete(directory)[:-keep]:
+        if old not in held:
+            remove_folder(old)
 
 
 def not_written(final: Path, error: OSError) -> OSError:
@@ -123,7 +129,19 @@ def check_same(
 
     before: the keys that a checkpoint has -> the defaults of settings, which are its own where it is older than one.
     """
-    manifest = _manifest(path)
+    check_manifest(_manifest(path), f"checkpoint {path}", fixed, contents, before=before)
+
+
+def check_manifest(
+    manifest: Mapping[str, Any],
+    place: str,
+    fixed: Mapping[str, Any],
+    contents: Sequence[Content] = (),
+    *,
+    before: Callable[[Iterable[str]], Mapping[str, Any]] | None = None,
+    other: str = "out",
+) -> None:
+    """`check_same`, of a manifest; other: the setting to change for another run."""
     saved, missing = manifest["fixed"], "absent"
     if "contents" not in manifest:  # places were compared instead
         saved = {name: value for name, value in saved.items() if not name.startswith(_PLACES) or name in fixed}
@@ -136,10 +154,8 @@ def check_same(
             f"{k} ({saved.get(k, missing)!r} there, {here.get(k, missing)!r} here)" for k in differing[:8]
         )
         more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
-        raise ValueError(
-            f"checkpoint {path} is of another config: {shown}{more}; resume with its config or use another out"
-        )
-    compare(contents, manifest.get("contents", {}), f"checkpoint {path}")
+        raise ValueError(f"{place} is of another config: {shown}{more}; resume with its config or use another {other}")
+    compare(contents, manifest.get("contents", {}), place)
 
 
 def load_strict(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: str) -> None:
@@ -197,6 +213,12 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def check_seal(manifest: Mapping[str, Any]) -> None:
+    """ValueError for a manifest that is not as it was written; one older than hashes is taken as it is."""
+    if manifest.keys() & {"sha256", "seal"} and manifest.get("seal") != _seal(manifest):
+        raise ValueError("it was changed after it was written")
+
+
 def hashes_of(path: Path) -> dict[str, str]:
     """The hashes of a checkpoint's files; none where it is damaged or older than hashes are."""
     try:
@@ -227,11 +249,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = read_json(file, what="manifest of a checkpoint")
         sizes, step = manifest["bytes"], manifest["step"]
-        if manifest.keys() & {"sha256", "seal"} and manifest.get("seal") != _seal(manifest):
-            raise ValueError("it was changed after it was written")
+        check_seal(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _spoiled(path, f"{file} is missing or corrupt: {error}") from error
-    if _is_named(path) and step != step_of(path):
+    if is_named(path) and step != step_of(path):
         raise _spoiled(path, f"{path} holds a checkpoint of step {step}")
     for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
@@ -250,16 +271,17 @@ def verify(path: Path, hashes: Mapping[str, str]) -> None:
 
 def _spoiled(path: Path, what: str) -> ValueError:
     """The error for a damaged checkpoint: what is wrong, and how to go on without it."""
-    earlier = [other for other in complete(path.parent) if step_of(other) < step_of(path)] if _is_named(path) else []
+    earlier = [other for other in complete(path.parent) if step_of(other) < step_of(path)] if is_named(path) else []
     rest = f"go on from {earlier[-1].name}" if earlier else "start again"
     return ValueError(f"checkpoint: {what}; delete {path} to {rest}")
 
 
-def _is_named(path: Path) -> bool:
+def is_named(path: PurePath) -> bool:
+    """Whether a folder has a checkpoint's name."""
     return _NAME.fullmatch(path.name) is not None
 
 
-def step_of(path: Path) -> int:
+def step_of(path: PurePath) -> int:
     """Completed steps, by the name."""
     return int(path.name.removeprefix("step-"))
 
@@ -267,4 +289,4 @@ def step_of(path: Path) -> int:
 def complete(directory: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
     found: Iterable[Path] = directory.iterdir() if directory.is_dir() else ()
-    return sorted((path for path in found if _is_named(path) and path.is_dir()), key=step_of)
+    return sorted((path for path in found if is_named(path) and path.is_dir()), key=step_of)

@@ -94,11 +94,11 @@ def open_jsonl(path: Path, *, step: int) -> Writer:
     """A writer of one JSON object a line, on a file from which lines past `step` were dropped."""
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # torn by a kill in mid-write
+            except (ValueError, KeyError, TypeError, RecursionError):  # torn by a kill in mid-write, or a stranger's
                 continue
     write_text(path, "".join(kept))
 

@@ -16,6 +16,7 @@ from causalreel.nn.lora import adapter_state, add_lora
 from causalreel.nn.presets import preset
 from causalreel.parallel.mesh import launch
 from causalreel.train.codec_of import files_of
+from causalreel.train.elsewhere import openable
 from causalreel.train.ingredients import gather, missing, wanted_roles
 from causalreel.train.initial import size_of
 from causalreel.train.recipe import Recipe
@@ -35,6 +36,11 @@ def problems(recipe: Recipe) -> list[str]:
     """
     found = missing(recipe)
     where = launch()
+    if recipe.trainer.remote is not None:
+        try:
+            openable(recipe.trainer.remote)
+        except (OSError, ValueError, ImportError) as error:
+            found.append(str(error))
     try:
         check_processes(recipe, 1 if where is None else where.size)
     except ValueError as error:
@@ -70,17 +76,19 @@ def to_fetch(recipe: Recipe) -> list[HubFile]:
 
 
 def disk_bytes(recipe: Recipe) -> int:
-    """About what a run writes: checkpoints (one more than are kept), trajectories, export; not previews and metrics."""
+    """About what a run writes: checkpoints (one more than are kept, and one that waits to be copied), trajectories,
+    export; not previews and metrics."""
+    most = recipe.trainer.keep + 1 + (recipe.trainer.remote is not None)
     if recipe.stage == "codec":
         codec = sum(value.numel() for value in tiny_codec(0).state_dict().values())
-        return 4 * codec * (4 * (recipe.trainer.keep + 1) + 1) + 2 * codec
+        return 4 * codec * (4 * most + 1) + 2 * codec
     numbers = {role: _kept(recipe, role) for role in wanted_roles(recipe)}
     trained = [numbers[role] for role in recipe.trainer.optimisers if role in numbers]
     # float32: what is trained, two moments, and the student's average or target; frozen roles once, for they are links
     checkpoint = 4 * (3 * sum(trained) + numbers["student"])
     frozen = sum(count for role, count in numbers.items() if role not in recipe.trainer.optimisers)
     width = 2 if recipe.compute == "bfloat16" or (recipe.compute == "auto" and torch.cuda.is_available()) else 4
-    total = checkpoint * (recipe.trainer.keep + 1) + (0 if recipe.lora else width * frozen)
+    total = checkpoint * most + (0 if recipe.lora else width * frozen)
     total += 4 * numbers["student"] if "student" in recipe.lora else 0
     if "student" not in recipe.lora or recipe.lora_merged:
         total += 6 * _numbers(recipe, "student")

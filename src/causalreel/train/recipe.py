@@ -18,6 +18,7 @@ from causalreel import config as configs
 from causalreel.config import FREE
 from causalreel.nn.lora import LoRAConfig
 from causalreel.train.contents import Content, fingerprints
+from causalreel.train.elsewhere import masked
 from causalreel.train.stages.ar_diffusion import ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCDConfig
 from causalreel.train.stages.causal_ode import CausalODEConfig
@@ -132,6 +133,8 @@ def describe(recipe: Recipe) -> str:
         *(f"# {role} trains adapters of rank {lora.rank}" for role, lora in recipe.lora.items()),
         f"# checkpoints in {s.out}/checkpoints every {s.save_every} steps; export in {s.out}/export",
     ]
+    if s.remote is not None:
+        lines.append(f"# copies in {masked(s.remote)}")
     return "\n".join(lines)
 
 

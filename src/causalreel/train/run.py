@@ -23,6 +23,7 @@ from causalreel.train.arithmetic import arithmetic
 from causalreel.train.building import ADAPTERS, build_codec, build_denoising
 from causalreel.train.contents import Content
 from causalreel.train.recipe import Recipe, provenance
+from causalreel.train.remote import attached
 from causalreel.train.state import choose_device
 from causalreel.train.trainer import Result
 from causalreel.weights.export import MODEL, find_codec, read_codec, read_export
@@ -43,16 +44,23 @@ def run(recipe: Recipe) -> Result:
         device = stack.enter_context(_joined(where, recipe.trainer.device))
         stack.enter_context(arithmetic(device))
         team = Team(recipe.trainer.parallel, device)
+        remote = None
         if team.is_first:
             stack.enter_context(claim(out, "training"))
-        team.wait()
+            remote = stack.enter_context(attached(recipe.trainer, recipe))
+        team.wait()  # also for a checkpoint that is fetched
         run = build(recipe, device, team)
         how: dict[str, Any] = {"contents": run.contents, "starts": run.starts, "work": run.work}
-        result = trainer.train(run.stage, run.source, recipe.trainer, recipe=recipe, team=team, **how)
+        how |= {"team": team, "remote": remote}
+        result = trainer.train(run.stage, run.source, recipe.trainer, recipe=recipe, **how)
         if result.is_idle and _is_exported(out / "export", recipe, run.contents):
             log.info("%s is up to date", out / "export")
         elif not result.is_interrupted:
             run.export(out / "export")
+        if remote is not None:
+            remote.finish(*(() if result.is_interrupted else ("export", ADAPTERS)))
+        if recipe.trainer.remote is not None:
+            team.wait()
         return result
 
 

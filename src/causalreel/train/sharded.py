@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from causalreel.files import remove_folder, replacing_folder
+from causalreel.files import replacing_folder
 from causalreel.hashed import sha256_of
 from causalreel.parallel.sharding import Team
 from causalreel.train import checkpoint
@@ -53,11 +53,20 @@ class _Pending:
 class Saver:
     """Writes the checkpoints of a run; all processes of its team call the same methods in the same order.
 
+    whole: what is done in the first process with a checkpoint that is there, such as deleting older ones.
     is_behind: `save` returns once tensors are copied to the host, and the checkpoint appears some steps later.
     """
 
-    def __init__(self, directory: Path, team: Team, *, keep: int, is_hashed: bool, is_behind: bool = False) -> None:
-        self.directory, self.team, self.keep = directory, team, keep
+    def __init__(
+        self,
+        directory: Path,
+        team: Team,
+        *,
+        whole: Callable[[Path], None],
+        is_hashed: bool,
+        is_behind: bool = False,
+    ) -> None:
+        self.directory, self.team, self.whole = directory, team, whole
         self.is_hashed, self.is_behind = is_hashed, is_behind
         self._pending: _Pending | None = None
 
@@ -123,8 +132,7 @@ class Saver:
         def end(found: Mapping[str, str]) -> None:
             checkpoint.seal(pending.folder, pending.step, pending.state, found)
             pending.finish.close()
-            for old in checkpoint.complete(self.directory)[: -self.keep]:
-                remove_folder(old)
+            self.whole(final)
 
         try:
             parts = together(self.team, hashes, is_leaving=is_leaving)

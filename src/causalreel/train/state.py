@@ -41,6 +41,7 @@ from causalreel.train.watch import Watch
 if TYPE_CHECKING:
     from causalreel.train.initial import Start
     from causalreel.train.operations import Work
+    from causalreel.train.remote import Remote
     from causalreel.train.trainer import PreviewWriter, TrainerConfig
 
 logger = logging.getLogger("causalreel.train")
@@ -69,6 +70,7 @@ class Run:
         self.team = team or Team(config.parallel, self.device)
         self.meter = Meter(work, self.device, self.team.size)
         self.saver = self._make_saver()
+        self.remote: Remote | None = None  # in the first process, where it is set
         self.window = Window(mean=self.team.mean)
         self.cursor = DataCursor(len(source), config.seed)
         self.optimisers = self._prepare_roles(starts)
@@ -139,8 +141,8 @@ class Run:
         if self.team.control is None:
             return None
         config = self.config
-        how = {"keep": config.keep, "is_hashed": config.check, "is_behind": config.saves_behind}
-        return sharded.Saver(self.directory, self.team, **how)
+        how = {"is_hashed": config.check, "is_behind": config.saves_behind}
+        return sharded.Saver(self.directory, self.team, whole=self._whole, **how)
 
     def contexts(self) -> list[StepContext]:
         """What the stage is given for each part of the next step; the first moves the data position."""
@@ -268,11 +270,25 @@ class Run:
         facts = (dump(self.recipe), fixed(self.recipe), made_from, frozenset(frozen), moments)
         state = checkpoint.State(roles, trainer, *facts)
         if self.saver is None:
-            path = checkpoint.save(self.directory, self.step, state, keep=self.config.keep)
+            path = checkpoint.save(self.directory, self.step, state)
+            self._whole(path)
         else:
             path = self.saver.save(self.step, state)
         self._saved = time.monotonic()
         logger.info("saved %s: %.1f s", path, self._step_aside(began))
+
+    def _whole(self, path: Path) -> None:
+        """In the first process, once a checkpoint is there: copy it, and delete older ones."""
+        if self.remote is not None:
+            self.remote.send(path)
+        checkpoint.prune(self.directory, self.config.keep, () if self.remote is None else self.remote.held)
+
+    def wait_for_copies(self) -> None:
+        """In all processes: until the remote has what was saved, or could not take it."""
+        if self.remote is not None:
+            self.remote.wait()
+        if self.config.remote is not None:
+            self.team.wait()
 
     def end(self) -> None:
         """Wait for averages that follow on the host, and for a checkpoint that is still being written."""

@@ -20,16 +20,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from causalreel.config import FREE, dump
+from causalreel.config import FREE, MASK, dump
 from causalreel.files import remove_leftovers, write_text
 from causalreel.folders import claim
 from causalreel.parallel.recompute import Recompute
 from causalreel.parallel.sharding import ParallelConfig, Team
 from causalreel.train.contents import Content
+from causalreel.train.elsewhere import check_url, masked
 from causalreel.train.initial import Start
 from causalreel.train.log import NonFiniteError, Progress, Writer, open_jsonl, open_tensorboard
 from causalreel.train.operations import Work
 from causalreel.train.optim import OptimiserConfig, learning_rate
+from causalreel.train.remote import Remote
 from causalreel.train.stage import DataSource, Stage, Update
 from causalreel.train.state import Run
 
@@ -67,6 +69,9 @@ class TrainerConfig:
     whether it uses their text; 0 for none."""
     keep: int = field(default=2, metadata=FREE)
     """Checkpoints kept."""
+    remote: str | None = field(default=None, repr=False, metadata={**FREE, MASK: masked})
+    """URL of a folder elsewhere, such as s3://bucket/run, that gets a copy of the checkpoints, the records and the
+    export, and from which a run goes on in an empty `out`; of any file system of fsspec."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREE)
     """Where to train; auto takes the GPU if there is one."""
     tensorboard: bool = field(default=False, metadata=FREE)
@@ -95,6 +100,8 @@ class TrainerConfig:
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed {least} or more")
+        if self.remote is not None:
+            check_url(self.remote)
         if not self.optimisers:
             raise ValueError("optimisers: got none, at least one role must be trained")
 
@@ -126,6 +133,7 @@ def train(
     team: Team | None = None,
     work: Work | None = None,
     write_preview: PreviewWriter | None = None,
+    remote: Remote | None = None,
 ) -> Result:
     """Train a stage up to `config.steps`, from the newest checkpoint under `config.out` if there is one.
 
@@ -137,9 +145,13 @@ def train(
     copy of the arguments, and the first one writes.
 
     starts: what fills roles without storage (meta device); averages fill themselves. work: operations of a step, for
-    the records.
+    the records. remote: in the first process, what `train.remote.attached` makes of the config; copying may go on when
+    the run has ended.
     """
     run = Run(stage, source, config, config if recipe is None else recipe, contents, starts or {}, team, work)
+    run.remote = remote
+    if run.team.is_first and (remote is None) != (config.remote is None):
+        raise ValueError("remote: what train.remote.attached makes of the config is expected, and got none or another")
     with claim(config.out, "training") if run.team.is_first else contextlib.nullcontext(False) as is_alone:
         for folder in ("", "checkpoints", "previews", "export") if run.team.is_first else ():
             remove_leftovers(Path(config.out) / folder, is_alone=is_alone and folder == "checkpoints")
@@ -197,6 +209,7 @@ def _train(run: Run, write_preview: PreviewWriter) -> Result:
                 run.saver.poll()
             if is_stopping and not is_last:
                 run.end()
+                run.wait_for_copies()
                 logger.info("stopped after step %d; run the same command again to go on", run.step)
                 return Result(run.step, is_interrupted=True)
         run.end()
