@@ -7,8 +7,8 @@
 policies: one rollout of --minutes for each policy, every chunk of it made and waited for, latents dropped. For each
 minute the chunks that end it: median and 95th percentile of their time, memory, and the GPU's clock just behind them,
 which moves by some percent. The first minute is ten windows of a model trained on 21 latent frames, so `flat` is the
-last minute over the first. What the policy's cache allows is said: recorded (CUDA graphs) or growing (kernel by
-kernel).
+last minute over the first. What the policy's cache allows is said: recorded (CUDA graphs), or growing (kernel by
+kernel) where chunks do not fit it.
 noisy: pixels a second, decoder and all, of clips whose chunks become context as their last call read them, beside the
 committed forms: by a call more (plain), and by one that shares the next chunk's first call (fused).
 
@@ -202,7 +202,7 @@ def kind_of(pipeline: Pipeline, chunks: int) -> str:
     """What the policy's rollouts can be, on a GPU."""
     context, chunk = pipeline.export.context.bounded(pipeline.export.frames), pipeline.sampling.chunk or 1
     kind = static_kind(context)
-    if kind is None or not kind.fits(context, chunk, chunks * chunk):
+    if not kind.fits(context, chunk, chunks * chunk):
         return "growing"
     return "recorded"
 

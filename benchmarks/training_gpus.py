@@ -14,7 +14,7 @@ Sections, of which counts of GPUs are measured from the largest on:
 - context: one clip shared by 4 and by 2 GPUs (Ulysses), as far as that divides the heads: seconds a step against `one`
 - stages: causal ODE (two trajectories of six Euler steps), CD and DMD, all of one size, over the GPUs
 - dmd14: a DMD cycle with a frozen 14B teacher beside a 1.3B student and critic, and what `causalreel plan` says of it
-- critic14: the same with a 14B critic too
+- critic14: the same with a 14B critic too, recomputed whole (`recompute: full`)
 - forcing14: teacher forcing of 14B, one clip shared by 4 GPUs
 - resume: a checkpoint written by all GPUs after two steps: the losses of two more steps by all, and by half of them
 
@@ -163,7 +163,8 @@ class Runs:
         return {"dmd14": self._over_all("dmd", large=("teacher",))}
 
     def critic14(self) -> Section:
-        return {"critic14": self._over_all("dmd", large=("teacher", "critic"))}
+        how = {"trainer": {"recompute": "full"}}  # with its attention kept a critic of 14B needs more than a GPU has
+        return {"critic14": self._over_all("dmd", large=("teacher", "critic"), **how)}
 
     def forcing14(self) -> Section:
         count = self.args.gpus

@@ -175,6 +175,14 @@ def compare(device: str = "cpu") -> None:
         turns = (part[:5].contiguous() for part in turn)
         found.append((queries, buffer, *run(kernels.gather_turned, *buffer, rows, *turns)))
     check("gather_turned", *found)
+    rows = torch.stack([torch.randperm(9)[:5] for _ in range(batch)]).to(device)  # each sample has turns of its own
+    turns = [part[rows % length].contiguous() for part in turn]
+    found = []
+    for run in (lambda f, *a, **k: f(*a, **k), formula):
+        buffer = torch.full((2, batch, 9, heads, dim), -7.0, device=device)
+        buffer[0] = torch.arange(buffer[0].numel(), device=device).view(buffer[0].shape) % 13 - 6.0
+        found.append((run(kernels.turn_into, buffer[0][:, 1:6], *turns, buffer[1][:, 3:8]), buffer))
+    check("turn_into", *found)
     check("norm_rows", [kernels.norm_rows(x, weights[0], 1e-6)], [formula(kernels.norm_rows, x, weights[0], 1e-6)])
     part = normal(4, length, heads, dim), normal(4, heads, length)
     extra = normal(1, length, heads, dim), 3 * normal(1, heads, length)

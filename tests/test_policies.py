@@ -30,9 +30,10 @@ from causalreel.nn.policies.rolling_sink import RollingSink
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.static_cache import StaticCache
+from causalreel.nn.static_tokens import StaticTokenCache
 from causalreel.nn.token_cache import TokenCache
 from causalreel.parallel.fast import FastDiT, accelerate
-from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
+from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rolling, rollout
 from causalreel.train.self_rollout import parallel_pass, record_rollout, replay_passes, training_plan
 from causalreel.types import Conditioning, LatentSpec
 from causalreel.weights.export import Export, Sampling
@@ -160,10 +161,12 @@ def test_rolling_forcing_in_chunks_is_the_one_by_hand() -> None:
     net, fast = denoiser(policy), accelerate(denoiser(policy))
     how = {"chunk": 2, "frames": 18, "sigmas": SIGMAS, "read": read, "read_done": read_done}
     expected = from_scratch(net, given(), noise(), **how)
+    assert isinstance(fast.run, FastDiT)
     for one in (net, fast):
         close(run(one, one.new_cache(), 2, 18), expected)
-    assert isinstance(fast.run, FastDiT)
-    close(run(fast, fast.run.new_cache(policy, chunk=2, frames=None, batch=2, size=(4, 4)), 2, 18), expected)
+        cache = fast.run.new_cache(policy, chunk=2, frames=None, batch=2, size=(4, 4))
+        assert isinstance(cache, StaticCache)
+        close(run(one, cache, 2, 18), expected)
     record = record_rollout(
         net,
         training_plan([2] * 9, SIGMAS, [1, 1]),
@@ -174,6 +177,12 @@ def test_rolling_forcing_in_chunks_is_the_one_by_hand() -> None:
     )
     with torch.no_grad():
         close(torch.cat([one() for one in replay_passes(net, record, given())], 1), expected)
+    windows, how = list(rolling([2] * 9, SIGMAS)), {"conditioning": net.prepare(given()), "noise": noise()}
+    with torch.no_grad():
+        expected = collect(rollout(net, windows, cache=net.new_cache(), **how))
+        for one in (net, fast):  # two chunks together, then the finished one for the cache
+            cache = fast.run.new_cache(policy, chunk=2, frames=None, batch=2, size=(4, 4))
+            close(collect(rollout(one, windows, cache=cache, **how)), expected)
     pipeline = load("tiny/chunk-4step", policy="rolling-forcing:window=12,sink=3,cache=12", device="cpu")
     calls = list(pipeline.schedule(93).plan())
     assert all(len(call.parts) == 1 for call in calls)  # a fused commit would not be known as one
@@ -244,9 +253,10 @@ def test_a_selecting_rollout_is_the_one_by_hand(name: str) -> None:
     close(made[:1], expected)
     fast = accelerate(denoiser(SELECTING[name]))
     assert isinstance(fast.run, FastDiT)
-    cache = fast.run.new_cache(SELECTING[name], chunk=2, frames=None, batch=2, size=(4, 4))
-    assert isinstance(cache, TokenCache)  # its shape is not steady: no static cache
-    close(run(fast, cache, 2, frames), made)
+    for one in (net, fast):
+        cache = fast.run.new_cache(SELECTING[name], chunk=2, frames=None, batch=2, size=(4, 4))
+        assert isinstance(cache, StaticTokenCache)
+        close(run(one, cache, 2, frames), made)
     alone = collect(
         rollout(
             net,
@@ -423,13 +433,13 @@ def test_a_live_stream_goes_on_with_every_policy(asked: str) -> None:
 def test_estimates_know_what_is_held() -> None:
     """A rolling plan denoises four chunks together; policies hold what they say, in growing and fixed caches."""
     rolling = request_for("causal-forcing/longvideo", frames=0)
-    assert (rolling.fresh, rolling.kept, rolling.places) == (12, 24, None)
+    assert (rolling.fresh, rolling.kept, rolling.places) == (12, 24, 42)
     how = {"chunk": 3, "frames": None}
     for policy, kept, places in (
         (RollingSink(sink_chunks=3, recent_chunks=2), 21, 27),
         (InfinityRope(cache_chunks=5), 15, 21),
-        (MemRope(), 9, None),
-        (DeepForcing(), 16, None),
+        (MemRope(), 9, 12),
+        (DeepForcing(), 16, 19),
     ):
         asked = dataclasses.replace(rolling, context=policy, joint=1, **how)
         assert (asked.kept, asked.places) == (kept, places) and estimate(asked).least > 0

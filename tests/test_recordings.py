@@ -16,8 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from causalreel.nn.denoiser import DiTDenoiser
+from causalreel.nn.policies.deep_forcing import DeepForcing
 from causalreel.nn.policies.infinity_rope import InfinityRope
 from causalreel.nn.policies.interface import ContextPolicy
+from causalreel.nn.policies.memrope import MemRope
+from causalreel.nn.policies.relax_forcing import RelaxForcing
+from causalreel.nn.policies.rolling_forcing import RollingForcing
 from causalreel.nn.policies.rolling_sink import RollingSink
 from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
@@ -25,7 +29,7 @@ from causalreel.nn.static_cache import StaticCache
 from causalreel.parallel import recordings
 from causalreel.parallel.fast import FastDiT, accelerate
 from causalreel.parallel.recordings import Recordings
-from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rollout
+from causalreel.rollout import KeyedNoise, chunked, collect, fuse, rolling, rollout
 from causalreel.types import Conditioning, LatentSpec
 
 CONFIG = ModelConfig(dim=48, ffn_dim=80, heads=3, layers=2, text_dim=8, text_length=4, freq_dim=32, channels=4)
@@ -38,6 +42,10 @@ POLICIES: dict[str, ContextPolicy] = {
     "rolling-sink": RollingSink(sink_chunks=2, recent_chunks=1),
     "infinity-rope": InfinityRope(cache_chunks=3, sink_chunks=1, last_position=7),
     "infinity-rope, flushed": InfinityRope(cache_chunks=4, sink_chunks=1, last_position=9, flush_every=3),
+    "deep-forcing": DeepForcing(sink=2, budget=8, recent=3),
+    "relax-forcing": RelaxForcing(sink=2, budget=8, recent=2, alignment=0.7),
+    "memrope": MemRope(sink=2, local=3, alpha_long=0.2, alpha_short=0.6),
+    "rolling-forcing": RollingForcing(window=8, sink=2, cache=8),
 }
 
 
@@ -101,7 +109,7 @@ def denoiser(policy: ContextPolicy) -> DiTDenoiser:
 
 @torch.no_grad()
 def run(net: DiTDenoiser, cache: Any, plan: str, *, chunks: int, seed: int) -> Tensor:
-    calls = chunked([2] * chunks, (1.0, 0.6))
+    calls = (rolling if plan == "rolling" else chunked)([2] * chunks, (1.0, 0.6))
     told = Conditioning(torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(seed)))
     calls = fuse(calls) if plan == "fused" else calls
     return collect(rollout(net, calls, conditioning=net.prepare(told), noise=KeyedNoise([seed], SPEC), cache=cache))
@@ -115,8 +123,14 @@ def static(fast: DiTDenoiser, policy: ContextPolicy) -> StaticCache:
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("plan", ["plain", "fused"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        *((name, plan) for name, policy in POLICIES.items() for plan in ("plain", "fused") if policy.fuses),
+        *((name, "plain") for name, policy in POLICIES.items() if not policy.fuses),
+        ("rolling-forcing", "rolling"),
+    ],
+)
 def test_replayed_calls_are_the_networks(name: str, plan: str) -> None:
     """Three videos in turn, by the same recordings: other noise, other text, frames at other places."""
     policy = POLICIES[name]

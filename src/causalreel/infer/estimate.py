@@ -24,6 +24,7 @@ from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rope_table
 from causalreel.nn.split_attention import parts_of
+from causalreel.nn.static_cache import StaticCache
 from causalreel.text.umt5 import UMT5Sizes
 from causalreel.types import LatentSpec
 
@@ -166,9 +167,17 @@ class MemoryRequest:
             return None
         frames = None if self.frames is not None and self.frames > self.window else self.frames
         kind = static_kind(self.context)
-        if kind is None or not kind.fits(self.context, self.chunk, frames):
+        is_packed = self.form == "fp8-attention"
+        if not kind.fits(self.context, self.chunk, frames) or (is_packed and kind is not StaticCache):
             return None
         return kind.places(self.context, self.chunk, frames)
+
+    @property
+    def gathers(self) -> int:
+        """Chunks of a call that gather what they read of a cache of fixed size; those denoised together are one."""
+        if self.chunk is None or self.context.is_absolute or self.context.selects:
+            return 0
+        return 1 if self.joint > 1 else self.fresh // self.chunk
 
     @property
     def width(self) -> int:
@@ -261,7 +270,9 @@ def _network_parts(request: MemoryRequest, weights: int) -> Iterator[Part]:
     yield "weights", weights, f"the network's parameters, {kind}"
     if places is not None:
         held = cache_bytes(request, places, packed=request.form == "fp8-attention")
-        yield "cache", held, f"keys and values of {places} latent frames, {model.layers} blocks"
+        turned = held // 2 if request.context.selects else 0
+        twice = "; keys twice, as stored and as read" if turned else ""
+        yield "cache", held + turned, f"keys and values of {places} latent frames, {model.layers} blocks{twice}"
     elif request.chunk is not None:
         held = cache_bytes(request, request.kept) + cache_bytes(request, request.fresh)
         turned = cache_bytes(request, request.kept) // 2 if request.context.selects else 0
@@ -321,8 +332,10 @@ def activation_bytes(request: MemoryRequest) -> int:
     else:
         lent = 0  # they are in the cache
     call = _eager_call(request, lent) if request.form == "eager" else lent + _fast_call(request)
-    if request.context.selects:  # what stays is gathered anew; the keys as they were read are gone by then
+    if request.context.selects and request.places is None:  # gathered anew; the keys as they were read are gone by then
         return max(call, cache_bytes(request, request.kept) // 2)
+    if request.context.selects:  # block by block: what is there, what stays, and its keys in float32 to be judged
+        return max(call, 4 * cache_bytes(request, request.places or 0) // request.model.layers)
     return call
 
 
@@ -353,8 +366,7 @@ def _fast_call(request: MemoryRequest) -> int:
     parts = max(parts_of(n, heads, keys, PROCESSORS) for n in queries)  # of the keys, each with queries of its own
     copies = 1 if request.form == "fp8-attention" and request.places is not None else parts * wide
     attention = dim * (3 * wide + copies + parts * wide + narrow)  # qkv, queries, parts' results, what they come to
-    chunks = 0 if request.context.is_absolute else request.fresh // (request.chunk or request.fresh)
-    gathered = 2 * chunks * request.rows * keys * dim * wide // request.gpus  # keys and values of each chunk
+    gathered = 2 * request.gathers * request.rows * keys * dim * wide // request.gpus  # keys and values of each chunk
     return tokens * (between + max(ffn, model.ffn_dim * narrow + attention)) + gathered
 
 
@@ -378,8 +390,7 @@ def recording_bytes(request: MemoryRequest) -> int:
     rotation = request.tokens // request.gpus * (model.dim // model.heads) * 4
     ends = 2 * request.rows * latent.channels * latent.height * latent.width * 4
     frames = request.fresh + (request.chunk if request.steps > 1 else 0)  # of the kinds of call that a chunk has
-    chunks = 0 if request.context.is_absolute else request.fresh // request.chunk
-    gathers = chunks * request.places * request.tokens * (8 + model.dim // model.heads * 4)
+    gathers = request.gathers * request.places * request.tokens * (8 + model.dim // model.heads * 4)
     return kinds * frames * (levels + rotation + ends) + (request.steps + 1) * request.fresh * levels + gathers
 
 

@@ -8,6 +8,7 @@ from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.policies.selecting import SelectingPolicy
 from causalreel.nn.policies.window import Context
 from causalreel.nn.static_cache import StaticCache
+from causalreel.nn.static_tokens import StaticTokenCache
 from causalreel.nn.token_cache import TokenCache
 
 
@@ -16,12 +17,11 @@ def growing_cache(policy: ContextPolicy, layers: int) -> KVCache | TokenCache:
     return TokenCache(layers, policy) if isinstance(policy, SelectingPolicy) else KVCache(layers, policy)
 
 
-def static_kind(policy: ContextPolicy) -> type[StaticCache] | None:
-    """What holds such a rollout in memory that never moves, if its `fits` says so; None: nothing does.
+def static_kind(policy: ContextPolicy) -> type[StaticCache]:
+    """What holds such a rollout in memory that never moves, if its `fits` says so.
 
-    Their calls can be recorded as CUDA graphs. Rolling forcing and policies that look at what frames hold need a cache
-    that grows, and are evaluated kernel by kernel.
+    Its calls can be recorded as CUDA graphs.
     """
-    if policy.selects or policy.tells_done:  # the latter's calls are windows of many chunks
-        return None
+    if policy.selects:
+        return StaticTokenCache
     return StaticCache if isinstance(policy, Context) else PagedCache

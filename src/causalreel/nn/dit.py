@@ -23,6 +23,7 @@ from causalreel.nn.kv_cache import FrameCache
 from causalreel.nn.masks import Reading
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rope_table, rotate, rotate_keys
+from causalreel.nn.static_cache import StaticCache
 from causalreel.nn.texts import CallText, TextRun, read_text
 from causalreel.nn.token_cache import TokenCache
 from causalreel.types import Conditioning
@@ -92,6 +93,8 @@ class SelfAttention:
                 raise ValueError(f"{self.cache.context} works on one device: it looks at what all heads hold")
             k, v = self.cache.read(layer, q, k, v, self.size, twins=self.views is not None)
         elif self.cache is not None:
+            if isinstance(self.cache, StaticCache):
+                self.cache.hear(layer, q)
             k, v = self.cache.extend(layer, k, v)
         if self.reading.groups:
             attended = self._by_groups(q, k, v, tokens)

@@ -194,6 +194,28 @@ def gather_turned(keys: Tensor, values: Tensor, rows: Tensor, cos: Tensor, sin: 
     return k, v
 
 
+def turn_into(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """keys (B,L,N,D), cos, sin (B,L,D/2) float32 -> keys rotated, in `out` (B,L,N,D); rows of both lie side by side."""
+    batch, length, heads, dim = keys.shape
+    if not uses_triton(keys):
+        return out.copy_(turned(keys.float(), cos, sin))
+    width = heads * dim
+    triton_kernels().turn_into[(batch * length,)](
+        keys,
+        cos,
+        sin,
+        out,
+        length,
+        width,
+        dim // 2,
+        keys.stride(0),
+        out.stride(0),
+        BLOCK=power_of_two(width),
+        num_warps=warps(width),
+    )
+    return out
+
+
 def norm_rotate_packed(
     qkv: Tensor,
     q_weight: Tensor,
@@ -310,9 +332,9 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B,L,N,D), cos, sin (L,D/2) -> neighbouring channels turned as pairs."""
+    """x (B,L,N,D), cos, sin (L,D/2) or (B,L,D/2) -> neighbouring channels turned as pairs."""
     even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)  # (B,L,N,D/2)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 

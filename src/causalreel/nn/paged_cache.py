@@ -25,10 +25,10 @@ class PagedCache(StaticCache):
 
     @staticmethod
     def places(context: ContextPolicy, chunk: int, frames: int | None) -> int:
-        """Latent frames that the memory must hold: those that stay, and a call of two chunks."""
-        held = context.most_held(chunk)
+        """Latent frames that the memory must hold: those that stay, and a call's own."""
+        held, called = context.most_held(chunk), context.most_called(chunk)
         assert held is not None
-        return min(held + 2 * chunk, frames or held + 2 * chunk)
+        return min(held + called, frames or held + called)
 
     @staticmethod
     def fits(context: ContextPolicy, chunk: int, frames: int | None, prefix: int = 0) -> bool:

@@ -214,6 +214,9 @@ class StaticCache:
         self._commits = {c: None}
         return (*leaving, *stays, *queries[c:])
 
+    def hear(self, layer: int, q: Tensor) -> None:
+        """Rotated queries (B,L,N,D) of the announced call, for a policy that asks them (`nn.static_tokens`)."""
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As FrameCache.extend: writes k, v (B,L,N,D) to `slots` and lends the run that the call reads."""
         self.memory.store(layer, self.slots, k, v)

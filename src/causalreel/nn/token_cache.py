@@ -1,7 +1,7 @@
 """The cache of policies that look at what frames hold: every entry with its own position, in every block.
 
-It grows and shrinks with what the policy keeps, so its calls are not recorded as CUDA graphs: slower than the others,
-in memory as flat. Keys are stored before rotation, and turned once a chunk, not once a call.
+It grows and shrinks with what the policy keeps, for networks as they are trained; `nn.static_tokens` is its form in
+memory that never moves. Keys are stored before rotation, and turned once a chunk, not once a call.
 """
 
 from __future__ import annotations
@@ -14,6 +14,14 @@ from torch import Tensor
 from causalreel.nn.masks import Frame, Reading
 from causalreel.nn.policies.selecting import Committed, Entries, SelectingPolicy
 from causalreel.nn.rope import rotate_keys, token_table
+
+
+def check_call(context: SelectingPolicy, queries: tuple[Frame, ...], end: int) -> None:
+    """ValueError for a call that is not one chunk behind a cache which ends at frame `end`."""
+    if queries[0].chunk_start != queries[-1].chunk_start or queries[0].stream != 0:
+        raise ValueError(f"{context.__class__.__name__} needs calls of one chunk: give fused=False")
+    if queries[0].index != end:
+        raise ValueError(f"the call starts at frame {queries[0].index}, but the cache ends at frame {end}")
 
 
 class TokenCache:
@@ -36,10 +44,7 @@ class TokenCache:
 
     def begin(self, queries: tuple[Frame, ...], tokens: int) -> Reading:
         """As FrameCache.begin; one chunk a call."""
-        if queries[0].chunk_start != queries[-1].chunk_start or queries[0].stream != 0:
-            raise ValueError(f"{self.context.__class__.__name__} needs calls of one chunk: give fused=False")
-        if queries[0].index != self.end:
-            raise ValueError(f"the call starts at frame {queries[0].index}, but the cache ends at frame {self.end}")
+        check_call(self.context, queries, self.end)
         self._call, self._tokens = queries, tokens
         self._own = self.context.first_position(self.end, self.held)
         return Reading(tuple(range(self._own, self._own + len(queries))), by_token=True)

@@ -143,6 +143,21 @@ def gather_turned(
 
 
 @triton.jit
+def turn_into(keys, cos, sin, out, length, width, pairs, keys_stride, out_stride, BLOCK: tl.constexpr):
+    """Rows of keys (B,L,E), neighbouring channels turned by the row's own angles, as the same rows of out."""
+    row = tl.program_id(0).to(tl.int64)
+    sample, token = row // length, row % length
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    given = tl.load(keys + sample * keys_stride + token * width + at, mask=inside, other=0.0).to(tl.float32)
+    pair = tl.arange(0, BLOCK // 2) % pairs
+    cosine, sine = tl.load(cos + row * pairs + pair), tl.load(sin + row * pairs + pair)
+    even, odd = tl.split(tl.reshape(given, [BLOCK // 2, 2]))
+    turned = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), [BLOCK])
+    tl.store(out + sample * out_stride + token * width + at, turned.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def store_columns(
     qkv,
     values,

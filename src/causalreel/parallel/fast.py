@@ -24,10 +24,10 @@ from causalreel.nn.fp8_attention import PackedMemory
 from causalreel.nn.kv_cache import FrameCache
 from causalreel.nn.linear import Adapted, effective
 from causalreel.nn.masks import Reading
-from causalreel.nn.paged_cache import PagedCache
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.split_attention import attend_plain
 from causalreel.nn.static_cache import CacheMemory, StaticCache
+from causalreel.nn.static_tokens import StaticTokenCache, TokenMemory
 from causalreel.nn.texts import CallText, read_text
 from causalreel.parallel.fast_attention import FastAttention, Gather
 from causalreel.parallel.fast_block import PRODUCTS, TWINS, Bf16Linear, FastBlock, give_back
@@ -75,8 +75,8 @@ class FastDiT:
         self.graphs = Recordings(self.evaluate) if graphs else None
         self._levels: dict[tuple[float, ...], Levels] = {}
         self._is_released = False
-        self._memories: dict[tuple[int, int, int], CacheMemory] = {}
-        """Per size: places, batch, tokens a frame."""
+        self._memories: dict[tuple[int, int, int, int, bool], CacheMemory] = {}
+        """Per size: places, batch, rows and columns of a frame; and whether tokens are held one by one."""
 
     def release_originals(self) -> None:
         """Give back the weights of which there are fp8 copies; calls with gradient are no longer possible then."""
@@ -158,26 +158,31 @@ class FastDiT:
         `frames`, which the first call reads.
         """
         config, exchange = self.model.config, self.model.exchange
-        static, is_packed = static_kind(context), self.precision == "fp8-attention"
-        if static is None or not static.fits(context, chunk, frames, prefix) or (is_packed and static is PagedCache):
+        kind, is_packed = static_kind(context), self.precision == "fp8-attention"
+        is_split = kind is StaticTokenCache and exchange is not None
+        if not kind.fits(context, chunk, frames, prefix) or is_split or (is_packed and kind is not StaticCache):
             if is_packed:
                 log.warning("%s and chunks of %d fit no static cache: attention in bfloat16", context, chunk)
             return growing_cache(context, config.layers)
-        tokens = size[0] * size[1] // config.patch**2
-        key = (static.places(context, chunk, frames), batch, tokens)
+        rows, columns = (side // config.patch for side in size)
+        sizes: dict[str, Any] = {
+            "layers": config.layers,
+            "heads": config.attention_heads if exchange is None else config.attention_heads // exchange.size,
+            "head_dim": config.dim // config.heads,
+            "tokens": rows * columns,
+            "frames": kind.places(context, chunk, frames),
+            "batch": batch,
+            "dtype": self.model.dtype,
+            "device": self.model.device,
+        }
+        holds_tokens = kind is StaticTokenCache
+        key = (sizes["frames"], batch, rows, columns, holds_tokens)
         if key not in self._memories:
-            kind = PackedMemory if is_packed else CacheMemory
-            self._memories[key] = kind(
-                layers=config.layers,
-                heads=config.attention_heads if exchange is None else config.attention_heads // exchange.size,
-                head_dim=config.dim // config.heads,
-                tokens=tokens,
-                frames=key[0],
-                batch=batch,
-                dtype=self.model.dtype,
-                device=self.model.device,
-            )
-        return static(context, chunk=chunk, frames=frames, memory=self._memories[key])
+            if holds_tokens:
+                self._memories[key] = TokenMemory(size=(rows, columns), twins=config.camera == "prope", **sizes)
+            else:
+                self._memories[key] = (PackedMemory if is_packed else CacheMemory)(**sizes)
+        return kind(context, chunk=chunk, frames=frames, memory=self._memories[key])
 
     def __call__(
         self,

@@ -144,6 +144,7 @@ class FastAttention:
             seen = frames, k.shape[1] // tokens
             copies = copies_for(mask, seen, tokens, config.attention_heads, qkv.device)
             q, _, _ = see(copies=copies, into=(cache.memory.keys(layer), cache.memory.values(layer), cache.slots))
+            cache.hear(layer, q[0])
             return attend_split(q, k, v, mask, tokens)[0]
         (q,), k, v = see()
         if exchange is not None:
@@ -192,7 +193,9 @@ class FastAttention:
             seen = frames, k.shape[1] // call.tokens
             copies = copies_for(call.reading.mask, seen, call.tokens, config.heads, qkv.device)
             where: dict[str, Any] = {"keys": keys, "values": values, "slots": cache.slots}
-            return kernels.norm_rotate_into(qkv, *weights, eps=config.eps, copies=copies, **where), k, v
+            queries = kernels.norm_rotate_into(qkv, *weights, eps=config.eps, copies=copies, **where)
+            cache.hear(layer, queries[0])
+            return queries, k, v
         q, k, v = kernels.norm_rotate(qkv, *weights, heads=config.heads, eps=config.eps)
         if exchange is not None:
             q, k, v = exchange.to_heads(q, k, v, frames)

@@ -5,6 +5,7 @@ Causal-rCM (arXiv 2606.25473), its extrapolation script; the rules, not the code
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -46,7 +47,7 @@ class DeepForcing(SelectingPolicy):
     def most_held(self, chunk: int) -> int | None:
         return self.budget
 
-    def settle(self, now: Committed) -> list[Entries]:
+    def settle(self, now: Committed) -> Iterable[Entries]:
         if now.end > now.new:  # not those of the first chunk
             asked = now.state.get("asked") or [queries[:, :0] for queries in now.queries]
             joined = [torch.cat(pair, dim=1)[:, -self.recent :] for pair in zip(asked, now.queries, strict=True)]
@@ -57,9 +58,9 @@ class DeepForcing(SelectingPolicy):
         shift, now.state["first"] = first - now.state.get("first", self.sink), first
         scores = [self._scores(now, layer) for layer in range(len(now.layers))]
         now.state["scores"] = scores
-        return [
+        return (
             self._kept(now, entries, score, first, shift) for entries, score in zip(now.layers, scores, strict=True)
-        ]
+        )
 
     def _scores(self, now: Committed, layer: int) -> Tensor:
         """-> (B,candidates): products with all recent queries and heads, 0 for tokens of the new chunk."""

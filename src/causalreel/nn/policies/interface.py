@@ -2,7 +2,7 @@
 
 Caches, masks, schedules, estimates, training and live streams ask it; none of them knows which one it has. A policy
 that decides by frames alone (`after`, `view`) works in every cache and in one-pass training. One that looks at what
-frames hold (`selects`) is asked by `nn.token_cache.TokenCache` instead: see `nn.policies.selecting`.
+frames hold (`selects`) is asked by caches of single tokens instead: see `nn.policies.selecting`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ class ContextPolicy:
     def most_held(self, chunk: int) -> int | None:
         """Most frames that stay between chunks; None as there."""
         raise NotImplementedError
+
+    def most_called(self, chunk: int) -> int:
+        """Most frames of one call: two chunks, where a finished one is read for the cache in the next one's call."""
+        return 2 * chunk if self.fuses else chunk
 
     def bounded(self, frames: int) -> ContextPolicy:
         """The same, made to see no more than so many frames if nothing else bounds it."""

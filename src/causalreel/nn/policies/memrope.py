@@ -5,6 +5,7 @@ Causal-rCM (arXiv 2606.25473), its extrapolation script; the rules, not the code
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,9 +52,9 @@ class MemRope(SelectingPolicy):
     def first_position(self, start: int, held: int) -> int:
         return held
 
-    def settle(self, now: Committed) -> list[Entries]:
+    def settle(self, now: Committed) -> Iterable[Entries]:
         if len(now.layers[0]) > (self.sink + 2 + self.local) * now.tokens:
-            return [self._compact(now, layer, entries) for layer, entries in enumerate(now.layers)]
+            return (self._compact(now, layer, entries) for layer, entries in enumerate(now.layers))
         return now.layers
 
     def _compact(self, now: Committed, layer: int, entries: Entries) -> Entries:

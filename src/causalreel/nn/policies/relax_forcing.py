@@ -5,6 +5,7 @@ Causal-rCM (arXiv 2606.25473), its extrapolation script; the rules, not the code
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +48,7 @@ class RelaxForcing(SelectingPolicy):
     def most_held(self, chunk: int) -> int | None:
         return self.budget
 
-    def settle(self, now: Committed) -> list[Entries]:
+    def settle(self, now: Committed) -> Iterable[Entries]:
         held = len(now.layers[0]) // now.tokens
         if held <= self.budget:
             return now.layers
@@ -60,7 +61,7 @@ class RelaxForcing(SelectingPolicy):
         inside = torch.arange(now.tokens, device=scores.device)
         places = (frames[..., None] * now.tokens + inside).flatten(1)  # (B,budget*S)
         where = torch.arange(now.end - self.budget, now.end, device=scores.device).repeat_interleave(now.tokens)
-        return [entries.take(places).at(where) for entries in now.layers]
+        return (entries.take(places).at(where) for entries in now.layers)
 
     def _scores(self, now: Committed) -> Tensor:
         """-> (B,candidates)."""

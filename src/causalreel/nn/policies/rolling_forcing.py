@@ -64,3 +64,6 @@ class RollingForcing(ContextPolicy):
 
     def most_held(self, chunk: int) -> int | None:
         return self.cache
+
+    def most_called(self, chunk: int) -> int:
+        return self.window - self.sink

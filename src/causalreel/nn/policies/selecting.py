@@ -1,13 +1,13 @@
 """Policies that look at what frames hold, and the hook by which they are asked.
 
-After every commit `nn.token_cache.TokenCache` hands `settle` a `Committed`: keys and values of each block, the new
-chunk's at the end, with the frame, token and position of every entry. It answers what stays, in which order and where
-it is read from now on; blocks and samples may differ, and entries may be made up.
+After every commit a cache of single tokens (`nn.token_cache`, `nn.static_tokens`) hands `settle` a `Committed`: keys
+and values of each block, the new chunk's at the end, with the frame, token and position of every entry. It answers what
+stays, in which order and where it is read from now on; blocks and samples may differ, and entries may be made up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -37,6 +37,8 @@ class Entries:
 
     def take(self, places: Tensor) -> Entries:
         """The entries at `places` (B,T'), in that order."""
+        if len(places) == 1:  # whole rows, at the speed of the memory
+            return self._each(lambda x: x.index_select(1, places[0]))
         return self._each(
             lambda x: x.gather(1, places.view(*places.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
         )
@@ -86,13 +88,13 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
 
 class SelectingPolicy(ContextPolicy):
-    """A policy that is asked after every commit. It needs calls of one chunk, and a cache that may grow."""
+    """A policy that is asked after every commit. It needs calls of one chunk."""
 
     selects: ClassVar[bool] = True
     asks_queries: ClassVar[bool] = False
 
-    def settle(self, now: Committed) -> list[Entries]:
-        """What every block keeps."""
+    def settle(self, now: Committed) -> Iterable[Entries]:
+        """What every block keeps, block by block: what one holds may be gone when the next one is asked for."""
         raise NotImplementedError
 
     def first_position(self, start: int, held: int) -> int:
