@@ -162,7 +162,8 @@ def _activations(
     recipe: Recipe, sizes: Mapping[str, ModelConfig], clip: Clip, rows: int, gradients: float, *, is_recorded: bool
 ) -> list[Part]:
     """The widest gradient pass of the step: activations go while gradients come, so that the larger of both
-    counts, unless a batch is taken in parts. is_recorded: whether rollouts stay in memory of their own."""
+    counts, unless a batch is taken in parts. What the student's rollout leaves is there in the student's pass alone.
+    is_recorded: whether rollouts stay in memory of their own."""
     settings, context = recipe.settings, recipe.trainer.parallel.context
     passes: list[tuple[ModelConfig, int]] = []  # network, latent frames
     if isinstance(settings, (ARDiffusionConfig, CausalODEConfig, CausalCDConfig)):
@@ -175,7 +176,13 @@ def _activations(
     kept = KEPT[recipe.trainer.recompute]
     exchanged = EXCHANGED if context > 1 else 0
     units = [(model, NARROW * rows * frames * clip.tokens(model) * model.dim / context) for model, frames in passes]
-    activations, passing = max(((kept * m.layers * unit, (PASSING + exchanged) * unit) for m, unit in units), key=sum)
+    rolled, left = _left_by_rollout(settings, clip, *units[0])
+    others = [sum(part.size for part in left), *(0.0 for _ in units[1:])]
+    widths = [
+        (kept * model.layers * unit, (PASSING + exchanged) * unit, other)
+        for (model, unit), other in zip(units, others, strict=True)
+    ]
+    activations, passing, other = max(widths, key=sum)
     how = f"kept for the backward pass, recompute: {recipe.trainer.recompute}"
     is_on_host = recipe.trainer.offload_activations
     found = [Part("activations", activations, how, is_on_host)]
@@ -187,15 +194,22 @@ def _activations(
     elif gradients > activations + passing:
         found = [summed, *(part for part in found if part.is_on_host)]
     found.append(Part("passing", passing, "the widest moment of a backward pass"))
-    if isinstance(settings, DMDConfig) and settings.samples == "self_rollout":
-        model, unit = units[0]
-        rolled = max(settings.longest or 0, clip.frames)  # latent frames of the longest rollout
-        cache = 2 * model.layers * unit * rolled / clip.frames
-        found.append(Part("context", cache, "keys and values of the rollout that the student reads"))
-        found.append(Part("beside", BESIDE * unit, "what was measured beside these, not told apart"))
-        if is_recorded:  # others have given their cache back by then
-            found.append(Part("rollouts", cache * (1 + settings.chunk / rolled), "the cache of recorded calls"))
+    found += left if other else []
+    if rolled and is_recorded:  # others have given their cache back by then
+        found.append(Part("rollouts", rolled, "the cache of recorded calls"))
     return found
+
+
+def _left_by_rollout(settings: object, clip: Clip, model: ModelConfig, unit: float) -> tuple[float, list[Part]]:
+    """Of DMD's own rollouts: bytes of a cache of fixed size, and what the student reads of one in its pass."""
+    if not isinstance(settings, DMDConfig) or settings.samples != "self_rollout":
+        return 0.0, []
+    rolled = max(settings.longest or 0, clip.frames)  # latent frames of the longest rollout
+    cache = 2 * model.layers * unit * rolled / clip.frames
+    return cache * (1 + settings.chunk / rolled), [
+        Part("context", cache, "keys and values of the rollout that the student reads"),
+        Part("beside", BESIDE * unit, "what was measured beside these, not told apart"),
+    ]
 
 
 def parameters(size: ModelConfig) -> int:
