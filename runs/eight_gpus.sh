@@ -2,17 +2,18 @@
 # What eight GPUs of one host do: training of 1.3B and 14B over 1, 2, 4, 8 of them, and one stream of 14B on all.
 #
 #   bash runs/eight_gpus.sh            8 GPUs of 140 GB; random weights, nothing is fetched; writes runs/eight_gpus
+#   GPUS=4 OUT=runs/four_gpus bash runs/eight_gpus.sh    the same with the GPUs that there are
 #   bash runs/eight_gpus.sh --smoke    the same path in miniature, by 4 processes on a CPU; writes runs/eight_gpus-smoke
 #
 # What matters most is measured first, and every number is written when it is there: run it again to go on where it
 # stopped, or to try again what failed. OUT names another folder, BUDGET the seconds of one start (0: no end).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-runs/eight_gpus} gpus=8 budget=${BUDGET:-0} failed=0 model=wan-14b
+out=${OUT:-runs/eight_gpus} gpus=${GPUS:-8} budget=${BUDGET:-0} failed=0 model=wan-14b
 train=() watch=() precisions=(bf16 fp8-attention)
 export PYTHONPATH=${PYTHONPATH:-src} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ "${1:-}" = "--smoke" ]; then
-  out=${OUT:-runs/eight_gpus-smoke} gpus=4 model=tiny train=(--tiny) watch=(--height 64 --width 64 --device cpu)
+  out=${OUT:-runs/eight_gpus-smoke} gpus=${GPUS:-4} model=tiny train=(--tiny) watch=(--height 64 --width 64 --device cpu)
   precisions=(bf16) # the others need a GPU
 fi
 mkdir -p "$out"
