@@ -181,7 +181,11 @@ def compare(device: str = "cpu") -> None:
     for run in (lambda f, *a, **k: f(*a, **k), formula):
         buffer = torch.full((2, batch, 9, heads, dim), -7.0, device=device)
         buffer[0] = torch.arange(buffer[0].numel(), device=device).view(buffer[0].shape) % 13 - 6.0
-        found.append((run(kernels.turn_into, buffer[0][:, 1:6], *turns, buffer[1][:, 3:8]), buffer))
+        one_row = buffer[0][:, :1].expand(-1, 5, -1, -1)
+        spread = run(
+            kernels.turn_into, one_row, *turns, torch.empty_like(one_row, memory_format=torch.contiguous_format)
+        )
+        found.append((spread, run(kernels.turn_into, buffer[0][:, 1:6], *turns, buffer[1][:, 3:8]), buffer))
     check("turn_into", *found)
     check("norm_rows", [kernels.norm_rows(x, weights[0], 1e-6)], [formula(kernels.norm_rows, x, weights[0], 1e-6)])
     part = normal(4, length, heads, dim), normal(4, heads, length)

@@ -195,11 +195,12 @@ def gather_turned(keys: Tensor, values: Tensor, rows: Tensor, cos: Tensor, sin: 
 
 
 def turn_into(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """keys (B,L,N,D), cos, sin (B,L,D/2) float32 -> keys rotated, in `out` (B,L,N,D); rows of both lie side by side."""
+    """keys (B,L,N,D), cos, sin (B,L,D/2) float32 -> keys rotated, in `out` (B,L,N,D), whose rows lie side by side."""
     batch, length, heads, dim = keys.shape
     if not uses_triton(keys):
         return out.copy_(turned(keys.float(), cos, sin))
     width = heads * dim
+    keys = keys if keys[0].is_contiguous() else keys.contiguous()
     triton_kernels().turn_into[(batch * length,)](
         keys,
         cos,
