@@ -101,3 +101,10 @@ def test_every_command_knows_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     mine = read_export(tmp_path / "mine").sampling
     assert mine.steps == (1000.0,) and len(mine.first_steps or ()) == 4
     assert causalreel.load(tmp_path / "mine", device="cpu").generate(PROMPT, frames=5).shape[1] == 5
+    reel("export", str(tmp_path / "mine"), str(tmp_path / "more"), "--first-steps", "5")
+    more = read_export(tmp_path / "more").sampling
+    assert more.steps == mine.steps and more.first_steps == (1000.0, 800.0, 600.0, 400.0, 200.0)
+    assert cli.main(["export", "tiny/base", str(tmp_path / "base"), "--first-steps", "5"]) != 0
+    said = capsys.readouterr().err
+    assert "first_steps are those of a few-step model that makes clips chunk by chunk" in said and said.count("\n") == 1
+    assert not (tmp_path / "base").exists()

@@ -31,16 +31,20 @@ class ExportModel:
     """Which of its models this is."""
     steps: Annotated[int | None, Range(1, 1000)] = None
     """Denoising steps that it has from now on, with 4 for the first frame of a frame-wise model; default: as before."""
+    first_steps: Annotated[int | None, Range(1, 1000)] = None
+    """Those of the first chunk, if others; default: as before, or as --steps says."""
     weights_of: str | None = None
     """Name of a folder beside OUT, an export with the same weights, which are then not written again; needs --codec."""
 
 
 def export_model(args: ExportModel) -> int:
-    from causalreel.infer.schedule import in_few_steps
+    from causalreel.infer.schedule import in_few_steps, with_first_steps
     from causalreel.weights.export import read_export
     from causalreel.weights.re_export import re_export
 
-    sampling = None if args.steps is None else in_few_steps(read_export(args.model).sampling, args.steps)
+    sampling = read_export(args.model).sampling
+    sampling = sampling if args.steps is None else in_few_steps(sampling, args.steps)
+    sampling = sampling if args.first_steps is None else with_first_steps(sampling, args.first_steps)
     how: dict[str, Any] = {"name": args.name, "codec": args.codec, "scores": args.scores, "label": args.label}
     print(re_export(args.model, args.out, **how, sampling=sampling, weights_of=args.weights_of))
     return 0

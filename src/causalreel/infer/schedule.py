@@ -94,6 +94,15 @@ def in_few_steps(sampling: Sampling, steps: int) -> Sampling:
     return replace(sampling, steps=even_steps(steps), first_steps=first, solver="renoise", multistep=None, guidance=1.0)
 
 
+def with_first_steps(sampling: Sampling, steps: int) -> Sampling:
+    """The first chunk in so many steps. ValueError for a model of many steps, or of whole clips."""
+    if sampling.chunk is None or sampling.multistep is not None or sampling.levels:
+        raise ValueError(
+            "first_steps are those of a few-step model that makes clips chunk by chunk, which this one is not"
+        )
+    return replace(sampling, first_steps=even_steps(steps))
+
+
 def noise_levels(sampling: Sampling) -> tuple[float, ...]:
     """Sigmas at which a chunk is denoised, falling, without the final 0; not the first, where that has others."""
     if sampling.levels:
