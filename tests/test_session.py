@@ -570,6 +570,12 @@ def test_what_the_frames_depend_on_is_recorded() -> None:
     with torch.no_grad():
         next(made.denoiser.parameters()).add_(1)
     assert record.differences(made) == ["the weights are others"]
+    slower = dataclasses.replace(
+        made, sampling=dataclasses.replace(TWO_STEP, first_steps=(1000.0, 750.0, 500.0, 250.0))
+    )
+    (told,) = [said for said in record.differences(slower) if said.startswith("sampling")]
+    was, now = told.removeprefix("sampling was ").split(", is ")
+    assert was == "steps (1000 500), first_steps (1000 750 500)" and now == f"{was[:-1]} 250)"
     old = dataclasses.replace(record, model="other", made_by={"version": "0.0.1"})
     assert old.differences(pipeline(TWO_STEP)) == [
         "model was other, is small",

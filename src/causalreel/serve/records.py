@@ -10,7 +10,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -51,7 +51,7 @@ MOST_PIXELS = 1 << 26
 """Of all its pictures together, which take up to 4 bytes each."""
 
 KEYS = {"format", "model", "policy", "options", "commands", "chunks"}
-MADE_BY = ("version", "torch", "device", "size", "context", "weights", "loras")
+MADE_BY = ("version", "torch", "device", "size", "context", "sampling", "weights", "loras")
 """What else the frames depend on; files of earlier versions leave it out."""
 MOST_SHOWN = 400
 """Characters of a recorded value in a message: any context policy with all its numbers."""
@@ -161,11 +161,26 @@ def made_by(
     size = f"{pipeline.size[1]}x{pipeline.size[0]}"
     known = {"version": __version__, "torch": torch.__version__, "device": device, "size": size}
     known["context"] = described(context or pipeline.export.context)
+    known["sampling"] = _sampled(pipeline.sampling)
     if pipeline.loras is not None:  # whose weights change with the strengths
         strengths = pipeline.loras.strengths if loras is None else loras
         return {**known, "loras": ", ".join(f"{name} {strength:g}" for name, strength in strengths.items())}
     weights = fingerprint(pipeline.denoiser)
     return known if weights is None else {**known, "weights": weights}
+
+
+def _sampled(sampling: Sampling) -> str:
+    """The model's steps, and what else of its sampling is not as in most models, in a line."""
+    named = {one.name: getattr(sampling, one.name) for one in fields(sampling)}
+    plain = {one.name: one.default for one in fields(sampling)}
+    told = {name: value for name, value in named.items() if "steps" in name or value != plain[name]}
+    return ", ".join(f"{name} {_numbers(value)}" for name, value in told.items())
+
+
+def _numbers(value: object) -> str:
+    if isinstance(value, tuple):
+        return "(" + " ".join(map(_numbers, value)) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def fingerprint(network: torch.nn.Module) -> str | None:
