@@ -30,7 +30,7 @@ def test_every_policy_is_timed_and_its_cache_named(tmp_path: Path) -> None:
     for row in rows.values():
         (end,) = row["minutes"]
         assert 0 < end["p50_ms"] <= end["p95_ms"] and row["flat"] == 1
-    calls = [row["calls"] for row in found["noisy"].values()]  # fused, plain, noisy: of three chunks, the first in eight steps
+    calls = [row["calls"] for row in found["noisy"].values()]  # fused, plain, noisy: three chunks, the first in 8 steps
     assert calls == [10, 12, 11]
 
 
