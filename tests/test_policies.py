@@ -443,3 +443,4 @@ def test_estimates_know_what_is_held() -> None:
     ):
         asked = dataclasses.replace(rolling, context=policy, joint=1, **how)
         assert (asked.kept, asked.places) == (kept, places) and estimate(asked).least > 0
+        assert dataclasses.replace(asked, form="fp8-attention").places is None  # their caches are never in e4m3
