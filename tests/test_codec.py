@@ -13,7 +13,7 @@ from torch import Tensor
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.codecs.wan_vae import PRESETS, CausalVAE, VAEConfig, latent_statistics, vae_config
 from causalreel.train.stage import DataCursor, StepContext
-from causalreel.train.stages.codec import CodecConfig, CodecStage, near_edges
+from causalreel.train.stages.codec import CodecConfig, CodecStage, latent_error, near_edges
 from causalreel.types import Conditioning, VideoBatch, VideoCodec
 
 GOLDEN = Path(os.environ.get("CAUSALREEL_GOLDEN", Path(__file__).parents[1] / "../shared/golden")).resolve()
@@ -274,6 +274,45 @@ def test_stage_is_deterministic_and_checks_its_data():
     stage = CodecStage(tiny_codec(), CodecConfig(batch=2, frames=13))
     with pytest.raises(ValueError, match="clips have 9 frames"):
         next(stage.updates(context(source, DataCursor(len(source), seed=0), 0)))
+
+
+def test_an_error_is_added_in_units_of_normalised_latents():
+    codec, video = randomised(SMALL), torch.rand(1, 5, 3, 16, 16) * 2 - 1
+    error = torch.randn(1, 2, 2, 2, 6, generator=generator(1))
+    shifted = codec.encode(video) + error.movedim(-1, 2)
+    torch.testing.assert_close(codec(video, error=error)[0].clamp(-1, 1), codec.frames(shifted, {}), rtol=0, atol=2e-5)
+    assert torch.equal(codec(video)[0], codec(video, error=torch.zeros_like(error))[0])
+
+
+def test_a_decoder_alone_is_trained_behind_the_encoder_that_there_is():
+    source, codec = Squares(), tiny_codec(seed=1)
+    before = {name: value.clone() for name, value in codec.state_dict().items()}
+    stage = CodecStage(codec, CodecConfig(batch=4, frames=5, sharpen_from=0, decoder_only=True, latent_error=0.5))
+    (update,) = stage.updates(context(source, DataCursor(len(source), seed=0), 0))
+    update.losses[0]()[0].backward()
+    optimiser = torch.optim.SGD([p for p in codec.parameters() if p.requires_grad], lr=1e-2)
+    optimiser.step()
+    changed = {name for name, value in codec.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(("decoder.", "conv2.")) for name in changed)
+    video = source.video[:2, :5]
+    assert torch.equal(codec.encode(video), tiny_codec(seed=1).encode(video))
+
+
+def test_latent_errors_are_veils_and_specks_of_every_strength_up_to_the_largest():
+    step = context(Squares(), DataCursor(16, seed=0), 3)
+    error = latent_error(step, 64, 4, 8, 8, 16, largest=0.8)  # (B,F,h,w,z)
+    size = error.square().mean((2, 3, 4)).sqrt()  # (B,F)
+    assert size.min() < 0.1 and 0.5 < size.max() < 1.0 and 0.2 < size.mean() < 0.5
+    near = (error[:, :, 1:] * error[:, :, :-1]).mean((2, 3, 4)) / size.square()  # with the row above
+    assert near.min() < 0.1 and near.max() > 0.6
+    assert torch.equal(error, latent_error(step, 64, 4, 8, 8, 16, largest=0.8))
+    assert not latent_error(step, 2, 2, 8, 8, 16, largest=0.0).any()
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_an_error_that_is_none_is_refused(value: float):
+    with pytest.raises(ValueError, match="latent_error must be 0 or more, got"):
+        CodecConfig(latent_error=value)
 
 
 def test_edges_are_where_colours_change():

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 import causalreel
 from causalreel import cli, config
 from causalreel.codecs.tiny import tiny_codec
+from causalreel.data.prepare import render_clips
 from causalreel.data.shards import Prepared, load_prepared
 from causalreel.train.arithmetic import flushes_denormals
 from causalreel.train.checkpoint import latest
 from causalreel.train.recipe import SETTINGS, Recipe, describe, resolve
-from causalreel.weights.export import read_export, save_codec, save_export
+from causalreel.weights.export import load_codec, read_export, save_codec, save_export
 from patience import PATIENCE_S, wait_until
 from test_folders import holder
 from test_weights import small_denoiser, small_export
@@ -146,6 +147,15 @@ def test_encoding_goes_on_where_it_stopped(place: Path) -> None:
     more = encode(8)
     assert len(more.latents) == len(more.captions) == 8 and more.captions[:6] == before.captions
     torch.testing.assert_close(more.latents[:6], before.latents, rtol=1e-2, atol=1e-2)  # other batches, other rounding
+
+
+def test_a_decoder_trained_alone_keeps_the_latents(place: Path) -> None:
+    small = ("tiny/robust_codec", *SMALL, "rows=4", "trainer.out=robust")
+    reel("train", *small, "init.codec=codec/export")
+    old, new = load_codec("codec/export"), load_codec("robust/export")
+    video = render_clips(2, seed=5, device=torch.device("cpu"))[:, :9].float() / 127.5 - 1
+    assert torch.equal(old.encode(video), new.encode(video))  # statistics included
+    assert not torch.equal(old.decode(old.encode(video)), new.decode(new.encode(video)))
 
 
 def test_encoding_with_another_codec_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,6 +290,7 @@ CD = ["train", "tiny/causal_cd", *SMALL, *DATA, *FROM_BASE, "trainer.out=new"]
         (["train", "tiny/base", *SMALL, *DATA, "model=tinny"], ["unknown model preset 'tinny'"]),
         (["train", "tiny/codec", *SMALL, "rows=4", "model=wan2.1"], ["the codec stage trains only 'tiny'"]),
         (["train", "tiny/codec", *SMALL, "rows=4", "settings.frames=16", "trainer.out=new"], ["frames", "16"]),
+        (["train", "tiny/codec", *SMALL, "settings.decoder_only=true"], ["settings.decoder_only", "init.codec"]),
         (["encode", "--codec", "nowhere", "--out", "new"], ["no codec at nowhere"]),
         (["encode", "--codec", "codec/export", "--out", "new", "--clips", "0"], ["clips must be at least 1"]),
         (["encode", "--codec", "codec/export", "--out", "new", "--batch", "0"], ["batch must be at least 1"]),

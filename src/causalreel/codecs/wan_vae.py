@@ -330,12 +330,17 @@ class CausalVAE(Codec):
         x = self.conv2(z.to(self.conv2.weight.dtype))
         return self.decoder(x, history).movedim(-1, 2).float()
 
-    def forward(self, video: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, video: Tensor, noise: Tensor | None = None, error: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct a whole clip: video (B,T,3,H,W) -> its reconstruction, not clamped, and the latents' mean and
-        log-variance (B,F,h,w,z). With `noise` (B,F,h,w,z) the latents are a sample, without it their mean."""
+        log-variance (B,F,h,w,z). With `noise` (B,F,h,w,z) the latents are a sample, without it their mean. `error`
+        (B,F,h,w,z) is added to them in units of normalised latents."""
         self.check_video(video)
         mean, log_variance = self.posterior(video)
         z = mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
+        if error is not None:
+            z = z + error * self.latent_std.float()
         return self.pixels(z), mean, log_variance
 
     def encode(self, video: Tensor) -> Tensor:

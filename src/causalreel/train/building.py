@@ -85,7 +85,9 @@ def build_codec(recipe: Recipe, device: torch.device, team: Team) -> Prepared:
     contents = ()
     codec = tiny_codec(recipe.trainer.seed)
     if (start := recipe.init.get("codec")) is not None:
-        codec.load_state_dict(load_codec(start).state_dict())
+        begun = load_codec(start)
+        codec.load_state_dict(begun.state_dict())
+        codec.set_statistics(begun.config.latent_mean, begun.config.latent_std)
         contents = (Content("init.codec", str(start), codec_identity(start)),)
     resumable(recipe.trainer, recipe, contents)
     codec = codec.to(device)
@@ -101,8 +103,11 @@ def build_codec(recipe: Recipe, device: torch.device, team: Team) -> Prepared:
             return
         trained = tiny_codec(recipe.trainer.seed).to(device)
         trained.load_state_dict(weights)
-        videos = [clips[i : i + 64].float() / 127.5 - 1 for i in range(0, min(1024, len(clips)), 64)]
-        trained.set_statistics(*latent_statistics(trained, videos))
+        if recipe.settings.decoder_only:
+            trained.set_statistics(codec.config.latent_mean, codec.config.latent_std)
+        else:
+            videos = [clips[i : i + 64].float() / 127.5 - 1 for i in range(0, min(1024, len(clips)), 64)]
+            trained.set_statistics(*latent_statistics(trained, videos))
         save_codec(folder, trained, provenance(recipe, contents))
         log.info("codec written to %s", folder)
 

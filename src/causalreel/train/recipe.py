@@ -86,6 +86,8 @@ class Recipe:
             raise ValueError(f"model: got {self.model!r}, the codec stage trains only 'tiny'")
         if isinstance(self.settings, CodecConfig) and self.world != "flat" and self.settings.events:
             raise ValueError(f"settings.events: got {self.settings.events}, the world {self.world!r} has none: give 0")
+        if isinstance(self.settings, CodecConfig) and self.settings.decoder_only and "codec" not in self.init:
+            raise ValueError("settings.decoder_only: got true, which needs init.codec: the codec whose encoder stays")
         for role in self.lora:
             if role not in self.trainer.optimisers or self.stage == "codec":
                 raise ValueError(f"lora.{role}: the role has no optimiser that could train adapters")

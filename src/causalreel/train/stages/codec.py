@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causalreel.codecs.wan_vae import CausalVAE
-from causalreel.train.kit import gaussian, integers
+from causalreel.train.kit import gaussian, integers, uniform
 from causalreel.train.stage import Average, Loss, StepContext, Update
 from causalreel.types import VideoBatch
 
@@ -46,6 +46,15 @@ class CodecConfig:
     """How much more pixels near edges count than flat ones: their weight is 1 + edge_weight before normalisation."""
     edge_reach: int = 2
     """Distance in pixels up to which a pixel is near an edge."""
+    decoder_only: bool = False
+    """Leave the encoder and the channel statistics as they are: models made behind this codec keep their latents."""
+    latent_error: float = 0.0
+    """Largest standard deviation of what is added to each latent frame, in units of normalised latents. A decoder that
+    has seen it shows latents that a denoiser got a little wrong as what they are nearest to."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.latent_error < float("inf"):
+            raise ValueError(f"latent_error must be 0 or more, got {self.latent_error}")
 
 
 def near_edges(video: Tensor, reach: int, *, threshold: float = 0.1) -> Tensor:
@@ -66,6 +75,18 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
+def latent_error(step: StepContext, *shape: int, largest: float) -> Tensor:
+    """What is added to latents (B,F,h,w,z): a standard deviation of 0 to `largest` for each frame, of which a share
+    that is drawn too is smooth over the frame, as a veil is, and the rest without neighbours, as a speck is."""
+    clips, frames, height, width, channels = shape
+    level, smooth = (uniform(step, f"codec {name}", clips, frames)[..., None, None, None] for name in ("level", "veil"))
+    coarse = gaussian(step, "codec veils", clips, frames, channels, 3, 3).flatten(0, 1)
+    veil = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+    veil = veil.unflatten(0, (clips, frames)).movedim(2, -1)
+    specks = gaussian(step, "codec specks", *shape)
+    return largest * level * (smooth.sqrt() * veil + (1 - smooth).sqrt() * specks)
+
+
 class CodecStage:
     """Implements `train.stage.Stage` with the single role "codec"."""
 
@@ -76,6 +97,9 @@ class CodecStage:
         factor = codec.geometry.temporal
         if self.config.frames < 1 or self.config.frames % factor != 1 % factor:
             raise ValueError(f"frames is {self.config.frames}, expected 1 + {factor}n")
+        if self.config.decoder_only:
+            for part in (codec.encoder, codec.conv1):
+                part.requires_grad_(False)
         self.roles: dict[str, nn.Module] = {"codec": codec}
         self._geometry = codec.geometry
 
@@ -88,7 +112,8 @@ class CodecStage:
         """Video (B,T,3,H,W) -> loss and metrics of reconstructing it from sampled latents."""
         config = self.config
         noise = gaussian(step, "codec posterior", *self._latent_shape(video))
-        reconstruction, mean, log_variance = self.roles["codec"](video, noise)
+        error = latent_error(step, *noise.shape, largest=config.latent_error) if config.latent_error else None
+        reconstruction, mean, log_variance = self.roles["codec"](video, noise, error)
         with torch.autocast(video.device.type, enabled=False):
             difference = reconstruction.float() - video
             weight = 1 + config.edge_weight * near_edges(video, config.edge_reach)
