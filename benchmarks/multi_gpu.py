@@ -6,7 +6,7 @@
 
 480x832, batch 1, chunks of 3 latent frames, 4 steps, commits in calls of their own (not fused), window 21. Each run
 writes MODEL-N.json (numbers and conditions) and MODEL-N.pt (latents), and prints a line for each model. The network is
-`parallel.fast.FastDiT`, with recorded calls on GPUs, or with --network plain the plain one, called eagerly.
+`parallel.fast.FastDiT`, with recorded calls on one GPU, or with --network plain the plain one, called eagerly.
 """
 
 from __future__ import annotations

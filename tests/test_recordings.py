@@ -168,3 +168,10 @@ def test_a_tape_notices_what_python_decides(monkeypatch: pytest.MonkeyPatch) -> 
     expected = run(net, net.new_cache(), "plain", chunks=14, seed=1)
     got = run(fast, static(fast, policy), "plain", chunks=14, seed=1)
     assert (got - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_calls_that_processes_share_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = FastDiT(DiTDenoiser(CONFIG).model)
+    assert fast.records and not FastDiT(fast.model, graphs=False).records
+    monkeypatch.setattr(fast.model, "exchange", object())
+    assert not fast.records

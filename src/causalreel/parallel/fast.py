@@ -78,6 +78,12 @@ class FastDiT:
         self._memories: dict[tuple[int, int, int, int, bool], CacheMemory] = {}
         """Per size: places, batch, rows and columns of a frame; and whether tokens are held one by one."""
 
+    @property
+    def records(self) -> bool:
+        """Whether calls are recorded where they can be: if that was asked for, and no processes share them. Replays of
+        shared calls once stopped for ever on four H200s (docs/performance.md)."""
+        return self.graphs is not None and self.model.exchange is None
+
     def release_originals(self) -> None:
         """Give back the weights of which there are fp8 copies; calls with gradient are no longer possible then."""
         if not self.quantised:
@@ -210,8 +216,8 @@ class FastDiT:
         rotation = cos.squeeze(1), sin.squeeze(1)
         gathers = self.attention.gathers_of(reading, cache, size)
         with torch.cuda.device_of(x):  # Triton starts kernels on the current device
-            if self.graphs is not None and self.graphs.fit(x, cache) and (reading.turns_keys or gathers):
-                assert isinstance(cache, StaticCache)
+            if self.records and Recordings.fit(x, cache) and (reading.turns_keys or gathers):
+                assert isinstance(cache, StaticCache) and self.graphs is not None
                 return self.graphs(x, levels, rotation, text, fields, reading, cache, gathers)
             return self.evaluate(x, levels, rotation, text, fields, reading, cache, gathers)
 

@@ -6,8 +6,8 @@ keys and values together; afterwards another turns the result back. So each proc
 behind it holds N/n heads of every frame. Weights, text keys and noise are the same everywhere.
 DeepSpeed Ulysses (arXiv 2309.14509), section 3.
 
-Buffers are fresh and nothing waits for the host, so that calls can be captured into CUDA graphs with NCCL; the group
-must have been used once before (`parallel.mesh.join` does that).
+Buffers are fresh and nothing waits for the host. Calls could be captured into CUDA graphs with NCCL, if the group has
+been used once before (`parallel.mesh.join` does that), but are not: see `parallel.fast.FastDiT.records`.
 
 In training every process computes the whole loss of the whole result, and its weights get the gradient of its own
 tokens, times n: the mean over the processes, which sharded networks take (`parallel.sharding`), is the gradient of one
