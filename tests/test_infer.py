@@ -80,6 +80,9 @@ def test_adapt_changes_only_what_is_asked_for() -> None:
     assert adapt(first) == first
     assert adapt(first, steps=1) == first
     assert adapt(first, steps=2) == Sampling(1, (1000.0, 500.0))
+    late = Sampling(1, (1000.0, 250.0), first_steps=(1000.0, 500.0))
+    assert adapt(late, steps=2) == late and adapt(late, steps=[1000, 500]).steps == (1000.0, 500.0)
+    assert adapt(late, steps=3).steps == (1000.0, 2000 / 3, 1000 / 3)
     assert adapt(first, steps=(1000, 300), chunk=2) == Sampling(2, (1000.0, 300.0))
     assert adapt(FULL, steps=7).multistep == 7
     with pytest.raises(ValueError, match="must be a number"):

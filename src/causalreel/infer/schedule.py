@@ -66,7 +66,8 @@ def even_steps(count: int) -> tuple[float, ...]:
 def adapt(sampling: Sampling, *, steps: int | Sequence[float] | None = None, chunk: int | None = None) -> Sampling:
     """`sampling` with another number or list of steps, and another chunk size.
 
-    Steps that differ from the model's hold for every chunk, the first included. A many-step model takes a number only.
+    The model's own number of steps is its own list, even or not. Steps that differ from the model's hold for every
+    chunk, the first included. A many-step model takes a number only.
     """
     if chunk is not None and chunk != sampling.chunk:
         if sampling.chunk is None:
@@ -80,6 +81,8 @@ def adapt(sampling: Sampling, *, steps: int | Sequence[float] | None = None, chu
         if not isinstance(steps, int):
             raise ValueError(f"steps of a many-step model must be a number, got {list(steps)}")
         return replace(sampling, multistep=steps)
+    if not sampling.levels and steps == len(sampling.steps):
+        return sampling
     levels = even_steps(steps) if isinstance(steps, int) else tuple(float(s) for s in steps)
     if sampling.levels:  # the first chunk's, and the others' with as many as are asked for
         begin = sampling.levels[0][0]
