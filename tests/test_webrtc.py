@@ -103,11 +103,16 @@ class Double:
             return [{"type": "error", "id": number, "message": str(error)}]
 
 
+OPENED: list[RTCPeerConnection] = []
+"""Peers of clients; one that a failed test leaves open keeps its loop from ending for ever."""
+
+
 class Client:
     """What a browser does: asks for one video track, opens the data channel, keeps all that comes."""
 
     def __init__(self) -> None:
         self.peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        OPENED.append(self.peer)
         self.peer.addTransceiver("video", direction="recvonly")
         self.channel = self.peer.createDataChannel(webrtc.CHANNEL)
         self.messages: list[dict[str, Any]] = []
@@ -497,14 +502,19 @@ def pipeline() -> Pipeline:
 
 @asynccontextmanager
 async def serving(pipeline: Pipeline, settings: Settings, **limits: Any) -> AsyncIterator[tuple[FastAPI, AsyncClient]]:
-    """The application with the extra, and one who asks it for things."""
+    """The application with the extra, and one who asks it for things; whoever watches is gone before it ends."""
+    OPENED.clear()
     app = create_app(pipeline, settings)
     add_webrtc(app, PeerLimits(**limits), hosts=LOOPBACK)
     async with (
         app.router.lifespan_context(app),
         AsyncClient(transport=ASGITransport(app), base_url="http://testserver", timeout=PATIENCE_S) as http,
     ):
-        yield app, http
+        try:
+            yield app, http
+        finally:
+            while OPENED:
+                await OPENED.pop().close()
 
 
 def follows(frames: list[Any], prompt: str, size: tuple[int, int]) -> float:
@@ -570,8 +580,8 @@ def test_frames_of_a_camera_come_over_the_channel(pipeline: Pipeline) -> None:
                 await client.until(lambda chunks=chunks: len(client.of("chunk")) >= chunks, "a chunk")
             await client.until(lambda: len(client.frames) >= 5, "frames")
             red, green, blue = client.frames[-1].to_ndarray(format="rgb24").mean((0, 1))
-            await client.peer.close()  # before anything can fail: an open one keeps the loop from ending
             assert green > red + 80 and green > blue + 80 and not client.of("error")
+            await client.peer.close()
 
     asyncio.run(run())
 
