@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causalreel.codecs.wan_vae import CausalVAE
+from causalreel.data.patterns import pattern_clips
 from causalreel.train.kit import gaussian, integers, uniform
 from causalreel.train.stage import Average, Loss, StepContext, Update
 from causalreel.types import VideoBatch
@@ -51,10 +52,15 @@ class CodecConfig:
     latent_error: float = 0.0
     """Largest standard deviation of what is added to each latent frame, in units of normalised latents. A decoder that
     has seen it shows latents that a denoiser got a little wrong as what they are nearest to."""
+    patterns: float = 0.0
+    """Share of a batch's clips that show moving patterns in place of the world (`data.patterns`): a decoder that sees
+    latents with errors, and no such clips, takes the colours from pictures that are not of the world."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.latent_error < float("inf"):
             raise ValueError(f"latent_error must be 0 or more, got {self.latent_error}")
+        if not 0 <= self.patterns <= 1:
+            raise ValueError(f"patterns must be 0 to 1, got {self.patterns}")
 
 
 def near_edges(video: Tensor, reach: int, *, threshold: float = 0.1) -> Tensor:
@@ -105,7 +111,7 @@ class CodecStage:
 
     def updates(self, step: StepContext) -> Iterator[Update]:
         """One update on a batch of random crops in time."""
-        video = self._crop(step)
+        video = self._with_patterns(step, self._crop(step))
         yield Update("codec", [lambda: self.loss(step, video)])
 
     def loss(self, step: StepContext, video: Tensor) -> Loss:
@@ -145,6 +151,15 @@ class CodecStage:
         first = integers(step, "codec crop", spare, clips, 1)
         index = first + torch.arange(self.config.frames, device=video.device)  # (B,T)
         return video[torch.arange(clips, device=video.device)[:, None], index]
+
+    def _with_patterns(self, step: StepContext, video: Tensor) -> Tensor:
+        """The first clips of the whole batch replaced by patterns."""
+        count = round(self.config.patterns * self.config.batch)
+        if not count:
+            return video
+        frames, (height, width) = video.shape[1], video.shape[-2:]
+        patterns = step.mine(pattern_clips(count, frames, height, width, step.generator("codec patterns")))
+        return torch.cat([patterns, video[len(patterns) :]])
 
     def _latent_shape(self, video: Tensor) -> tuple[int, ...]:
         clips, frames, _, height, width = video.shape
