@@ -138,12 +138,12 @@ def test_a_live_video_keeps_what_a_prompt_leaves_open_until_it_begins_again(tiny
 
 @pytest.mark.parametrize("said", [{}, {"mode": None}, {"mode": "recompute"}])
 def test_a_prompt_is_taken_as_suits_the_model_where_nobody_says(tiny: Pipeline, said: dict[str, str | None]) -> None:
-    """Models trained on texts that change within a clip let the past keep its own. A record says how it was."""
+    """Models trained on texts that change within a clip go on behind the last frame. A record says how it was."""
     session = Session(tiny, Options(BEFORE, seed=3))
     session.next_chunk()
     session.command("prompt", text="a blue circle", **said)
     session.next_chunk()
-    assert session.record()["commands"][0]["arguments"]["mode"] == (said.get("mode") or "switch")
+    assert session.record()["commands"][0]["arguments"]["mode"] == (said.get("mode") or "forget")
     assert families.FAMILIES["wan21"].text.mode == "recompute"  # as the released code does it
 
 

@@ -43,7 +43,7 @@ class Shifted:
         return self.noise.renoise(self.base + start, frames, draw)
 
 
-def behind(made: Pipeline, kept: Tensor, new: int, *, base: int, text: Tensor, seed: int = 3) -> Tensor:
+def behind(made: Pipeline, kept: Tensor, new: int, *, base: int, text: Tensor | Conditioning, seed: int = 3) -> Tensor:
     """`new` frames behind `kept` latents at positions from 0, with a plain plan and a plain cache."""
     sampling = made.sampling
     chunk = sampling.chunk or 1
@@ -51,7 +51,7 @@ def behind(made: Pipeline, kept: Tensor, new: int, *, base: int, text: Tensor, s
     chunks = rollout(
         made.denoiser,
         plan,
-        conditioning=Conditioning(text),
+        conditioning=text if isinstance(text, Conditioning) else Conditioning(text),
         noise=Shifted(made, seed, base),
         cache=made.denoiser.new_cache(),
         prefix=kept,
@@ -186,6 +186,19 @@ def test_switch_keeps_the_cache() -> None:
     assert (new - changed(made, "recompute")[2]).abs().max() > 1e-3
 
 
+def test_forget_begins_behind_the_last_chunk_and_what_that_was_told() -> None:
+    made = pipeline(TWO_STEP)
+    live, old, new, text = changed(made, "forget")
+    assert live.segments == 2
+    said = Conditioning(torch.stack([encode_prompt(made, PROMPTS[0], 3), text], dim=1), prompts=(0, 1, 1))
+    close(torch.cat([new, live.next_chunk().latents], dim=1), behind(made, old[:, 2:], 2, base=2, text=said))
+    for mode in ("switch", "recompute"):
+        assert (new - changed(made, mode)[2]).abs().max() > 1e-3, mode
+    fresh, spoken = (Live(made, encode_prompt(made, PROMPTS[n], 3), seed=3) for n in (0, 1))
+    fresh.tell(encode_prompt(made, PROMPTS[1], 3), mode="forget")  # where there is nothing yet
+    assert torch.equal(fresh.next_chunk().latents, spoken.next_chunk().latents)
+
+
 def test_fade_moves_the_text_evenly_and_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     made = pipeline(TWO_STEP)
     live, *_, text = changed(made, "fade", chunks=4)
@@ -250,7 +263,7 @@ def test_impossible_policies() -> None:
     assert Policy.of(export, Sampling(1)).kind == "slide"  # as its family's row says
     assert Policy.of(dataclasses.replace(export, family="wan21", text="umt5"), Sampling(1)).kind == "slide"
     live = Live(pipeline(TWO_STEP), encode_prompt(pipeline(), PROMPTS[0]))
-    with pytest.raises(ValueError, match="mode must be one of switch, recompute, fade, got 'cut'"):
+    with pytest.raises(ValueError, match="mode must be one of switch, recompute, fade, forget, got 'cut'"):
         live.tell(encode_prompt(pipeline(), PROMPTS[0]), mode="cut")
     with pytest.raises(ValueError, match="chunks must be at least 1, got 0"):
         live.tell(encode_prompt(pipeline(), PROMPTS[0]), mode="fade", chunks=0)

@@ -567,7 +567,7 @@ def test_less_motion(browser: Any, server: str) -> None:
     page.wait_for_timeout(1000)
     assert count(page) == 0
     assert page.input_value("#prompt") == FAMILIES["tiny"].text.examples[0]  # the model's, not the page's own
-    assert page.input_value("#mode") == FAMILIES["tiny"].text.mode == "switch"
+    assert page.input_value("#mode") == FAMILIES["tiny"].text.mode == "forget"
     assert "less motion" in page.locator("#overlay").inner_text()
     page.click("#again")
     wait_until(lambda: count(page) > 4, "frames")

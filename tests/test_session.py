@@ -90,7 +90,7 @@ def test_a_command_takes_effect_at_the_next_border_and_says_when() -> None:
     assert one.next_chunk().commands == ()
 
 
-@pytest.mark.parametrize("mode", ["switch", "recompute", "fade"])
+@pytest.mark.parametrize("mode", ["switch", "recompute", "fade", "forget"])
 def test_modes_reach_the_stream(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
     monkeypatch.setattr(Live, "tell", lambda self, text, **how: told.append((text, how)))
@@ -217,7 +217,11 @@ def test_close() -> None:
         ("prompt", {}, "text must be a text that is not empty, got None"),
         ("prompt", {"text": "  "}, "text must be a text"),
         ("prompt", {"text": "a flying elephant"}, "unknown word 'flying'"),
-        ("prompt", {"text": PROMPTS[1], "mode": "cut"}, "mode must be one of switch, recompute, fade, got 'cut'"),
+        (
+            "prompt",
+            {"text": PROMPTS[1], "mode": "cut"},
+            "mode must be one of switch, recompute, fade, forget, got 'cut'",
+        ),
         ("prompt", {"text": PROMPTS[1], "mode": ["fade"]}, "mode must be one of"),
         ("prompt", {"text": PROMPTS[1], "chunks": 0}, "chunks must be a whole number from 1 to 1000, got 0"),
         ("step", {"chunks": True}, "chunks must be a whole number from 1 to 1000, got True"),
@@ -331,7 +335,7 @@ def test_ten_thousand_commands_fold() -> None:
         one.command("fps", fps=1 + number % 100)
         one.command("steps", steps=1 + number % 3)
         one.command("pause" if number % 2 else "resume")
-        one.command("prompt", text=PROMPTS[number % 2], mode=("switch", "fade", "recompute")[number % 3])
+        one.command("prompt", text=PROMPTS[number % 2], mode=("switch", "fade", "recompute", "forget")[number % 4])
         if number % 10 == 0:
             one.take_commands()
     one.command("pause")
@@ -347,7 +351,7 @@ PICTURES = [torch.full((3, 32, 32), shade) for shade in (-0.5, 0.5)]
 TOLD = st.one_of(
     st.builds(
         lambda text, mode, chunks: ("prompt", {"text": text, "mode": mode, "chunks": chunks}),
-        st.sampled_from(PROMPTS), st.sampled_from(["switch", "recompute", "fade"]), st.integers(1, 3),
+        st.sampled_from(PROMPTS), st.sampled_from(["switch", "recompute", "fade", "forget"]), st.integers(1, 3),
     ),
     st.sampled_from([("pause", {}), ("resume", {}), ("step", {"chunks": 1}), ("restart", {})]),
     st.sampled_from([("steps", {"steps": 1}), ("steps", {"steps": 2}), ("fps", {"fps": 9})]),
@@ -638,7 +642,7 @@ def test_a_replay_pauses_at_its_end_and_goes_on_where_somebody_takes_over() -> N
 def tell(one: Session, chunk: int) -> None:
     """Commands between two chunks: of every kind, and some that end in a pause."""
     if chunk % 5 == 1:
-        one.command("prompt", text=PROMPTS[chunk % 2], mode=("switch", "recompute", "fade")[chunk % 3])
+        one.command("prompt", text=PROMPTS[chunk % 2], mode=("switch", "recompute", "fade", "forget")[chunk % 4])
     if chunk % 7 == 3:
         one.command("steps", steps=1 + chunk % 2)
     if chunk % 11 == 6:

@@ -52,9 +52,9 @@ class Text:
     """What a prompt may say, by kind of word; None: anything."""
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """Other spellings of words."""
-    mode: Literal["switch", "recompute"] = "recompute"
-    """How another prompt is taken where nobody says (`infer.commands.Prompt`): switch for models trained on texts that
-    change within a clip, whose past keeps its own."""
+    mode: Literal["switch", "recompute", "forget"] = "recompute"
+    """How another prompt is taken where nobody says (`infer.commands.Prompt`): switch or forget for models trained on
+    texts that change within a clip, whose past keeps its own."""
     changes: bool = True
     """Whether another prompt changes a video that plays; where not, the live page begins again with it."""
 

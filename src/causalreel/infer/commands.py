@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from causalreel.infer.live_video import LiveVideo
 
-Mode = Literal["switch", "recompute", "fade"]
+Mode = Literal["switch", "recompute", "fade", "forget"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 MOST_CAMERA = 4096
@@ -177,7 +177,8 @@ class Command:
 
 @dataclass(frozen=True)
 class Prompt(Command):
-    """Another prompt: `switch` changes the text alone, `recompute` the context too, `fade` goes over in `chunks`."""
+    """Another prompt: `switch` changes the text alone, `recompute` the context's too, `forget` leaves the last chunk of
+    the context, `fade` goes over in `chunks`."""
 
     name: ClassVar[str] = "prompt"
     group: ClassVar[str] = "scene"
@@ -188,8 +189,8 @@ class Prompt(Command):
     def supersede(self, old: Command) -> Command | None:
         if not isinstance(old, Prompt) or (self.mode == "fade" and old.mode != "fade"):
             return None
-        reads_again = self.mode != "fade" and old.mode == "recompute"  # the past, in any case
-        return replace(self, mode="recompute") if reads_again else self
+        begins_anew = old.mode in ("recompute", "forget") and self.mode in (None, "switch")  # a segment, in any case
+        return replace(self, mode=old.mode) if begins_anew else self
 
     def suited(self, video: LiveVideo) -> Command:
         return self if self.mode else replace(self, mode=video.prompt_mode)
@@ -494,8 +495,8 @@ def parse(given: Mapping[str, Any], *, picture: Reads | None = None) -> Command:
 def parse_line(line: str, *, picture: Reads | None = None) -> Command | None:
     """A typed line -> its command, None for an empty one; ValueError.
 
-    A line is a prompt; /NAME and its arguments in turn (/step 3, /restart 7 a red circle); /switch, /recompute or /fade
-    and a prompt; or, from { on, JSON as it is sent to a server.
+    A line is a prompt; /NAME and its arguments in turn (/step 3, /restart 7 a red circle); /switch, /recompute,
+    /forget or /fade and a prompt; or, from { on, JSON as it is sent to a server.
     """
     line = line.strip()
     if not line:

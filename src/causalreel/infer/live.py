@@ -155,8 +155,10 @@ class Live:
 
         switch: new frames read the new text; those of the past stay as they were read under the old one, and read that
         again where a new segment begins with them.
-        recompute: the last `policy.keep` frames are read again under the new text, in a new segment. fade: as switch,
-        but the text moves from the old to the new embedding in `chunks` equal moves, the last of which is the new text.
+        recompute: the last `policy.keep` frames are read again under the new text, in a new segment.
+        forget: a new segment begins behind the last chunk alone, which keeps its own text: no other frame says how
+        things moved. fade: as switch, but the text moves from the old to the new embedding in `chunks` equal moves, the
+        last of which is the new text.
         """
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -170,6 +172,9 @@ class Live:
         self._say(text)
         if mode == "recompute":
             self._spans = self._spans[-1:]
+        if mode == "forget" and self._kept is not None:
+            self._kept = self._kept[:, -self._chunk :]
+        if mode != "switch":
             self._segment = None
 
     def resample(self, sampling: Sampling) -> None:

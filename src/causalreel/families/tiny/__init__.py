@@ -28,7 +28,7 @@ FAMILY = Family(
         examples=EXAMPLES,
         words=SLOTS,
         synonyms=SYNONYMS,
-        mode="switch",
+        mode="forget",
     ),
     size=(64, 64),
     fps=16.0,

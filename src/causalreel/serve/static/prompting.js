@@ -6,6 +6,7 @@ import { Problem } from "./wire.js";
 const MODES = {
   recompute: "The picture goes on. The model looks at its last frames again with the new prompt: shows soonest.",
   switch: "The picture goes on. The model remembers its last frames as they were: the old may linger a little.",
+  forget: "The picture goes on from its last moment. What was before is forgotten: things turn where they are told.",
   fade: "The picture goes on, and moves from the old prompt to the new one in equal steps.",
   restart: "A new video from its first frame, with this prompt and the same seed.",
 };
