@@ -5,6 +5,7 @@ The processes are real ones, started once for each number of them, with gloo on 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.data.sources import ClipSource, LatentSource
 from causalreel.nn.lora import LoRAConfig, adapter_state, adapters, add_lora, twin
+from causalreel.parallel.fast import accelerate
 from causalreel.parallel.offload import offload_activations
 from causalreel.parallel.recompute import recompute_blocks
 from causalreel.parallel.sharding import ParallelConfig, whole
@@ -56,6 +58,15 @@ def adapted() -> tuple[Stage, DataSource]:
     return DMDStage(DMD, student=student, critic=critic, teacher=teacher, null=NULL, viewer=VIEWER), source()
 
 
+def rolled_whole() -> tuple[Stage, DataSource]:
+    """DMD whose rollouts go through the inference path, with weights that every process has whole."""
+    stage, rows = make_dmd(DMD)
+    assert isinstance(stage, DMDStage)
+    stage.sampler = accelerate(copy.deepcopy(stage.student).requires_grad_(False))
+    stage.whole = (stage.sampler,)
+    return stage, rows
+
+
 def changing(name: str) -> tuple[Stage, DataSource]:
     """A stage on clips whose text changes, each at a frame of its own."""
     stage, plain = CASES[name]()
@@ -73,6 +84,7 @@ CASES: dict[str, Callable[[], tuple[Stage, DataSource]]] = {
     "DMD": lambda: make_dmd(DMD),
     "DMD, replayed": lambda: make_dmd(dataclasses.replace(DMD, student_pass="replay", critic_rollouts=1)),
     "DMD with adapters": adapted,
+    "DMD, rolled out whole": rolled_whole,
     "CausVid": lambda: make_dmd(dataclasses.replace(DMD, samples="data")),
     "causal score distillation": lambda: make_dmd(dataclasses.replace(DMD, samples="teacher_forced")),
     "teacher forcing, text by frame": lambda: changing("teacher forcing"),
@@ -83,7 +95,7 @@ STEPS = 3
 STEADY = dataclasses.replace(OPTIMISER, eps=1e-3)
 """With the usual eps Adam divides rounding by rounding where a gradient is 0, and a gradient of another size gives the
 same step: neither tells whether processes agree."""
-FEW = ("teacher forcing", "DMD", "DMD with adapters")
+FEW = ("teacher forcing", "DMD", "DMD, rolled out whole", "DMD with adapters")
 """What stands for the others where not all are run."""
 KEPT = ("selective", "full", "on the host", "full, on the host")
 

@@ -266,6 +266,18 @@ def whole_state(tensors: Mapping[str, Tensor], *, is_kept: bool) -> dict[str, Te
 
 
 @torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy one network's parameters into another one's of the same make, each in its own type; the target may be whole
+    in every process where the source is not."""
+    new, own = list(source.parameters()), list(target.parameters())
+    if any(hasattr(there, "to_local") and not hasattr(here, "to_local") for there, here in zip(new, own, strict=True)):
+        for there, here in zip(new, own, strict=True):
+            here.copy_(whole(there.to(here.dtype)))  # what passes between processes is in the target's type
+    else:
+        torch._foreach_copy_([local(p) for p in own], [local(p) for p in new])  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
 def fill(target: Tensor, source: Tensor) -> None:
     """Copy a whole tensor, such as a mapped file's, into one that may be shared: each process reads its part."""
     if not hasattr(target, "to_local"):

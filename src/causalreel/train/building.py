@@ -253,12 +253,13 @@ def _causal_cd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built
     return _compiled(recipe, stage, device), made.source, "target", sampling
 
 
-def _is_recorded(sampler: DiTDenoiser, chunk: int, spec: LatentSpec, device: torch.device) -> bool:
-    """Whether rollouts go through the inference path: on one GPU, of networks that it computes, where a chunk of one
-    clip fills it. Small clips are faster together, in compiled blocks; the inference path takes them one by one.
+def _is_recorded(sampler: DiTDenoiser, chunk: int, spec: LatentSpec, device: torch.device, team: Team) -> bool:
+    """Whether rollouts go through the inference path: of networks that it computes, where a chunk of one clip fills a
+    GPU, and no processes share its tokens. Small clips are faster together, in compiled blocks; the inference path
+    takes them one by one.
     """
     config = sampler.config
-    if config.camera == "prope" or torch.distributed.is_initialized():
+    if config.camera == "prope" or team.context is not None:
         return False
     queries = chunk * spec.height * spec.width // config.patch**2
     return fills(queries, config.heads, processors_of(device))
@@ -275,18 +276,21 @@ def _dmd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     stage = DMD(c, **made.roles, null=made.null, viewer=viewer)
     is_fast = False
     if device.type == "cuda" and recipe.speed != "plain" and stage.sampler is not stage.student:
-        is_fast = _is_recorded(stage.sampler, c.chunk, made.spec, device)
+        is_whole = made.team.control is None or c.rollout_weights == "whole"
+        is_fast = is_whole and _is_recorded(stage.sampler, c.chunk, made.spec, device, made.team)
         if is_fast and stage.sampler.model.device.type == "meta":
             stage.sampler.to_empty(device=device)  # the fast form holds storage; its weights come with each rollout
         if is_fast:
             check_precision(c.rollout_precision, device)
             accelerate(stage.sampler, precision=c.rollout_precision)
+            stage.derived, stage.whole = (), stage.derived
         else:
             compile_blocks(stage.sampler)
     if c.rollout_precision != "bf16" and not is_fast:
         raise ValueError(
-            f"settings.rollout_precision: {c.rollout_precision} needs rollouts on the inference path: one GPU, "
-            "speed: compiled, and chunks large enough to fill it; bf16 works everywhere"
+            f"settings.rollout_precision: {c.rollout_precision} needs rollouts on the inference path: "
+            "speed: compiled, settings.rollout_weights: whole, trainer.parallel.context: 1, and chunks large enough to "
+            "fill a GPU; bf16 works everywhere"
         )
     return _compiled(recipe, stage, device), made.source, "average", sampling
 

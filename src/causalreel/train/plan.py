@@ -101,7 +101,7 @@ def plan(
         gathered = max(2 * whole[role] * _block(size) for role, size in sizes.items())
         gathered += WIDE * max(map(_block, trained))
         parts.append(Part("gathered", gathered, "two blocks whole, trained ones in float32, and one's gradient"))
-    is_recorded = gpus == 1 and recipe.speed != "plain"
+    is_recorded = recipe.speed != "plain" and (gpus == 1 or _rolls_whole(recipe))
     parts += _activations(recipe, sizes, clip, rows, gradients, is_recorded=is_recorded)
     context = Context()
     work = step_work(recipe.settings, dict(sizes), clip, context) or Work()
@@ -137,8 +137,17 @@ def _role(recipe: Recipe, role: str, size: ModelConfig, shards: int) -> list[Par
         else:
             found.append(Part(name, WIDE * count, "float32"))
         if isinstance(recipe.settings, DMDConfig):
-            found.append(Part("sampler", NARROW * count, "the student in bfloat16, which rolls out"))
+            held = parameters(size) if _rolls_whole(recipe) else count
+            found.append(Part("sampler", NARROW * held, "the student in bfloat16, which rolls out"))
     return found
+
+
+def _rolls_whole(recipe: Recipe) -> bool:
+    """Whether each GPU rolls out with weights of its own."""
+    settings = recipe.settings
+    return (
+        isinstance(settings, DMDConfig) and settings.rollout_weights == "whole" and recipe.trainer.parallel.context == 1
+    )
 
 
 def is_before_training(recipe: Recipe, role: str) -> bool:

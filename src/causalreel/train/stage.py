@@ -71,7 +71,8 @@ class ReadsAhead(DataSource, Protocol):
 class Stage(Protocol):
     """Losses over roles.
 
-    `derived`, if a stage has it: networks that are made of roles and are no state, such as a copy in another type.
+    `derived`, if a stage has it: networks that are made of roles and are no state, such as a copy in another type;
+    `whole`: such networks that every process holds whole.
     `Probes` and `ShowsData` are what else it may have.
     Roles with an optimiser in the trainer's config are trained, roles named by `averages` follow, all others are
     frozen. Nothing else may change a role's weights.

@@ -112,6 +112,8 @@ class Run:
             self._place(network, are_adapted, is_on_host and name not in trained)
         for network in getattr(self.stage, "derived", ()):
             self._place(network, are_adapted)
+        for network in getattr(self.stage, "whole", ()):
+            self._place(network, is_repeated=True)
         if checkpoint.latest(self.directory) is None:
             for name, start in starts.items():
                 if name in roles:
@@ -120,8 +122,8 @@ class Run:
         how: dict[str, Any] = {"average": self.team.average} if are_adapted else {"norm": self.team.norm}
         return {name: RoleOptimiser(name, roles[name], options, **how) for name, options in trained.items()}
 
-    def _place(self, network: nn.Module, is_adapted: bool, is_on_host: bool = False) -> None:
-        """Put a network on the device, or this process's part of it; one without storage gets some.
+    def _place(self, network: nn.Module, is_repeated: bool, is_on_host: bool = False) -> None:
+        """Put a network on the device, or this process's part of it unless all have it; one without storage gets some.
 
         is_on_host: a denoiser's weights wait in the host's memory instead.
         """
@@ -132,7 +134,7 @@ class Run:
         is_empty = any(parameter.is_meta for parameter in network.parameters())
         if not is_empty:
             network.to(self.device)
-        self.team.repeat(network) if is_adapted else self.team.share(network, is_on_host=is_on_host)
+        self.team.repeat(network) if is_repeated else self.team.share(network, is_on_host=is_on_host)
         if is_empty:
             network.to_empty(device="cpu" if is_on_host else self.device)
 

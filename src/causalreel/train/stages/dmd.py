@@ -22,7 +22,7 @@ from causalreel.flow import SCORE_SIGMA_RANGE, add_noise, shift_sigma, velocity_
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.nn.policies.registry import described
 from causalreel.parallel.fast import FastDiT
-from causalreel.parallel.sharding import local
+from causalreel.parallel.sharding import copy_weights
 from causalreel.rollout import Plan, chunk_sizes, fuse
 from causalreel.train.kit import (
     EMAConfig,
@@ -79,6 +79,9 @@ class DMDConfig:
     rollout_precision: Literal["bf16", "fp8", "fp8-attention"] = "bf16"
     """What rollouts compute in (`parallel.fast`); scores and everything with gradient stay as they are. fp8 is faster
     and changes the samples slightly: the released code has no such mode."""
+    rollout_weights: Literal["whole", "sharded"] = "whole"
+    """How several processes hold the copy that rolls out: each of them whole, 2 bytes a parameter, on the inference
+    path as on one GPU; or sharded as other networks are, whose every call gathers every block again."""
     guidance: float = 4.0
     """Guidance of the teacher, standard convention; the released `guidance_scale: 3` is 4 here."""
     given: float = 0.0
@@ -203,6 +206,10 @@ class DMD:
                 raise ValueError(f"rolling has no rule for the policy {described(student.context)}")
         self.sampler = _sampler(student)
         self.derived = () if self.sampler is student else (self.sampler,)
+        self.whole: Sequence[nn.Module] = ()
+        """Of networks that are no state, those that every process holds whole."""
+        self._is_behind = True
+        """Whether the student may have changed since the sampler was made as it is."""
 
     # ---- the cycle
 
@@ -210,6 +217,7 @@ class DMD:
         config = self.config
         rollouts = config.critic_rollouts or config.critic_samples
         share = -(-config.critic_samples // rollouts)  # samples per rollout, rounded up
+        self._is_behind = True
         updates, made = iter(range(config.critic_updates)), None
         for first in range(0, config.critic_samples, share):
             count = min(share, config.critic_samples - first)
@@ -380,13 +388,12 @@ class DMD:
         return add_noise(x0, randn(step, f"{purpose} noise", x0), sigma), sigma, sizes, x0
 
     def _current_sampler(self) -> DiTDenoiser:
-        """The sampler, with the student's weights as they are now."""
-        if self.sampler is not self.student:
-            with torch.no_grad():
-                own, new = ([local(p) for p in net.parameters()] for net in (self.sampler, self.student))
-                torch._foreach_copy_(own, new)  # pyright: ignore[reportPrivateImportUsage]
+        """The sampler, with the student's weights as they are in this cycle."""
+        if self.sampler is not self.student and self._is_behind:
+            copy_weights(self.student, self.sampler)
             if isinstance(self.sampler.run, FastDiT):
                 self.sampler.run.refresh()
+            self._is_behind = False
         return self.sampler
 
     def _cache(self, sampler: DiTDenoiser, batch: LatentBatch) -> ReplayCache:
