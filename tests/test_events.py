@@ -53,6 +53,23 @@ def test_until_an_event_a_clip_is_the_one_without(world: WorldState) -> None:
         assert torch.equal(pictures[0][clip, :start], pictures[1][clip, :start])
 
 
+def test_events_may_leave_the_background_and_name_directions_more_often() -> None:
+    def shares(config: WorldConfig) -> tuple[float, float]:
+        """Of clips with a change: that it leaves the background, and that it names the first object's direction."""
+        state = simulate(400, seed=5, config=config)
+        state = state[change_of(state).start < config.frames]
+        change = change_of(state)
+        same = change.background == state.background
+        return same.float().mean().item(), change.named[:, 0].float().mean().item()
+
+    usual = shares(EVENTS)
+    other = shares(dataclasses.replace(EVENTS, named=1.0, same_background=0.9))
+    assert usual[0] < 0.7 < 0.9 < other[0] < 1 and usual[1] < 0.9 and other[1] == 1.0
+    assert shares(dataclasses.replace(EVENTS, same_background=1.0))[0] == 1.0
+    facts = [flat(dataclasses.replace(EVENTS, same_background=share)).facts["events"] for share in (0.0, 0.9)]
+    assert facts == ["1.0 in 4 frames", "1.0 in 4 frames, directions named 0.75, the same background 0.9"]
+
+
 def test_a_clip_with_an_event_depends_on_its_index_alone() -> None:
     whole, part = simulate(12, seed=1, config=EVENTS), simulate(3, seed=1, first=7, config=EVENTS)
     assert torch.equal(whole.position[7:10], part.position)
@@ -205,7 +222,16 @@ def test_data_keep_the_text_of_every_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"events": 1.5}, {"morph": 3}, {"morph": 9}, {"latent": 0}, {"events": 1, "frames": 3}]
+    "wrong",
+    [
+        {"events": 1.5},
+        {"named": -0.1},
+        {"same_background": 2},
+        {"morph": 3},
+        {"morph": 9},
+        {"latent": 0},
+        {"events": 1, "frames": 3},
+    ],
 )
 def test_impossible_events_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)) if "frames" not in wrong else "frames"):

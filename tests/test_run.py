@@ -290,6 +290,8 @@ CD = ["train", "tiny/causal_cd", *SMALL, *DATA, *FROM_BASE, "trainer.out=new"]
         (["train", "tiny/base", *SMALL, *DATA, "model=tinny"], ["unknown model preset 'tinny'"]),
         (["train", "tiny/codec", *SMALL, "rows=4", "model=wan2.1"], ["the codec stage trains only 'tiny'"]),
         (["train", "tiny/codec", *SMALL, "rows=4", "settings.frames=16", "trainer.out=new"], ["frames", "16"]),
+        (["encode", "--codec", "codec/export", "--out", "no", "--named", "1"], ["--same-background", "give --events"]),
+        (["train", "tiny/codec", *SMALL, "settings.patterns=1.5"], ["patterns must be 0 to 1, got 1.5"]),
         (["train", "tiny/codec", *SMALL, "settings.decoder_only=true"], ["settings.decoder_only", "init.codec"]),
         (["encode", "--codec", "nowhere", "--out", "new"], ["no codec at nowhere"]),
         (["encode", "--codec", "codec/export", "--out", "new", "--clips", "0"], ["clips must be at least 1"]),

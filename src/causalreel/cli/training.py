@@ -70,6 +70,10 @@ class Encode(ThreadFlag):
     """Which training world."""
     events: Annotated[float, Range(0, 1)] = 0.0
     """Share of clips whose caption changes once, and what it describes with it."""
+    named: Annotated[float, Range(0, 1)] = 0.75
+    """Chance that such a change names where an object goes."""
+    same_background: Annotated[float, Range(0, 1)] = 0.0
+    """Chance that such a change leaves the background: models obey a direction least where nothing else changes."""
     least_psnr: Annotated[float, Range(0, 100)] = 0.0
     """Encode nothing if the codec gives clips of this world back with less (dB; a trained one reaches 35 to 42)."""
     batch: Annotated[int | None, BATCH] = None
@@ -87,7 +91,12 @@ def encode(args: Encode) -> int:
 
     if args.events and args.world != "flat":
         raise ValueError(f"--events are of the flat world, not of --world {args.world}")
-    world = flat(WorldConfig(events=args.events)) if args.events else WORLDS[args.world]()
+    changes = WorldConfig(events=args.events, named=args.named, same_background=args.same_background)
+    if not args.events and changes != WorldConfig():
+        raise ValueError(
+            "--named and --same-background are of changes: give --events, the share of clips that have one"
+        )
+    world = flat(changes) if args.events else WORLDS[args.world]()
     args.set_threads([], args.device)
     device = choose_device(args.device)
     codec = load_codec(args.codec).to(device)

@@ -31,8 +31,6 @@ ROOM = 10
 ANEW = 0.5
 """Share of events in which the whole caption is drawn anew; in the others every word changes with chance `SOME`."""
 SOME = 0.3
-NAMED = 0.75
-"""Chance that an event names an object's direction; one that comes has its direction named always."""
 CHUNK = 3
 """Half of the events begin at a multiple of so many latent frames, the others at any."""
 DRAWS = 64
@@ -120,8 +118,10 @@ def wanted_events(first: Change, uniform: Tensor, config: WorldConfig) -> Change
         columns["scale"].append(changed(first.scale[:, i], len(SIZES)))
         columns["speed"].append(changed(first.speed[:, i], len(SPEEDS)))
         columns["direction"].append((next(number) * len(DIRECTIONS)).long())
-        columns["named"].append(next(number) < NAMED)
+        columns["named"].append(next(number) < config.named)
     background = changed(first.background, len(BACKGROUNDS), SOME / 2)
+    if config.same_background:
+        background = torch.where(next(number) < config.same_background, first.background, background)
     color = _colors(first.color, anew, [next(number) for _ in range(3 * count)])
     table = {name: torch.stack(column, dim=1) for name, column in columns.items()}
     present = first.present.clone()

@@ -76,6 +76,11 @@ class WorldConfig:
     """Pixels that always remain free between two objects' bounding circles."""
     events: float = 0.0
     """Share of clips whose caption changes once (a few less, where there is no room); see `data.events`."""
+    named: float = 0.75
+    """Chance that an event names an object's direction; one that comes has its direction named always."""
+    same_background: float = 0.0
+    """Chance that an event leaves the background as it is, whatever it draws: what models obey least is a direction
+    where nothing but the objects changes."""
     morph: int = 4
     """Frames in which a change happens, 4 to 8."""
     latent: int = 4
@@ -98,6 +103,9 @@ class WorldConfig:
             raise ValueError(f"gap must be 0 to 4 pixels, got {self.gap}")
         if not 0 <= self.events <= 1:
             raise ValueError(f"events must be 0 to 1, got {self.events}")
+        for name in ("named", "same_background"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
         if not 4 <= self.morph <= 8:
             raise ValueError(f"morph must be 4 to 8 frames, got {self.morph}")
         if self.latent < 1 or (self.events and self.frames < 1 + self.latent):

@@ -48,6 +48,9 @@ def flat(config: world.WorldConfig = world.WorldConfig()) -> World:
         return Clips(drawing.render(state), [joined(clip) for clip in world.told(state)])
 
     events = f"{config.events} in {config.morph} frames" if config.events else None
+    usual = world.WorldConfig()
+    if events and (config.named, config.same_background) != (usual.named, usual.same_background):
+        events += f", directions named {config.named}, the same background {config.same_background}"
     return World(clips, {"world": None, "frames": config.frames, "size": config.size, "events": events})
 
 
