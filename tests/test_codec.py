@@ -12,6 +12,7 @@ from torch import Tensor
 
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.codecs.wan_vae import PRESETS, CausalVAE, VAEConfig, latent_statistics, vae_config
+from causalreel.data.patterns import pattern_clips
 from causalreel.train.stage import DataCursor, StepContext
 from causalreel.train.stages.codec import CodecConfig, CodecStage, latent_error, near_edges
 from causalreel.types import Conditioning, VideoBatch, VideoCodec
@@ -307,6 +308,37 @@ def test_latent_errors_are_veils_and_specks_of_every_strength_up_to_the_largest(
     assert near.min() < 0.1 and near.max() > 0.6
     assert torch.equal(error, latent_error(step, 64, 4, 8, 8, 16, largest=0.8))
     assert not latent_error(step, 2, 2, 8, 8, 16, largest=0.0).any()
+
+
+def test_patterns_are_plain_textured_moving_and_of_the_seed() -> None:
+    clips = pattern_clips(64, 9, 32, 48, generator(1))
+    assert clips.shape == (64, 9, 3, 32, 48) and clips.isfinite().all() and clips.abs().max() <= 1
+    spread = clips.flatten(3).std(-1).mean((1, 2))  # over a frame
+    moves = clips.diff(dim=1).abs().mean((1, 2, 3, 4))
+    assert (spread == 0).any() and (spread > 0.3).any() and (moves == 0).any() and (moves > 0.1).any()
+    colours = clips[:, 0].mean((2, 3))  # (B,3): all over the cube
+    assert colours.std(0).min() > 0.3
+    assert torch.equal(clips, pattern_clips(64, 9, 32, 48, generator(1)))
+    assert not torch.equal(clips, pattern_clips(64, 9, 32, 48, generator(2)))
+
+
+def test_a_share_of_a_batch_shows_patterns_whatever_shares_the_batch() -> None:
+    source = Squares()
+    stage = CodecStage(tiny_codec(0), CodecConfig(batch=8, frames=5, patterns=0.375))
+    video = torch.zeros(8, 5, 3, 16, 16)
+    whole = stage._with_patterns(context(source, DataCursor(16, seed=0), 3), video)
+    assert whole[:3].flatten(1).any(1).all() and not whole[3:].any()
+    for part in range(2):
+        step = replace(context(source, DataCursor(16, seed=0), 3), part=part, parts=2)
+        assert torch.equal(stage._with_patterns(step, video[part::2]), whole[part::2])
+    none = CodecStage(tiny_codec(0), CodecConfig(batch=8, frames=5))
+    assert none._with_patterns(context(source, DataCursor(16, seed=0), 3), video) is video
+    seen = []
+    stage.loss = lambda step, video: seen.append(video) or (video.sum(), {})  # type: ignore[method-assign]
+    (update,) = stage.updates(context(source, DataCursor(16, seed=0), 3))
+    update.losses[0]()
+    known = {-0.5, 1.0}  # all that the squares are made of
+    assert [set(clip.unique().tolist()) <= known for clip in seen[0]] == [False] * 3 + [True] * 5
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
