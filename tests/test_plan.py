@@ -17,6 +17,7 @@ from causalreel.types import LatentSpec
 
 WAN, CLIP = preset("wan-1.3b"), Clip(21, LatentSpec(16, 60, 104))
 ONE = "settings.batch=1"
+SHARDED = "settings.rollout_weights=sharded"
 
 
 def planned(name: str, *overrides: str, gpus: int = 1, large: tuple[str, ...] = ()) -> Plan:
@@ -36,7 +37,10 @@ def planned(name: str, *overrides: str, gpus: int = 1, large: tuple[str, ...] = 
         ("wan/dmd_frame", (ONE,), 1, 86.3),
         ("wan/ar", ("settings.batch=2",), 2, 56.5),
         ("wan/ar", ("settings.batch=4",), 4, 51.2),
-        ("wan/dmd_14b", ("settings.batch=2",), 2, 72.1),
+        ("wan/dmd", ("settings.batch=2",), 2, 66.9),
+        ("wan/dmd", ("settings.batch=2", SHARDED), 2, 59.6),
+        ("wan/dmd", ("settings.batch=4", SHARDED), 4, 49.0),
+        ("wan/dmd_14b", ("settings.batch=2", SHARDED), 2, 72.1),
     ],
 )
 def test_memory_is_what_was_measured(name: str, overrides: tuple[str, ...], gpus: int, gib: float) -> None:
@@ -47,7 +51,7 @@ def test_memory_is_what_was_measured(name: str, overrides: tuple[str, ...], gpus
 
 def test_a_critic_of_14b_is_widest_in_its_own_pass() -> None:
     """What the student's rollout leaves is gone by then."""
-    how = "wan/dmd_14b", "settings.batch=4", "trainer.recompute=full"
+    how = "wan/dmd_14b", "settings.batch=4", "trainer.recompute=full", SHARDED
     found = planned(*how, gpus=4, large=("teacher", "critic"))
     assert found.peak / GIB == pytest.approx(91.1, rel=0.03)  # measured on four H200s
     assert {"context", "beside"} <= {part.name for part in planned(*how, gpus=4).parts} - {p.name for p in found.parts}
@@ -125,9 +129,14 @@ def test_what_waits_on_the_host_is_not_the_gpus() -> None:
     assert [part.name for part in activations.parts if part.is_on_host] == ["activations"]
 
 
-def test_rollouts_of_several_processes_hold_no_memory_of_their_own() -> None:
-    names = {gpus: {p.name for p in planned("wan/dmd", f"settings.batch={gpus}", gpus=gpus).parts} for gpus in (1, 2)}
-    assert names[1] - names[2] == {"rollouts"} and names[2] - names[1] == {"gathered"}
+def test_rollouts_with_sharded_weights_hold_no_memory_of_their_own() -> None:
+    one, two = (planned("wan/dmd", f"settings.batch={n}", SHARDED, gpus=n).parts for n in (1, 2))
+    names = [{part.name for part in parts} for parts in (one, two)]
+    assert names[0] - names[1] == {"rollouts"} and names[1] - names[0] == {"gathered"}
+    sizes = {p.name: p.size for p in planned("wan/dmd", "settings.batch=2", gpus=2).parts}
+    assert sizes["sampler"] == 2 * parameters(WAN) and sizes.keys() == names[1] | {"rollouts"}
+    tokens = planned("wan/dmd", ONE, "trainer.parallel.context=2", gpus=2).parts  # never whole
+    assert {p.name: p.size for p in tokens}["sampler"] == parameters(WAN) and "rollouts" not in {p.name for p in tokens}
     assert "rollouts" not in {part.name for part in planned("wan/dmd", ONE, "speed=plain").parts}
 
 
