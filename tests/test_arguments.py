@@ -71,6 +71,8 @@ ZERO = {
     "motion": "static clips too",
     "brightness": "black clips too",
     "events": "captions stay as they are",
+    "named": "no change says where to go",
+    "same_background": "backgrounds are drawn as ever",
     "least_psnr": "any codec",
 }
 """Numbers that may be 0, and what it means."""

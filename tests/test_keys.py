@@ -331,7 +331,7 @@ def test_keys_are_typed_scripted_and_sent(tmp_path: Path) -> None:
     assert parse_line("/trajectory minwm w*4,l*2").text == "w*4,l*2"
     script = tmp_path / "script"
     script.write_text(
-        '0.2 /keys right\n{"time": 1.0, "command": "keys", "pressed": []}\n1.5 a blue square moves left\n'
+        '0.2 /keys right\n{"time": 1.0, "command": "keys", "pressed": []}\n1.5 /switch a blue square moves left\n'
     )
     known = replace(profile("tiny/frame-1step"), export=painted().export)
     one, said = session(), list[str]()

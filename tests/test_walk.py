@@ -320,7 +320,7 @@ def test_a_codec_of_another_world_is_refused(
     monkeypatch.setattr(preparing, "CHECKED", 2)
     codec, how = load_codec("tiny"), {"seed": 0, "first": 50_000, "batch": 1}
     assert check_codec(codec, flat(WorldConfig(frames=5)), 30, **how) > 30
-    with pytest.raises(ValueError, match=r"PSNR of 1\d\.\d dB, at least 30 is asked for"):
+    with pytest.raises(ValueError, match=r"PSNR of 2\d\.\d dB, at least 30 is asked for"):
         check_codec(codec, walkable(WalkConfig(latents=2)), 30, **how)
     monkeypatch.setattr(preparing, "CHECKED", 1)
     monkeypatch.setitem(WORLDS, "walk", lambda: walkable(WalkConfig(latents=2)))
