@@ -17,6 +17,7 @@ import torch
 
 from causalreel import families, load
 from causalreel.eval.metrics import measure
+from causalreel.infer.commands import MODES
 from causalreel.infer.live import Live, Policy, encode_prompt
 from causalreel.infer.models import profile
 from causalreel.nn.masks import Context
@@ -82,7 +83,7 @@ def changes(pipeline, args) -> None:
     print(f"follow of the new prompt in chunks behind the change; {args.streams} streams")
     for keep in kept(export, chunk):
         policy = Policy.of(export, pipeline.sampling, "renew", keep)
-        modes = ("switch", "recompute", "fade") if keep == default else ("recompute",)
+        modes = MODES if keep == default else ("recompute",)
         for mode in modes:
             curves = [change(pipeline, policy, seed, mode, args.behind) for seed in range(args.streams)]
             cells = [f"{mean(curve[i] for curve in curves):.2f}" for i in range(args.behind)]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from causalreel.infer.accelerate import accelerate
+from causalreel.infer.commands import MODES
 from causalreel.infer.models import load
 from causalreel.parallel.fast import PRECISIONS
 from causalreel.serve.handle import Ended, Handle, Limits
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, nargs="+", default=[1])
     parser.add_argument("--pace", default="realtime", choices=("realtime", "max"))
     parser.add_argument("--prompts", type=float, default=0, help="seconds between prompt changes; 0: none")
-    parser.add_argument("--mode", default="recompute", choices=("switch", "recompute", "fade"))
+    parser.add_argument("--mode", default="recompute", choices=MODES)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--plain-heap", action="store_true", help="leave the C library's memory as it is")
     parser.add_argument("--output", type=Path, help="JSON")
