@@ -44,7 +44,7 @@ class CodecConfig:
     kl: float = 3e-5
     """Weight of the KL divergence from a unit Gaussian, mean over latent elements."""
     edge_weight: float = 3.0
-    """How much more pixels near edges count than flat ones: their weight is 1 + edge_weight before normalisation."""
+    """How much more pixels near edges count than flat ones: 1 + edge_weight to 1, before each clip's mean is made 1."""
     edge_reach: int = 2
     """Distance in pixels up to which a pixel is near an edge."""
     decoder_only: bool = False
@@ -123,7 +123,7 @@ class CodecStage:
         with torch.autocast(video.device.type, enabled=False):
             difference = reconstruction.float() - video
             weight = 1 + config.edge_weight * near_edges(video, config.edge_reach)
-            weight = weight / weight.mean()
+            weight = weight / weight.mean((1, 2, 3, 4), keepdim=True)  # of each clip: parts of a batch know no others
             squared = (weight * difference.square()).mean()
             absolute = (weight * difference.abs()).mean()
             gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
