@@ -149,7 +149,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"name": "grip"}, "held must be one of none, left, right, got None"),
     ({"name": "grip", "held": "left", "strength": 2}, "strength must be a number from 0 to 1, got 2"),
     ({"name": "grip", "held": "left", "firmly": 1}, "grip takes held, strength; got 'firmly'"),
-    ({"name": "prompt", "text": RED, "mode": "jump"}, "mode must be one of switch, recompute, fade, forget, got"),
+    (
+        {"name": "prompt", "text": RED, "mode": "jump"},
+        "mode must be one of switch, recompute, fade, forget, got 'jump'",
+    ),
     ({"name": "prompt", "text": " "}, "text must be a text that is not empty, got ' '"),
     ({"name": "prompt", "text": "a\x00b"}, "text must be a text without control characters"),
     ({"name": "prompt", "text": "no such words"}, "unknown word"),

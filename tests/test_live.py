@@ -12,6 +12,7 @@ from torch import Tensor
 from causalreel import load
 from causalreel.eval.metrics import measure
 from causalreel.infer.accelerate import accelerate
+from causalreel.infer.commands import Prompt
 from causalreel.infer.live import ENDLESS, Live, Policy, encode_prompt
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.schedule import noise_levels
@@ -197,6 +198,27 @@ def test_forget_begins_behind_the_last_chunk_and_what_that_was_told() -> None:
     fresh, spoken = (Live(made, encode_prompt(made, PROMPTS[n], 3), seed=3) for n in (0, 1))
     fresh.tell(encode_prompt(made, PROMPTS[1], 3), mode="forget")  # where there is nothing yet
     assert torch.equal(fresh.next_chunk().latents, spoken.next_chunk().latents)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "as_if"),
+    [
+        ("recompute", "forget", "forget"),
+        ("forget", "recompute", "recompute"),
+        ("forget", "switch", "forget"),
+        ("recompute", "switch", "recompute"),
+        ("switch", "forget", "forget"),
+        ("fade", "forget", "forget"),
+    ],
+)
+def test_of_prompts_before_one_chunk_the_last_that_begins_a_segment_counts(first: str, last: str, as_if: str) -> None:
+    """Records drop what a later command supersedes: it must leave nothing behind."""
+    made = pipeline(TWO_STEP)
+    live, _ = stream(made, 3)
+    live.tell(encode_prompt(made, PROMPTS[0], 9), mode=first)
+    live.tell(encode_prompt(made, PROMPTS[1], 3), mode=last)
+    assert torch.equal(live.next_chunk().latents, changed(made, as_if)[2])
+    assert Prompt("b", last).supersede(Prompt("a", first)) == Prompt("b", as_if)
 
 
 def test_fade_moves_the_text_evenly_and_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

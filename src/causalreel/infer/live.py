@@ -142,6 +142,8 @@ class Live:
         self._spans = [(0, self._conditioning)]
         """The texts of the last frames: each with the frame of the stream from which it is read."""
         self._fade: _Fade | None = None
+        self._renewal: Mode | None = None
+        """How a prompt that waits for the next chunk has a segment begin; None: it goes on."""
         self._kept = None if first is None else first[:, -self.policy.keep :]  # (1,<=keep,C,H,W)
         self._is_first = True
         self._base = 0
@@ -170,12 +172,8 @@ class Live:
             return
         self._fade = None
         self._say(text)
-        if mode == "recompute":
-            self._spans = self._spans[-1:]
-        if mode == "forget" and self._kept is not None:
-            self._kept = self._kept[:, -self._chunk :]
         if mode != "switch":
-            self._segment = None
+            self._renewal, self._segment = mode, None
 
     def resample(self, sampling: Sampling) -> None:
         """Other steps from the next chunk on, in a new segment if they are others; the chunk must stay what it is."""
@@ -208,6 +206,7 @@ class Live:
     def next_chunk(self, fields: Mapping[str, Tensor] | None = None) -> Chunk:
         """The next latents (1,F,C,H,W) float32, at their frame of the stream; fields: theirs, name -> (1,F,...)."""
         self._extend(fields or {})
+        self._renew()
         self._take_weights()
         if self._fade is not None:
             self._say(self._fade.move())
@@ -227,6 +226,15 @@ class Live:
     def close(self) -> None:
         """Let go of the cache and of what is kept."""
         self._segment = self._kept = None
+
+    def _renew(self) -> None:
+        """What the segment to come is to see, as the last prompt that began one said: others that were told before the
+        same chunk leave nothing behind, so that a record need not hold them."""
+        if self._renewal == "recompute":
+            self._spans = self._spans[-1:]
+        if self._renewal == "forget" and self._kept is not None:
+            self._kept = self._kept[:, -self._chunk :]
+        self._renewal = None
 
     def _begin(self) -> None:
         self._segment = None  # first of all: its cache's memory is the new one's
