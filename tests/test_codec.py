@@ -13,6 +13,9 @@ from torch import Tensor
 from causalreel.codecs.tiny import tiny_codec
 from causalreel.codecs.wan_vae import PRESETS, CausalVAE, VAEConfig, latent_statistics, vae_config
 from causalreel.data.patterns import pattern_clips
+from causalreel.data.timed import timed
+from causalreel.train.building import _world_of
+from causalreel.train.recipe import resolve
 from causalreel.train.stage import DataCursor, StepContext
 from causalreel.train.stages.codec import CodecConfig, CodecStage, latent_error, near_edges
 from causalreel.types import Conditioning, VideoBatch, VideoCodec
@@ -339,6 +342,25 @@ def test_a_share_of_a_batch_shows_patterns_whatever_shares_the_batch() -> None:
     update.losses[0]()
     known = {-0.5, 1.0}  # all that the squares are made of
     assert [set(clip.unique().tolist()) <= known for clip in seen[0]] == [False] * 3 + [True] * 5
+
+
+def test_clips_as_long_as_their_cuts_all_change_at_the_border_of_a_latent_frame() -> None:
+    """The robust codec's recipe: most cuts show a change, and all of it."""
+    shipped = resolve("tiny/robust_codec")
+    assert shipped.settings.rendered == shipped.settings.frames == 17
+    clips = _world_of(shipped).clips(24, seed=0)
+    assert clips.video.shape[1] == 17
+    changes = [timed(line)[1:] for line in clips.captions]
+    assert sum(len(change) == 1 for change in changes) >= 20
+    usual = _world_of(replace(shipped, settings=replace(shipped.settings, rendered=None))).clips(2, seed=0)
+    assert usual.video.shape[1] == 45
+
+
+def test_clips_that_are_cut_are_not_shorter_than_the_cut() -> None:
+    with pytest.raises(ValueError, match="rendered must be at least the 17 frames of a cut, got 13"):
+        CodecConfig(rendered=13)
+    with pytest.raises(ValueError, match=r"settings\.rendered"):
+        replace(resolve("tiny/walk_codec"), settings=CodecConfig(rendered=17))
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])

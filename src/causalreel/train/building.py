@@ -18,7 +18,7 @@ from causalreel.data.compared import write_compared
 from causalreel.data.prepare import render_clips
 from causalreel.data.sources import ClipSource
 from causalreel.data.world import WorldConfig
-from causalreel.data.worlds import WORLDS, flat
+from causalreel.data.worlds import WORLDS, World, flat
 from causalreel.files import remove_folder
 from causalreel.flow import sigma_grid, warp_steps
 from causalreel.nn.denoiser import DiTDenoiser
@@ -45,7 +45,7 @@ from causalreel.train.stage import DataSource, Stage
 from causalreel.train.stages.ar_diffusion import ARDiffusion, ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCD, CausalCDConfig
 from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_part, parts_of
-from causalreel.train.stages.codec import CodecStage
+from causalreel.train.stages.codec import CodecConfig, CodecStage
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.state import resumable
@@ -93,7 +93,7 @@ def build_codec(recipe: Recipe, device: torch.device, team: Team) -> Prepared:
     codec = codec.to(device)
     if device.type == "cuda":
         codec.forward = torch.autocast("cuda", torch.bfloat16)(torch.compile(codec.forward))  # float32 weights stay
-    world = flat(WorldConfig(events=recipe.settings.events)) if recipe.settings.events else WORLDS[recipe.world]()
+    world = _world_of(recipe)
     clips = render_clips(recipe.rows or 4096, seed=recipe.data_seed, world=world, device=device)
     stage = CodecStage(codec, recipe.settings)
 
@@ -112,6 +112,15 @@ def build_codec(recipe: Recipe, device: torch.device, team: Team) -> Prepared:
         log.info("codec written to %s", folder)
 
     return Prepared(stage, ClipSource(clips), export, contents)
+
+
+def _world_of(recipe: Recipe) -> World:
+    """What the codec stage's clips are of."""
+    if recipe.world != "flat":
+        return WORLDS[recipe.world]()
+    settings: CodecConfig = recipe.settings
+    config = WorldConfig(events=settings.events)
+    return flat(config if settings.rendered is None else replace(config, frames=settings.rendered))
 
 
 # ---- denoisers

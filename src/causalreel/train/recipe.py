@@ -86,6 +86,8 @@ class Recipe:
             raise ValueError(f"model: got {self.model!r}, the codec stage trains only 'tiny'")
         if isinstance(self.settings, CodecConfig) and self.world != "flat" and self.settings.events:
             raise ValueError(f"settings.events: got {self.settings.events}, the world {self.world!r} has none: give 0")
+        if isinstance(self.settings, CodecConfig) and self.world != "flat" and self.settings.rendered is not None:
+            raise ValueError(f"settings.rendered: got {self.settings.rendered}, it is of the world 'flat': give null")
         if isinstance(self.settings, CodecConfig) and self.settings.decoder_only and "codec" not in self.init:
             raise ValueError("settings.decoder_only: got true, which needs init.codec: the codec whose encoder stays")
         for role in self.lora:
