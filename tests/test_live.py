@@ -187,16 +187,26 @@ def test_switch_keeps_the_cache() -> None:
     assert (new - changed(made, "recompute")[2]).abs().max() > 1e-3
 
 
-def test_forget_begins_behind_the_last_chunk_and_what_that_was_told() -> None:
+@pytest.mark.parametrize(("chunk", "left"), [(1, 2), (2, 2), (4, 4)])
+def test_forget_begins_behind_two_frames_or_a_chunk_and_what_those_were_told(chunk: int, left: int) -> None:
+    made = pipeline(Sampling(chunk, (1000.0, 500.0)))
+    texts = [encode_prompt(made, prompt, 3) for prompt in PROMPTS[:2]]
+    live = Live(made, texts[0], seed=3, policy=Policy("renew", 16, 8))
+    old = torch.cat([live.next_chunk().latents for _ in range(8 // chunk)], dim=1)
+    live.tell(texts[1], mode="forget")
+    new = torch.cat([live.next_chunk().latents for _ in range(2)], dim=1)
+    said = Conditioning(torch.stack(texts, dim=1), prompts=(0,) * left + (1,) * 2 * chunk)
+    close(new, behind(made, old[:, -left:], 2 * chunk, base=8 - left, text=said))
+    assert live.segments == 2 and live.frame == 8 + 2 * chunk
+
+
+def test_forget_is_another_way_and_nothing_where_there_is_nothing_yet() -> None:
     made = pipeline(TWO_STEP)
-    live, old, new, text = changed(made, "forget")
-    assert live.segments == 2
-    said = Conditioning(torch.stack([encode_prompt(made, PROMPTS[0], 3), text], dim=1), prompts=(0, 1, 1))
-    close(torch.cat([new, live.next_chunk().latents], dim=1), behind(made, old[:, 2:], 2, base=2, text=said))
+    new = changed(made, "forget")[2]
     for mode in ("switch", "recompute"):
         assert (new - changed(made, mode)[2]).abs().max() > 1e-3, mode
     fresh, spoken = (Live(made, encode_prompt(made, PROMPTS[n], 3), seed=3) for n in (0, 1))
-    fresh.tell(encode_prompt(made, PROMPTS[1], 3), mode="forget")  # where there is nothing yet
+    fresh.tell(encode_prompt(made, PROMPTS[1], 3), mode="forget")
     assert torch.equal(fresh.next_chunk().latents, spoken.next_chunk().latents)
 
 

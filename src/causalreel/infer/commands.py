@@ -177,8 +177,8 @@ class Command:
 
 @dataclass(frozen=True)
 class Prompt(Command):
-    """Another prompt: `switch` changes the text alone, `recompute` the context's too, `forget` leaves the last chunk of
-    the context, `fade` goes over in `chunks`."""
+    """Another prompt: `switch` changes the text alone, `recompute` the context's too, `forget` leaves the end of
+    the context alone, `fade` goes over in `chunks`."""
 
     name: ClassVar[str] = "prompt"
     group: ClassVar[str] = "scene"

@@ -10,6 +10,7 @@ Pixels, threads and sessions are not its business: see `serve.session`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -36,6 +37,10 @@ KEPT: dict[PolicyKind, int] = {"renew": 4, "slide": 2}
 """A new segment keeps the trained length divided by this. For renew a quarter held and followed prompts best, as
 measured (`benchmarks/live_quality.py`, table in docs/live.md); so it is for slide where positions never grow and a new
 segment means another prompt or weights; elsewhere half is a guess between speed and memory."""
+
+FORGOTTEN_TO = 2
+"""Latent frames that `forget` keeps, in whole chunks. With one, two objects that become two others are shown twice in
+some videos; with more, things turn less where they are told (docs/log.md)."""
 
 POSITIONS = 1024
 """Positions of frames that sliding may reach before it begins again at 0: as many as the released code has tables."""
@@ -158,9 +163,9 @@ class Live:
         switch: new frames read the new text; those of the past stay as they were read under the old one, and read that
         again where a new segment begins with them.
         recompute: the last `policy.keep` frames are read again under the new text, in a new segment.
-        forget: a new segment begins behind the last chunk alone, which keeps its own text: no other frame says how
-        things moved. fade: as switch, but the text moves from the old to the new embedding in `chunks` equal moves, the
-        last of which is the new text.
+        forget: a new segment begins behind the last two latent frames, or the last chunk if that has more; they keep
+        their own text. Little is left that says how things moved. fade: as switch, but the text moves from the old to
+        the new embedding in `chunks` equal moves, the last of which is the new text.
         """
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -233,7 +238,7 @@ class Live:
         if self._renewal == "recompute":
             self._spans = self._spans[-1:]
         if self._renewal == "forget" and self._kept is not None:
-            self._kept = self._kept[:, -self._chunk :]
+            self._kept = self._kept[:, -math.ceil(FORGOTTEN_TO / self._chunk) * self._chunk :]
         self._renewal = None
 
     def _begin(self) -> None:
