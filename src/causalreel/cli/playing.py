@@ -41,8 +41,8 @@ class Stream(StreamFlags):
     """Play an endless video whose prompt changes on the way, in a window or into a file or pipe.
 
     Without -o it plays in a window (space pauses, r restarts, q closes; W A S D and arrows steer a model with keys).
-    With --stdin a typed line is the next prompt; /switch, /recompute or /fade and a prompt say how. The other live
-    commands are a slash, their name and what they take, such as /step 3 or /restart 7; /help lists them.
+    With --stdin a typed line is the next prompt; /switch, /recompute, /forget or /fade and a prompt say how. The other
+    live commands are a slash, their name and what they take, such as /step 3 or /restart 7; /help lists them.
     """
 
     prompt: Annotated[Positional[str | None], arg(metavar="[PROMPT]")] = None
