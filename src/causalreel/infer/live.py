@@ -39,8 +39,8 @@ measured (`benchmarks/live_quality.py`, table in docs/live.md); so it is for sli
 segment means another prompt or weights; elsewhere half is a guess between speed and memory."""
 
 FORGOTTEN_TO = 2
-"""Latent frames that `forget` keeps, in whole chunks. With one, two objects that become two others are shown twice in
-some videos; with more, things turn less where they are told (docs/log.md)."""
+"""Latent frames that `forget` keeps, in whole chunks. With one, more videos show one of two objects twice; with all, as
+`switch` has them, things turn less where they are told (docs/log.md)."""
 
 POSITIONS = 1024
 """Positions of frames that sliding may reach before it begins again at 0: as many as the released code has tables."""
