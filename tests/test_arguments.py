@@ -73,6 +73,8 @@ ZERO = {
     "events": "captions stay as they are",
     "named": "no change says where to go",
     "same_background": "backgrounds are drawn as ever",
+    "two_objects": "objects come and go as ever",
+    "crowded": "changes need room",
     "least_psnr": "any codec",
 }
 """Numbers that may be 0, and what it means."""

@@ -18,6 +18,7 @@ from causalreel.data.timed import joined, readings, timed
 from causalreel.data.walk import WalkConfig
 from causalreel.data.world import SPEED_PIXELS, WorldConfig, WorldState, captions, render, simulate, told
 from causalreel.data.worlds import flat, walkable
+from causalreel.eval.changes import LOOKED_AT, judge
 from causalreel.types import Conditioning
 from causalreel.vocabulary import BACKGROUND_RGB, DIRECTIONS, parse_caption
 
@@ -68,6 +69,17 @@ def test_events_may_leave_the_background_and_name_directions_more_often() -> Non
     assert shares(dataclasses.replace(EVENTS, same_background=1.0))[0] == 1.0
     facts = [flat(dataclasses.replace(EVENTS, same_background=share)).facts["events"] for share in (0.0, 0.9)]
     assert facts == ["1.0 in 4 frames", "1.0 in 4 frames, directions named 0.75, the same background 0.9"]
+
+
+def test_events_may_end_with_two_objects_more_often() -> None:
+    def ends(config: WorldConfig) -> float:
+        state = simulate(400, seed=5, config=config)
+        change = change_of(state)
+        return change.present[change.start < config.frames, 1].float().mean().item()
+
+    shares = [ends(dataclasses.replace(EVENTS, two_objects=share)) for share in (0.0, 0.5, 1.0)]
+    assert shares[0] < 0.5 < 0.6 < shares[1] < 0.9 and shares[2] == 1.0
+    assert flat(dataclasses.replace(EVENTS, two_objects=0.5)).facts["events"] == "1.0 in 4 frames, two objects 0.5"
 
 
 def test_a_clip_with_an_event_depends_on_its_index_alone() -> None:
@@ -162,6 +174,38 @@ def test_objects_never_touch_and_end_within_the_picture(world: WorldState) -> No
     assert shown.isfinite().all() and shown.abs().max() <= 1
 
 
+def test_crowded_events_all_happen_and_objects_pass_over_each_other() -> None:
+    crowded = simulate(192, seed=11, config=dataclasses.replace(EVENTS, crowded=1.0, two_objects=1.0))
+    usual = simulate(192, seed=11, config=dataclasses.replace(EVENTS, two_objects=1.0))
+    change = change_of(crowded)
+    assert (change.start < EVENTS.frames).all() and (change_of(usual).start >= EVENTS.frames).float().mean() > 0.1
+    frames = torch.arange(EVENTS.frames)
+    both = (frames >= change.start[:, None]) & change.present.all(1)[:, None]
+    apart = (crowded.position[:, :, 0] - crowded.position[:, :, 1]).norm(dim=-1)
+    assert (apart[both] < 6.5).any()  # one over the other
+    before = (frames < change.start[:, None]) & crowded.present.all(1)[:, None]
+    assert (apart[before] > 2 * 6.5).all()  # until then they bounce off each other
+    radius = torch.tensor(RADII)[change.scale][:, None] * 0.88 * 0.79 - 0.1
+    over = frames >= change.start[:, None] + EVENTS.morph - 1
+    inside = (crowded.position.amin(-1) > radius) & (crowded.position.amax(-1) < 64 - radius)
+    assert (inside | ~change.present[:, None] | ~over[..., None]).all()
+    some = simulate(192, seed=11, config=dataclasses.replace(EVENTS, crowded=0.5, two_objects=1.0))
+    same = [torch.equal(some.position[i], crowded.position[i]) for i in range(192)]
+    assert 0.3 < sum(same) / 192 < 0.8
+
+
+def test_what_pass_over_each_other_is_clean_and_turns() -> None:
+    state = simulate(96, seed=12, config=dataclasses.replace(EVENTS, crowded=1.0, two_objects=1.0))
+    video, said, judged = render(state), told(state), []
+    for clip, start in enumerate(change_of(state).start.tolist()):
+        if start <= EVENTS.frames - LOOKED_AT:
+            before, after = (parse_caption(text) for _, text in said[clip])
+            judged.append(judge(video[clip], start, before, after, after))
+    turned = [one.turned for one in judged if one.turned is not None]
+    assert len(judged) > 40 and not any(one.noise for one in judged)
+    assert sum(turned) / len(turned) > 0.9  # one may hide the other
+
+
 def test_captions_name_what_is_there(world: WorldState) -> None:
     said, change = told(world), change_of(world)
     assert {(start - 1) % 4 for start in change.start.tolist()} == {0}
@@ -227,6 +271,8 @@ def test_data_keep_the_text_of_every_frame(tmp_path: Path) -> None:
         {"events": 1.5},
         {"named": -0.1},
         {"same_background": 2},
+        {"two_objects": -0.5},
+        {"crowded": 1.5},
         {"morph": 3},
         {"morph": 9},
         {"latent": 0},

@@ -74,6 +74,10 @@ class Encode(ThreadFlag):
     """Chance that such a change names where an object goes."""
     same_background: Annotated[float, Range(0, 1)] = 0.0
     """Chance that such a change leaves the background: models obey a direction least where nothing else changes."""
+    two_objects: Annotated[float, Range(0, 1)] = 0.0
+    """Chance that such a change ends with two objects, where models show most that does not belong there."""
+    crowded: Annotated[float, Range(0, 1)] = 0.0
+    """Chance that such a change needs no room between objects, as with people's prompts: they pass over each other."""
     least_psnr: Annotated[float, Range(0, 100)] = 0.0
     """Encode nothing if the codec gives clips of this world back with less (dB; a trained one reaches 35 to 42)."""
     batch: Annotated[int | None, BATCH] = None
@@ -91,11 +95,11 @@ def encode(args: Encode) -> int:
 
     if args.events and args.world != "flat":
         raise ValueError(f"--events are of the flat world, not of --world {args.world}")
-    changes = WorldConfig(events=args.events, named=args.named, same_background=args.same_background)
+    kinds = {name: getattr(args, name) for name in ("named", "same_background", "two_objects", "crowded")}
+    changes = WorldConfig(events=args.events, **kinds)
     if not args.events and changes != WorldConfig():
-        raise ValueError(
-            "--named and --same-background are of changes: give --events, the share of clips that have one"
-        )
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in kinds)
+        raise ValueError(f"{options} are of changes: give --events, the share of clips that have one")
     world = flat(changes) if args.events else WORLDS[args.world]()
     args.set_threads([], args.device)
     device = choose_device(args.device)

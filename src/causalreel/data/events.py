@@ -7,7 +7,7 @@ heading, at the speed that is captioned. Which object is which: one that is name
 one, the others follow in their order. For `QUIET` frames nothing turns by itself.
 
 An event that has no room (two objects would touch, a new one does not fit) does not happen, and a direction is one in
-which there is room to move.
+which there is room to move. A crowded event needs no room between objects: from there on they pass over each other.
 """
 
 from __future__ import annotations
@@ -128,7 +128,10 @@ def wanted_events(first: Change, uniform: Tensor, config: WorldConfig) -> Change
     if count > 1:
         alone = next(number)
         other = torch.where(anew, alone < 0.5, (alone < SOME / 2) ^ present[:, 1])
-        stays = present[:, 1] & ~other & ~anew & (next(number) < 0.5)  # the second one, alone
+        still = next(number) < 0.5
+        if config.two_objects:
+            other |= next(number) < config.two_objects
+        stays = present[:, 1] & ~other & ~anew & still  # the second one, alone
         table = {name: torch.where(stays[:, None], column.flip(1), column) for name, column in table.items()}
         color = torch.where(stays[:, None], color.flip(1), color)
         present[:, 1] = other

@@ -33,7 +33,8 @@ _HEADING_TABLE = [
 ]  # a table, so that no result depends on how a sine is vectorised
 
 _PLACEMENTS = 24  # tries at placing two objects apart
-ATTRIBUTE, EVENT, _PLACEMENT, _ARRIVAL, _FRAME = 0, 64, 1 << 8, 1 << 9, 1 << 16  # first number of each kind of draw
+# first number of each kind of draw
+ATTRIBUTE, EVENT, _PLACEMENT, _ARRIVAL, _CROWD, _FRAME = 0, 64, 1 << 8, 1 << 9, 1 << 10, 1 << 16
 
 
 def heading_of(index: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def run(
     for t in range(config.frames):
         if events is not None:
             position, velocity, pace, body = events.begin(t, position, velocity, pace)
-            both = events.there.all(dim=1) if n > 1 else None
+            both = events.bounces(t) if n > 1 else None
         turned = torch.zeros_like(present)
         if t >= config.quiet:
             draw = uniform(keys, _FRAME + 2 * MAX_OBJECTS * t, 2 * MAX_OBJECTS)  # (B,4)
@@ -144,10 +145,16 @@ class Events:
         """(B,N): what is in the picture, however small."""
         self.goal = torch.zeros(*first.present.shape, 2, dtype=torch.float64)
         """Velocities to which changes lead."""
+        self.crowded = uniform(keys, _CROWD, 1)[:, 0] < config.crowded
+        """(B,): the event happens whether or not the objects have room."""
 
     def is_quiet(self, t: int) -> Tensor:
         """(B,): an event has just happened."""
         return (t >= self.happened.start) & (t < self.happened.start + QUIET)
+
+    def bounces(self, t: int) -> Tensor:
+        """(B,): two objects are there that bounce off each other."""
+        return self.there.all(dim=1) & ~(self.crowded & (t >= self.happened.start))
 
     def _left(self, t: int) -> Tensor:
         """(B,): frames of the change that are left, this one included; 0 where there is none."""
@@ -191,7 +198,8 @@ class Events:
             fits = ((end >= fresh.low) & (end <= fresh.high)).all(-1) | ~(new.named & new.present)
             if count > 1:
                 inside = ((at >= body.low) & (at <= body.high)).all(-1).all(-1)
-                fits &= (~both | (inside & _stays_apart(at, aim * QUIET, body)))[:, None]
+                has_room = self.crowded[due] | (inside & _stays_apart(at, aim * QUIET, body))
+                fits &= (~both | has_room)[:, None]
             now = fits.all(-1) & ~done
             place, goal = torch.where(now[:, None, None], at, place), torch.where(now[:, None, None], aim, goal)
             direction = torch.where(now[:, None], way, direction)

@@ -81,6 +81,12 @@ class WorldConfig:
     same_background: float = 0.0
     """Chance that an event leaves the background as it is, whatever it draws: what models obey least is a direction
     where nothing but the objects changes."""
+    two_objects: float = 0.0
+    """Chance that an event ends with two objects, whatever it draws: of a change to two, models show most that does
+    not belong there."""
+    crowded: float = 0.0
+    """Chance that an event happens whether or not two objects have room, as with people's prompts; from there on they
+    pass over each other."""
     morph: int = 4
     """Frames in which a change happens, 4 to 8."""
     latent: int = 4
@@ -103,7 +109,7 @@ class WorldConfig:
             raise ValueError(f"gap must be 0 to 4 pixels, got {self.gap}")
         if not 0 <= self.events <= 1:
             raise ValueError(f"events must be 0 to 1, got {self.events}")
-        for name in ("named", "same_background"):
+        for name in ("named", "same_background", "two_objects", "crowded"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
         if not 4 <= self.morph <= 8:
