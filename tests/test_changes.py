@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,10 @@ from causalreel.infer.commands import Options, Prompt, Restart
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
+from causalreel.infer.schedule import Schedule, adapt
+from causalreel.rollout import Chunk, KeyedNoise
 from causalreel.serve.session import Session
+from causalreel.types import Conditioning
 from causalreel.vocabulary import COLORS, Caption, complete, parse_caption, said_of
 
 BEFORE = "a large red circle moves right slowly and a small blue square moves up quickly on a dark background"
@@ -149,7 +154,9 @@ def test_a_prompt_is_taken_as_suits_the_model_where_nobody_says(tiny: Pipeline, 
 
 def test_streams_are_played_and_judged(tmp_path: Path) -> None:
     rows = streams.run(["two=tiny"], out=tmp_path, streams=2, device="cpu")
-    assert set(rows) == {"two", "two, examples of the page"} and all(0 <= row["noise"] <= 1 for row in rows.values())
+    assert set(rows) == {"two", "two, examples of the page"} and all(
+        0 <= row["noise"].mean <= 1 for row in rows.values()
+    )
     page = json.loads((tmp_path / "changes-two-page.json").read_text())["streams"]
     shown = families.FAMILIES["tiny"].text.examples  # which a server tells the page
     assert [(one["first"], one["second"]) for one in page] == [(shown[0], shown[1]), (shown[0], shown[2])]
@@ -159,8 +166,41 @@ def test_streams_are_played_and_judged(tmp_path: Path) -> None:
     assert [one["second"] for one in held["streams"]] == [one.second for one in streams.draw(2, seed=0)]
     assert (tmp_path / "changes-two.png").stat().st_size > 1000
     assert "| two |" in (tmp_path / "changes.md").read_text() and "shown" in streams.table(rows)
+    assert json.loads((tmp_path / "changes-two.json").read_text())["errors"].keys() == rows["two"].keys()
     with pytest.raises(ValueError, match="two rows would be called 'a-b', or"):
         streams.run(["a-b=tiny", "a b=tiny"], out=tmp_path, streams=2, device="cpu")
+
+
+def test_a_model_of_whole_clips_reads_the_second_prompt_from_the_change_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load("tiny/base", device="cpu")
+    pipeline = streams._guided(dataclasses.replace(base, sampling=adapt(base.sampling, steps=2)), 2.0)
+    assert pipeline.sampling.guidance == 2 and streams._guided(load("tiny", device="cpu"), 2.0).sampling.guidance == 1
+    read, as_it_is = [], Pipeline.rollout
+
+    def rollout(self: Pipeline, plan: Schedule, conditioning: Conditioning, noise: KeyedNoise) -> Iterator[Chunk]:
+        read.append(conditioning)
+        return as_it_is(self, plan, conditioning, noise)
+
+    told = streams.Told(5, "a large red circle moves right slowly on a dark background", "a blue square", at=14)
+    monkeypatch.setattr(Pipeline, "rollout", rollout)
+    stream = streams.play(pipeline, told)
+    prompts, text = read[0].prompts, read[0].text
+    assert stream.told.at == 12 - 5 == list(prompts).index(1) and set(prompts) == {0, 1} and len(prompts) == 12
+    both = told.first, pipeline.text.complete(told.second, told.seed, before=told.first)
+    assert both[1] == "a large blue square moves right slowly on a dark background"
+    assert torch.equal(text[-1].float(), pipeline.text.encode(both).float())  # the row that is not guided away from
+    assert stream.frames.shape == (streams.BEFORE + streams.BEHIND, 3, 64, 64)
+    with pytest.raises(ValueError, match="mode is of live videos"):
+        streams.play(pipeline, told, mode="switch")
+
+
+@pytest.mark.parametrize(("streams_seen", "clean", "error"), [([0.0, 0.5], 0.5, 0.5), ([0.0] * 4, 1.0, 0.0)])
+def test_means_come_with_their_errors(streams_seen: list[float], clean: float, error: float) -> None:
+    told = streams.Told(0, "a red circle", "a blue square", 3)
+    found = [streams.Stream(told, Changed(noise, 1.0, None, 1.0), torch.zeros(0)) for noise in streams_seen]
+    row = streams.numbers(found)
+    assert (row["clean"].mean, row["clean"].stderr) == (clean, error) and math.isnan(row["turned"].mean)
+    assert f"{clean:.3f} ± {error:.3f}" in streams.table({"two": row})
 
 
 def test_numbers_of_streams_outlive_a_sheet_that_cannot_be_made(
@@ -179,4 +219,5 @@ def test_numbers_of_streams_outlive_a_sheet_that_cannot_be_made(
     streams.run(["two=tiny"], out=tmp_path, streams=2)
     held = json.loads((tmp_path / "changes-two.json").read_text(), parse_constant=pytest.fail)
     assert held["means"] == {"clean": 1.0, "noise": 0.0, "shown": None, "turned": None, "kept": None}
+    assert held["errors"] == {"clean": 0.0, "noise": 0.0, "shown": None, "turned": None, "kept": None}
     assert (tmp_path / "changes.md").is_file()

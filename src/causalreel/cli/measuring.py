@@ -131,12 +131,13 @@ class Evaluate(ThreadFlag):
     """Models of the walkable world: whether they go where cameras and keys say, and still know what they have seen."""
     steps: Annotated[int, Range(1, 1000)] = 24
     """With --control: denoising steps of many-step models."""
-    guidance: Annotated[float, Range(0.1, 100)] = 1.5
-    """With --control: guidance of many-step models."""
+    guidance: Annotated[float | None, Range(0.1, 100)] = None
+    """Guidance of many-step models; default: 1.5 with --control, their own with --changes."""
     metrics: Path | None = None
     """Python file with metrics of your own, see docs/evaluation.md; their columns join the table."""
     changes: Annotated[int | None, Range(1, 100_000)] = None
-    """Instead of clips: play so many live videos that are told another prompt, and judge the frames around it."""
+    """Instead of clips: play so many live videos that are told another prompt, and judge the frames around it; of a
+    model that is not autoregressive, clips."""
     device: str | None = None
     """Such as cpu or cuda:1; default: CUDA if there is one."""
     long: bool = False
@@ -178,9 +179,12 @@ def evaluate(args: Evaluate) -> int:
     if args.control:
         return _evaluate_control(args, models)
     if args.changes is not None:
-        rows = streams.run(models, out=args.out, streams=args.changes, seed=args.seed, device=args.device)
+        how = {"seed": args.seed, "guidance": args.guidance, "device": args.device}
+        rows = streams.run(models, out=args.out, streams=args.changes, **how)
         print(streams.table(rows))
         return 0
+    if args.guidance is not None:
+        raise ValueError("--guidance is for --control and --changes")
     how = {"seed": args.seed, "batch": args.batch, "device": args.device, "metrics": args.metrics}
     rows = run(models, out=args.out, clips=args.clips or 512, **how)
     print(table(rows))
@@ -196,7 +200,7 @@ def _evaluate_control(args: Evaluate, models: tuple[str, ...]) -> int:
         return _evaluate_revisits(args)
     how = {
         "steps": args.steps,
-        "guidance": args.guidance,
+        "guidance": 1.5 if args.guidance is None else args.guidance,
         "seed": args.seed,
         "batch": args.batch,
         "device": args.device,

@@ -1,8 +1,9 @@
-"""`causalreel eval --changes`: live videos of the tiny world that are told another prompt, judged around that moment.
+"""`causalreel eval --changes`: videos of the tiny world that are told another prompt, judged around that moment.
 
 Half of the second prompts name everything, half of them a few words; what these leave open should stay. The moment is
-drawn too. The examples that the live page shows are told behind each other, and reported apart. A table, every stream's
-numbers and contact sheets of the frames around the change are written.
+drawn too. The examples that the live page shows are told behind each other, and reported apart. Models that are not
+autoregressive make clips whose later frames read the second prompt, as in training; all others live videos. A table,
+every stream's numbers and contact sheets of the frames around the change are written.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from causalreel.data.video import contact_sheet, to_bytes
 from causalreel.data.world import prompts
 from causalreel.eval.changes import LOOKED_AT, Changed, judge
 from causalreel.eval.run import file_name, known, parse_model, with_steps
+from causalreel.eval.statistics import Estimate, summarise
 from causalreel.files import write_text
 from causalreel.folders import claim
 from causalreel.infer.commands import Mode, Options, Prompt
@@ -30,6 +32,8 @@ from causalreel.infer.live import hints
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
+from causalreel.rollout import KeyedNoise
+from causalreel.types import Conditioning
 from causalreel.vocabulary import (
     BACKGROUNDS,
     COLORS,
@@ -63,7 +67,7 @@ class Told:
     first: str
     second: str
     at: int
-    """Latent frames before the change, at least."""
+    """Latent frames before the change: at least so many of a live video, at most so many of a clip."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,16 @@ def _open(chance: random.Random) -> str:
 
 @torch.no_grad()
 def play(pipeline: Pipeline, told: Told, *, mode: Mode | None = None) -> Stream:
-    """One live video and its change; mode None: as a prompt is taken that names none."""
+    """One video and its change; mode None: as a prompt is taken that names none.
+
+    Raises ValueError for a mode of a model that generates whole clips.
+    """
+    chunk = pipeline.sampling.chunk
+    if chunk is None:
+        if mode is not None:
+            raise ValueError(f"mode is of live videos, and this model generates whole clips: got {mode!r}")
+        return _clip(pipeline, told)
     video = LiveVideo(pipeline, Options(told.first, told.seed))
-    chunk = video.sampling.chunk or 1
     frames: list[Tensor] = []
 
     def go_on(latents: int) -> int:
@@ -125,40 +136,73 @@ def play(pipeline: Pipeline, told: Told, *, mode: Mode | None = None) -> Stream:
         return sum(map(len, frames))
 
     start = go_on(told.at)
-    before = parse_caption(video.scene.said or told.first)
+    before = video.scene.said or told.first
     command = Prompt(told.second) if mode is None else Prompt(told.second, mode)
     scene = command.scene(video.scene)
     video.take(command, video.encode(scene, begins=False))
-    after = parse_caption(video.scene.said or told.second)
-    go_on(1 + BEHIND // pipeline.geometry.temporal)
-    shown = torch.cat(frames).movedim(-1, 1)  # (T,3,H,W) uint8
+    after = video.scene.said or told.second
+    go_on(_behind(pipeline))
+    video.reset()
+    return _judged(told, torch.cat(frames), start, before, after)
+
+
+def _behind(pipeline: Pipeline) -> int:
+    """Latent frames from a change on that show what is looked at."""
+    return 1 + BEHIND // pipeline.geometry.temporal
+
+
+def _clip(pipeline: Pipeline, told: Told) -> Stream:
+    """The same of a model that sees all frames at once, which read the first prompt and then the second one."""
+    frames, seed = pipeline.export.frames, told.seed
+    at = min(told.at, frames - _behind(pipeline))
+    if at < 2:
+        raise ValueError(f"clips must have {2 + _behind(pipeline)} latent frames for a change to show, got {frames}")
+    before = pipeline.text.complete(told.first, seed)
+    after = pipeline.text.complete(told.second, seed, before=before)
+    first, second = (Conditioning(pipeline.text.encode([said])).to(pipeline.device) for said in (before, after))
+    told_by_frame = first.changing(second, torch.ones(1, dtype=torch.bool, device=pipeline.device), at, frames)
+    plan = pipeline.schedule()
+    conditioning = pipeline.denoiser_for(plan.sampling).prepare(told_by_frame)
+    noise = KeyedNoise([seed], pipeline.export.latent, pipeline.device)
+    latents = torch.cat([chunk.latents for chunk in pipeline.rollout(plan, conditioning, noise)], dim=1)
+    shown = to_bytes(pipeline.codec.decode(latents)[0])
+    start = 1 + pipeline.geometry.temporal * (at - 1)
+    return _judged(dataclasses.replace(told, at=at), shown, start, before, after)
+
+
+def _judged(told: Told, frames: Tensor, start: int, before: str, after: str) -> Stream:
+    """frames (T,H,W,3) uint8, of which the one at `start` is the first under the second prompt."""
+    shown, new = frames.movedim(-1, 1), parse_caption(after)  # (T,3,H,W)
     said = said_of(told.second)
     if not said.objects:  # it names none, and all stay
-        said = dataclasses.replace(said, objects=(ObjectSpec("", ""),) * len(after.objects))
-    result = judge(shown / 127.5 - 1, start, before, after, said)
-    video.reset()
+        said = dataclasses.replace(said, objects=(ObjectSpec("", ""),) * len(new.objects))
+    result = judge(shown / 127.5 - 1, start, parse_caption(before), new, said)
     return Stream(told, result, shown[start - BEFORE : start + BEHIND])
 
 
-def numbers(streams: Sequence[Stream]) -> dict[str, float]:
-    """Column -> its mean over the streams that have it."""
+def numbers(streams: Sequence[Stream]) -> dict[str, Estimate]:
+    """Column -> its mean over the streams that have it, with its standard error."""
+
+    def column(values: Iterable[float | None]) -> Tensor:
+        return torch.tensor([float("nan") if value is None else value for value in values])
+
+    results = [s.result for s in streams]
     found = {
-        "clean": [float(s.result.noise == 0) for s in streams],
-        "noise": [s.result.noise for s in streams],
-        "shown": [s.result.is_shown for s in streams],
-        "turned": [s.result.turned for s in streams],
-        "kept": [s.result.kept for s in streams],
+        "clean": column(float(r.noise == 0) for r in results),
+        "noise": column(r.noise for r in results),
+        "shown": column(r.is_shown for r in results),
+        "turned": column(r.turned for r in results),
+        "kept": column(r.kept for r in results),
     }
-    known = {name: [value for value in values if value is not None] for name, values in found.items()}
-    return {name: sum(values) / len(values) if values else float("nan") for name, values in known.items()}
+    return summarise(found)
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """A Markdown table."""
+def table(rows: dict[str, dict[str, Estimate]]) -> str:
+    """A Markdown table: means and standard errors."""
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
-    lines += [
-        f"| {label} | " + " | ".join(f"{row[name]:.3f}" for name in COLUMNS) + " |" for label, row in rows.items()
-    ]
+    for label, row in rows.items():
+        cells = [f"{row[name].mean:.3f} ± {row[name].stderr:.3f}" for name in COLUMNS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -169,10 +213,14 @@ def run(
     streams: int = 100,
     seed: int = 0,
     mode: Mode | None = None,
+    guidance: float | None = None,
     device: str | None = None,
-) -> dict[str, dict[str, float]]:
-    """Play, judge and write -> the rows of the table."""
-    rows: dict[str, dict[str, float]] = {}
+) -> dict[str, dict[str, Estimate]]:
+    """Play, judge and write -> the rows of the table.
+
+    guidance: of models of many steps; None: their own.
+    """
+    rows: dict[str, dict[str, Estimate]] = {}
     specs = [parse_model(spec) for spec in models]
     names = [file_name(label) for label, _, _ in specs]
     for label, name in zip((spec[0] for spec in specs), names, strict=True):
@@ -180,7 +228,7 @@ def run(
             raise ValueError(f"two rows would be called {label!r}, or their files so: name one of them, label=model")
     with claim(out, "evaluation"):
         for name, (label, model, steps) in zip(names, specs, strict=True):
-            pipeline = with_steps(load(model, device=device), steps)
+            pipeline = _guided(with_steps(load(model, device=device), steps), guidance)
             page = of_the_page(page_examples(pipeline), streams, seed=seed)
             sets = {(label, name): draw(streams, seed=seed), (f"{label}{PAGE}", f"{name}-page"): page}
             for (row, file), told in sets.items():
@@ -195,15 +243,22 @@ def run(
     return rows
 
 
+def _guided(pipeline: Pipeline, guidance: float | None) -> Pipeline:
+    if guidance is None or pipeline.sampling.guidance == 1:
+        return pipeline
+    return dataclasses.replace(pipeline, sampling=dataclasses.replace(pipeline.sampling, guidance=guidance))
+
+
 def page_examples(pipeline: Pipeline) -> list[str]:
     """The prompts that the live page shows for a model."""
     return list(hints(pipeline.export)["examples"])
 
 
-def _write(found: Sequence[Stream], row: dict[str, float], path: Path) -> None:
+def _write(found: Sequence[Stream], row: dict[str, Estimate], path: Path) -> None:
     """Numbers of the streams, and a contact sheet of some of them, the noisiest first."""
     told = [{**dataclasses.asdict(s.told), **dataclasses.asdict(s.result)} for s in found]
-    content = json.dumps({"means": known(row), "streams": told}, indent=1, allow_nan=False)
+    means, errors = (known({name: getattr(row[name], kind) for name in COLUMNS}) for kind in ("mean", "stderr"))
+    content = json.dumps({"means": means, "errors": errors, "streams": told}, indent=1, allow_nan=False)
     write_text(path.with_name(f"{path.name}.json"), content)
     worst = sorted(found, key=lambda s: -s.result.noise)[: SHEETS // 2]
     some = worst + [s for s in found if s not in worst][: SHEETS - len(worst)]
