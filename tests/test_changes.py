@@ -15,11 +15,12 @@ from causalreel import families
 from causalreel.data.world import WorldConfig, WorldState, render, simulate, told
 from causalreel.eval import streams
 from causalreel.eval.changes import Changed, clean, judge
+from causalreel.eval.run import many_step
 from causalreel.infer.commands import Options, Prompt, Restart
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
-from causalreel.infer.schedule import Schedule, adapt
+from causalreel.infer.schedule import Schedule
 from causalreel.rollout import Chunk, KeyedNoise
 from causalreel.serve.session import Session
 from causalreel.types import Conditioning
@@ -154,9 +155,8 @@ def test_a_prompt_is_taken_as_suits_the_model_where_nobody_says(tiny: Pipeline, 
 
 def test_streams_are_played_and_judged(tmp_path: Path) -> None:
     rows = streams.run(["two=tiny"], out=tmp_path, streams=2, device="cpu")
-    assert set(rows) == {"two", "two, examples of the page"} and all(
-        0 <= row["noise"].mean <= 1 for row in rows.values()
-    )
+    assert set(rows) == {"two", "two, examples of the page"}
+    assert all(0 <= row["noise"].mean <= 1 for row in rows.values())
     page = json.loads((tmp_path / "changes-two-page.json").read_text())["streams"]
     shown = families.FAMILIES["tiny"].text.examples  # which a server tells the page
     assert [(one["first"], one["second"]) for one in page] == [(shown[0], shown[1]), (shown[0], shown[2])]
@@ -173,8 +173,10 @@ def test_streams_are_played_and_judged(tmp_path: Path) -> None:
 
 def test_a_model_of_whole_clips_reads_the_second_prompt_from_the_change_on(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load("tiny/base", device="cpu")
-    pipeline = streams._guided(dataclasses.replace(base, sampling=adapt(base.sampling, steps=2)), 2.0)
-    assert pipeline.sampling.guidance == 2 and streams._guided(load("tiny", device="cpu"), 2.0).sampling.guidance == 1
+    pipeline = many_step(base, steps=2, guidance=2.0)
+    few = load("tiny", device="cpu")
+    assert base.sampling.guidance == 3 == pipeline.sampling.guidance + 1 and pipeline.sampling.multistep == 2
+    assert many_step(few, steps=9, guidance=2.0).sampling == few.sampling and many_step(base).sampling == base.sampling
     read, as_it_is = [], Pipeline.rollout
 
     def rollout(self: Pipeline, plan: Schedule, conditioning: Conditioning, noise: KeyedNoise) -> Iterator[Chunk]:
@@ -214,6 +216,7 @@ def test_numbers_of_streams_outlive_a_sheet_that_cannot_be_made(
     monkeypatch.setattr(streams, "load", lambda *_, **__: None)
     monkeypatch.setattr(streams, "page_examples", lambda _: ["a red circle", "a blue square"])
     monkeypatch.setattr(streams, "with_steps", lambda pipeline, steps: pipeline)
+    monkeypatch.setattr(streams, "many_step", lambda pipeline, guidance: pipeline)
     frames = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     monkeypatch.setattr(streams, "play", lambda _, told, mode: streams.Stream(told, unseen, frames))
     streams.run(["two=tiny"], out=tmp_path, streams=2)

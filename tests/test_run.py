@@ -299,6 +299,8 @@ CD = ["train", "tiny/causal_cd", *SMALL, *DATA, *FROM_BASE, "trainer.out=new"]
         (["encode", "--codec", "codec/export", "--out", "data", "--seed", "9"], ["world_seed=0", "use another folder"]),
         (["encode", "--codec", "codec/export", "--out", "base/export/config.yaml"], ["base/export/config.yaml"]),
         (["eval", "nowhere", "--out", "new"], ["unknown model 'nowhere'"]),
+        (["eval", "--guidance", "2", "--out", "new"], ["--guidance is for --control and --changes"]),
+        (["eval", "--long", "--guidance", "2", "--out", "new"], ["--guidance is for --control and --changes"]),
         (["eval", "base/export", "--clips", "1"], ["clips must be at least 2"]),
         (["eval", "base/export", "--batch", "0"], ["batch must be at least 1"]),
         (["eval", "base/export", "--out", "base/export/config.yaml", "--device", "cpu"], ["base/export/config.yaml"]),

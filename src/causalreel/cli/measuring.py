@@ -171,6 +171,8 @@ def evaluate(args: Evaluate) -> int:
     args.set_threads([network_of(parse_model(spec)[1]) for spec in models], args.device)
     if args.long and args.control:
         raise ValueError("--long and --control measure different things: give one of them")
+    if args.guidance is not None and (args.long or not (args.control or args.changes)):
+        raise ValueError("--guidance is for --control and --changes")
     if args.long:
         return _evaluate_long(args, models)
     for name in ("policies", "vbench", "prompt_file", *(() if args.control else ("videos", "dialect"))):
@@ -183,8 +185,6 @@ def evaluate(args: Evaluate) -> int:
         rows = streams.run(models, out=args.out, streams=args.changes, **how)
         print(streams.table(rows))
         return 0
-    if args.guidance is not None:
-        raise ValueError("--guidance is for --control and --changes")
     how = {"seed": args.seed, "batch": args.batch, "device": args.device, "metrics": args.metrics}
     rows = run(models, out=args.out, clips=args.clips or 512, **how)
     print(table(rows))

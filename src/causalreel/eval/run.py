@@ -65,6 +65,15 @@ def with_steps(pipeline: Pipeline, steps: int | None) -> Pipeline:
     return pipeline if steps is None else dataclasses.replace(pipeline, sampling=in_few_steps(pipeline.sampling, steps))
 
 
+def many_step(pipeline: Pipeline, *, steps: int | None = None, guidance: float | None = None) -> Pipeline:
+    """A model of many steps with so many and this guidance; None: its own. Few-step models stay as they are."""
+    sampling = pipeline.sampling
+    if sampling.multistep is None:
+        return pipeline
+    other = {name: value for name, value in (("multistep", steps), ("guidance", guidance)) if value is not None}
+    return dataclasses.replace(pipeline, sampling=dataclasses.replace(sampling, **other))
+
+
 @torch.no_grad()
 def sample(pipeline: Pipeline, prompts: Sequence[str], *, seed: int, batch: int) -> Tensor:
     """-> video (B,T,3,H,W) in [-1,1] on the CPU as uint8 steps would show it; clip i has noise seed + i."""

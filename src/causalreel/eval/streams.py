@@ -23,7 +23,7 @@ from torch import Tensor
 from causalreel.data.video import contact_sheet, to_bytes
 from causalreel.data.world import prompts
 from causalreel.eval.changes import LOOKED_AT, Changed, judge
-from causalreel.eval.run import file_name, known, parse_model, with_steps
+from causalreel.eval.run import file_name, known, many_step, parse_model, with_steps
 from causalreel.eval.statistics import Estimate, summarise
 from causalreel.files import write_text
 from causalreel.folders import claim
@@ -228,7 +228,7 @@ def run(
             raise ValueError(f"two rows would be called {label!r}, or their files so: name one of them, label=model")
     with claim(out, "evaluation"):
         for name, (label, model, steps) in zip(names, specs, strict=True):
-            pipeline = _guided(with_steps(load(model, device=device), steps), guidance)
+            pipeline = many_step(with_steps(load(model, device=device), steps), guidance=guidance)
             page = of_the_page(page_examples(pipeline), streams, seed=seed)
             sets = {(label, name): draw(streams, seed=seed), (f"{label}{PAGE}", f"{name}-page"): page}
             for (row, file), told in sets.items():
@@ -241,12 +241,6 @@ def run(
                 _write(found, rows[row], out / f"changes-{file}")
         write_text(out / "changes.md", table(rows) + "\n")
     return rows
-
-
-def _guided(pipeline: Pipeline, guidance: float | None) -> Pipeline:
-    if guidance is None or pipeline.sampling.guidance == 1:
-        return pipeline
-    return dataclasses.replace(pipeline, sampling=dataclasses.replace(pipeline.sampling, guidance=guidance))
 
 
 def page_examples(pipeline: Pipeline) -> list[str]:

@@ -33,7 +33,7 @@ from causalreel.data.walk import (
 )
 from causalreel.data.walk_render import paint, render
 from causalreel.eval.control import agreement, pose_errors, revisit, words
-from causalreel.eval.run import file_name, known, load_models
+from causalreel.eval.run import file_name, known, load_models, many_step
 from causalreel.eval.statistics import Estimate, summarise
 from causalreel.files import write_text
 from causalreel.folders import claim
@@ -246,7 +246,8 @@ def run(
     steps, guidance: of many-step models; few-step ones are sampled as they were trained, or as `@steps` says.
     """
     with claim(out, "evaluation"):
-        pipelines = {label: _sampled(p, steps, guidance) for label, p in load_models(models, device=device).items()}
+        loaded = load_models(models, device=device)
+        pipelines = {label: many_step(p, steps=steps, guidance=guidance) for label, p in loaded.items()}
         for label, pipeline in pipelines.items():
             if "w2c" not in pipeline.fields:
                 raise ValueError(f"--control needs models of the walkable world; {label} takes no cameras")
@@ -256,13 +257,6 @@ def run(
         rows, shown = evaluate(pipelines, asked, seed=seed, batch=batch or (8 if is_on_cpu else 256))
         _save(Path(out), rows, shown, asked, {"clips": clips, "seed": seed, "steps": steps, "guidance": guidance})
     return rows
-
-
-def _sampled(pipeline: Pipeline, steps: int, guidance: float) -> Pipeline:
-    if pipeline.sampling.multistep is None:
-        return pipeline
-    sampling = dataclasses.replace(pipeline.sampling, multistep=steps, guidance=guidance)
-    return dataclasses.replace(pipeline, sampling=sampling)
 
 
 def _save(
