@@ -160,6 +160,13 @@ class Evaluate(ThreadFlag):
     """Long: prompts for `vbench`, one a line, as VBench lists them."""
     samples: Annotated[int, Range(1, 100)] = 5
     """Long: videos of each prompt for `vbench`, with seeds that count up."""
+    vbench_results: Path | None = None
+    """Instead of measuring: read the *_eval_results.json that VBench or VBench-I2V has left in this folder, and give
+    Quality, Semantic or I2V, and Total; see docs/evaluation.md."""
+
+
+MODES = ("control", "changes", "long", "vbench_results")
+"""Flags of `eval` that choose what is measured; without any it is clips."""
 
 
 def evaluate(args: Evaluate) -> int:
@@ -167,17 +174,20 @@ def evaluate(args: Evaluate) -> int:
     from causalreel.eval.run import parse_model, run, table
     from causalreel.infer.models import network_of
 
+    modes = [_flag(name) for name in MODES if getattr(args, name) not in (None, False)]
+    if len(modes) > 1:
+        raise ValueError(f"{' and '.join(modes)} measure different things: give one of them")
+    if args.vbench_results is not None:
+        return _evaluate_vbench(args, args.vbench_results)
     models = args.models or (() if args.videos else ("tiny",))
     args.set_threads([network_of(parse_model(spec)[1]) for spec in models], args.device)
-    if args.long and args.control:
-        raise ValueError("--long and --control measure different things: give one of them")
     if args.guidance is not None and (args.long or not (args.control or args.changes)):
         raise ValueError("--guidance is for --control and --changes")
     if args.long:
         return _evaluate_long(args, models)
     for name in ("policies", "vbench", "prompt_file", *(() if args.control else ("videos", "dialect"))):
         if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for --long")
+            raise ValueError(f"{_flag(name)} is for --long")
     if args.control:
         return _evaluate_control(args, models)
     if args.changes is not None:
@@ -188,6 +198,21 @@ def evaluate(args: Evaluate) -> int:
     how = {"seed": args.seed, "batch": args.batch, "device": args.device, "metrics": args.metrics}
     rows = run(models, out=args.out, clips=args.clips or 512, **how)
     print(table(rows))
+    return 0
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _evaluate_vbench(args: Evaluate, folder: Path) -> int:
+    from causalreel.eval.vbench_scores import run, table
+
+    for one in dataclasses.fields(args):
+        if one.name not in ("vbench_results", "out") and getattr(args, one.name) != one.default:
+            told = "models" if one.name == "models" else _flag(one.name)
+            raise ValueError(f"--vbench-results only reads what VBench has measured: leave out {told}")
+    print(table(*run(folder, out=args.out)))
     return 0
 
 

@@ -16,13 +16,9 @@ from pathlib import Path
 from torch import Tensor
 
 from causalreel.data.video import write_video
+from causalreel.eval.vbench_names import SAMPLES, video_name
 from causalreel.files import write_text
 from causalreel.foreign import shown
-
-LONGEST_NAME = 255
-"""Bytes of a file's name."""
-SAMPLES = 5
-"""Videos of a prompt that VBench counts with; temporal flickering wants 25."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Video:
 
     @property
     def name(self) -> str:
-        return f"{self.prompt}-{self.number}.mp4"
+        return video_name(self.prompt, self.number)
 
 
 def videos(prompts: Sequence[str], *, samples: int = SAMPLES, seed: int = 0) -> list[Video]:
@@ -46,15 +42,17 @@ def videos(prompts: Sequence[str], *, samples: int = SAMPLES, seed: int = 0) -> 
         where, told = f"prompt {line}", repr(shown(prompt, 60))
         if not prompt.strip() or prompt != prompt.strip():
             raise ValueError(f"{where} must not be empty, nor begin or end with a blank: {told}")
-        if any(c in prompt for c in "/\\\0") or not prompt.isprintable():
-            raise ValueError(f"{where} is no file name, as VBench needs it: no / or \\ and one line; got {told}")
+        if "\\" in prompt or not prompt.isprintable():
+            raise ValueError(f"{where} is no file name, as VBench needs it: no \\ and one line; got {told}")
+        try:
+            video_name(prompt, samples - 1)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         if "_" in prompt:
             raise ValueError(f"{where} has a _, at which VBench-Long cuts names: its clips would be lost; got {told}")
         head, dash, tail = prompt.rpartition("-")
         if dash and head and tail.isdigit():
             raise ValueError(f"{where} ends in -{tail}, which VBench takes for an index: {told}")
-        if len(f"{prompt}-{samples - 1}.mp4".encode()) > LONGEST_NAME:
-            raise ValueError(f"{where} makes a file name of more than {LONGEST_NAME} bytes: {told}")
         if prompt in seen:
             raise ValueError(f"{where} is prompt {seen[prompt]} again: {told}")
         seen[prompt] = line

@@ -77,16 +77,16 @@ def _exact(video: Tensor, prompts: Sequence[str], start: int, at_a_time: int) ->
     return {name: getattr(scores, name) for name in EXACT}
 
 
-def last_minus_first(values: Tensor) -> Tensor:
-    """Numbers of windows (B,N) -> (B,): the last window's less the first one's."""
-    return values[:, -1] - values[:, 0]
+def last_minus_first(values: Tensor, *, windows: int = 1) -> Tensor:
+    """Numbers of windows (B,N) -> (B,): the mean of the last so many windows less that of as many first ones."""
+    return values[:, -windows:].mean(1) - values[:, :windows].mean(1)
 
 
 def drift_error(values: Tensor, *, weights: str = "linear") -> Tensor:
     """Numbers of windows (B,N) -> (B,): the video drift error, sum over i = 2 .. N of w_i |m_i - m_1| / |m_1|.
 
     weights: linear, w_i = N - i + 1, or log, its logarithm. Not divided by their sum: only equal N compare. One window
-    gives 0, a first one of 0 infinity. LV-Bench (VDE).
+    gives 0, a first one of 0 infinity. LV-Bench (VDE), which divides by m_1 itself: of a negative one, less than 0.
     """
     if weights not in ("linear", "log"):
         raise ValueError(f"weights must be linear or log, got {weights!r}")
