@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from causalreel.eval.vbench_scores import (
 )
 from causalreel.eval.vision_reward import vision_reward
 from causalreel.eval.windows import last_minus_first
+from causalreel.verify.runner import run_case
 
 GOLDEN = Path(os.environ.get("CAUSALREEL_GOLDEN", Path(__file__).parents[1] / ".." / "shared" / "golden"))
 CASES = sorted(GOLDEN.glob("c22_*.json")) if GOLDEN.is_dir() else []
@@ -107,6 +110,39 @@ def test_recorded_folders_give_the_recorded_scores(path: Path) -> None:
         groups = (*GROUPS[entry["kind"]], "total")
         assert scores.official == pytest.approx({name: entry["official"][name] for name in groups}, abs=1e-9)
         assert scores.present == pytest.approx(entry["clipped_present_only"], abs=1e-9)
+
+
+def first_name(document: dict) -> None:
+    document["file_names"][0]["prompt_read_back_long"] += "-0"
+
+
+def another_found(document: dict) -> None:
+    next(iter(document["listing"].values()))["missing"].append("a-0.mp4")
+
+
+CHANGES: list[Callable[[dict], object]] = [
+    lambda document: document["config"]["t2v"]["weights"].update(scene=2),
+    lambda document: document["cases"][0]["official"].update(quality=0.5),
+    lambda document: document["cases"][0]["official"]["normalised_times_weight"].update(color=0.5),
+    lambda document: document["cases"][-1]["clipped_present_only"].update(total=0.5),
+    lambda document: document["cases"][0].update(missing=["color"]),
+    first_name,
+    another_found,
+    lambda document: document["drift"][1].update(vde_log=1.0),
+    lambda document: document["vision_reward"]["cases"][0].update(score=0.0),
+    lambda document: document["too_long_prompt"].update(bytes_of_file_name=1),
+]
+
+
+@needs_case
+@pytest.mark.parametrize("change", [None, *CHANGES])
+def test_a_recorded_case_that_says_anything_else_fails(change: Callable[[dict], object] | None, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "c22_vbench", tmp_path / "c22_vbench")
+    document = json.loads(CASES[0].read_text())
+    if change is not None:
+        change(document)
+    (tmp_path / CASES[0].name).write_text(json.dumps(document))
+    assert run_case(tmp_path / CASES[0].name).status == ("pass" if change is None else "fail")
 
 
 # ---- files

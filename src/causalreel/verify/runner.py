@@ -14,6 +14,7 @@ from causalreel.verify import (
     cases_codec,
     cases_control,
     cases_data,
+    cases_evaluation,
     cases_lora,
     cases_network,
     cases_policies,
@@ -48,6 +49,7 @@ HANDLERS: dict[str, Callable[[Case], Handler | None]] = {
     "c18": cases_checkpoints.handler,
     "c20": lambda case: cases_lora.loras,
     "c21": lambda case: cases_control.controls,
+    "c22": lambda case: cases_evaluation.vbench,
     "c23": lambda case: cases_data.foreign,
 }
 """Family of a case, the beginning of its name -> what checks it; None where nothing does."""
