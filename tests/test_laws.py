@@ -114,30 +114,43 @@ def test_later_chunks_never_reach_earlier_ones() -> None:
     assert torch.equal(a[:, :4], b[:, :4]) and not torch.equal(a[:, 4:], b[:, 4:])
 
 
+@pytest.mark.parametrize("noisy_from", [None, 0, 1])
 @pytest.mark.parametrize(("chunk", "sigmas", "first"), [(3, FOUR, None), (1, TWO, FOUR), (1, FOUR[:1], FOUR)])
 @torch.no_grad()
-def test_training_rollout_that_never_exits_early_is_inference(chunk: int, sigmas: tuple, first: tuple | None) -> None:
+def test_training_rollout_that_never_exits_early_is_inference(
+    chunk: int, sigmas: tuple, first: tuple | None, noisy_from: int | None
+) -> None:
     """Law 4, bit for bit with the same noise."""
     net, sizes, noise = make(), chunk_sizes(6, chunk), KeyedNoise([4, 5], SPEC)
-    plan = chunked(sizes, sigmas, first=first)
+    plan = chunked(sizes, sigmas, first=first, noisy_from=noisy_from)
     inference = collect(rollout(net, plan, conditioning=told(), noise=noise, cache=net.new_cache()))
     exits = [len(first or sigmas) - 1, len(sigmas) - 1]
-    plan = training_plan(sizes, sigmas, exits, first=first)
+    plan = training_plan(sizes, sigmas, exits, first=first, noisy_from=noisy_from)
     record = record_rollout(net, plan, told=told(), noise=noise, cache=net.new_cache())
     assert torch.equal(record.latents, inference)
 
 
 @pytest.mark.parametrize("context", [Context(), Context(window=4, sink=1)])
-@pytest.mark.parametrize(("chunk", "context_sigma"), [(1, 0.0), (3, 0.0), (1, 0.1)])
+@pytest.mark.parametrize(
+    ("chunk", "context_sigma", "noisy_from", "exits"),
+    [
+        (1, 0.0, None, (2, 1)),
+        (3, 0.0, None, (2, 1)),
+        (1, 0.1, None, (2, 1)),
+        (1, 0.0, 0, (3, 1)),  # every chunk's last call writes its context
+        (1, 0.0, 1, (2, 0)),  # each but the first leaves early and is noised
+        (3, 0.0, 0, (2, 1)),
+    ],
+)
 def test_replayed_and_parallel_gradients_are_the_full_graphs(
-    chunk: int, context_sigma: float, context: Context
+    chunk: int, context_sigma: float, noisy_from: int | None, exits: tuple, context: Context
 ) -> None:
     """Law 5: three ways to the same parameter gradient."""
     net, sizes, first = make(context), chunk_sizes(6, chunk), FOUR
     gradient = latents(6, seed=7)
 
     def plan():
-        return training_plan(sizes, TWO, [2, 1], first=first, context_sigma=context_sigma)
+        return training_plan(sizes, TWO, exits, first=first, context_sigma=context_sigma, noisy_from=noisy_from)
 
     def grads() -> torch.Tensor:
         found = torch.cat([p.grad.flatten() for p in net.parameters()])

@@ -110,6 +110,16 @@ def test_stages() -> None:
     assert flop(DMDConfig(batch=1, exits="last")) - base == pytest.approx(
         6 * (ops.rolled_out(SIZE, CLIP, sizes, Context(), 4) - ops.rolled_out(SIZE, CLIP, sizes, Context(), 2.5))
     )
+    once = ops.rolled_out(SIZE, CLIP, sizes, Context(), 3) - ops.rolled_out(SIZE, CLIP, sizes, Context(), 2)
+    first = (
+        once - ops.rolled_out(SIZE, CLIP, sizes, Context(), 3, 3) + ops.rolled_out(SIZE, CLIP, sizes, Context(), 3, 2)
+    )
+    two = {"batch": 1, "steps": (1000, 500), "first_steps": (1000, 750, 500, 250)}
+    turns = flop(DMDConfig(**two, exits="in_turn")) - flop(DMDConfig(**two))  # 1, 2, 2, 2 calls in place of 1, 2
+    assert turns == pytest.approx(6 * first / 4)
+    context = once - first  # the first chunk is committed once, the second one never
+    assert flop(DMDConfig(batch=1)) - flop(DMDConfig(batch=1, noisy_from=0)) == pytest.approx(6 * context / 4)
+    assert flop(DMDConfig(batch=1, noisy_from=1)) == base
     rollout = ops.rolled_out(SIZE, CLIP, sizes, Context(), 2.5)
     assert base - flop(DMDConfig(batch=1, critic_repeats=5)) == pytest.approx(4 * rollout)
     assert base - flop(DMDConfig(batch=1, critic_repeats=5, student_samples="critic")) == pytest.approx(5 * rollout)

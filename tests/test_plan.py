@@ -170,7 +170,7 @@ def test_recipes_resolve_and_begin_where_others_end(name: str) -> None:
     for place in map(str, recipe.init.values()):
         assert place in made or place.startswith("wan2.1-t2v-"), place
     assert recipe.trainer.recompute == "selective"
-    assert recipe.settings.batch == 64
+    assert recipe.settings.batch == {"wan/rcm_ar": 256, "wan/rcm_cd": 32, "wan/rcm_scm": 32}.get(name, 64)
 
 
 def test_released_hyper_parameters() -> None:

@@ -21,6 +21,7 @@ from causalreel.train.stage import DataCursor, Stage, StepContext
 from causalreel.train.stages.ar_diffusion import ARDiffusion, ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCD, CausalCDConfig
 from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_part, parts_of
+from causalreel.train.stages.causal_scm import CausalSCM, CausalSCMConfig
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
 from causalreel.train.trainer import TrainerConfig, train
@@ -83,6 +84,11 @@ def make_dmd(config: DMDConfig) -> tuple[Stage, LatentSource]:
     return stage, source()
 
 
+def make_scm(config: CausalSCMConfig) -> tuple[Stage, LatentSource]:
+    how = {"student": net(), "teacher": net(2, trained=False), "null": NULL, "viewer": VIEWER}
+    return CausalSCM(config, **how), source()
+
+
 STAGES = {
     "pretrain": lambda: (Pretrain(PretrainConfig(batch=8), student=net(), viewer=VIEWER), source()),
     "teacher forcing": lambda: (
@@ -109,6 +115,18 @@ STAGES = {
         ),
         source(),
     ),
+    "causal dCM, noisy context": lambda: (
+        CausalCD(
+            CausalCDConfig(batch=8, chunk=2, levels="continuous", agrees_with="student", noisy_from=1),
+            student=net(),
+            teacher=net(2, trained=False),
+            null=NULL,
+            viewer=VIEWER,
+        ),
+        source(),
+    ),
+    "causal sCM": lambda: make_scm(CausalSCMConfig(batch=8, chunk=2, warm_up=4)),
+    "causal sCM, noisy context": lambda: make_scm(CausalSCMConfig(batch=8, chunk=2, warm_up=4, noisy_from=0)),
     "DMD": lambda: make_dmd(SELF_ROLLOUT),
     "DMD, replayed": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, student_pass="replay", critic_rollouts=1)),
     "DMD, repeated samples": lambda: make_dmd(
@@ -116,6 +134,9 @@ STAGES = {
     ),
     "DMD, shared exits": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, exits="shared")),
     "DMD, last exits": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, exits="last")),
+    "DMD, exits in turn, noisy context": lambda: make_dmd(
+        dataclasses.replace(SELF_ROLLOUT, exits="in_turn", noisy_from=1)
+    ),
     "DMD, long": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, longest=7)),
     "DMD, rolling": lambda: make_dmd(ROLLING),
     "CausVid": lambda: make_dmd(dataclasses.replace(SELF_ROLLOUT, samples="data")),

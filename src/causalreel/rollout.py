@@ -199,17 +199,20 @@ def truncate(plan: Plan, exits: Sequence[int]) -> Iterator[Call]:
     """The training rollout: chunk i leaves after step `exits[i]` (0-based) with its clean estimate and gradient.
 
     The last entry of `exits` counts for all further chunks. Self Forcing (arXiv 2506.08009), algorithm 1: the exit
-    step is drawn by the caller. Plain plans only, one part a call, and context that is written by calls of its own.
+    step is drawn by the caller. Plain plans only, one part a call. A chunk whose context is what its last call read
+    (noisy context) and that leaves earlier is noised to the level of that call instead, as in Causal-rCM.
     """
     step: dict[int, int] = {}
     order: dict[int, int] = {}
+    pending: Call | None = None  # what the last chunk would leave, nobody reads
     for call in plan:
+        if pending is not None:
+            yield pending
+            pending = None
         (part,) = call.parts
         if part.sigma_next is None:
             yield call
             continue
-        if call.commit:
-            raise ValueError("a plan with noisy context cannot be cut off: a chunk that leaves early has none")
         chunk = order.setdefault(part.start, len(order))
         now = step.get(part.start, 0)
         step[part.start] = now + 1
@@ -218,6 +221,8 @@ def truncate(plan: Plan, exits: Sequence[int]) -> Iterator[Call]:
             yield call
         elif now <= exit_step:
             yield replace(call, parts=(replace(part, sigma_next=0.0),), grad=True)
+        elif call.commit:
+            pending = _commit(part.start, part.frames, part.sigma)
 
 
 # ---- noise ----------------------------------------------------------------------------------------------------------

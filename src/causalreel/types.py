@@ -308,6 +308,23 @@ class Denoiser(Denoise, Protocol):
 
 
 @runtime_checkable
+class Differentiable(Denoiser, Protocol):
+    """A denoiser that has a derivative in forward mode; see `nn.denoiser.DiTDenoiser`."""
+
+    def derivative(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        along: Tensor,
+        clean: Tensor,
+        sizes: Sequence[int],
+        clean_sigma: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@runtime_checkable
 class Cache(Protocol):
     """Finished context. Calls read it; only `commit` writes it."""
 

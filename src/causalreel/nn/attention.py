@@ -70,8 +70,20 @@ def _split(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask | None, tokens: int)
     return attend_split(q.unsqueeze(0), k, v, mask, tokens)[0]
 
 
+def _by_frame(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask | None, tokens: int) -> Tensor:
+    """sdpa, one query frame after the other: in the memory of one, where a kernel writes scores out."""
+    keys, values = (torch.unflatten(x, 1, (-1, tokens)) for x in (k, v))  # (B,F,S,N,D)
+    everything = (True,) * keys.shape[1]
+    outs: list[Tensor] = []
+    for row, query in enumerate(torch.split(q, tokens, dim=1)):
+        seen = [i for i, sees in enumerate(mask.allowed[row] if mask else everything) if sees]
+        outs.append(_sdpa(query, keys[:, seen].flatten(1, 2), values[:, seen].flatten(1, 2), None, tokens))
+    return torch.cat(outs, dim=1)
+
+
 BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(_sdpa, lambda mask, dtype, device: True),
+    "by frame": Backend(_by_frame, lambda mask, dtype, device: True),
     # no gradient; see nn.split_attention
     "split": Backend(_split, lambda mask, dtype, device: not torch.is_grad_enabled()),
     # float16, bfloat16, on the CPU float32 too; see nn.masked_attention

@@ -6,15 +6,18 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from causalreel.flow import guide
 from causalreel.nn.caches import growing_cache
 from causalreel.nn.camera import network
 from causalreel.nn.kv_cache import FrameCache, KVCache
-from causalreel.nn.masks import Context, Frame, frames_of, reading
+from causalreel.nn.masks import Context, Frame, Reading, frames_of, reading
 from causalreel.nn.policies.interface import ContextPolicy
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.texts import CallText, TextKeys
@@ -85,6 +88,52 @@ class DiTDenoiser(nn.Module):
         Noisy chunk i sees clean chunks before it and itself: the same numbers as i cached calls with true context.
         clean_sigma (B,F): noise level that `clean` carries; 0 if absent. Causal Forcing (arXiv 2602.02214), stage 1.
         """
+        whole, levels, told, read = self._halves(x, sigma, conditioning, clean, sizes, clean_sigma)
+        with self._precision(x.device):
+            return (self.run or self.model)(
+                whole, levels, told, reading=read, outputs=x.shape[1], backend=self.backend
+            ).float()
+
+    @torch.no_grad()
+    def derivative(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        *,
+        along: Tensor,
+        clean: Tensor,
+        sizes: Sequence[int],
+        clean_sigma: Tensor | None = None,
+    ) -> Tensor:
+        """How the velocity of `teacher_forced` changes as sigma grows and x moves by `along` (B,F,C,H,W) times that;
+        the context stays -> (B,F,C,H,W) float32.
+
+        In forward mode: one pass of the plain network, with twice its memory, in which attention writes its scores out
+        frame by frame, because no fused kernel has such a derivative.
+        """
+        whole, levels, told, read = self._halves(x, sigma, conditioning, clean, sizes, clean_sigma)
+        frames = x.shape[1]
+        moves = torch.cat([torch.zeros_like(x), along], dim=1).to(whole.dtype)
+        grows = torch.cat([levels[:, :frames] * 0, levels[:, frames:] * 0 + 1], dim=1)
+        forward: Any = forward_ad  # which torch has no types for
+        written_out: Any = sdpa_kernel(SDPBackend.MATH)  # pyright: ignore[reportUnknownVariableType]
+        not_compiled = torch.compiler.set_stance("force_eager")
+        with forward.dual_level(), written_out, not_compiled, self._precision(x.device):
+            dual = forward.make_dual(whole, moves), forward.make_dual(levels, grows)
+            velocity = self.model(*dual, told, reading=read, outputs=frames, backend="by frame")
+            return forward.unpack_dual(velocity).tangent.float()
+
+    def _halves(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        clean: Tensor,
+        sizes: Sequence[int],
+        clean_sigma: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Conditioning, Reading]:
+        """What a network is given in teacher forcing: context and noisy frames behind each other."""
         frames = x.shape[1]
         if clean.shape != x.shape or sum(sizes) != frames:
             raise ValueError(
@@ -94,15 +143,8 @@ class DiTDenoiser(nn.Module):
         clean_sigma = torch.zeros_like(sigma) if clean_sigma is None else clean_sigma.expand(-1, frames)
         cuts = conditioning.cuts or ()
         both = frames_of(sizes, stream=0, cuts=cuts) + frames_of(sizes, stream=1, cuts=cuts)
-        with self._precision(x.device):
-            return (self.run or self.model)(
-                torch.cat([clean.to(x.dtype), x], dim=1),
-                torch.cat([clean_sigma, sigma], dim=1),
-                self._checked(conditioning).twice(),
-                reading=reading(both, both, self.context),
-                outputs=frames,
-                backend=self.backend,
-            ).float()
+        whole, levels = torch.cat([clean.to(x.dtype), x], dim=1), torch.cat([clean_sigma, sigma], dim=1)
+        return whole, levels, self._checked(conditioning).twice(), reading(both, both, self.context)
 
     @torch.no_grad()
     def context_of(

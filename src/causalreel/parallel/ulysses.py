@@ -76,16 +76,21 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sent: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=group)
-        return got
+        return _all_to_all(sent, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        sent = gradients[0].contiguous()
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=ctx.group)
-        return got, None
+        return _all_to_all(gradients[0].contiguous(), ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _all_to_all(tangents[0].contiguous(), ctx.group)
+
+
+def _all_to_all(sent: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent, group=group)
+    return got
 
 
 class _Gather(torch.autograd.Function):
@@ -94,13 +99,21 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, exchange: Ulysses) -> Tensor:
         ctx.exchange = exchange
-        parts = own.new_empty(exchange.size, *own.shape)
-        dist.all_gather(list(parts.unbind(0)), own, group=exchange.group)
-        return parts
+        return _all_gather(own, exchange)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0][ctx.exchange.rank] * ctx.exchange.size, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _all_gather(tangents[0].contiguous(), ctx.exchange)
+
+
+def _all_gather(own: Tensor, exchange: Ulysses) -> Tensor:
+    parts = own.new_empty(exchange.size, *own.shape)
+    dist.all_gather(list(parts.unbind(0)), own, group=exchange.group)
+    return parts
 
 
 def allowed_sizes(heads: int, tokens: int | None = None) -> list[int]:

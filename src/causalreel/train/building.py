@@ -45,6 +45,7 @@ from causalreel.train.stage import DataSource, Stage
 from causalreel.train.stages.ar_diffusion import ARDiffusion, ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCD, CausalCDConfig
 from causalreel.train.stages.causal_ode import CausalODE, CausalODEConfig, make_part, parts_of
+from causalreel.train.stages.causal_scm import CausalSCM, CausalSCMConfig
 from causalreel.train.stages.codec import CodecConfig, CodecStage
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.train.stages.pretrain import Pretrain, PretrainConfig
@@ -256,10 +257,22 @@ def _causal_ode(recipe: Recipe, made: Ingredients, device: torch.device) -> Buil
 
 def _causal_cd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: CausalCDConfig = recipe.settings
-    sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift)
-    viewer = Viewer(made.codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk)
+    sampling, viewer = _in_four_steps(made, c)
     stage = CausalCD(c, student=made.roles["student"], teacher=made.roles["teacher"], null=made.null, viewer=viewer)
     return _compiled(recipe, stage, device), made.source, "target", sampling
+
+
+def _causal_scm(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
+    c: CausalSCMConfig = recipe.settings
+    sampling, viewer = _in_four_steps(made, c)
+    stage = CausalSCM(c, student=made.roles["student"], teacher=made.roles["teacher"], null=made.null, viewer=viewer)
+    return _compiled(recipe, stage, device), made.source, "average", sampling
+
+
+def _in_four_steps(made: Ingredients, c: CausalCDConfig | CausalSCMConfig) -> tuple[Sampling, Viewer]:
+    """How consistency models are sampled and shown."""
+    sampling = Sampling(chunk=c.chunk, steps=FOUR_STEPS, shift=c.shift, noisy_from=c.noisy_from)
+    return sampling, Viewer(made.codec, warp_steps(FOUR_STEPS, c.shift), chunk=c.chunk, noisy_from=c.noisy_from)
 
 
 def _is_recorded(sampler: DiTDenoiser, chunk: int, spec: LatentSpec, device: torch.device, team: Team) -> bool:
@@ -276,10 +289,11 @@ def _is_recorded(sampler: DiTDenoiser, chunk: int, spec: LatentSpec, device: tor
 
 def _dmd(recipe: Recipe, made: Ingredients, device: torch.device) -> Built:
     c: DMDConfig = recipe.settings
-    sampling = Sampling(chunk=c.chunk, steps=c.steps, first_steps=c.first_steps, shift=c.shift)
+    steps = {"steps": c.steps, "first_steps": c.first_steps, "shift": c.shift}
+    sampling = Sampling(chunk=c.chunk, noisy_from=c.noisy_from, **steps)
     if c.rolling:
         sampling = replace(sampling, plan="rolling", first_steps=None)
-    viewer = Viewer(made.codec, c.sigmas, chunk=c.chunk, first=c.first_sigmas)
+    viewer = Viewer(made.codec, c.sigmas, chunk=c.chunk, first=c.first_sigmas, noisy_from=c.noisy_from)
     if c.policy is not None:
         made.roles["student"].context = policy_from(c.policy, frames=made.frames // c.chunk * c.chunk, chunk=c.chunk)
     stage = DMD(c, **made.roles, null=made.null, viewer=viewer)
@@ -309,5 +323,6 @@ STAGES: dict[str, Callable[..., Built]] = {
     "ar_diffusion": _ar_diffusion,
     "causal_ode": _causal_ode,
     "causal_cd": _causal_cd,
+    "causal_scm": _causal_scm,
     "dmd": _dmd,
 }

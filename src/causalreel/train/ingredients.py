@@ -47,6 +47,7 @@ from causalreel.weights.identify import preset_of, size_in_words
 ROLES = {
     "dmd": ("student", "critic", "teacher"),
     "causal_cd": ("student", "teacher"),
+    "causal_scm": ("student", "teacher"),
     "causal_ode": ("student", "teacher"),
 }
 """Networks a stage needs from outside; the others need a student only."""

@@ -13,7 +13,7 @@ from causalreel.flow import add_noise, shift_sigma
 from causalreel.nn.lora import twin
 from causalreel.rollout import KeyedNoise, StreamNoise, chunk_sizes, chunked, collect, rollout
 from causalreel.solvers import SOLVERS
-from causalreel.train.losses import velocity_loss
+from causalreel.train.losses import NoisyContext, velocity_loss
 from causalreel.train.stage import Average, StepContext
 from causalreel.types import ClipBatch, Conditioning, Denoiser, LatentSpec, TrajectoryBatch, VideoCodec
 
@@ -45,6 +45,8 @@ class Viewer:
     chunk: int
     solver: str = "renoise"
     first: tuple[float, ...] | None = None
+    noisy_from: int | None = None
+    """See `rollout.chunked`."""
     clips: int = 8
 
     @torch.no_grad()
@@ -55,7 +57,7 @@ class Viewer:
         sizes = chunk_sizes(rows.frames, self.chunk if cached else rows.frames)
         chunks = rollout(
             denoise,
-            chunked(sizes, self.sigmas, first=self.first),
+            chunked(sizes, self.sigmas, first=self.first, noisy_from=self.noisy_from),
             conditioning=rows.conditioning,
             noise=noise,
             solver=SOLVERS[self.solver],
@@ -171,6 +173,14 @@ class RolloutNoise:
 def draw_sigmas(step: StepContext, purpose: str, batch: int, sizes: Sequence[int], shift: float) -> Tensor:
     """-> (B,F): one shifted-uniform noise level per sample and chunk. The released code draws from 1000 levels."""
     return per_frame(shift_sigma(uniform(step, purpose, batch, len(sizes)), shift), sizes)
+
+
+def noisy_context(
+    step: StepContext, purpose: str, x0: Tensor, sizes: Sequence[int], level: float, noisy_from: int
+) -> NoisyContext:
+    """Context of clean latents (B,F,C,H,W) at this noise level, from chunk number `noisy_from` on."""
+    chunks = torch.arange(len(sizes), device=x0.device).expand(len(x0), -1) >= noisy_from
+    return NoisyContext(per_frame(chunks.float() * level, sizes), randn(step, purpose, x0))
 
 
 def draw_levels(step: StepContext, purpose: str, batch: int, sizes: Sequence[int], levels: Sequence[float]) -> Tensor:

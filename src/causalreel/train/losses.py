@@ -7,12 +7,29 @@ and noise levels are per sample; `sizes` are the chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from causalreel.flow import add_noise, expand, velocity_to_x0
-from causalreel.types import Conditioning, Denoise, Denoiser
+from causalreel.types import Conditioning, Denoise, Denoiser, Differentiable
+
+STEADY = 0.1
+"""Added to the length by which `tangent_loss` divides."""
+
+
+@dataclass(frozen=True)
+class NoisyContext:
+    """Noise of what a network reads as its context, and its level of every frame: sigma (B,F), noise (B,F,C,H,W)."""
+
+    sigma: Tensor
+    noise: Tensor
+
+    def of(self, x0: Tensor) -> dict[str, Tensor]:
+        """The arguments of `teacher_forced` for the context that clean latents (B,F,C,H,W) make."""
+        return {"clean": add_noise(x0, self.noise, self.sigma), "clean_sigma": self.sigma}
 
 
 def velocity_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
@@ -88,22 +105,60 @@ def consistency_loss(
     sigma_next: Tensor,
     noise: Tensor,
     sizes: Sequence[int],
+    noisy: tuple[NoisyContext, NoisyContext] | None = None,
 ) -> Tensor:
     """Causal CD: the student at sigma agrees with the target one teacher step nearer to the data.
 
     sigma, sigma_next (B,F) or (B,1), neighbours on a grid; sigma_next 0 asks for the teacher's end point itself. The
     context is the true past. Causal Forcing++ (arXiv 2605.15141), eq. 6, with weight 1 and squared distance as
     released. The released code takes the step length from bfloat16 times, up to 64 % off; here it is exact.
+    noisy: contexts of the student and of the target, of students that are sampled with noisy context (Causal-rCM, arXiv
+    2606.25473); the teacher's is clean.
     """
     x = add_noise(x0, noise, sigma)
+    mine, theirs = [{"clean": x0}] * 2 if noisy is None else [context.of(x0) for context in noisy]
     with torch.no_grad():
         velocity = teacher.teacher_forced(x, sigma, conditioning, clean=x0, sizes=sizes)
         x_next = x + expand(sigma_next - sigma, x) * velocity
         goal = velocity_to_x0(
-            x_next, target.teacher_forced(x_next, sigma_next, conditioning, clean=x0, sizes=sizes), sigma_next
+            x_next, target.teacher_forced(x_next, sigma_next, conditioning, sizes=sizes, **theirs), sigma_next
         )
-    guess = velocity_to_x0(x, student.teacher_forced(x, sigma, conditioning, clean=x0, sizes=sizes), sigma)
+    guess = velocity_to_x0(x, student.teacher_forced(x, sigma, conditioning, sizes=sizes, **mine), sigma)
     return (guess - goal).square().mean()
+
+
+def tangent_loss(
+    student: Differentiable,
+    teacher: Denoiser,
+    x0: Tensor,
+    conditioning: Conditioning,
+    *,
+    sigma: Tensor,
+    noise: Tensor,
+    sizes: Sequence[int],
+    warm: float = 1.0,
+    noisy: NoisyContext | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Causal continuous-time consistency: the student's clean estimate stays along the teacher's path (sCM, arXiv
+    2410.11081, as Causal-rCM has it, arXiv 2606.25473) -> the mean over samples of what the velocity should change,
+    squared, and metrics.
+
+    sigma (B,F) or (B,1). The change is -(student - teacher + warm sigma d student / d sigma along the path), scaled to
+    a length below 1 for every sample, in float64. So the loss is nearly 1 whatever has been learnt: look at `tangent`,
+    the change's length before. warm: 0 to 1, how much the derivative counts yet. noisy: the student's context, for
+    students that are sampled so. Causal-rCM has 100 times the loss, and leaves out samples that are not finite.
+    """
+    x = add_noise(x0, noise, sigma)
+    how: dict[str, Any] = {"sizes": sizes, **({"clean": x0} if noisy is None else noisy.of(x0))}
+    with torch.no_grad():
+        goal = teacher.teacher_forced(x, sigma, conditioning, clean=x0, sizes=sizes)
+        turn = student.derivative(x, sigma, conditioning, along=goal, **how)
+    velocity = student.teacher_forced(x, sigma, conditioning, **how)
+    with torch.no_grad():
+        change = -(velocity - goal).double() - warm * expand(sigma, x).double() * turn.double()
+        length = change.square().sum((1, 2, 3, 4), keepdim=True).sqrt()
+        wanted = velocity + (change / (length + STEADY)).float()
+    return (velocity - wanted).square().sum((1, 2, 3, 4)).mean(), {"tangent": length.mean()}
 
 
 def distribution_matching_gradient(

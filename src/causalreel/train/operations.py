@@ -7,7 +7,7 @@ computed again to save memory counts nothing. MFU is this number over what the G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -20,9 +20,12 @@ from causalreel.rollout import chunk_sizes
 from causalreel.train.stages.ar_diffusion import ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCDConfig
 from causalreel.train.stages.causal_ode import CausalODEConfig
+from causalreel.train.stages.causal_scm import CausalSCMConfig
 from causalreel.train.stages.dmd import DMDConfig
 from causalreel.types import LatentSpec
 
+TANGENT = 2
+"""A derivative in forward mode, in forward passes: every product once more. Attention takes three, not counted."""
 BACKWARD = 2
 """A backward pass, in forward passes."""
 
@@ -117,13 +120,18 @@ def rolled_out(
     context: ContextPolicy,
     calls: float,
     first: float | None = None,
+    spared: Callable[[int], float] = lambda chunk: 0.0,
 ) -> float:
-    """A rollout with so many denoising calls a chunk, on average, and one that commits each but the last."""
+    """A rollout with so many denoising calls a chunk, on average, and one that commits each but the last.
+
+    spared: of chunk i, the share of rollouts in which its last denoising call commits it.
+    """
     total, start = 0.0, 0
     for index, size in enumerate(sizes):
         chunk = frames_of([size], start=start)
         seen = min(start + size, context.span(clip.frames, size) or clip.frames)
-        times = (first if index == 0 and first is not None else calls) + (index + 1 < len(sizes))
+        commits = 1 - spared(index) if index + 1 < len(sizes) else 0
+        times = (first if index == 0 and first is not None else calls) + commits
         total += times * forward(model, clip, size, len(chunk) * seen)
         start += size
     return total
@@ -145,16 +153,16 @@ def step_work(
     student, whole = roles["student"], clip.frames * clip.tokens(roles["student"])
     if isinstance(settings, DMDConfig):
         return _dmd(settings, roles, clip, context) * settings.batch
-    if not isinstance(settings, (ARDiffusionConfig, CausalODEConfig, CausalCDConfig)):
+    if not isinstance(settings, (ARDiffusionConfig, CausalODEConfig, CausalCDConfig, CausalSCMConfig)):
         return Work((1 + BACKWARD) * bidirectional(student, clip), whole) * settings.batch
     sizes = chunk_sizes(clip.frames, settings.chunk)
     if getattr(settings, "forcing", "teacher") == "diffusion":
         return Work((1 + BACKWARD) * causal(student, clip, sizes, context), whole) * settings.batch
     work = Work((1 + BACKWARD) * teacher_forced(student, clip, sizes, context), 2 * whole)
-    if isinstance(settings, CausalCDConfig):
-        rows = 1 if settings.guidance == 1 else 2
+    if isinstance(settings, (CausalCDConfig, CausalSCMConfig)):
+        rows, is_step = 1 if settings.guidance == 1 else 2, isinstance(settings, CausalCDConfig)
         work += Work(rows * teacher_forced(roles["teacher"], clip, sizes, context))
-        work += Work(teacher_forced(student, clip, sizes, context))  # of the target
+        work += Work((1 if is_step else TANGENT) * teacher_forced(student, clip, sizes, context))  # of the target
     return work * settings.batch
 
 
@@ -163,15 +171,27 @@ def _dmd(c: DMDConfig, roles: dict[str, ModelConfig], clip: Clip, context: Conte
     student, critic, teacher = roles["student"], roles["critic"], roles["teacher"]
     sizes, whole = chunk_sizes(clip.frames, c.chunk), clip.frames * clip.tokens(student)
 
+    def made_by(levels: Sequence[float]) -> list[int]:
+        """Calls of a chunk, of every exit that is as likely as the others."""
+        last, turns = len(levels), len(c.first_steps or c.steps)
+        if c.exits == "in_turn":
+            return [min(turn, last) for turn in range(1, turns + 1)]
+        return [last] if c.exits == "last" else list(range(1, last + 1))
+
     def calls(levels: Sequence[float]) -> float:
-        return len(levels) if c.exits == "last" else (len(levels) + 1) / 2
+        return sum(made_by(levels)) / len(made_by(levels))
+
+    def spared(chunk: int) -> float:
+        levels = c.steps if chunk or c.first_steps is None else c.first_steps
+        is_noisy = c.noisy_from is not None and chunk >= c.noisy_from
+        return made_by(levels).count(len(levels)) / len(made_by(levels)) if is_noisy else 0.0
 
     if c.samples == "self_rollout":
         first = None if c.first_steps is None else calls(c.first_steps)
         longer = round((clip.frames + (c.longest or clip.frames)) / 2 / c.chunk)  # chunks of a rollout, on average
         rolled = replace(clip, frames=longer * c.chunk)
         plan = chunk_sizes(rolled.frames, c.chunk)
-        made = Work(rolled_out(student, rolled, plan, context, calls(c.steps), first)) * (1 - c.rolling)
+        made = Work(rolled_out(student, rolled, plan, context, calls(c.steps), first, spared)) * (1 - c.rolling)
         made += Work(rolled_out(student, rolled, plan, context, len(c.steps))) * c.rolling  # every chunk at every level
         again = Work(
             causal(student, rolled, plan, context) + (1 + BACKWARD) * behind(student, clip, sizes, context), whole

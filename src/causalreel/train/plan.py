@@ -21,6 +21,7 @@ from causalreel.train.operations import Clip, Work, step_work
 from causalreel.train.stages.ar_diffusion import ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCDConfig
 from causalreel.train.stages.causal_ode import CausalODEConfig
+from causalreel.train.stages.causal_scm import CausalSCMConfig
 from causalreel.train.stages.dmd import DMDConfig
 from causalreel.types import Geometry, LatentSpec
 from causalreel.weights.build import empty_denoiser
@@ -48,7 +49,8 @@ BESIDE = 99
 processes, which record no calls, were measured to hold as much. What it consists of is not known."""
 
 RATES = {"ar_diffusion": 0.40, "causal_ode": 0.40, "causal_cd": 0.45, "dmd": 0.475, "pretrain": 0.43}
-"""Shares of the datasheet's bf16 rate that steps reached on an H200 at 1.3B; of causal ODE taken from AR diffusion."""
+"""Shares of the datasheet's bf16 rate that steps reached on an H200 at 1.3B; of causal ODE taken from AR diffusion. No
+second is promised for a stage that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def plan(
     parts += _activations(recipe, sizes, clip, rows, gradients, is_recorded=is_recorded)
     context = Context()
     work = step_work(recipe.settings, dict(sizes), clip, context) or Work()
-    seconds = None if rate is None else work.flop / gpus / (rate * 1e12 * RATES[recipe.stage])
+    reached = RATES.get(recipe.stage)
+    seconds = None if rate is None or reached is None else work.flop / gpus / (rate * 1e12 * reached)
     return Plan(gpus, rows, tuple(parts), work, seconds)
 
 
@@ -175,7 +178,7 @@ def _activations(
     is_recorded: whether rollouts stay in memory of their own."""
     settings, context = recipe.settings, recipe.trainer.parallel.context
     passes: list[tuple[ModelConfig, int]] = []  # network, latent frames
-    if isinstance(settings, (ARDiffusionConfig, CausalODEConfig, CausalCDConfig)):
+    if isinstance(settings, (ARDiffusionConfig, CausalODEConfig, CausalCDConfig, CausalSCMConfig)):
         is_forced = getattr(settings, "forcing", "teacher") == "teacher"
         passes.append((sizes["student"], clip.frames * (2 if is_forced else 1)))
     elif isinstance(settings, DMDConfig):

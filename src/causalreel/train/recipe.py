@@ -22,6 +22,7 @@ from causalreel.train.elsewhere import masked
 from causalreel.train.stages.ar_diffusion import ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCDConfig
 from causalreel.train.stages.causal_ode import CausalODEConfig
+from causalreel.train.stages.causal_scm import CausalSCMConfig
 from causalreel.train.stages.codec import CodecConfig
 from causalreel.train.stages.dmd import DMDConfig
 from causalreel.train.stages.pretrain import PretrainConfig
@@ -33,6 +34,7 @@ SETTINGS: dict[str, type] = {
     "ar_diffusion": ARDiffusionConfig,
     "causal_ode": CausalODEConfig,
     "causal_cd": CausalCDConfig,
+    "causal_scm": CausalSCMConfig,
     "dmd": DMDConfig,
 }
 """The stages, and the dataclass of each one's `settings`."""
@@ -42,7 +44,7 @@ SETTINGS: dict[str, type] = {
 class Recipe:
     """A training run."""
 
-    stage: Literal["codec", "pretrain", "ar_diffusion", "causal_ode", "causal_cd", "dmd"]
+    stage: Literal["codec", "pretrain", "ar_diffusion", "causal_ode", "causal_cd", "causal_scm", "dmd"]
     """What is trained."""
     trainer: TrainerConfig
     """How long, with which optimisers, and where it is kept."""

@@ -75,24 +75,26 @@ class Record:
     """What was generated (B,F,C,H,W), all of it."""
     exits: list[Exit] = field(default_factory=list)
     committed: list[Tensor] = field(default_factory=list)
-    """Latents as they were written to the cache; equal to what was generated if the context sigma is 0."""
-    context_sigma: float = 0.0
+    """Latents as they were written to the cache; equal to what was generated where their level is 0."""
+    committed_at: list[float] = field(default_factory=list)
+    """Noise level of each of their frames."""
     sizes: list[int] = field(default_factory=list)
     """Of all chunks."""
 
 
 def training_plan(
     sizes: Sequence[int],
-    sigmas: Sequence[float],
+    sigmas: Sequence[float] | Sequence[Sequence[float]],
     exits: Sequence[int],
     *,
     first: Sequence[float] | None = None,
     prefix: Sequence[int] = (),
     context_sigma: float = 0.0,
+    noisy_from: int | None = None,
     commit_last: bool = False,
 ) -> Plan:
     """The inference plan cut off at the exit steps; `exits[0]` is the first chunk's, the last entry everyone else's."""
-    how = {"context_sigma": context_sigma, "commit_last": commit_last}
+    how = {"context_sigma": context_sigma, "noisy_from": noisy_from, "commit_last": commit_last}
     plan = chunked(sizes, sigmas, first=first, prefix=prefix, **how)
     return truncate(plan, exits)
 
@@ -142,9 +144,9 @@ def record_rollout(
                 record.sizes.append(call.frames)
             if call.start + call.frames > first:
                 record.exits.append(made)
-        elif call.commit and not call.joint:
+        if call.commit and not call.joint:
             record.committed.append(x[:, : call.commit])
-            record.context_sigma = call.parts[0].sigma
+            record.committed_at += [call.parts[0].sigma] * call.commit
 
     with torch.no_grad():
         how = {"conditioning": told, "noise": noise, "cache": cache, "prefix": given, "observe": observe}
@@ -182,9 +184,10 @@ def parallel_pass(student: Denoiser, record: Record, conditioning: Conditioning)
     exits = [*_given(record), *record.exits]
     x, sigma = torch.cat([one.x for one in exits], 1), torch.cat([one.sigma() for one in exits], 1)
     # The last chunk's context is read by nobody: any latents will do where it was not committed.
-    past = torch.cat(record.committed, dim=1)
+    past = torch.cat([record.latents[:, :0], *record.committed], dim=1)
     clean = torch.cat([past, record.latents[:, past.shape[1] :]], dim=1)
-    clean_sigma = torch.full_like(clean[:, :, 0, 0, 0], record.context_sigma)
+    levels = record.committed_at + [0.0] * (clean.shape[1] - past.shape[1])
+    clean_sigma = torch.tensor(levels, device=clean.device).expand(len(clean), -1)
     context = student.context_of(clean, conditioning, sizes=record.sizes, clean_sigma=clean_sigma)
     start, sizes = exits[0].start, [one.sizes[0] for one in exits]
     here = conditioning.frames(start, clean.shape[1])

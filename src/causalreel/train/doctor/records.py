@@ -58,7 +58,9 @@ def _of_gradients(run: RunFiles, role: str) -> Iterator[Finding]:
 def _of_loss(run: RunFiles, role: str) -> Iterator[Finding]:
     losses = [value for _, value in run.column(f"{role}/loss")]
     stage = None if run.recipe is None else run.recipe.stage
-    if role == "student" and (stage == "causal_cd" or any("critic/lr" in record for record in run.records[-1:])):
+    if role == "student" and (
+        stage in ("causal_cd", "causal_scm") or any("critic/lr" in record for record in run.records[-1:])
+    ):
         return  # consistency with itself, or a surrogate: may rise in a healthy run
     if len(losses) < 8:
         return

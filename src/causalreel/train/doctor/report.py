@@ -18,6 +18,7 @@ STAGES = {
     "ar_diffusion": "stage 1, AR diffusion",
     "causal_ode": "stage 2a, causal ODE",
     "causal_cd": "stage 2b, causal CD",
+    "causal_scm": "stage 2c, causal sCM",
     "dmd": "stage 3, asymmetric DMD",
 }
 

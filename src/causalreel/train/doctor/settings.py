@@ -138,7 +138,8 @@ def _of_starts(recipe: Recipe) -> Iterator[Finding]:
     """What the exports say that the networks begin as."""
     settings, chunk = recipe.settings, getattr(recipe.settings, "chunk", None)
     starts = {role: start_of(recipe, role) for role in recipe.init}
-    wanted = {"causal_ode": ("student", "teacher"), "causal_cd": ("student", "teacher"), "dmd": ("student",)}
+    both = dict.fromkeys(("causal_ode", "causal_cd", "causal_scm"), ("student", "teacher"))
+    wanted: dict[str, tuple[str, ...]] = {**both, "dmd": ("student",)}
     is_baseline = isinstance(settings, CausalODEConfig) and settings.trajectories == "bidirectional"
     for role in () if is_baseline else wanted.get(recipe.stage, ()):
         start = starts.get(role)
@@ -180,15 +181,16 @@ def _of_export(run: RunFiles) -> Iterator[Finding]:
     noise = getattr(settings, "context_noise", 0) or getattr(settings, "context_sigma", 0)
     if sampling is None:
         return
-    if sampling.noisy_from is not None and not noise:
+    noisy_from = getattr(settings, "noisy_from", None)
+    if sampling.noisy_from is not None and noisy_from is None and not noise:
         yield _wrong(
             "context noise",
             f"the export is sampled with noisy context (sampling.noisy_from: {sampling.noisy_from}), and was trained "
             f"behind clean frames alone",
             "take sampling.noisy_from out of the export's config, or train with settings.context_noise (stage 1) or "
-            "settings.context_sigma (stage 3)",
+            "settings.noisy_from (stages 2 and 3)",
         )
-    for name in ("chunk", "shift", "steps", "first_steps"):
+    for name in ("chunk", "shift", "steps", "first_steps", *(["noisy_from"] if noisy_from is not None else [])):
         trained, sampled = getattr(settings, name, None), getattr(sampling, name)
         if hasattr(settings, name) and trained != sampled and sampling.chunk is not None:
             yield _wrong(

@@ -44,6 +44,8 @@ class ARDiffusionConfig:
     """Latent frames per chunk."""
     shift: float = 5.0
     """Shift of the uniform noise levels."""
+    levels: Literal["chunk", "clip"] = "chunk"
+    """A noise level for every chunk (released), or one for all of a clip (Causal-rCM)."""
     forcing: Literal["teacher", "diffusion"] = "teacher"
     """What a noisy chunk sees of the past: clean chunks (teacher) or equally noisy training (diffusion)."""
     weight: Literal["bell", "uniform"] = "bell"
@@ -79,7 +81,8 @@ class ARDiffusion:
         def loss() -> Loss:
             x0 = batch.latents.float()
             conditioning = drop_text(step, batch.conditioning, config.text_dropout)
-            sigma = draw_sigmas(step, "sigma", len(batch), sizes, config.shift)
+            alike = sizes if config.levels == "chunk" else [batch.frames]
+            sigma = draw_sigmas(step, "sigma", len(batch), alike, config.shift)
             weight = WEIGHTS[config.weight](sigma, config.shift)
             noise = randn(step, "noise", x0)
             if config.forcing == "diffusion":

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,9 @@ class DMDConfig:
     samples: Literal["self_rollout", "data", "teacher_forced"] = "self_rollout"
     """What is matched: the student's rollout, its estimates of noised data (CausVid), or single chunks behind true
     context with causal scores (causal score distillation)."""
-    exits: Literal["independent", "shared", "last"] = "independent"
-    """Exit steps of self-rollouts: drawn for each rollout (released), once for all of a cycle, or always the last."""
+    exits: Literal["independent", "shared", "in_turn", "last"] = "independent"
+    """Exit steps of self-rollouts: drawn for each rollout (released), once for all of a cycle, each in its turn from
+    cycle to cycle and the same for all chunks as far as they have it (Causal-rCM), or always the last."""
     critic_updates: int = 5
     """Critic updates per student update."""
     critic_repeats: int = 1
@@ -88,6 +89,9 @@ class DMDConfig:
     """Share of rollouts that continue the data's first latent frame, which scores see clean: image to video."""
     context_sigma: float = 0.0
     """Noise level at which finished chunks are written to the cache."""
+    noisy_from: int | None = None
+    """Chunks from this number on are written to the cache as their last call of all steps reads them, a call less for
+    each (noisy context, Causal-rCM); those that leave earlier are noised to its level. null: all are read once more."""
     prompt_changes: float = 0.0
     """Share of the clips of a self-rollout that go over to another prompt of the data at a chunk border, one for all of
     them, as live videos do; their context stays as it was read, and the scores see text by frame."""
@@ -117,12 +121,19 @@ class DMDConfig:
             raise ValueError(f"critic_rollouts must be 1 to {self.critic_samples}, got {self.critic_rollouts}")
         if not 0 <= self.rolling <= 1:
             raise ValueError(f"rolling must be from 0 to 1, got {self.rolling}")
+        if self.noisy_from is not None and (self.noisy_from < 0 or self.rolling or self.samples != "self_rollout"):
+            raise ValueError(
+                f"noisy_from must be null or at least 0, with samples: self_rollout and without rolling; got "
+                f"{self.noisy_from}, samples={self.samples}, rolling={self.rolling}"
+            )
         if self.rolling and self.student_pass != "replay":
             raise ValueError("rolling needs student_pass: replay: its windows cannot be made again in one pass")
         if (self.rolling or self.longest is not None) and self.samples != "self_rollout":
             raise ValueError(f"rolling and longest are for samples: self_rollout, got {self.samples}")
         if self.longest is not None and (self.longest < self.chunk or self.longest % self.chunk):
             raise ValueError(f"longest must be a multiple of the chunk's {self.chunk} frames, got {self.longest}")
+        if self.noisy_from is not None and len(self.steps) < 2:
+            raise ValueError("noisy_from needs two steps or more: in one, a chunk's last call reads nothing but noise")
         if not 0 <= self.given <= 1:
             raise ValueError(f"given must be 0 to 1, a share of the rollouts; got {self.given}")
         if self.given and (self.chunk != 1 or self.samples != "self_rollout" or self.rolling or self.longest):
@@ -329,7 +340,8 @@ class DMD:
             return rolling_training_plan(sizes, config.sigmas, turn, context_sigma=config.context_sigma)
         exits = self._exits(step, purpose)
         first, prefix = config.first_sigmas, sizes[:given]
-        how = {"first": first, "prefix": prefix, "context_sigma": config.context_sigma}
+        how: dict[str, Any] = {"first": first, "prefix": prefix, "context_sigma": config.context_sigma}
+        how["noisy_from"] = config.noisy_from
         plan = training_plan(sizes[given:], config.sigmas, exits, **how)
         return fuse(plan) if self.student.context.fuses else plan
 
@@ -338,6 +350,8 @@ class DMD:
         lists = [levels for levels in (self.config.first_sigmas, self.config.sigmas) if levels is not None]
         if self.config.exits == "last":
             return [len(levels) - 1 for levels in lists]
+        if self.config.exits == "in_turn":
+            return [min(step.step % len(lists[0]), len(levels) - 1) for levels in lists]
         who = purpose if self.config.exits == "independent" else "cycle"
         return [draw_index(step, f"{who} exit {i}", len(levels)) for i, levels in enumerate(lists)]
 
