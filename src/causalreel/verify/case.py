@@ -27,8 +27,8 @@ PRINTED_TOLERANCE = 2e-5
 
 ROLES = {
     "generator": ("generator", "student"),
-    "teacher": ("teacher", "real", "real_score"),
-    "critic": ("critic", "ema", "target", "fake", "fake_score"),
+    "teacher": ("teacher", "real", "real_score", "causal teacher", "bidirectional teacher"),
+    "critic": ("critic", "ema", "target", "fake", "fake_score", "fake score"),
 }
 """What a case with several networks may call them."""
 
@@ -75,7 +75,8 @@ class Case:
         """Chunks of a clip that starts at frame 0."""
         if self.get("independent_first_frame", default=False):
             return [1, *(chunk_sizes(frames - 1, self.chunk) if frames > 1 else [])]
-        return chunk_sizes(frames, self.chunk)
+        first = min(int(self.get("first_chunk_frames", default=self.chunk)), frames)
+        return [first, *(chunk_sizes(frames - first, self.chunk) if frames > first else [])]
 
     def context(self, *, sink: bool) -> Context:
         """The window; `sink` False where the released code knows no sink (its masks)."""

@@ -110,6 +110,13 @@ class Released:
             call["clean_sigma"] = self.tell(clean_sigma)
         return self._run(self.denoise.teacher_forced, x, sigma, conditioning, **call)
 
+    def derivative(
+        self, x: Tensor, sigma: Tensor, conditioning: Conditioning, *, clean_sigma: Tensor | None = None, **call: Any
+    ) -> Tensor:
+        if clean_sigma is not None:
+            call["clean_sigma"] = self.tell(clean_sigma)
+        return self.denoise.derivative(x, self.tell(sigma), conditioning, **call)
+
     def context_of(
         self, clean: Tensor, conditioning: Conditioning, *, clean_sigma: Tensor | None = None, **call: Any
     ) -> Any:
