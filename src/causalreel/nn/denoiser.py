@@ -115,7 +115,7 @@ class DiTDenoiser(nn.Module):
         whole, levels, told, read = self._halves(x, sigma, conditioning, clean, sizes, clean_sigma)
         frames = x.shape[1]
         moves = torch.cat([torch.zeros_like(x), along], dim=1).to(whole.dtype)
-        grows = torch.cat([levels[:, :frames] * 0, levels[:, frames:] * 0 + 1], dim=1)
+        grows = torch.cat([torch.zeros_like(levels[:, :frames]), torch.ones_like(levels[:, frames:])], dim=1)
         forward: Any = forward_ad  # which torch has no types for
         written_out: Any = sdpa_kernel(SDPBackend.MATH)  # pyright: ignore[reportUnknownVariableType]
         not_compiled = torch.compiler.set_stance("force_eager")
