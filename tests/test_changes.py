@@ -171,6 +171,29 @@ def test_streams_are_played_and_judged(tmp_path: Path) -> None:
         streams.run(["a-b=tiny", "a b=tiny"], out=tmp_path, streams=2, device="cpu")
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny/chunk-4step"])
+@pytest.mark.parametrize("mode", [None, "switch"])
+def test_streams_made_together_are_those_of_sessions(model: str, mode: str | None) -> None:
+    """Of three that change at two moments; the seed, the noise and what stays are each one's own."""
+    pipeline = load(model, device="cpu")
+    told = [dataclasses.replace(one, at=at) for one, at in zip(streams.draw(3, seed=4), (3, 5, 3), strict=True)]
+    made = {stream.told.seed: stream for stream in streams.play(pipeline, told, mode=mode, rows=4)}  # pyright: ignore
+    assert sorted(made) == [one.seed for one in told] and list(made) != sorted(made)
+    chunk = pipeline.sampling.chunk
+    assert chunk is not None
+    for one in told:
+        session, frames = Session(pipeline, Options(one.first, one.seed)), list[torch.Tensor]()
+        for _ in range(-(-one.at // chunk)):
+            frames += session.next_chunk().frames
+        start = len(frames)
+        session.command("prompt", text=one.second, **({} if mode is None else {"mode": mode}))
+        while len(frames) < start + streams.BEHIND:
+            frames += session.next_chunk().frames
+        shown = torch.stack(frames)[start - streams.BEFORE : start + streams.BEHIND].movedim(-1, 1)
+        distance = (made[one.seed].frames.int() - shown.int()).abs()
+        assert distance.max() <= 1 and distance.float().mean() < 0.01
+
+
 def test_a_model_of_whole_clips_reads_the_second_prompt_from_the_change_on(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load("tiny/base", device="cpu")
     pipeline = many_step(base, steps=2, guidance=2.0)
@@ -179,13 +202,15 @@ def test_a_model_of_whole_clips_reads_the_second_prompt_from_the_change_on(monke
     assert many_step(few, steps=9, guidance=2.0).sampling == few.sampling and many_step(base).sampling == base.sampling
     read, as_it_is = [], Pipeline.rollout
 
-    def rollout(self: Pipeline, plan: Schedule, conditioning: Conditioning, noise: KeyedNoise) -> Iterator[Chunk]:
+    def rollout(
+        self: Pipeline, plan: Schedule, conditioning: Conditioning, noise: KeyedNoise, *, batch: int
+    ) -> Iterator[Chunk]:
         read.append(conditioning)
-        return as_it_is(self, plan, conditioning, noise)
+        return as_it_is(self, plan, conditioning, noise, batch=batch)
 
     told = streams.Told(5, "a large red circle moves right slowly on a dark background", "a blue square", at=14)
     monkeypatch.setattr(Pipeline, "rollout", rollout)
-    stream = streams.play(pipeline, told)
+    (stream,) = streams.play(pipeline, [told])
     prompts, text = read[0].prompts, read[0].text
     assert stream.told.at == 12 - 5 == list(prompts).index(1) and set(prompts) == {0, 1} and len(prompts) == 12
     both = told.first, pipeline.text.complete(told.second, told.seed, before=told.first)
@@ -193,7 +218,7 @@ def test_a_model_of_whole_clips_reads_the_second_prompt_from_the_change_on(monke
     assert torch.equal(text[-1].float(), pipeline.text.encode(both).float())  # the row that is not guided away from
     assert stream.frames.shape == (streams.BEFORE + streams.BEHIND, 3, 64, 64)
     with pytest.raises(ValueError, match="mode is of live videos"):
-        streams.play(pipeline, told, mode="switch")
+        list(streams.play(pipeline, [told], mode="switch"))
 
 
 @pytest.mark.parametrize(("streams_seen", "clean", "error"), [([0.0, 0.5], 0.5, 0.5), ([0.0] * 4, 1.0, 0.0)])
@@ -203,6 +228,19 @@ def test_means_come_with_their_errors(streams_seen: list[float], clean: float, e
     row = streams.numbers(found)
     assert (row["clean"].mean, row["clean"].stderr) == (clean, error) and math.isnan(row["turned"].mean)
     assert f"{clean:.3f} ± {error:.3f}" in streams.table({"two": row})
+
+
+def test_models_are_compared_stream_by_stream(tmp_path: Path) -> None:
+    rows = streams.run(["one=tiny", "two=tiny@1", "three=tiny"], out=tmp_path, streams=2, device="cpu")
+    assert list(rows)[6:] == [
+        f"{label} less one{kind}" for label in ("two", "three") for kind in ("", ", examples of the page")
+    ]
+    assert all(rows["three less one"][name].mean == 0 for name in ("clean", "noise"))
+    told = [json.loads((tmp_path / f"changes-{name}.json").read_text())["streams"] for name in ("one", "two")]
+    assert [[one["seed"] for one in ones] for ones in told] == [[0, 1], [0, 1]]
+    more = [b["noise"] - a["noise"] for a, b in zip(*told, strict=True)]
+    assert rows["two less one"]["noise"].mean == pytest.approx(sum(more) / 2)
+    assert "| two less one | " in (tmp_path / "changes.md").read_text()
 
 
 def test_numbers_of_streams_outlive_a_sheet_that_cannot_be_made(
@@ -218,7 +256,7 @@ def test_numbers_of_streams_outlive_a_sheet_that_cannot_be_made(
     monkeypatch.setattr(streams, "with_steps", lambda pipeline, steps: pipeline)
     monkeypatch.setattr(streams, "many_step", lambda pipeline, guidance: pipeline)
     frames = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
-    monkeypatch.setattr(streams, "play", lambda _, told, mode: streams.Stream(told, unseen, frames))
+    monkeypatch.setattr(streams, "play", lambda _, told, **how: (streams.Stream(t, unseen, frames) for t in told))
     streams.run(["two=tiny"], out=tmp_path, streams=2)
     held = json.loads((tmp_path / "changes-two.json").read_text(), parse_constant=pytest.fail)
     assert held["means"] == {"clean": 1.0, "noise": 0.0, "shown": None, "turned": None, "kept": None}

@@ -13,23 +13,23 @@ import itertools
 import json
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from causalreel import families
 from causalreel.data.video import contact_sheet, to_bytes
 from causalreel.data.world import prompts
 from causalreel.eval.changes import LOOKED_AT, Changed, judge
 from causalreel.eval.run import file_name, known, many_step, parse_model, with_steps
-from causalreel.eval.statistics import Estimate, summarise
+from causalreel.eval.statistics import Estimate, compare, summarise
 from causalreel.files import write_text
 from causalreel.folders import claim
-from causalreel.infer.commands import Mode, Options, Prompt
-from causalreel.infer.live import hints
-from causalreel.infer.live_video import LiveVideo
+from causalreel.infer.commands import Mode
+from causalreel.infer.live import Live, hints
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
 from causalreel.rollout import KeyedNoise
@@ -54,6 +54,8 @@ PAGE = ", examples of the page"
 """What is added to a model's name in the row of these."""
 ROUNDS = 4
 """How often each pair of them is played, at other moments and by other seeds."""
+TOGETHER = 16
+"""Streams that are made together, at most."""
 SHEETS = 10
 BEFORE, BEHIND = 2, LOOKED_AT
 """Frames of a contact sheet before the change and from it on."""
@@ -116,34 +118,37 @@ def _open(chance: random.Random) -> str:
 
 
 @torch.no_grad()
-def play(pipeline: Pipeline, told: Told, *, mode: Mode | None = None) -> Stream:
-    """One video and its change; mode None: as a prompt is taken that names none.
+def play(pipeline: Pipeline, told: Sequence[Told], *, mode: Mode | None = None, rows: int = 1) -> Iterator[Stream]:
+    """Videos and their changes, in the order in which they are made; mode None: as a prompt is taken that names none.
 
+    rows: how many are made together, of those that change at the same chunk; on a GPU always so many, because every
+    other number would be compiled or recorded anew. What a video shows does not depend on it, up to rounding.
     Raises ValueError for a mode of a model that generates whole clips.
     """
     chunk = pipeline.sampling.chunk
-    if chunk is None:
-        if mode is not None:
-            raise ValueError(f"mode is of live videos, and this model generates whole clips: got {mode!r}")
-        return _clip(pipeline, told)
-    video = LiveVideo(pipeline, Options(told.first, told.seed))
-    frames: list[Tensor] = []
+    if chunk is None and mode is not None:
+        raise ValueError(f"mode is of live videos, and this model generates whole clips: got {mode!r}")
+    together: dict[int, list[Told]] = {}
+    for one in told:
+        together.setdefault(_change(pipeline, one), []).append(one)
+    for at, ones in together.items():
+        for first in range(0, len(ones), rows):
+            some = ones[first : first + rows]
+            filled = some if pipeline.device.type == "cpu" else some + some[-1:] * (rows - len(some))
+            made = _clips(pipeline, filled, at) if chunk is None else _live(pipeline, filled, at // chunk, mode)
+            yield from made[: len(some)]
 
-    def go_on(latents: int) -> int:
-        for _ in range(-(-latents // chunk)):
-            decode = video.decoder()
-            frames.append(to_bytes(decode(video.next_latents())[0]))
-        return sum(map(len, frames))
 
-    start = go_on(told.at)
-    before = video.scene.said or told.first
-    command = Prompt(told.second) if mode is None else Prompt(told.second, mode)
-    scene = command.scene(video.scene)
-    video.take(command, video.encode(scene, begins=False))
-    after = video.scene.said or told.second
-    go_on(_behind(pipeline))
-    video.reset()
-    return _judged(told, torch.cat(frames), start, before, after)
+def _change(pipeline: Pipeline, told: Told) -> int:
+    """Latent frames before the change: whole chunks, or as many as leave enough of a clip."""
+    chunk, behind = pipeline.sampling.chunk, _behind(pipeline)
+    if chunk is not None:
+        return -(-told.at // chunk) * chunk
+    at = min(told.at, pipeline.export.frames - behind)
+    if at < 2:
+        needed, frames = 2 + behind, pipeline.export.frames
+        raise ValueError(f"clips must have {needed} latent frames for a change to show, got {frames}")
+    return at
 
 
 def _behind(pipeline: Pipeline) -> int:
@@ -151,26 +156,51 @@ def _behind(pipeline: Pipeline) -> int:
     return 1 + BEHIND // pipeline.geometry.temporal
 
 
-def _clip(pipeline: Pipeline, told: Told) -> Stream:
+def _prompts(pipeline: Pipeline, told: Sequence[Told]) -> tuple[list[str], list[str]]:
+    """What holds before and behind each change, as a session completes it."""
+    before = [pipeline.text.complete(one.first, one.seed) for one in told]
+    behind = [pipeline.text.complete(t.second, t.seed, before=held) for t, held in zip(told, before, strict=True)]
+    return before, behind
+
+
+def _live(pipeline: Pipeline, told: Sequence[Told], chunks: int, mode: Mode | None) -> list[Stream]:
+    """Live videos that are told another prompt behind so many chunks."""
+    before, after = _prompts(pipeline, told)
+    live = Live(pipeline, pipeline.text.encode(before), seed=[one.seed for one in told])
+    decode = pipeline.codec.stream() if pipeline.decoder is None else pipeline.decoder(len(told))
+    frames: list[Tensor] = []
+
+    def go_on(chunks: int) -> int:
+        for _ in range(chunks):
+            frames.append(torch.stack([to_bytes(one) for one in decode(live.next_chunk().latents)]))
+        return sum(made.shape[1] for made in frames)
+
+    start = go_on(chunks)
+    live.tell(pipeline.text.encode(after), mode=families.of(pipeline.export).text.mode if mode is None else mode)
+    go_on(-(-_behind(pipeline) // (pipeline.sampling.chunk or 1)))
+    live.close()
+    shown = torch.cat(frames, dim=1)
+    return [_judged(*one, start) for one in zip(told, shown, before, after, strict=True)]
+
+
+def _clips(pipeline: Pipeline, told: Sequence[Told], at: int) -> list[Stream]:
     """The same of a model that sees all frames at once, which read the first prompt and then the second one."""
-    frames, seed = pipeline.export.frames, told.seed
-    at = min(told.at, frames - _behind(pipeline))
-    if at < 2:
-        raise ValueError(f"clips must have {2 + _behind(pipeline)} latent frames for a change to show, got {frames}")
-    before = pipeline.text.complete(told.first, seed)
-    after = pipeline.text.complete(told.second, seed, before=before)
-    first, second = (Conditioning(pipeline.text.encode([said])).to(pipeline.device) for said in (before, after))
-    told_by_frame = first.changing(second, torch.ones(1, dtype=torch.bool, device=pipeline.device), at, frames)
+    before, after = _prompts(pipeline, told)
+    first, second = (Conditioning(pipeline.text.encode(said)).to(pipeline.device) for said in (before, after))
+    changed = torch.ones(len(told), dtype=torch.bool, device=pipeline.device)
+    told_by_frame = first.changing(second, changed, at, pipeline.export.frames)
     plan = pipeline.schedule()
     conditioning = pipeline.denoiser_for(plan.sampling).prepare(told_by_frame)
-    noise = KeyedNoise([seed], pipeline.export.latent, pipeline.device)
-    latents = torch.cat([chunk.latents for chunk in pipeline.rollout(plan, conditioning, noise)], dim=1)
-    shown = to_bytes(pipeline.codec.decode(latents)[0])
+    noise = KeyedNoise([one.seed for one in told], pipeline.export.latent, pipeline.device)
+    chunks = pipeline.rollout(plan, conditioning, noise, batch=len(told))
+    latents = torch.cat([chunk.latents for chunk in chunks], dim=1)
+    shown = [to_bytes(video) for video in pipeline.codec.decode(latents)]
     start = 1 + pipeline.geometry.temporal * (at - 1)
-    return _judged(dataclasses.replace(told, at=at), shown, start, before, after)
+    placed = [dataclasses.replace(one, at=at) for one in told]
+    return [_judged(*one, start) for one in zip(placed, shown, before, after, strict=True)]
 
 
-def _judged(told: Told, frames: Tensor, start: int, before: str, after: str) -> Stream:
+def _judged(told: Told, frames: Tensor, before: str, after: str, start: int) -> Stream:
     """frames (T,H,W,3) uint8, of which the one at `start` is the first under the second prompt."""
     shown, new = frames.movedim(-1, 1), parse_caption(after)  # (T,3,H,W)
     said = said_of(told.second)
@@ -182,19 +212,23 @@ def _judged(told: Told, frames: Tensor, start: int, before: str, after: str) -> 
 
 def numbers(streams: Sequence[Stream]) -> dict[str, Estimate]:
     """Column -> its mean over the streams that have it, with its standard error."""
+    return summarise(_columns(streams))
+
+
+def _columns(streams: Sequence[Stream]) -> dict[str, Tensor]:
+    """Column -> a number for each stream, NaN where there is nothing to be seen of it."""
 
     def column(values: Iterable[float | None]) -> Tensor:
         return torch.tensor([float("nan") if value is None else value for value in values])
 
     results = [s.result for s in streams]
-    found = {
+    return {
         "clean": column(float(r.noise == 0) for r in results),
         "noise": column(r.noise for r in results),
         "shown": column(r.is_shown for r in results),
         "turned": column(r.turned for r in results),
         "kept": column(r.kept for r in results),
     }
-    return summarise(found)
 
 
 def table(rows: dict[str, dict[str, Estimate]]) -> str:
@@ -216,11 +250,12 @@ def run(
     guidance: float | None = None,
     device: str | None = None,
 ) -> dict[str, dict[str, Estimate]]:
-    """Play, judge and write -> the rows of the table.
+    """Play, judge and write -> the rows of the table: each model, then each but the first less the first, paired.
 
     guidance: of models of many steps; None: their own.
     """
     rows: dict[str, dict[str, Estimate]] = {}
+    columns: dict[str, dict[str, Tensor]] = {}
     specs = [parse_model(spec) for spec in models]
     names = [file_name(label) for label, _, _ in specs]
     for label, name in zip((spec[0] for spec in specs), names, strict=True):
@@ -232,13 +267,19 @@ def run(
             page = of_the_page(page_examples(pipeline), streams, seed=seed)
             sets = {(label, name): draw(streams, seed=seed), (f"{label}{PAGE}", f"{name}-page"): page}
             for (row, file), told in sets.items():
-                found = []
-                for number, one in enumerate(told, 1):
-                    found.append(play(pipeline, one, mode=mode))
-                    if number % 10 == 0:
-                        log.info("%s: %d of %d streams", row, number, len(told))
-                rows[row] = numbers(found)
+                found = list[Stream]()
+                for one in play(pipeline, told, mode=mode, rows=TOGETHER):
+                    found.append(one)
+                    if len(found) % 10 == 0:
+                        log.info("%s: %d of %d streams", row, len(found), len(told))
+                found.sort(key=lambda stream: stream.told.seed)
+                columns[row], rows[row] = _columns(found), numbers(found)
                 _write(found, rows[row], out / f"changes-{file}")
+        (first, _, _), *others = specs
+        for label, _, _ in others:
+            for kind in ("", PAGE):
+                one, other = columns[f"{label}{kind}"], columns[f"{first}{kind}"]
+                rows[f"{label} less {first}{kind}"] = compare(one, other)
         write_text(out / "changes.md", table(rows) + "\n")
     return rows
 
