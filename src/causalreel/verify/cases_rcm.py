@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from causalreel.flow import shift_sigma
+from causalreel.flow import expand, guide, shift_sigma
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.train.losses import (
+    STEADY,
     NoisyContext,
     consistency_loss,
     critic_loss,
@@ -79,13 +80,21 @@ class Clip:
         found.add("out.context_timestep", (1000 * sigma.double()).float())
         found.add_gradients("out.grad", "grad", self.net.model)
 
-    def report_teacher(self, rows: Released) -> None:
-        cond, uncond = rows.log[0].velocity.chunk(2)
-        self.found.add("out.teacher_velocity", uncond + _guidance(self.case) * (cond - uncond))
+    def report_teacher(self, rows: Released) -> Tensor:
+        """-> its guided velocity."""
+        velocity = _guided(rows, self.case)
+        self.found.add("out.teacher_velocity", velocity)
+        return velocity
 
 
 def _guidance(case: Case) -> float:
     return float(case.get("guidance_scale", default=1.0))
+
+
+def _guided(rows: Released, case: Case) -> Tensor:
+    """The guided velocity of the first call, which was made of both rows."""
+    cond, uncond = rows.log[0].velocity.chunk(2)
+    return guide(cond, uncond, _guidance(case))
 
 
 def _squares(guess: Tensor, goal: Tensor) -> Tensor:
@@ -149,24 +158,27 @@ def tangents(case: Case, found: Findings) -> None:
             return turns[-1]
 
     clip.student = Watched(clip.net, tell=in_float32)
+    sigma = (drawn.exp() / (1 + drawn.exp())).expand(clip.clean.shape[:2])
+    warm = float(case.get("warmup_ratio", default=1.0))
     loss, _ = tangent_loss(
         clip.student,
         teacher,
         clip.clean,
         case.conditioning(),
-        sigma=(drawn.exp() / (1 + drawn.exp())).expand(clip.clean.shape[:2]),
+        sigma=sigma,
         noise=noise,
         sizes=clip.sizes,
-        warm=float(case.get("warmup_ratio", default=1.0)),
+        warm=warm,
         noisy=contexts[0] if contexts else None,
     )
     total = clip.scale * len(clip.clean) * loss
     total.backward()
     clip.report(total)
-    if len(clip.clean) == 1:
-        found.add("out.loss_per_sample", total[None])
     found.add("out.student_jvp", turns[0])
-    clip.report_teacher(rows)
+    goal = clip.report_teacher(rows)
+    change = (goal - clip.student.log[0].velocity).double() - warm * expand(sigma, goal) * turns[0].double()
+    length = change.flatten(1).norm(dim=1)
+    found.add("out.loss_per_sample", clip.scale * (length / (length + STEADY)).square().float())
 
 
 # ---- stage 3
@@ -222,8 +234,7 @@ def distribution_matching(case: Case, found: Findings) -> None:
     gradient = distribution_matching_gradient(
         record.latents, real, fake, case.conditioning(), sigma=sigma, noise=run.score_noise
     )
-    cond, uncond = rows.log[0].velocity.chunk(2)
-    found.add("out.real_velocity", uncond + _guidance(case) * (cond - uncond))
+    found.add("out.real_velocity", _guided(rows, case))
     ways: dict[str, Callable[[], Tensor]] = {
         "parallel pass": lambda: parallel_pass(student, record, case.conditioning()),
         "replay": lambda: _replayed(student, record, case),
