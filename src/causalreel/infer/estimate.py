@@ -24,7 +24,6 @@ from causalreel.nn.policies.window import Context
 from causalreel.nn.presets import ModelConfig
 from causalreel.nn.rope import rope_table
 from causalreel.nn.split_attention import parts_of
-from causalreel.nn.static_cache import StaticCache
 from causalreel.text.umt5 import UMT5Sizes
 from causalreel.types import LatentSpec
 
@@ -166,11 +165,8 @@ class MemoryRequest:
         if self.form == "eager" or self.chunk is None:
             return None
         frames = None if self.frames is not None and self.frames > self.window else self.frames
-        kind = static_kind(self.context)
-        is_packed = self.form == "fp8-attention"
-        if not kind.fits(self.context, self.chunk, frames) or (is_packed and kind is not StaticCache):
-            return None
-        return kind.places(self.context, self.chunk, frames)
+        kind = static_kind(self.context, self.chunk, frames, packed=self.form == "fp8-attention")
+        return None if kind is None else kind.places(self.context, self.chunk, frames)
 
     @property
     def gathers(self) -> int:

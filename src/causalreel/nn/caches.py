@@ -17,11 +17,14 @@ def growing_cache(policy: ContextPolicy, layers: int) -> KVCache | TokenCache:
     return TokenCache(layers, policy) if isinstance(policy, SelectingPolicy) else KVCache(layers, policy)
 
 
-def static_kind(policy: ContextPolicy) -> type[StaticCache]:
-    """What holds such a rollout in memory that never moves, if its `fits` says so.
+def static_kind(
+    policy: ContextPolicy, chunk: int, frames: int | None, *, prefix: int = 0, packed: bool = False
+) -> type[StaticCache] | None:
+    """What holds a rollout in chunks of `chunk` over so many frames (None: without end) in memory that never moves, so
+    that its calls can be recorded as CUDA graphs; None: its cache grows.
 
-    Its calls can be recorded as CUDA graphs.
+    prefix: given frames, which the first call reads. packed: keys and values in e4m3 (`nn.fp8_attention`).
     """
-    if policy.selects:
-        return StaticTokenCache
-    return StaticCache if isinstance(policy, Context) else PagedCache
+    kind = StaticTokenCache if policy.selects else StaticCache if isinstance(policy, Context) else PagedCache
+    is_held = kind.fits(policy, chunk, frames, prefix) and not (packed and kind is not StaticCache)
+    return kind if is_held else None

@@ -164,9 +164,9 @@ class FastDiT:
         `frames`, which the first call reads.
         """
         config, exchange = self.model.config, self.model.exchange
-        kind, is_packed = static_kind(context), self.precision == "fp8-attention"
-        is_split = kind is StaticTokenCache and exchange is not None
-        if not kind.fits(context, chunk, frames, prefix) or is_split or (is_packed and kind is not StaticCache):
+        is_packed = self.precision == "fp8-attention"
+        kind = static_kind(context, chunk, frames, prefix=prefix, packed=is_packed)
+        if kind is None or (kind is StaticTokenCache and exchange is not None):
             if is_packed:
                 log.warning("%s and chunks of %d fit no static cache: attention in bfloat16", context, chunk)
             return growing_cache(context, config.layers)
