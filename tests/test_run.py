@@ -3,6 +3,7 @@ bad input is one clear line on standard error that leaves nothing behind."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -103,6 +104,27 @@ def test_a_recipe_survives_yaml() -> None:
 
 
 # ---- the chain
+
+
+def test_the_chain_of_causal_rcm_in_miniature(place: Path) -> None:
+    """Its three stages and the one in continuous time; exports are sampled as they were trained."""
+    small, ar = (*SMALL, *DATA), ("init.student=ar/export", "init.teacher=ar/export")
+    reel("train", "tiny/ar", *small, "init.student=base/export", "settings.levels=clip", "trainer.out=ar")
+    noisy = ("settings.noisy_from=1", "settings.chunk=1")
+    ways = ("settings.levels=continuous", "settings.agrees_with=student", "settings.include_last=false")
+    reel("train", "tiny/causal_cd", *small, *ar, *ways, *noisy, "trainer.out=dcm")
+    reel("train", "tiny/causal_scm", *small, *ar, *noisy, "trainer.out=scm", "trainer.preview_every=2")
+    scores = ("init.critic=base/export", "init.teacher=base/export", "settings.critic_updates=2")
+    turns = ("settings.exits=in_turn", *noisy)
+    reel("train", "tiny/dmd", *small, *scores, *turns, "init.student=dcm/export", "trainer.out=noisy")
+    reel("train", "tiny/dmd", *small, *scores, "init.student=noisy/export", "trainer.out=plain")
+    context = {name: read_export(f"{name}/export").sampling.noisy_from for name in ("dcm", "scm", "noisy", "plain")}
+    assert context == {"dcm": 1, "scm": 1, "noisy": 1, "plain": None}
+    records = [json.loads(line) for line in Path("scm/metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["student/tangent"] > 0.1 and 0 < records[-1]["student/loss"] < 1
+    assert Path("scm/previews/step-00000002.mp4").stat().st_size > 0
+    for name in ("dcm", "scm", "noisy"):
+        reel("generate", RED, "--model", f"{name}/export", "-o", f"{name}.gif", "--device", "cpu", "--scale", "1")
 
 
 def test_the_whole_chain_in_miniature(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
