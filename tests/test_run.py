@@ -121,7 +121,7 @@ def test_the_chain_of_causal_rcm_in_miniature(place: Path) -> None:
     context = {name: read_export(f"{name}/export").sampling.noisy_from for name in ("dcm", "scm", "noisy", "plain")}
     assert context == {"dcm": 1, "scm": 1, "noisy": 1, "plain": None}
     records = [json.loads(line) for line in Path("scm/metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["student/tangent"] > 0.1 and 0 < records[-1]["student/loss"] < 1
+    assert records[-1]["student/tangent"] > 0 and 0 < records[-1]["student/loss"] < 1
     assert Path("scm/previews/step-00000002.mp4").stat().st_size > 0
     for name in ("dcm", "scm", "noisy"):
         reel("generate", RED, "--model", f"{name}/export", "-o", f"{name}.gif", "--device", "cpu", "--scale", "1")
