@@ -201,10 +201,7 @@ class Bench:
 def kind_of(pipeline: Pipeline, chunks: int) -> str:
     """What the policy's rollouts can be, on a GPU."""
     context, chunk = pipeline.export.context.bounded(pipeline.export.frames), pipeline.sampling.chunk or 1
-    kind = static_kind(context)
-    if not kind.fits(context, chunk, chunks * chunk):
-        return "growing"
-    return "recorded"
+    return "growing" if static_kind(context, chunk, chunks * chunk) is None else "recorded"
 
 
 def wait() -> None:

@@ -285,7 +285,8 @@ def test_an_error_is_added_in_units_of_normalised_latents():
     error = torch.randn(1, 2, 2, 2, 6, generator=generator(1))
     shifted = codec.encode(video) + error.movedim(-1, 2)
     torch.testing.assert_close(codec(video, error=error)[0].clamp(-1, 1), codec.frames(shifted, {}), rtol=0, atol=2e-5)
-    assert torch.equal(codec(video)[0], codec(video, error=torch.zeros_like(error))[0])
+    nothing = codec(video, error=torch.zeros_like(error))[0]  # its memory lies otherwise, which some processors round
+    torch.testing.assert_close(codec(video)[0], nothing, rtol=0, atol=1e-5)
 
 
 def test_a_decoder_alone_is_trained_behind_the_encoder_that_there_is():
