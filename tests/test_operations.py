@@ -16,6 +16,7 @@ from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, rollou
 from causalreel.train import operations as ops
 from causalreel.train.stages.ar_diffusion import ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCDConfig
+from causalreel.train.stages.causal_scm import CausalSCMConfig
 from causalreel.train.stages.dmd import DMDConfig
 from causalreel.train.stages.pretrain import PretrainConfig
 from causalreel.types import Conditioning, LatentSpec
@@ -103,6 +104,7 @@ def test_stages() -> None:
     )
     assert flop(CausalCDConfig(batch=1)) == pytest.approx(6 * forced)
     assert flop(CausalCDConfig(batch=1, guidance=1.0)) == pytest.approx(5 * forced)
+    assert flop(CausalSCMConfig(batch=1)) == pytest.approx(7 * forced)  # a derivative is two passes
     base = flop(DMDConfig(batch=1))
     assert flop(DMDConfig(batch=1, critic_updates=6)) - base == pytest.approx(
         3 * whole + ops.rolled_out(SIZE, CLIP, sizes, Context(), 2.5)

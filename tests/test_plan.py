@@ -73,6 +73,11 @@ def test_seconds_are_near_those_that_were_measured(name: str, seconds: float) ->
     assert planned(name, ONE).seconds == pytest.approx(seconds, rel=0.06)
 
 
+def test_no_seconds_are_promised_of_a_stage_that_was_not_measured() -> None:
+    found = planned("wan/rcm_scm", "trainer.accumulate=32")
+    assert found.seconds is None and found.work.flop > planned("wan/rcm_cd", "trainer.accumulate=32").work.flop
+
+
 def test_parameters() -> None:
     assert parameters(WAN) == pytest.approx(1.419e9, rel=1e-3)
 

@@ -21,7 +21,7 @@ from causalreel.parallel.fast import accelerate
 from causalreel.rollout import KeyedNoise, chunk_sizes, chunked, collect, rollout
 from causalreel.train.doctor.files import RunFiles
 from causalreel.train.doctor.settings import _of_export
-from causalreel.train.kit import per_frame
+from causalreel.train.kit import noisy_context, per_frame
 from causalreel.train.losses import NoisyContext, consistency_loss, tangent_loss
 from causalreel.train.recipe import resolve
 from causalreel.train.self_rollout import parallel_pass, record_rollout, training_plan
@@ -149,20 +149,24 @@ def test_a_student_that_agrees_with_itself_does_not_look_at_the_target() -> None
     assert losses["student", False] == losses["student", True] == losses["target", False] != losses["target", True]
 
 
+class Watched:
+    def __init__(self, net: DiTDenoiser) -> None:
+        self.net, self.read = net, list[tuple[Tensor, Tensor | None]]()
+
+    def teacher_forced(self, *call: Tensor, clean: Tensor, clean_sigma: Tensor | None = None, **more: object):
+        self.read.append((clean, clean_sigma))
+        return self.net.teacher_forced(*call, clean=clean, clean_sigma=clean_sigma, **more)  # pyright: ignore
+
+    def derivative(self, *call: Tensor, **more: object):
+        return self.net.derivative(*call, **more)  # pyright: ignore
+
+
 def test_noisy_contexts_are_the_students_and_not_the_teachers() -> None:
     student, teacher, sizes = make(), make(seed=3), [2, 2, 2]
     clean, levels = latents(6), {"sigma": torch.full((2, 1), 0.7), "sigma_next": torch.full((2, 1), 0.5)}
     sigma = per_frame(torch.tensor([[0.0, 0.6, 0.6]]).expand(2, -1), sizes)
     contexts = tuple(NoisyContext(sigma, latents(6, seed=seed)) for seed in (8, 9))
     how = {"noise": latents(6, seed=2), "sizes": sizes, **levels}
-
-    class Watched:
-        def __init__(self, net: DiTDenoiser) -> None:
-            self.net, self.read = net, list[tuple[Tensor, Tensor | None]]()
-
-        def teacher_forced(self, *call: Tensor, clean: Tensor, clean_sigma: Tensor | None = None, **more: object):
-            self.read.append((clean, clean_sigma))
-            return self.net.teacher_forced(*call, clean=clean, clean_sigma=clean_sigma, **more)  # pyright: ignore
 
     mine, theirs, guide = Watched(student), Watched(student), Watched(teacher)
     consistency_loss(mine, theirs, guide, clean, told(), noisy=contexts, **how)  # pyright: ignore
@@ -171,6 +175,25 @@ def test_noisy_contexts_are_the_students_and_not_the_teachers() -> None:
         ((read, at),) = watched.read
         assert at is context.sigma and torch.equal(read[:, :2], clean[:, :2])
         close(read[:, 2:], 0.4 * clean[:, 2:] + 0.6 * context.noise[:, 2:])
+
+
+def test_the_tangent_losses_teacher_reads_clean_context() -> None:
+    clean, noise, sizes = latents(6), latents(6, seed=2), [2, 2, 2]
+    context = NoisyContext(torch.full((2, 6), 0.6), latents(6, seed=8))
+    mine, guide = Watched(make()), Watched(make(seed=3))
+    how = {"sigma": torch.full((2, 1), 0.7), "noise": noise, "sizes": sizes, "noisy": context}
+    tangent_loss(mine, guide, clean, told(), **how)  # pyright: ignore
+    assert torch.equal(guide.read[0][0], clean) and guide.read[0][1] is None
+    ((read, at),) = mine.read
+    assert at is context.sigma and not torch.equal(read, clean)
+
+
+def test_context_is_noisy_from_the_chunk_that_is_named() -> None:
+    rows = source()
+    context = StepContext(0, 0, rows, DataCursor(len(rows), 0), torch.device("cpu"))
+    for noisy_from, levels in ((0, [0.5] * 4), (1, [0.0, 0.0, 0.5, 0.5]), (2, [0.0] * 4)):
+        made = noisy_context(context, "context", rows.latents[:3], [2, 2], 0.5, noisy_from)
+        assert made.sigma.tolist() == [levels] * 3 and made.noise.std() > 0.8
 
 
 # ---- a derivative

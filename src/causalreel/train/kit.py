@@ -175,6 +175,14 @@ def draw_sigmas(step: StepContext, purpose: str, batch: int, sizes: Sequence[int
     return per_frame(shift_sigma(uniform(step, purpose, batch, len(sizes)), shift), sizes)
 
 
+def check_noisy(noisy_from: int | None, level: float) -> None:
+    """ValueError unless stages of consistency can make such a context; see `noisy_context`."""
+    if noisy_from is not None and not (noisy_from >= 0 and 0 < level < 1):
+        raise ValueError(
+            f"noisy_from must be null or at least 0, with context_sigma within 0 and 1; got {noisy_from}, {level}"
+        )
+
+
 def noisy_context(
     step: StepContext, purpose: str, x0: Tensor, sizes: Sequence[int], level: float, noisy_from: int
 ) -> NoisyContext:

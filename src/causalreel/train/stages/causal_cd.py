@@ -18,6 +18,7 @@ from causalreel.rollout import chunk_sizes
 from causalreel.train.kit import (
     Viewer,
     causal_velocity,
+    check_noisy,
     integers,
     noisy_context,
     per_frame,
@@ -70,11 +71,7 @@ class CausalCDConfig:
             raise ValueError(f"levels_shift must be null or at least 1, got {self.levels_shift}")
         if self.levels == "continuous" and self.include_last:
             raise ValueError("include_last is for levels: grid; continuous ones come as near to 0 as one likes")
-        if self.noisy_from is not None and not (self.noisy_from >= 0 and 0 < self.context_sigma < 1):
-            raise ValueError(
-                f"noisy_from must be null or at least 0, with context_sigma within 0 and 1; got {self.noisy_from}, "
-                f"{self.context_sigma}"
-            )
+        check_noisy(self.noisy_from, self.context_sigma)
 
 
 class CausalCD:

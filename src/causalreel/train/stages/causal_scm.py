@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from causalreel.nn.denoiser import DiTDenoiser, Guided
 from causalreel.rollout import chunk_sizes
-from causalreel.train.kit import EMAConfig, Viewer, causal_velocity, gaussian, noisy_context, per_frame, probe, randn
+from causalreel.train.kit import (
+    EMAConfig,
+    Viewer,
+    causal_velocity,
+    check_noisy,
+    gaussian,
+    noisy_context,
+    per_frame,
+    probe,
+    randn,
+)
 from causalreel.train.losses import tangent_loss
 from causalreel.train.stage import Loss, StepContext, Update
 from causalreel.types import Conditioning, LatentBatch
@@ -47,11 +57,7 @@ class CausalSCMConfig:
     def __post_init__(self) -> None:
         if self.warm_up < 1:
             raise ValueError(f"warm_up must be at least 1, got {self.warm_up}")
-        if self.noisy_from is not None and not (self.noisy_from >= 0 and 0 < self.context_sigma < 1):
-            raise ValueError(
-                f"noisy_from must be null or at least 0, with context_sigma within 0 and 1; got {self.noisy_from}, "
-                f"{self.context_sigma}"
-            )
+        check_noisy(self.noisy_from, self.context_sigma)
 
 
 class CausalSCM:
