@@ -231,15 +231,19 @@ def test_means_come_with_their_errors(streams_seen: list[float], clean: float, e
 
 
 def test_models_are_compared_stream_by_stream(tmp_path: Path) -> None:
-    rows = streams.run(["one=tiny", "two=tiny@1", "three=tiny"], out=tmp_path, streams=2, device="cpu")
+    seed = 100  # of three streams the first and the last change at the same moment, and are made together
+    assert [one.at == streams.draw(3, seed=seed)[0].at for one in streams.draw(3, seed=seed)] == [True, False, True]
+    rows = streams.run(
+        ["one=tiny", "two=tiny/ar-frame@1", "three=tiny"], out=tmp_path, streams=3, seed=seed, device="cpu"
+    )
     assert list(rows)[6:] == [
         f"{label} less one{kind}" for label in ("two", "three") for kind in ("", ", examples of the page")
     ]
     assert all(rows["three less one"][name].mean == 0 for name in ("clean", "noise"))
     told = [json.loads((tmp_path / f"changes-{name}.json").read_text())["streams"] for name in ("one", "two")]
-    assert [[one["seed"] for one in ones] for ones in told] == [[0, 1], [0, 1]]
-    more = [b["noise"] - a["noise"] for a, b in zip(*told, strict=True)]
-    assert rows["two less one"]["noise"].mean == pytest.approx(sum(more) / 2)
+    assert [[one["seed"] for one in ones] for ones in told] == [[seed, seed + 1, seed + 2]] * 2
+    more = [b["is_shown"] - a["is_shown"] for a, b in zip(*told, strict=True)]
+    assert sum(more) < 0 and rows["two less one"]["shown"].mean == pytest.approx(sum(more) / 3)
     assert "| two less one | " in (tmp_path / "changes.md").read_text()
 
 
