@@ -8,6 +8,7 @@ on float32 masters and the averages, as the trainer does them; medians of --runs
 
 - tf: AR diffusion with teacher forcing, chunks of 3 and of 1
 - cd: causal consistency distillation (guided teacher, target, student)
+- scm: the same in continuous time, with a derivative in forward mode
 - dmd: one cycle of asymmetric DMD, five critic updates and one of the student, all networks of one size, and its parts
 - attention: the ways to cut masked attention that `nn.masked_attention` chooses from, and its alternatives
 
@@ -47,17 +48,18 @@ from causalreel.train.optim import OptimiserConfig, RoleOptimiser
 from causalreel.train.stage import DataCursor, Stage, StepContext
 from causalreel.train.stages.ar_diffusion import ARDiffusion, ARDiffusionConfig
 from causalreel.train.stages.causal_cd import CausalCD, CausalCDConfig
+from causalreel.train.stages.causal_scm import CausalSCM, CausalSCMConfig
 from causalreel.train.stages.dmd import DMD, DMDConfig
 from causalreel.types import Conditioning, LatentBatch, LatentSpec
 
-SECTIONS = ("tf", "cd", "dmd", "attention")
+SECTIONS = ("tf", "cd", "scm", "dmd", "attention")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LEARNING = OptimiserConfig(lr=2e-6, betas=(0.0, 0.999), weight_decay=0.01, clip=10.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS[:3])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=["tf", "cd", "dmd"])
     parser.add_argument("--chunks", nargs="+", type=int, default=[3, 1], help="latent frames per chunk")
     parser.add_argument("--preset", default="wan-1.3b")
     parser.add_argument("--frames", type=int, default=21, help="latent frames")
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="compile nothing")
     parser.add_argument("--critic-repeats", type=int, default=1, help="critic updates on the same samples")
     parser.add_argument("--student-samples", choices=["fresh", "critic"], default="fresh", help="of a DMD cycle")
+    parser.add_argument("--noisy-from", type=int, help="`settings.noisy_from` of cd, scm and dmd")
     parser.add_argument("--rollout-precision", choices=PRECISIONS, default="bf16", help="of a DMD cycle's rollouts")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2)
@@ -246,17 +249,24 @@ class Bench:
         self.steps(f"teacher forcing, chunk {chunk}", stage, settings, ["student"])
 
     def cd(self, chunk: int) -> None:
-        settings = CausalCDConfig(batch=1, chunk=chunk)
+        settings = CausalCDConfig(batch=1, chunk=chunk, noisy_from=self.args.noisy_from)
         student, teacher = self.network(), self.network(is_trained=False, seed=1)
         stage = CausalCD(settings, student=student, teacher=teacher, null=self.null, viewer=self.viewer())
         self.prepare(stage, ["student"])
         self.steps(f"causal CD, chunk {chunk}", stage, settings, ["student"])
 
+    def scm(self, chunk: int) -> None:
+        settings = CausalSCMConfig(batch=1, chunk=chunk, noisy_from=self.args.noisy_from)
+        student, teacher = self.network(), self.network(is_trained=False, seed=1)
+        stage = CausalSCM(settings, student=student, teacher=teacher, null=self.null, viewer=self.viewer())
+        self.prepare(stage, ["student"])
+        self.steps(f"causal sCM, chunk {chunk}", stage, settings, ["student"])
+
     def dmd(self, chunk: int) -> None:
         nets = {"student": self.network(), "critic": self.network(seed=1)}
         shared = {"critic_repeats": self.args.critic_repeats, "student_samples": self.args.student_samples}
         shared["rollout_precision"] = self.args.rollout_precision
-        settings = DMDConfig(batch=1, chunk=chunk, **shared)
+        settings = DMDConfig(batch=1, chunk=chunk, noisy_from=self.args.noisy_from, **shared)
         teacher = self.network(is_trained=False, seed=2)
         stage = DMD(settings, **nets, teacher=teacher, null=self.null, viewer=self.viewer())
         if stage.sampler is not stage.student and not self.args.plain:

@@ -11,7 +11,7 @@ from causalreel import cli
 from causalreel.nn.presets import preset
 from causalreel.train.ingredients import ROLES
 from causalreel.train.operations import Clip
-from causalreel.train.plan import GIB, Plan, clip_of, parameters, plan, sizes_of
+from causalreel.train.plan import GIB, RATES, Plan, clip_of, parameters, plan, sizes_of
 from causalreel.train.recipe import resolve, shipped_recipes
 from causalreel.types import LatentSpec
 
@@ -33,6 +33,9 @@ def planned(name: str, *overrides: str, gpus: int = 1, large: tuple[str, ...] = 
         ("wan/ar", (ONE,), 1, 66.6),
         ("wan/ar_frame", (ONE,), 1, 66.6),
         ("wan/causal_cd", (ONE,), 1, 69.3),
+        ("wan/rcm_cd", (ONE,), 1, 69.3),
+        ("wan/rcm_scm", (ONE,), 1, 69.3),
+        ("wan/dmd_frame", (ONE, "settings.noisy_from=1"), 1, 86.3),
         ("wan/dmd", (ONE,), 1, 86.3),
         ("wan/dmd_frame", (ONE,), 1, 86.3),
         ("wan/ar", ("settings.batch=2",), 2, 56.5),
@@ -67,13 +70,23 @@ def test_processes_that_share_a_clip_share_the_networks_too(gpus: int, large: tu
 
 
 @pytest.mark.parametrize(
-    ("name", "seconds"), [("wan/ar", 2.94), ("wan/ar_frame", 2.91), ("wan/causal_cd", 5.38), ("wan/dmd", 20.9)]
+    ("name", "seconds"),
+    [
+        ("wan/ar", 2.94),
+        ("wan/ar_frame", 2.91),
+        ("wan/causal_cd", 5.38),
+        ("wan/rcm_cd", 5.30),
+        ("wan/rcm_scm", 24.8),
+        ("wan/dmd", 20.9),
+        ("wan/dmd_frame settings.noisy_from=1", 20.6),
+    ],
 )
 def test_seconds_are_near_those_that_were_measured(name: str, seconds: float) -> None:
-    assert planned(name, ONE).seconds == pytest.approx(seconds, rel=0.06)
+    assert planned(*name.split(), ONE).seconds == pytest.approx(seconds, rel=0.06)
 
 
-def test_no_seconds_are_promised_of_a_stage_that_was_not_measured() -> None:
+def test_no_seconds_are_promised_of_a_stage_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(RATES, "causal_scm")
     found = planned("wan/rcm_scm", "trainer.accumulate=32")
     assert found.seconds is None and found.work.flop > planned("wan/rcm_cd", "trainer.accumulate=32").work.flop
 
