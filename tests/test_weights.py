@@ -270,6 +270,31 @@ def test_an_export_can_have_the_weights_of_another(tmp_path: Path) -> None:
     assert load_export(tmp_path / "c")[1].weights_of is None
 
 
+def test_an_export_can_be_the_mean_of_several(tmp_path: Path) -> None:
+    for seed, name in enumerate("abc"):
+        scored = small_export(name, provenance={"metrics": {"follow": 1.0}, "seed": seed})
+        save_export(tmp_path / name, small_denoiser(seed=seed), scored)
+    others = [tmp_path / "b", tmp_path / "c"]
+    folder = re_export(tmp_path / "a", tmp_path / "mean", name="mean", codec="..", mean_with=others)
+    mean, *own = (read_tensors(tmp_path / name / "model.safetensors") for name in ("mean", "a", "b", "c"))
+    for name, value in mean.items():
+        exact = sum(tensors[name].float() for tensors in own) / 3
+        assert torch.equal(value, exact.to(value.dtype)), name
+    assert not torch.equal(mean["head.head.weight"], own[0]["head.head.weight"])
+    export = load_export(folder)[1]
+    marks = {name: load_export(tmp_path / name)[1].weights for name in "abc"}
+    assert export.provenance == {"seed": 0, "mean_of": marks} and len(set(marks.values())) == 3
+
+
+def test_a_mean_of_networks_that_differ_is_refused(tmp_path: Path) -> None:
+    save_export(tmp_path / "a", small_denoiser(), small_export("a"))
+    larger = dataclasses.replace(SMALL, ffn_dim=160)
+    save_export(tmp_path / "b", small_denoiser(larger), small_export("b", model=larger))
+    with pytest.raises(ValueError, match=r"mean_with: .*b must have the model of a"):
+        re_export(tmp_path / "a", tmp_path / "d", codec="..", mean_with=[tmp_path / "b"])
+    assert not (tmp_path / "d").exists()
+
+
 def test_weights_of_another_are_looked_for_beside_the_export_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,8 @@ class ExportModel:
     """Those of the first chunk, if others; default: as before, or as --steps says."""
     weights_of: str | None = None
     """Name of a folder beside OUT, an export with the same weights, which are then not written again; needs --codec."""
+    mean_with: tuple[str, ...] = ()
+    """Other exports of the same network: the mean of all their weights is written, with the rest of FOLDER."""
 
 
 def export_model(args: ExportModel) -> int:
@@ -46,6 +48,7 @@ def export_model(args: ExportModel) -> int:
     sampling = sampling if args.steps is None else in_few_steps(sampling, args.steps)
     sampling = sampling if args.first_steps is None else with_first_steps(sampling, args.first_steps)
     how: dict[str, Any] = {"name": args.name, "codec": args.codec, "scores": args.scores, "label": args.label}
+    how["mean_with"] = args.mean_with
     print(re_export(args.model, args.out, **how, sampling=sampling, weights_of=args.weights_of))
     return 0
 

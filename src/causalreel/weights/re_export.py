@@ -6,8 +6,11 @@ Without: two models of the same weights that are sampled differently need them o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from causalreel import config
 from causalreel.files import write_text
@@ -41,18 +44,23 @@ def re_export(
     label: str | None = None,
     sampling: Sampling | None = None,
     weights_of: str | None = None,
+    mean_with: Sequence[str | Path] = (),
 ) -> Path:
     """Save an export again under another name, with its codec beside it or named `codec`, and its scores -> the folder.
 
     scores: scores.json (or control.json) of an evaluation, of which the row `label` goes into the provenance.
     sampling: how it is sampled from now on; None: as before. weights_of: name of an export beside `folder` with the
-    same weights, which are then not written again; `codec` has to be named with it.
+    same weights, which are then not written again; `codec` has to be named with it. mean_with: other exports of this
+    network; the weights become the mean of all, in float32, everything else stays the source's.
     """
     if weights_of is not None and codec is None:
         raise ValueError("codec: name one, such as that of the other export, where weights_of is given")
     source = export_folder(source)
     denoiser, export = load_export(source)
     provenance = dict(export.provenance)
+    if mean_with:
+        provenance.pop("metrics", None)  # they were the source's
+        provenance["mean_of"] = _take_mean(denoiser, export, mean_with)
     if scores is not None:
         provenance["metrics"] = _metrics(scores, label)
     beside = load_codec(codec_file(source, export.codec)) if codec is None else None
@@ -66,6 +74,26 @@ def re_export(
     if weights_of is not None:
         return _save_beside(Path(folder), denoiser, named, weights_of)
     return save_export(folder, denoiser, named, codec=beside)
+
+
+@torch.no_grad()
+def _take_mean(denoiser: DiTDenoiser, export: Export, others: Sequence[str | Path]) -> dict[str, str]:
+    """Make a network's weights the mean of its own and those of others -> the marks of all of them, by name or folder.
+
+    ValueError for one of another shape, with other latents, text or controls.
+    """
+    marks = {export.name: export.weights}
+    mean = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    for other in others:
+        network, card = load_export(export_folder(other))
+        for field in ("model", "family", "latent", "text", "control"):
+            if getattr(card, field) != getattr(export, field):
+                raise ValueError(f"mean_with: {other} must have the {field} of {export.name}, and has another one")
+        for name, value in network.state_dict().items():
+            mean[name] += value
+        marks[card.name if card.name not in marks else str(other)] = card.weights
+    denoiser.load_state_dict({name: value / (1 + len(others)) for name, value in mean.items()})
+    return marks
 
 
 def _save_beside(folder: Path, denoiser: DiTDenoiser, export: Export, weights_of: str) -> Path:
