@@ -104,7 +104,13 @@ def test_every_command_knows_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     reel("export", str(tmp_path / "mine"), str(tmp_path / "more"), "--first-steps", "5")
     more = read_export(tmp_path / "more").sampling
     assert more.steps == mine.steps and more.first_steps == (1000.0, 800.0, 600.0, 400.0, 200.0)
+    reel("export", str(tmp_path / "more"), str(tmp_path / "listed"), "--step-list", "1000", "190")
+    listed = read_export(tmp_path / "listed").sampling
+    assert listed.steps == (1000.0, 190.0) and listed.first_steps == more.first_steps
+    for wrong, message in ((["190", "1000"], "steps"), (["1000", "190", "--steps", "2"], "give one of them")):
+        assert cli.main(["export", NAME, str(tmp_path / "wrong"), "--step-list", *wrong]) != 0
+        assert message in capsys.readouterr().err and not (tmp_path / "wrong").exists()
     assert cli.main(["export", "tiny/base", str(tmp_path / "base"), "--first-steps", "5"]) != 0
     said = capsys.readouterr().err
-    assert "first_steps are those of a few-step model that makes clips chunk by chunk" in said and said.count("\n") == 1
+    assert "first_steps is of a few-step model that makes clips chunk by chunk" in said and said.count("\n") == 1
     assert not (tmp_path / "base").exists()

@@ -31,6 +31,8 @@ class ExportModel:
     """Which of its models this is."""
     steps: Annotated[int | None, Range(1, 1000)] = None
     """Denoising steps that it has from now on, with 4 for the first frame of a frame-wise model; default: as before."""
+    step_list: tuple[float, ...] = ()
+    """The steps themselves in place of their number, such as 1000 200; default: as before."""
     first_steps: Annotated[int | None, Range(1, 1000)] = None
     """Those of the first chunk, if others; default: as before, or as --steps says."""
     weights_of: str | None = None
@@ -40,12 +42,15 @@ class ExportModel:
 
 
 def export_model(args: ExportModel) -> int:
-    from causalreel.infer.schedule import in_few_steps, with_first_steps
+    from causalreel.infer.schedule import in_few_steps, with_first_steps, with_step_list
     from causalreel.weights.export import read_export
     from causalreel.weights.re_export import re_export
 
+    if args.steps is not None and args.step_list:
+        raise ValueError("--steps and --step-list both say how chunks are made; give one of them")
     sampling = read_export(args.model).sampling
     sampling = sampling if args.steps is None else in_few_steps(sampling, args.steps)
+    sampling = with_step_list(sampling, args.step_list) if args.step_list else sampling
     sampling = sampling if args.first_steps is None else with_first_steps(sampling, args.first_steps)
     how: dict[str, Any] = {"name": args.name, "codec": args.codec, "scores": args.scores, "label": args.label}
     how["mean_with"] = args.mean_with

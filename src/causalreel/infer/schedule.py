@@ -99,11 +99,19 @@ def in_few_steps(sampling: Sampling, steps: int) -> Sampling:
 
 def with_first_steps(sampling: Sampling, steps: int) -> Sampling:
     """The first chunk in so many steps. ValueError for a model of many steps, or of whole clips."""
-    if sampling.chunk is None or sampling.multistep is not None or sampling.levels:
-        raise ValueError(
-            "first_steps are those of a few-step model that makes clips chunk by chunk, which this one is not"
-        )
+    _check_few_steps(sampling, "first_steps")
     return replace(sampling, first_steps=even_steps(steps))
+
+
+def with_step_list(sampling: Sampling, steps: Sequence[float]) -> Sampling:
+    """Chunks in these steps; the first one keeps its own. ValueError as of `with_first_steps` and of `Sampling`."""
+    _check_few_steps(sampling, "step_list")
+    return replace(sampling, steps=tuple(float(step) for step in steps))
+
+
+def _check_few_steps(sampling: Sampling, name: str) -> None:
+    if sampling.chunk is None or sampling.multistep is not None or sampling.levels:
+        raise ValueError(f"{name} is of a few-step model that makes clips chunk by chunk, which this one is not")
 
 
 def noise_levels(sampling: Sampling) -> tuple[float, ...]:
