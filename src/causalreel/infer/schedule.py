@@ -104,7 +104,7 @@ def with_first_steps(sampling: Sampling, steps: int) -> Sampling:
 
 
 def with_step_list(sampling: Sampling, steps: Sequence[float]) -> Sampling:
-    """Chunks in these steps; the first one keeps its own. ValueError as of `with_first_steps` and of `Sampling`."""
+    """Chunks in these steps; a first one with its own keeps them. ValueError as of `with_first_steps`, `Sampling`."""
     _check_few_steps(sampling, "step_list")
     return replace(sampling, steps=tuple(float(step) for step in steps))
 
