@@ -107,6 +107,9 @@ def test_every_command_knows_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     reel("export", str(tmp_path / "more"), str(tmp_path / "listed"), "--step-list", "1000", "190")
     listed = read_export(tmp_path / "listed").sampling
     assert listed.steps == (1000.0, 190.0) and listed.first_steps == more.first_steps
+    reel("export", str(tmp_path / "mine"), str(tmp_path / "mean"), "--mean-with", str(tmp_path / "more"), FASTER)
+    marks = read_export(tmp_path / "mean").provenance["mean_of"]
+    assert list(marks) == ["mine", str(tmp_path / "more"), FASTER]
     for wrong, message in ((["190", "1000"], "steps"), (["1000", "190", "--steps", "2"], "give one of them")):
         assert cli.main(["export", NAME, str(tmp_path / "wrong"), "--step-list", *wrong]) != 0
         assert message in capsys.readouterr().err and not (tmp_path / "wrong").exists()
