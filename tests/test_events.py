@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from causalreel.codecs.tiny import tiny_codec
-from causalreel.data.drawing import RADII
+from causalreel.data.drawing import BOUNDS, RADII
 from causalreel.data.events import QUIET
 from causalreel.data.prepare import prepare
 from causalreel.data.shards import load_prepared
@@ -174,17 +174,21 @@ def test_objects_never_touch_and_end_within_the_picture(world: WorldState) -> No
     assert shown.isfinite().all() and shown.abs().max() <= 1
 
 
-def test_crowded_events_all_happen_and_objects_pass_over_each_other() -> None:
+def test_crowded_events_all_happen_and_what_touches_parts() -> None:
     crowded = simulate(192, seed=11, config=dataclasses.replace(EVENTS, crowded=1.0, two_objects=1.0))
     usual = simulate(192, seed=11, config=dataclasses.replace(EVENTS, two_objects=1.0))
     change = change_of(crowded)
     assert (change.start < EVENTS.frames).all() and (change_of(usual).start >= EVENTS.frames).float().mean() > 0.1
     frames = torch.arange(EVENTS.frames)
-    both = (frames >= change.start[:, None]) & change.present.all(1)[:, None]
-    apart = (crowded.position[:, :, 0] - crowded.position[:, :, 1]).norm(dim=-1)
-    assert (apart[both] < 6.5).any()  # one over the other
+    reach = (torch.tensor(BOUNDS)[change.shape] * torch.tensor(RADII)[change.scale]).sum(1)
+    apart = (crowded.position[:, :, 0] - crowded.position[:, :, 1]).norm(dim=-1) - reach[:, None]
+    late = (frames >= change.start[:, None] + 3 * EVENTS.morph) & change.present.all(1)[:, None]
+    assert late.sum() > 1000 and (apart[late] > 0).float().mean() > 0.99  # but between a wall and the other
+    now = (frames == change.start[:, None]) & change.present.all(1)[:, None]
+    assert (apart[now] < 0).any()  # what comes or grows had no room
     before = (frames < change.start[:, None]) & crowded.present.all(1)[:, None]
-    assert (apart[before] > 2 * 6.5).all()  # until then they bounce off each other
+    centres = (crowded.position[:, :, 0] - crowded.position[:, :, 1]).norm(dim=-1)
+    assert (centres[before] > 2 * 6.5).all()
     radius = torch.tensor(RADII)[change.scale][:, None] * 0.88 * 0.79 - 0.1
     over = frames >= change.start[:, None] + EVENTS.morph - 1
     inside = (crowded.position.amin(-1) > radius) & (crowded.position.amax(-1) < 64 - radius)
@@ -194,7 +198,7 @@ def test_crowded_events_all_happen_and_objects_pass_over_each_other() -> None:
     assert 0.3 < sum(same) / 192 < 0.8
 
 
-def test_what_pass_over_each_other_is_clean_and_turns() -> None:
+def test_changes_without_room_are_clean_and_what_can_turn_does() -> None:
     state = simulate(96, seed=12, config=dataclasses.replace(EVENTS, crowded=1.0, two_objects=1.0))
     video, said, judged = render(state), told(state), []
     for clip, start in enumerate(change_of(state).start.tolist()):
@@ -203,7 +207,7 @@ def test_what_pass_over_each_other_is_clean_and_turns() -> None:
             judged.append(judge(video[clip], start, before, after, after))
     turned = [one.turned for one in judged if one.turned is not None]
     assert len(judged) > 40 and not any(one.noise for one in judged)
-    assert sum(turned) / len(turned) > 0.9  # one may hide the other
+    assert len(turned) > 20 and sum(turned) / len(turned) > 0.95  # what has the other one in its way is not counted
 
 
 def test_captions_name_what_is_there(world: WorldState) -> None:

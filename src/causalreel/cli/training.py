@@ -77,7 +77,7 @@ class Encode(ThreadFlag):
     two_objects: Annotated[float, Range(0, 1)] = 0.0
     """Chance that such a change ends with two objects, where models show most that does not belong there."""
     crowded: Annotated[float, Range(0, 1)] = 0.0
-    """Chance that such a change needs no room between objects, as with people's prompts: they pass over each other."""
+    """Chance that such a change needs no room between objects, as with people's prompts."""
     least_psnr: Annotated[float, Range(0, 100)] = 0.0
     """Encode nothing if the codec gives clips of this world back with less (dB; a trained one reaches 35 to 42)."""
     batch: Annotated[int | None, BATCH] = None

@@ -7,7 +7,8 @@ heading, at the speed that is captioned. Which object is which: one that is name
 one, the others follow in their order. For `QUIET` frames nothing turns by itself.
 
 An event that has no room (two objects would touch, a new one does not fit) does not happen, and a direction is one in
-which there is room to move. A crowded event needs no room between objects: from there on they pass over each other.
+which there is room to move. A crowded event needs no room between objects: they are pushed apart while it happens, and
+bounce off each other.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def run(
     for t in range(config.frames):
         if events is not None:
             position, velocity, pace, body = events.begin(t, position, velocity, pace)
-            both = events.bounces(t) if n > 1 else None
+            both = events.there.all(dim=1) if n > 1 else None
         turned = torch.zeros_like(present)
         if t >= config.quiet:
             draw = uniform(keys, _FRAME + 2 * MAX_OBJECTS * t, 2 * MAX_OBJECTS)  # (B,4)
@@ -123,7 +123,8 @@ def run(
         if both is not None:
             velocity = _off_each_other(position, velocity, both, body)
             velocity = _off_walls(position, velocity, body)
-            blocked = (both & _too_close(position + velocity, body))[:, None].expand_as(present)
+            nearer = _distance(position + velocity) <= _distance(position)
+            blocked = (both & nearer & _too_close(position + velocity, body))[:, None].expand_as(present)
         move = velocity.masked_fill(blocked[..., None], 0.0)  # caught between a wall and the other: wait one frame
         bounced = (velocity != before).any(dim=-1)
         if events is not None:
@@ -151,10 +152,6 @@ class Events:
     def is_quiet(self, t: int) -> Tensor:
         """(B,): an event has just happened."""
         return (t >= self.happened.start) & (t < self.happened.start + QUIET)
-
-    def bounces(self, t: int) -> Tensor:
-        """(B,): two objects are there that bounce off each other."""
-        return self.there.all(dim=1) & ~(self.crowded & (t >= self.happened.start))
 
     def _left(self, t: int) -> Tensor:
         """(B,): frames of the change that are left, this one included; 0 where there is none."""
@@ -217,8 +214,14 @@ class Events:
         return position, velocity, pace
 
     def pushed(self, t: int, position: Tensor, move: Tensor) -> Tensor:
-        """Moves (B,N,2) of what has grown beyond a wall: inside again by the change's last frame."""
-        target, left = position + move, self._left(t)[:, None, None]
+        """Moves (B,N,2) of what has grown beyond a wall, or into the other: free again by the change's last frame."""
+        left = self._left(t)[:, None, None]
+        if position.shape[1] > 1:
+            short = (self.body.distance + 1e-6 - _distance(position + move)).clamp_min(0)
+            short = torch.where(self.crowded & self.there.all(dim=1), short / 2, 0)[:, None, None]
+            away = _normal(position)[:, None] * torch.tensor([[-1.0], [1.0]])  # (B,2,2)
+            move = torch.where(left > 0, move + away * short / left.clamp_min(1), move)
+        target = position + move
         outside = (self.body.low - target).clamp_min(0) - (target - self.body.high).clamp_min(0)
         return torch.where(left > 0, move + outside / (left - 1).clamp_min(1), move)
 
@@ -248,8 +251,7 @@ def _off_walls(position: Tensor, velocity: Tensor, body: Body) -> Tensor:
 def _off_each_other(position: Tensor, velocity: Tensor, both: Tensor, body: Body) -> Tensor:
     """Reflect whoever approaches the other on the line between them; speeds stay as captioned (B,2,2)."""
     meet = both & _too_close(position + velocity, body)
-    offset = position[:, 1] - position[:, 0]
-    normal = offset / offset.norm(dim=-1, keepdim=True).clamp_min(1e-9)  # (B,2)
+    normal = _normal(position)
     towards = (velocity * normal[:, None]).sum(-1)  # (B,2)
     towards = torch.stack([towards[:, 0].clamp_min(0), towards[:, 1].clamp_max(0)], dim=1)
     return torch.where(meet[:, None, None], velocity - 2 * towards[..., None] * normal[:, None], velocity)
@@ -257,4 +259,15 @@ def _off_each_other(position: Tensor, velocity: Tensor, both: Tensor, body: Body
 
 def _too_close(position: Tensor, body: Body) -> Tensor:
     """(B,2,2) -> (B,) bool."""
-    return (position[:, 1] - position[:, 0]).norm(dim=-1) < body.distance
+    return _distance(position) < body.distance
+
+
+def _distance(position: Tensor) -> Tensor:
+    """(B,2,2) -> (B,)."""
+    return (position[:, 1] - position[:, 0]).norm(dim=-1)
+
+
+def _normal(position: Tensor) -> Tensor:
+    """(B,2,2) -> (B,2): from the first object to the second, of length 1."""
+    offset = position[:, 1] - position[:, 0]
+    return offset / offset.norm(dim=-1, keepdim=True).clamp_min(1e-9)

@@ -85,8 +85,7 @@ class WorldConfig:
     """Chance that an event ends with two objects, whatever it draws: of a change to two, models show most that does
     not belong there."""
     crowded: float = 0.0
-    """Chance that an event happens whether or not two objects have room, as with people's prompts; from there on they
-    pass over each other."""
+    """Chance that an event happens whether or not two objects have room, as with people's prompts."""
     morph: int = 4
     """Frames in which a change happens, 4 to 8."""
     latent: int = 4

@@ -51,9 +51,9 @@ def flat(config: world.WorldConfig = world.WorldConfig()) -> World:
     usual = world.WorldConfig()
     if events and (config.named, config.same_background) != (usual.named, usual.same_background):
         events += f", directions named {config.named}, the same background {config.same_background}"
-    for name in ("two_objects", "crowded"):
+    for name, words in {"two_objects": "two objects", "crowded": "without room"}.items():
         if events and getattr(config, name):
-            events += f", {name.replace('_', ' ')} {getattr(config, name)}"
+            events += f", {words} {getattr(config, name)}"
     return World(clips, {"world": None, "frames": config.frames, "size": config.size, "events": events})
 
 
