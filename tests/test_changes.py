@@ -49,11 +49,30 @@ def test_the_worlds_own_changes_are_faultless(changes: list) -> None:
     found = [judge(*one, one[3]) for one in changes]
     assert len(found) > 20 and all(one.noise == 0 and one.is_shown == 1 for one in found)
     turned = [one.turned for one in found if one.turned is not None]
-    assert sum(turned) / len(turned) > 0.9 and len(turned) > 10  # others met a wall or the other object
+    assert set(turned) == {1.0} and len(turned) > 10  # what has a wall or the other one in its way is not counted
+    steady = [one.steady for one in found if one.steady is not None]
+    assert set(steady) == {1.0} and len(steady) > 1
     for video, start, before, after in changes[:8]:
         open_ones = Caption(tuple(dataclasses.replace(o, color="", shape="", size=None) for o in after.objects))
         found_open = judge(video, start, before, after, open_ones)
-        assert found_open == Changed(0, None, found_open.turned, 1)
+        assert found_open == Changed(0, None, found_open.turned, 1, found_open.steady)
+
+
+def test_what_is_not_told_where_to_go_goes_on() -> None:
+    state = simulate(40, seed=8, config=WorldConfig(frames=27, quiet=12, turn_probability=0, max_objects=1))
+    said, found = [parse_caption(clip[0][1]) for clip in told(state)], []
+    for video, caption in zip(render(state), said, strict=True):
+        (spec,) = caption.objects
+        silent = Caption((dataclasses.replace(spec, direction=None),))
+        back = torch.cat([video[:14], video[1:14].flip(0)])  # it goes back from where it is
+        ways = [judge(one, 14, caption, caption, silent).steady for one in (video, back)]
+        ways.append(judge(video, 14, caption, caption, caption).steady)  # told
+        ways.append(judge(video, 4, caption, caption, silent).steady)  # nothing says where it went
+        found.append(ways)
+    seen = [ways for ways in found if ways[0] is not None]
+    assert len(seen) > 5 and all(ways[0] == 1 and ways[2:] == [None, None] for ways in seen)
+    assert {ways[1] for ways in seen} <= {0, None} and sum(ways[1] == 0 for ways in seen) > 5  # or a wall is behind it
+    assert any(ways[0] is None for ways in found)  # a wall is in the way
 
 
 def test_what_does_not_belong_there_is_found(changes: list) -> None:
@@ -263,6 +282,6 @@ def test_numbers_of_streams_outlive_a_sheet_that_cannot_be_made(
     monkeypatch.setattr(streams, "play", lambda _, told, **how: (streams.Stream(t, unseen, frames) for t in told))
     streams.run(["two=tiny"], out=tmp_path, streams=2)
     held = json.loads((tmp_path / "changes-two.json").read_text(), parse_constant=pytest.fail)
-    assert held["means"] == {"clean": 1.0, "noise": 0.0, "shown": None, "turned": None, "kept": None}
-    assert held["errors"] == {"clean": 0.0, "noise": 0.0, "shown": None, "turned": None, "kept": None}
+    assert held["means"] == {"clean": 1.0, "noise": 0.0, "shown": None, "turned": None, "kept": None, "steady": None}
+    assert held["errors"] == {"clean": 0.0, "noise": 0.0, "shown": None, "turned": None, "kept": None, "steady": None}
     assert (tmp_path / "changes.md").is_file()

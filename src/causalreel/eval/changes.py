@@ -27,20 +27,29 @@ from causalreel.vocabulary import (
     SIZES,
     SPEEDS,
     Caption,
+    ObjectSpec,
 )
 
 LOOKED_AT = 16
 """Frames from a change that are looked at."""
 SHOWN_BY, TURNED_BY = 8, 12
 """Frames from a change by which what is named shows, and is where it is told to go."""
+MIDDLE = TURNED_BY - 6
+"""Frame from which movement is measured."""
 BLEND = 0.25
 """Distance of a pixel (RGB 0..1) from the straight way between background and objects, above which it is foreign."""
 DRAWN = 0.2
 """Distance from the background above which a pixel is drawn on."""
+HEADED = 5
+"""Frames before a change that show where things went."""
+NEAR = 12
+"""Pixels between two objects that may bounce off each other at once."""
 REACH = 16
 """Half width of the window around an object."""
 SPOTS = 24
 """Pixels of anything else that a frame may have: soft edges."""
+GAP = 2.0
+"""Pixels that two objects leave between them: they bounce off there."""
 LARGEST = 420
 """Pixels that one object may cover while it changes; the largest has 315."""
 
@@ -57,6 +66,8 @@ class Changed:
     """Share of objects told where to go, with room to go there, that do so within 12 frames."""
     kept: float | None
     """Share of what the new caption does not name (colour, shape, size, background) that is as before."""
+    steady: float | None = None
+    """Share of objects not told where to go, with room to go on, that go on as they went."""
 
 
 def judge(video: Tensor, start: int, before: Caption, after: Caption, said: Caption) -> Changed:
@@ -73,6 +84,7 @@ def judge(video: Tensor, start: int, before: Caption, after: Caption, said: Capt
         is_shown=_mean(_shown(new, after, said)) if after.objects else None,
         turned=_mean(_turned(new, after, said, video.shape[-2:])),
         kept=_mean(_kept(new, after, said)),
+        steady=None if start < HEADED else _mean(_steady(video, start, new, before, after, said)),
     )
 
 
@@ -167,18 +179,83 @@ def _kept(sight: Sight, after: Caption, said: Caption) -> Iterable[bool]:
 def _turned(sight: Sight, after: Caption, said: Caption, size: Sequence[int]) -> Iterable[bool]:
     """Of each object that was told where to go and has room to go there: whether it does."""
     ways = torch.tensor([(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)])
-    for i, (whole, spec) in enumerate(zip(after.objects, said.objects, strict=True)):
-        if spec.direction is None:
+    for i, spec in enumerate(said.objects):
+        if spec.direction is not None:
+            way = ways[DIRECTIONS.index(spec.direction)]
+            if _has_room(sight, after, i, way, size):
+                yield _goes(sight, i, way)
+
+
+def _steady(video: Tensor, start: int, sight: Sight, before: Caption, after: Caption, said: Caption) -> Iterable[bool]:
+    """Of each object that was there, was not told where to go and has room to go on: whether it does."""
+    old = look(video[start - HEADED : start], before)
+    if len(before.objects) > 1:  # one that goes is in the way, too, while it does
+        apart = (old.centre[:, 0] - old.centre[:, 1]).norm(dim=-1).amin()
+        if apart < sum(_reach(spec) for spec in before.objects) + GAP + NEAR:
+            return
+    for i, was in enumerate(_same(before, after)):
+        whole, spec = after.objects[i], said.objects[i]
+        if spec.direction is not None or was is None or not bool(old.found[:, was].all()):
             continue
-        way = ways[DIRECTIONS.index(spec.direction)]
-        pace = SPEED_PIXELS[SPEEDS.index(whole.speed)] if whole.speed else max(SPEED_PIXELS)
-        reach = BOUNDS[SHAPES.index(whole.shape)] * RADII[SIZES.index(whole.size)] if whole.size else 14.0
-        begin, end = sight.centre[TURNED_BY - 6, i], sight.centre[TURNED_BY, i]
-        goal = begin + way * pace * 6
-        room = torch.tensor([size[1], size[0]]) - reach - 1
-        if not ((goal >= reach + 1) & (goal <= room)).all() and bool(sight.found[TURNED_BY - 6, i]):
+        halves = old.centre[[2, 4], was] - old.centre[[0, 2], was]  # (2,2): of two frames each
+        move = halves.sum(0)
+        if move.norm() < 1 or (halves - move / 2).norm(dim=-1).amax() > 0.5:  # it stood or turned
             continue
-        move = end - begin
-        is_seen = bool(sight.found[TURNED_BY, i] & sight.found[TURNED_BY - 6, i])
-        along = (move @ way).item()
-        yield is_seen and along > 0.7071 * move.norm().item() and along >= 0.5
+        way = move / move.norm()
+        reach = max(_reach(whole), _reach(before.objects[was])) + 2
+        goal = old.centre[-1, was] + way * _pace(whole) * (TURNED_BY + 1)
+        room = torch.tensor([video.shape[-1], video.shape[-2]]) - reach
+        if ((goal >= reach) & (goal <= room)).all() and _has_room(sight, after, i, way, video.shape[-2:]):
+            yield _goes(sight, i, way)
+
+
+def _same(before: Caption, after: Caption) -> list[int | None]:
+    """Of each object the number of the one that it was: one of its colour, the others in their order."""
+    left = list(range(len(before.objects)))
+    found: list[int | None] = [None] * len(after.objects)
+    for number, spec in enumerate(after.objects):
+        for one in [i for i in left if before.objects[i].color == spec.color]:
+            found[number] = one
+            left.remove(one)
+    return [left.pop(0) if one is None and left else one for one in found]
+
+
+def _goes(sight: Sight, i: int, way: Tensor) -> bool:
+    """Whether object i moves that way (2,) in the last frames until `TURNED_BY`."""
+    is_seen = bool(sight.found[TURNED_BY, i] & sight.found[MIDDLE, i])
+    move = sight.centre[TURNED_BY, i] - sight.centre[MIDDLE, i]
+    along = (move @ way).item()
+    return is_seen and along > 0.7071 * move.norm().item() and along >= 0.5
+
+
+def _has_room(sight: Sight, after: Caption, i: int, way: Tensor, size: Sequence[int]) -> bool:
+    """Whether object i can move that way (2,) in these frames: not where a wall is, where the other one is on its way,
+    or where the two have just met. Things bounce."""
+    begin, reach = sight.centre[MIDDLE, i], _reach(after.objects[i])
+    path = begin + way * _pace(after.objects[i]) * torch.arange(TURNED_BY - MIDDLE + 1)[:, None]  # (7,2)
+    room = torch.tensor([size[1], size[0]]) - reach - 1
+    has_wall = not ((path[-1] >= reach + 1) & (path[-1] <= room)).all() and bool(sight.found[MIDDLE, i])
+    return not has_wall and not _meets(sight, after, i, path)
+
+
+def _meets(sight: Sight, after: Caption, i: int, path: Tensor) -> bool:
+    """Whether the other object is where object i goes by its path (7,2), or the two were about to touch before it."""
+    if len(after.objects) < 2:
+        return False
+    apart = sum(_reach(spec) for spec in after.objects) + GAP
+    seen = sight.found[: TURNED_BY + 1].all(1)  # (T,)
+    far = (sight.centre[: MIDDLE + 1, 0] - sight.centre[: MIDDLE + 1, 1]).norm(dim=-1)
+    just_met = (far < apart + 2 * max(SPEED_PIXELS)) & seen[: MIDDLE + 1]
+    other = sight.centre[MIDDLE : TURNED_BY + 1, 1 - i]
+    in_the_way = ((path - other).norm(dim=-1) < apart) & seen[MIDDLE:]
+    return bool(just_met.any() or in_the_way.any())
+
+
+def _pace(spec: ObjectSpec) -> float:
+    """Pixels per frame; of the fastest where its speed is open."""
+    return SPEED_PIXELS[SPEEDS.index(spec.speed)] if spec.speed else max(SPEED_PIXELS)
+
+
+def _reach(spec: ObjectSpec) -> float:
+    """Radius in pixels of the circle around an object; of the largest where its size is open."""
+    return BOUNDS[SHAPES.index(spec.shape)] * RADII[SIZES.index(spec.size)] if spec.size else 14.0

@@ -48,7 +48,7 @@ from causalreel.vocabulary import (
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("clean", "noise", "shown", "turned", "kept")
+COLUMNS = ("clean", "noise", "shown", "turned", "kept", "steady")
 """Of the table: share of the streams without a foreign frame, then the means of `Changed`."""
 PAGE = ", examples of the page"
 """What is added to a model's name in the row of these."""
@@ -228,6 +228,7 @@ def _columns(streams: Sequence[Stream]) -> dict[str, Tensor]:
         "shown": column(r.is_shown for r in results),
         "turned": column(r.turned for r in results),
         "kept": column(r.kept for r in results),
+        "steady": column(r.steady for r in results),
     }
 
 
