@@ -179,7 +179,8 @@ def complete(text: str, seed: int, *, background: str | None = None, before: str
     """Prompt -> a full sentence in the wording of training; what it leaves open is drawn by (prompt, seed).
 
     background: the one that holds unless the prompt names another. before: the sentence that holds until now, if the
-    prompt changes a video that goes on: then what it leaves open stays as it was (`_succeeding`).
+    prompt changes a video that goes on: then what it leaves open stays as it was (`_succeeding`), and a thing that is
+    there gets no direction unless the prompt says one: it goes on as it goes by then.
 
     The world's captions name every attribute, and a model trained on them reads a shorter prompt poorly: this is to the
     tiny world what rewriting prompts is to large models. A full sentence comes back as it was; `tokenize` refuses the
@@ -187,21 +188,24 @@ def complete(text: str, seed: int, *, background: str | None = None, before: str
     """
     chance = random.Random(f"{seed}/{' '.join(text.split()).lower()}")
     objects, named_background = _gather(text)
+    going = set[int]()
     if before is not None:
-        objects, background = _succeeding(objects, before)
+        objects, background, going = _succeeding(objects, before)
     background = named_background or background or chance.choice(BACKGROUNDS)
     objects = objects or [{}]
     named = {attributes["color"] for attributes in objects if "color" in attributes}
-    for attributes in objects:
+    for number, attributes in enumerate(objects):
         free = [color for color in COLORS if color not in named]
         named.add(attributes.setdefault("color", chance.choice(free)))
         for slot in ("shape", "size", "direction", "speed"):
-            attributes.setdefault(slot, chance.choice(SLOTS[slot]))
+            if slot != "direction" or number not in going:
+                attributes.setdefault(slot, chance.choice(SLOTS[slot]))
     return compose(Caption(tuple(ObjectSpec(**attributes) for attributes in objects), background))
 
 
-def _succeeding(objects: list[dict[str, str]], before: str) -> tuple[list[dict[str, str]], str | None]:
-    """The objects that a prompt names, filled from those of the sentence before it, and the background that was.
+def _succeeding(objects: list[dict[str, str]], before: str) -> tuple[list[dict[str, str]], str | None, set[int]]:
+    """The objects that a prompt names, filled from those of the sentence before it but for where they go, the
+    background that was, and the numbers of the objects that were there.
 
     An object named in a colour that is there is that one, the others follow in their order; those not named go. Of a
     prompt that names none all stay.
@@ -218,7 +222,8 @@ def _succeeding(objects: list[dict[str, str]], before: str) -> tuple[list[dict[s
     for number in range(len(objects)):
         if number not in matched and left:
             matched[number] = old[left.pop(0)]
-    return [matched.get(number, {}) | attributes for number, attributes in enumerate(objects)], background
+    stays = {n: {slot: word for slot, word in one.items() if slot != "direction"} for n, one in matched.items()}
+    return [stays.get(number, {}) | attributes for number, attributes in enumerate(objects)], background, set(stays)
 
 
 def said_of(text: str) -> Caption:
