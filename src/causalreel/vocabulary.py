@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -205,25 +206,32 @@ def complete(text: str, seed: int, *, background: str | None = None, before: str
 
 def _succeeding(objects: list[dict[str, str]], before: str) -> tuple[list[dict[str, str]], str | None, set[int]]:
     """The objects that a prompt names, filled from those of the sentence before it but for where they go, the
-    background that was, and the numbers of the objects that were there.
-
-    An object named in a colour that is there is that one, the others follow in their order; those not named go. Of a
-    prompt that names none all stay.
+    background that was, and the numbers of the objects that were there. Of a prompt that names none all stay.
     """
     old, background = _gather(before)
     objects = objects or [{} for _ in old]
-    left = list(range(len(old)))
-    matched: dict[int, dict[str, str]] = {}
-    for number, attributes in enumerate(objects):
-        same = [i for i in left if "color" in attributes and old[i].get("color") == attributes["color"]]
-        if same:
-            matched[number] = old[same[0]]
-            left.remove(same[0])
-    for number in range(len(objects)):
-        if number not in matched and left:
-            matched[number] = old[left.pop(0)]
-    stays = {n: {slot: word for slot, word in one.items() if slot != "direction"} for n, one in matched.items()}
+    was = matched([one.get("color") for one in old], [one.get("color") for one in objects])
+    stays = {
+        number: {slot: word for slot, word in old[one].items() if slot != "direction"}
+        for number, one in enumerate(was)
+        if one is not None
+    }
     return [stays.get(number, {}) | attributes for number, attributes in enumerate(objects)], background, set(stays)
+
+
+def matched(old: Sequence[str | None], new: Sequence[str | None]) -> list[int | None]:
+    """Colours of the objects before and behind a change -> of each later one the number of the one that it was.
+
+    One of a colour that is there is that one, the others follow in their order; None: it comes.
+    """
+    left = list(range(len(old)))
+    found: list[int | None] = [None] * len(new)
+    for number, color in enumerate(new):
+        same = [i for i in left if color is not None and old[i] == color]
+        if same:
+            found[number] = same[0]
+            left.remove(same[0])
+    return [left.pop(0) if one is None and left else one for one in found]
 
 
 def said_of(text: str) -> Caption:

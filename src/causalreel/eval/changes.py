@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from causalreel.data.drawing import BOUNDS, COLOR_RGB, RADII
-from causalreel.data.world import SPEED_PIXELS
+from causalreel.data.world import SPEED_PIXELS, WorldConfig
 from causalreel.eval.reading import Sight, look
 from causalreel.vocabulary import (
     BACKGROUND_RGB,
@@ -28,6 +28,7 @@ from causalreel.vocabulary import (
     SPEEDS,
     Caption,
     ObjectSpec,
+    matched,
 )
 
 LOOKED_AT = 16
@@ -48,7 +49,7 @@ REACH = 16
 """Half width of the window around an object."""
 SPOTS = 24
 """Pixels of anything else that a frame may have: soft edges."""
-GAP = 2.0
+GAP = WorldConfig().gap
 """Pixels that two objects leave between them: they bounce off there."""
 LARGEST = 420
 """Pixels that one object may cover while it changes; the largest has 315."""
@@ -193,7 +194,7 @@ def _steady(video: Tensor, start: int, sight: Sight, before: Caption, after: Cap
         apart = (old.centre[:, 0] - old.centre[:, 1]).norm(dim=-1).amin()
         if apart < sum(_reach(spec) for spec in before.objects) + GAP + NEAR:
             return
-    for i, was in enumerate(_same(before, after)):
+    for i, was in enumerate(matched([one.color for one in before.objects], [one.color for one in after.objects])):
         whole, spec = after.objects[i], said.objects[i]
         if spec.direction is not None or was is None or not bool(old.found[:, was].all()):
             continue
@@ -209,17 +210,6 @@ def _steady(video: Tensor, start: int, sight: Sight, before: Caption, after: Cap
             yield _goes(sight, i, way)
 
 
-def _same(before: Caption, after: Caption) -> list[int | None]:
-    """Of each object the number of the one that it was: one of its colour, the others in their order."""
-    left = list(range(len(before.objects)))
-    found: list[int | None] = [None] * len(after.objects)
-    for number, spec in enumerate(after.objects):
-        for one in [i for i in left if before.objects[i].color == spec.color]:
-            found[number] = one
-            left.remove(one)
-    return [left.pop(0) if one is None and left else one for one in found]
-
-
 def _goes(sight: Sight, i: int, way: Tensor) -> bool:
     """Whether object i moves that way (2,) in the last frames until `TURNED_BY`."""
     is_seen = bool(sight.found[TURNED_BY, i] & sight.found[MIDDLE, i])
@@ -231,11 +221,12 @@ def _goes(sight: Sight, i: int, way: Tensor) -> bool:
 def _has_room(sight: Sight, after: Caption, i: int, way: Tensor, size: Sequence[int]) -> bool:
     """Whether object i can move that way (2,) in these frames: not where a wall is, where the other one is on its way,
     or where the two have just met. Things bounce."""
+    if not bool(sight.found[MIDDLE, i]):  # what is not there is not excused
+        return True
     begin, reach = sight.centre[MIDDLE, i], _reach(after.objects[i])
     path = begin + way * _pace(after.objects[i]) * torch.arange(TURNED_BY - MIDDLE + 1)[:, None]  # (7,2)
     room = torch.tensor([size[1], size[0]]) - reach - 1
-    has_wall = not ((path[-1] >= reach + 1) & (path[-1] <= room)).all() and bool(sight.found[MIDDLE, i])
-    return not has_wall and not _meets(sight, after, i, path)
+    return bool(((path[-1] >= reach + 1) & (path[-1] <= room)).all()) and not _meets(sight, after, i, path)
 
 
 def _meets(sight: Sight, after: Caption, i: int, path: Tensor) -> bool:
