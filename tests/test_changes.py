@@ -15,6 +15,7 @@ from causalreel import families
 from causalreel.data.world import WorldConfig, WorldState, render, simulate, told
 from causalreel.eval import streams
 from causalreel.eval.changes import Changed, clean, judge
+from causalreel.eval.reading import look
 from causalreel.eval.run import many_step
 from causalreel.infer.commands import Options, Prompt, Restart
 from causalreel.infer.live_video import LiveVideo
@@ -98,7 +99,7 @@ def test_what_does_not_belong_there_is_found(changes: list) -> None:
 
 
 def _paint(color: str) -> torch.Tensor:
-    from causalreel.data.drawing import COLOR_RGB
+    from causalreel.vocabulary import COLOR_RGB
 
     return torch.tensor(COLOR_RGB[COLORS.index(color)])[:, None, None] / 127.5 - 1
 
@@ -120,9 +121,35 @@ def _paint(color: str) -> torch.Tensor:
     ],
 )
 def test_what_a_change_leaves_open_stays(text: str, after: str) -> None:
-    """By colour, then in order; what is not named goes; of a prompt that names no object all stay. A direction that is
-    not said is not told again: what is there may have left it, and goes on as it goes."""
-    assert complete(text, 0, before=BEFORE) == after == complete(text, 7, before=BEFORE)
+    """By colour, then in order; what is not named goes; of a prompt that names no object all stay. Nobody knows where
+    things go, and none is told."""
+    unknown = [None, None]
+    assert complete(text, 0, before=BEFORE, going=unknown) == after == complete(text, 7, before=BEFORE, going=unknown)
+
+
+@pytest.mark.parametrize(
+    ("text", "as_told", "as_seen"),
+    [
+        (
+            "a blue circle",
+            "a small blue circle moves up quickly on a dark background",
+            "a small blue circle moves left quickly on a dark background",
+        ),
+        (
+            "on a light background",
+            "a large red circle moves right slowly and a small blue square moves up quickly on a light background",
+            "a large red circle moves slowly and a small blue square moves left quickly on a light background",
+        ),
+        (
+            "a green triangle moves down and a red square",
+            "a small green triangle moves down quickly and a large red square moves right slowly on a dark background",
+            "a small green triangle moves down quickly and a large red square moves slowly on a dark background",
+        ),
+    ],
+)
+def test_where_things_go_stays_as_it_was_told_or_as_it_is_seen(text: str, as_told: str, as_seen: str) -> None:
+    assert complete(text, 0, before=BEFORE) == as_told
+    assert complete(text, 0, before=BEFORE, going=[None, "left"]) == as_seen
 
 
 def test_what_comes_is_drawn_in_a_colour_of_its_own() -> None:
@@ -131,7 +158,7 @@ def test_what_comes_is_drawn_in_a_colour_of_its_own() -> None:
     assert len(found) > 5
     for sentence in found:
         first, second = parse_caption(sentence).objects
-        assert (first.color, first.shape, first.size, first.direction) == ("yellow", "circle", "large", None)
+        assert (first.color, first.shape, first.size, first.direction) == ("yellow", "circle", "large", "right")
         assert second.shape == "square" and second.color not in ("yellow",) and second.size and second.speed
         assert second.direction
         assert sentence.endswith("on a grey background")
@@ -150,7 +177,7 @@ def test_a_live_video_keeps_what_a_prompt_leaves_open_until_it_begins_again(tiny
     session.command("prompt", text="a blue circle")
     session.command("prompt", text="on a light background")  # behind the first, though neither has taken effect
     session.take_commands()
-    kept = "a small blue circle moves quickly on a light background"
+    kept = "a small blue circle moves up quickly on a light background"
     assert session.video.scene.said == kept and session.prompt == "on a light background"
     assert torch.equal(session.video.text, tiny.text.encode([kept]))
     session.command("restart")
@@ -164,6 +191,42 @@ def test_a_live_video_keeps_what_a_prompt_leaves_open_until_it_begins_again(tiny
     assert scene.said == complete("a red circle", 6)
     scene, _ = fresh.encode(Prompt("a square").scene(fresh.scene), begins=False)
     assert scene.said == complete("a square", 5, before=complete("a red circle", 5))
+
+
+def test_what_nobody_tells_where_to_go_goes_on_as_it_is_seen_to_go(tiny: Pipeline) -> None:
+    """It has met a wall since it was told: then it is told the way that the frames show. A direction that was told
+    within the last three latent frames holds, whatever they show yet. The record makes the same frames."""
+    told = "a large red circle moves right quickly on a dark background"
+    session, frames, ways = Session(tiny, Options(told, seed=1)), [], set()
+
+    def go_on(chunks: int) -> str | None:
+        for _ in range(chunks):
+            made = session.next_chunk()
+            assert made is not None
+            frames.append(made.frames)
+        shown = torch.cat(frames)[-5:].movedim(-1, 1) / 127.5 - 1
+        found = look(shown, parse_caption(session.video.scene.said or ""))
+        move = found.centre[-1, 0] - found.centre[0, 0]
+        is_sure = bool(found.found.all()) and float(move.abs().max()) > 0.95 * float(move.norm()) > 0.95
+        return (("right", "down"), ("left", "up"))[int(move.sum() < 0)][int(move.abs().argmax())] if is_sure else None
+
+    for number in range(12):
+        seen = go_on(3)
+        session.command("prompt", text=f"a {COLORS[number % 2]} circle")
+        session.take_commands()
+        said = parse_caption(session.video.scene.said or "").objects[0]
+        assert seen is None or said.direction == seen
+        ways.add(seen)
+    assert len(ways - {None}) > 1, "nothing met a wall: the test shows nothing"
+    assert torch.equal(session.video.text, tiny.text.encode([session.video.scene.said or ""]))
+    session.command("prompt", text="moves up a circle")
+    go_on(1)
+    session.command("prompt", text="on a light background")
+    session.command("prompt", text="a square")
+    go_on(3)
+    assert parse_caption(session.video.scene.said or "").objects[0].direction == "up"
+    again = Session.replay(tiny, session.record())
+    assert all(torch.equal(chunk.frames, shown) for chunk, shown in zip(again, frames, strict=True))
 
 
 @pytest.mark.parametrize("said", [{}, {"mode": None}, {"mode": "recompute"}])
@@ -237,7 +300,8 @@ def test_a_model_of_whole_clips_reads_the_second_prompt_from_the_change_on(monke
     (stream,) = streams.play(pipeline, [told])
     prompts, text = read[0].prompts, read[0].text
     assert stream.told.at == 12 - 5 == list(prompts).index(1) and set(prompts) == {0, 1} and len(prompts) == 12
-    both = told.first, pipeline.text.complete(told.second, told.seed, before=told.first)
+    unseen = torch.empty(0, 3, 64, 64)
+    both = told.first, pipeline.text.complete(told.second, told.seed, before=told.first, seen=unseen)
     assert both[1] == "a large blue square moves slowly on a dark background"
     assert torch.equal(text[-1].float(), pipeline.text.encode(both).float())  # the row that is not guided away from
     assert stream.frames.shape == (streams.BEFORE + streams.BEHIND, 3, 64, 64)

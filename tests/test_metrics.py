@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from causalreel.data.drawing import COLOR_RGB
 from causalreel.data.world import WorldConfig, WorldState, captions, render, simulate, specs
 from causalreel.eval.metrics import MetricConfig, Scores, measure
 from causalreel.eval.statistics import compare, estimate, features, frechet, summarise
+from causalreel.vocabulary import COLOR_RGB
 
 COUNT = 24
 

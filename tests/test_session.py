@@ -390,7 +390,7 @@ def test_prompts_that_leave_things_open_replay_as_they_were_filled() -> None:
     one.command("prompt", text="a circle")
     shown += pictures(one, 1)
     said = one.video.scene.said
-    assert said == "a small green circle moves slowly on a light background"
+    assert said == "a small green circle moves left slowly on a light background"
     for text in ("a blue triangle moves up", PROMPTS[0], PROMPTS[1]):  # what says all needs no other
         one.command("prompt", text=text)
     one.command("restart", seed=7)

@@ -7,10 +7,10 @@ import hashlib
 import pytest
 import torch
 
-from causalreel.data.world import prompts
-from causalreel.text.tiny import TinyTextEncoder, code_table
+from causalreel.data.world import WorldConfig, prompts, render, simulate
+from causalreel.text.tiny import WAYS, TinyTextEncoder, code_table, directions_in
 from causalreel.types import TextEncoder
-from causalreel.vocabulary import complete, parse_caption
+from causalreel.vocabulary import COLORS, DIRECTIONS, complete, parse_caption
 
 PROMPT = "a large red circle moves right slowly and a small blue square moves up quickly on a dark background"
 
@@ -80,3 +80,30 @@ def test_short_prompts_are_completed_by_the_seed() -> None:
         first, second = caption.objects
         assert (first.color, first.shape, first.direction, second.shape) == ("red", "circle", "left", "square")
         assert second.color != "red" and None not in (*vars(first).values(), *vars(second).values(), caption.background)
+
+
+def test_where_things_go_is_read_from_the_last_frames() -> None:
+    """Of rendered clips, as their state says; of what turned or bounced in these frames only what is sure."""
+    state = simulate(64, seed=5, config=WorldConfig(frames=45))
+    videos, moves = render(state), state.velocity
+    read = turned = 0
+    for clip in range(len(state)):
+        colors = [COLORS[state.color[clip, i]] for i in range(2) if state.present[clip, i]]
+        for end in (5, 9, 21, 33, 45):
+            found = directions_in(videos[clip, :end], colors)
+            for number, word in enumerate(found):
+                last = moves[clip, end - 5 : end - 1, number]  # (4,2)
+                way = last.sum(0) / last.sum(0).norm().clamp_min(1e-6)
+                is_straight = bool((last - last[0]).abs().max() < 0.05)
+                if word is not None:
+                    assert float(torch.tensor(WAYS[DIRECTIONS.index(word)]) @ way) > 0.85
+                    read, turned = read + 1, turned + (word != DIRECTIONS[state.direction[clip, number]])
+                elif is_straight:
+                    assert float(way.abs().max()) < 0.95
+    assert read > 300 and turned > 60
+    one = videos[0]
+    here = COLORS[state.color[0, 0]]
+    assert directions_in(one[:4], [here]) == [None]  # too few
+    assert directions_in(one[:5], [COLORS[state.color[0, 0] - 1]]) == [None] or state.present[0, 1]  # not there
+    assert directions_in(one[:1].expand(5, -1, -1, -1), [here]) == [None]  # stands
+    assert directions_in(torch.full((9, 3, 32, 32), torch.nan), [here]) == [None]

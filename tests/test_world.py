@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causalreel.data.drawing import COLOR_RGB
 from causalreel.data.world import (
     SPEED_PIXELS,
     WorldConfig,
@@ -24,6 +23,7 @@ from causalreel.vocabulary import (
     BACKGROUND_INDEX,
     BACKGROUND_RGB,
     BACKGROUNDS,
+    COLOR_RGB,
     COLORS,
     DIRECTIONS,
     SHAPES,

@@ -372,11 +372,20 @@ class TextEncoder(Protocol):
     length: int
     width: int
 
-    def complete(self, prompt: str, seed: int, picture: Tensor | None = None, *, before: str | None = None) -> str:
+    def complete(
+        self,
+        prompt: str,
+        seed: int,
+        picture: Tensor | None = None,
+        *,
+        before: str | None = None,
+        seen: Tensor | None = None,
+    ) -> str:
         """The prompt in the wording the model was trained on; encoders of free text return it unchanged.
 
         picture (3,H,W) in [-1,1]: what the clip begins with, if anything; ValueError if the prompt contradicts it.
         before: the completed prompt that holds until now, where this one changes a video: what it leaves open stays.
+        seen (T,3,H,W) in [-1,1]: the last frames under that one, if the encoder looks at them (`families.family.Text`).
         """
         ...
 

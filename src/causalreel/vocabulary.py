@@ -24,6 +24,8 @@ SPEEDS = ("slowly", "quickly")
 BACKGROUNDS = ("dark", "grey", "light")
 BACKGROUND_RGB = ((18, 18, 24), (122, 122, 126), (240, 240, 240))
 """Colours 0..255 of each of them."""
+COLOR_RGB = ((230, 38, 38), (38, 184, 64), (44, 84, 240), (250, 216, 40), (226, 50, 200), (40, 212, 228))
+"""Colours 0..255 of each word of COLORS."""
 
 SLOTS: dict[str, tuple[str, ...]] = {
     "size": SIZES,
@@ -176,12 +178,20 @@ def background_of(text: str) -> str | None:
     return _gather(text)[1]
 
 
-def complete(text: str, seed: int, *, background: str | None = None, before: str | None = None) -> str:
+def complete(
+    text: str,
+    seed: int,
+    *,
+    background: str | None = None,
+    before: str | None = None,
+    going: Sequence[str | None] | None = None,
+) -> str:
     """Prompt -> a full sentence in the wording of training; what it leaves open is drawn by (prompt, seed).
 
     background: the one that holds unless the prompt names another. before: the sentence that holds until now, if the
-    prompt changes a video that goes on: then what it leaves open stays as it was (`_succeeding`), and a thing that is
-    there gets no direction unless the prompt says one: it goes on as it goes by then.
+    prompt changes a video that goes on: then what it leaves open stays as it was (`_succeeding`). going: the directions
+    in which the objects of that sentence go by now, which is not always where it sent them; None: not known, and none
+    is told. Without it they are taken to go where they were sent.
 
     The world's captions name every attribute, and a model trained on them reads a shorter prompt poorly: this is to the
     tiny world what rewriting prompts is to large models. A full sentence comes back as it was; `tokenize` refuses the
@@ -189,9 +199,9 @@ def complete(text: str, seed: int, *, background: str | None = None, before: str
     """
     chance = random.Random(f"{seed}/{' '.join(text.split()).lower()}")
     objects, named_background = _gather(text)
-    going = set[int]()
+    there = set[int]()
     if before is not None:
-        objects, background, going = _succeeding(objects, before)
+        objects, background, there = _succeeding(objects, before, going)
     background = named_background or background or chance.choice(BACKGROUNDS)
     objects = objects or [{}]
     named = {attributes["color"] for attributes in objects if "color" in attributes}
@@ -199,23 +209,24 @@ def complete(text: str, seed: int, *, background: str | None = None, before: str
         free = [color for color in COLORS if color not in named]
         named.add(attributes.setdefault("color", chance.choice(free)))
         for slot in ("shape", "size", "direction", "speed"):
-            if slot != "direction" or number not in going:
+            if slot != "direction" or number not in there:
                 attributes.setdefault(slot, chance.choice(SLOTS[slot]))
     return compose(Caption(tuple(ObjectSpec(**attributes) for attributes in objects), background))
 
 
-def _succeeding(objects: list[dict[str, str]], before: str) -> tuple[list[dict[str, str]], str | None, set[int]]:
-    """The objects that a prompt names, filled from those of the sentence before it but for where they go, the
-    background that was, and the numbers of the objects that were there. Of a prompt that names none all stay.
+def _succeeding(
+    objects: list[dict[str, str]], before: str, going: Sequence[str | None] | None
+) -> tuple[list[dict[str, str]], str | None, set[int]]:
+    """The objects that a prompt names, filled from those of the sentence before it, the background that was, and the
+    numbers of the objects that were there. Of a prompt that names none all stay.
     """
     old, background = _gather(before)
+    for one, way in zip(old, going or (), strict=going is not None):
+        one.pop("direction", None)
+        one |= {} if way is None else {"direction": way}
     objects = objects or [{} for _ in old]
     was = matched([one.get("color") for one in old], [one.get("color") for one in objects])
-    stays = {
-        number: {slot: word for slot, word in old[one].items() if slot != "direction"}
-        for number, one in enumerate(was)
-        if one is not None
-    }
+    stays = {number: old[one] for number, one in enumerate(was) if one is not None}
     return [stays.get(number, {}) | attributes for number, attributes in enumerate(objects)], background, set(stays)
 
 

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 
 from causalreel.data.events import Change
-from causalreel.vocabulary import BACKGROUND_RGB
+from causalreel.vocabulary import BACKGROUND_RGB, COLOR_RGB
 
 if TYPE_CHECKING:
     from causalreel.data.world import WorldState
-
-COLOR_RGB = ((230, 38, 38), (38, 184, 64), (44, 84, 240), (250, 216, 40), (226, 50, 200), (40, 212, 228))
-"""Colours 0..255 of each word of COLORS."""
 
 RADII = (6.5, 10.0)
 """Pixels, for each word of SIZES: a circle's radius; squares have the same area, triangles are a little smaller."""

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from causalreel.data.drawing import BOUNDS, COLOR_RGB, RADII
+from causalreel.data.drawing import BOUNDS, RADII
 from causalreel.data.world import SPEED_PIXELS, WorldConfig
 from causalreel.eval.reading import Sight, look
 from causalreel.vocabulary import (
     BACKGROUND_RGB,
     BACKGROUNDS,
+    COLOR_RGB,
     COLORS,
     DIRECTIONS,
     SHAPES,

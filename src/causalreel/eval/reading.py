@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from causalreel.data.drawing import COLOR_RGB, RADII, coverage
+from causalreel.data.drawing import RADII, coverage
 from causalreel.vocabulary import (
     BACKGROUND_RGB,
     BACKGROUNDS,
+    COLOR_RGB,
     COLORS,
     DIRECTIONS,
     MAX_OBJECTS,

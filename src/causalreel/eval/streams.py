@@ -29,7 +29,7 @@ from causalreel.eval.statistics import Estimate, compare, summarise
 from causalreel.files import write_text
 from causalreel.folders import claim
 from causalreel.infer.commands import Mode
-from causalreel.infer.live import Live, hints
+from causalreel.infer.live import Live, hints, seen_in
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
 from causalreel.rollout import KeyedNoise
@@ -156,26 +156,33 @@ def _behind(pipeline: Pipeline) -> int:
     return 1 + BEHIND // pipeline.geometry.temporal
 
 
-def _prompts(pipeline: Pipeline, told: Sequence[Told]) -> tuple[list[str], list[str]]:
-    """What holds before and behind each change, as a session completes it."""
-    before = [pipeline.text.complete(one.first, one.seed) for one in told]
-    behind = [pipeline.text.complete(t.second, t.seed, before=held) for t, held in zip(told, before, strict=True)]
-    return before, behind
+def _first(pipeline: Pipeline, told: Sequence[Told]) -> list[str]:
+    """What holds before each change."""
+    return [pipeline.text.complete(one.first, one.seed) for one in told]
+
+
+def _second(pipeline: Pipeline, told: Sequence[Told], before: list[str], seen: Tensor | None) -> list[str]:
+    """What holds behind it, as a session completes it; seen (B,T,3,H,W): the last frames, if it looks at them."""
+    rows = zip(told, before, [None] * len(told) if seen is None else seen, strict=True)
+    return [pipeline.text.complete(one.second, one.seed, before=held, seen=frames) for one, held, frames in rows]
 
 
 def _live(pipeline: Pipeline, told: Sequence[Told], chunks: int, mode: Mode | None) -> list[Stream]:
     """Live videos that are told another prompt behind so many chunks."""
-    before, after = _prompts(pipeline, told)
+    before = _first(pipeline, told)
     live = Live(pipeline, pipeline.text.encode(before), seed=[one.seed for one in told])
     decode = pipeline.codec.stream() if pipeline.decoder is None else pipeline.decoder(len(told))
     frames: list[Tensor] = []
+    latents: list[Tensor] = []
 
     def go_on(chunks: int) -> int:
         for _ in range(chunks):
-            frames.append(torch.stack([to_bytes(one) for one in decode(live.next_chunk().latents)]))
+            latents.append(live.next_chunk().latents)
+            frames.append(torch.stack([to_bytes(one) for one in decode(latents[-1])]))
         return sum(made.shape[1] for made in frames)
 
     start = go_on(chunks)
+    after = _second(pipeline, told, before, seen_in(pipeline, torch.cat(latents, dim=1)))
     live.tell(pipeline.text.encode(after), mode=families.of(pipeline.export).text.mode if mode is None else mode)
     go_on(-(-_behind(pipeline) // (pipeline.sampling.chunk or 1)))
     live.close()
@@ -185,7 +192,8 @@ def _live(pipeline: Pipeline, told: Sequence[Told], chunks: int, mode: Mode | No
 
 def _clips(pipeline: Pipeline, told: Sequence[Told], at: int) -> list[Stream]:
     """The same of a model that sees all frames at once, which read the first prompt and then the second one."""
-    before, after = _prompts(pipeline, told)
+    before = _first(pipeline, told)
+    after = _second(pipeline, told, before, torch.empty(len(told), 0, 3, *pipeline.size))  # there is none yet
     first, second = (Conditioning(pipeline.text.encode(said)).to(pipeline.device) for said in (before, after))
     changed = torch.ones(len(told), dtype=torch.bool, device=pipeline.device)
     told_by_frame = first.changing(second, changed, at, pipeline.export.frames)

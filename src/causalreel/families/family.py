@@ -57,6 +57,8 @@ class Text:
     texts that change within a clip, whose past keeps its own."""
     changes: bool = True
     """Whether another prompt changes a video that plays; where not, the live page begins again with it."""
+    looks: int = 0
+    """Latent frames that `complete` is shown when a prompt changes a video, decoded by themselves; 0: none."""
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,16 @@ class SharedText:
         self.text, self.mesh = text, mesh
         self.length, self.width = text.length, text.width
 
-    def complete(self, prompt: str, seed: int, picture: Tensor | None = None, *, before: str | None = None) -> str:
-        return self.text.complete(prompt, seed, picture, before=before)
+    def complete(
+        self,
+        prompt: str,
+        seed: int,
+        picture: Tensor | None = None,
+        *,
+        before: str | None = None,
+        seen: Tensor | None = None,
+    ) -> str:
+        return self.text.complete(prompt, seed, picture, before=before, seen=seen)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         return _shared(self.text.encode(prompts) if self.mesh.rank == 0 else None, self.mesh)

@@ -397,3 +397,13 @@ def encode_prompt(pipeline: Pipeline, prompt: str, seed: int = 0, picture: Tenso
     """
     with torch.no_grad():
         return pipeline.text.encode([pipeline.text.complete(prompt, seed, picture)])
+
+
+@torch.no_grad()
+def seen_in(pipeline: Pipeline, latents: Tensor) -> Tensor | None:
+    """The latest latents (B,F,C,h,w) of streams -> frames (B,T,3,H,W) that the encoder is shown when a prompt changes
+    them (`TextEncoder.complete`); None: it looks at none, or these are too few."""
+    looks = families.of(pipeline.export).text.looks
+    if not looks or latents.shape[1] < looks:
+        return None
+    return pipeline.codec.decode(latents[:, -looks:])

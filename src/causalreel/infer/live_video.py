@@ -21,7 +21,7 @@ from causalreel.control.poses import Array
 from causalreel.control.steering import Course, Steering
 from causalreel.control.steering import Frame as Steered
 from causalreel.infer.commands import Command, Mode, Options, Scene
-from causalreel.infer.live import Live, Policy, PolicyKind
+from causalreel.infer.live import Live, Policy, PolicyKind, seen_in
 from causalreel.infer.pipeline import Pipeline
 from causalreel.infer.restyle import Encoded, Feed, GivenVideo, Restyle
 from causalreel.infer.schedule import adapt
@@ -64,6 +64,10 @@ class LiveVideo:
         """What the frames of the latest chunk were told by it."""
         self.scene, self.text = self.encode(scene, begins=True)
         """The scene, and (1,K,E) the prompt in force."""
+        self._before = self.scene.said
+        """The completed prompt in force before the latest command that had one."""
+        self._held: tuple[str | None, Tensor | None] = (None, None)
+        """The completed prompt of the latest chunk, and the latest latents (1,F,C,h,w) under it: not all."""
         self.live: Live | None = None
         self._decode: DecodeStream | None = None
         self._restyle = restyle
@@ -133,6 +137,15 @@ class LiveVideo:
 
     def next_latents(self) -> Tensor:
         """(1,F,C,H,W): the next chunk, a given picture first of all."""
+        latents = self._next_latents()
+        looks = families.of(self.pipeline.export).text.looks
+        if looks:
+            said, held = self._held
+            held = latents if held is None or said != self.scene.said else torch.cat([held, latents], dim=1)
+            self._held = self.scene.said, held[:, -looks:]
+        return latents
+
+    def _next_latents(self) -> Tensor:
         if self.live is not None:
             return self.live.next_chunk(self._fields_of(self.sampling.chunk or 1)).latents
         first, picture = None, self.scene.picture
@@ -151,7 +164,7 @@ class LiveVideo:
             strength=None if self._restyle is None else self._restyle.strength,
             relative=W2C if self.course is not None and W2C in self.pipeline.fields else None,
         )
-        return self.next_latents() if first is None else first
+        return self._next_latents() if first is None else first
 
     def reset(self) -> None:
         """Free all that it holds on its device; the next chunk is the scene's first one. A closed one has none, and
@@ -159,6 +172,7 @@ class LiveVideo:
         if self.live is not None:
             self.live.close()
         self.live = self._decode = None
+        self._held = None, None
         if self._given is not None:
             self._given.close()
             self._given = None
@@ -188,8 +202,21 @@ class LiveVideo:
 
         Drawing what is open takes no picture: only a beginning has one.
         """
+        return self.scene.said == self._completed(before)
+
+    def _completed(self, before: str | None) -> str:
+        """The prompt in force as it changes a video for which `before` holds.
+
+        The encoder is shown the latest frames of a prompt that has held for some. One that has not is not obeyed yet:
+        things go where it sends them, and not where they are seen to go. This depends on no command that an earlier one
+        at the same chunk border hides, so that a record can do without it.
+        """
+        said, held = self._held
+        seen = None if held is None or before != said else seen_in(self.pipeline, held)
         scene = self.scene
-        return scene.said == self.pipeline.text.complete(scene.prompt, scene.seed, None, before=before)
+        return self.pipeline.text.complete(
+            scene.prompt, scene.seed, None, before=before, seen=None if seen is None else seen[0]
+        )
 
     @property
     def prompt_mode(self) -> Mode:
@@ -199,11 +226,17 @@ class LiveVideo:
     def take(self, command: Command, encoded: tuple[Scene, Tensor] | None) -> None:
         """A command takes effect. encoded: what `encode` made of its scene, if it has one."""
         if encoded is not None:
+            self._before = self.scene.said
             self.scene, self.text = encoded
         command.suited(self).apply(self)
 
     def read_prompt(self, mode: Mode, chunks: int) -> None:
-        """Go over to the text in force; see `Live.tell`."""
+        """Go over to the text in force; see `Live.tell`. What it leaves open stays as the latest frames show it, if the
+        encoder looks at them: that is known only now."""
+        if families.of(self.pipeline.export).text.looks:
+            said = self._completed(self._before)
+            with torch.no_grad():
+                self.scene, self.text = replace(self.scene, said=said), self.pipeline.text.encode([said])
         if self.live is not None:
             self.live.tell(self.text, mode=mode, chunks=chunks)
 

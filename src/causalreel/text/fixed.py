@@ -20,7 +20,15 @@ class FixedTextEncoder:
         draws[:, min(tokens, length) :] = 0
         self._rows = draws.to(device)
 
-    def complete(self, prompt: str, seed: int, picture: Tensor | None = None, *, before: str | None = None) -> str:
+    def complete(
+        self,
+        prompt: str,
+        seed: int,
+        picture: Tensor | None = None,
+        *,
+        before: str | None = None,
+        seen: Tensor | None = None,
+    ) -> str:
         """The prompt unchanged."""
         return prompt
 

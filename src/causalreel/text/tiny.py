@@ -10,23 +10,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from causalreel.vocabulary import (
     BACKGROUND_INDEX,
     BACKGROUND_RGB,
     BACKGROUNDS,
+    COLOR_RGB,
+    COLORS,
+    DIRECTIONS,
     SLOTS,
     WORDS,
     background_of,
     complete,
+    parse_caption,
     tokenize,
 )
 
 LENGTH = 16
 WIDTH = 64
 NEAR = 45.0
-"""Levels of 255 by which a background may differ from the world's and still be taken for it."""
+"""Levels of 255 by which a background or an object's colour may differ from the world's and still be taken for it."""
+WATCHED = 5
+"""Frames that show where things go."""
+LEAST = 50
+"""Pixels that an object shows at least; the smallest has 107."""
+WAYS = ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0))
+"""x and y of each word of DIRECTIONS."""
 PLACES = [(slot, index) for slot in SLOTS for index in range(BACKGROUND_INDEX + 1)]
 
 
@@ -49,6 +60,35 @@ def background_in(picture: Tensor) -> str | None:
     return BACKGROUNDS[int(distance.argmin())] if is_even and distance.min() < NEAR else None
 
 
+def directions_in(frames: Tensor, colors: Sequence[str]) -> list[str | None]:
+    """(T,3,H,W) in [-1,1] -> the tiny world's words for where what has each of these colours goes in the last frames;
+    None: it is not there in all of them, or goes nowhere in particular."""
+    shown = (frames[-WATCHED:].detach().float().cpu() + 1) * 127.5
+    if len(shown) < WATCHED:
+        return [None] * len(colors)
+    y, x = torch.meshgrid(*(torch.arange(float(side)) for side in shown.shape[-2:]), indexing="ij")
+    ground = shown.flatten(2).median(-1).values[..., None, None]  # (T,3,1,1)
+
+    def direction(color: str) -> str | None:
+        paint = torch.tensor(COLOR_RGB[COLORS.index(color)]).float()[:, None, None]
+        distance = (shown - paint).abs().amax(1)  # (T,H,W)
+        mask = distance < NEAR
+        if not bool((mask.sum((1, 2)) >= LEAST).all()):
+            return None
+        edged = F.max_pool2d(mask.float(), 3, stride=1, padding=1)
+        mask = edged * (1 - distance / (ground - paint).abs().amax(1)).clamp(0, 1)  # what it covers of each pixel
+        mass = mask.sum((1, 2))
+        at = torch.stack([(mask * one).sum((1, 2)) / mass for one in (x, y)], dim=1)  # (T,2)
+        move, late = at[-1] - at[0], at[-1] - at[WATCHED // 2]
+        ways = torch.tensor(WAYS)
+        along = ways @ move
+        best = int(along.argmax())
+        is_sure = along[best] > max(1.0, 0.9 * float(move.norm())) and ways[best] @ late > 0
+        return DIRECTIONS[best] if is_sure else None
+
+    return [direction(color) for color in colors]
+
+
 class TinyTextEncoder:
     """Implements `types.TextEncoder` for the tiny world's vocabulary; its entries have unit variance.
 
@@ -64,20 +104,32 @@ class TinyTextEncoder:
         self._place_row = {place: next(rows) for place in PLACES}
         self._codes = code_table().to(device, torch.float32) * 0.5**0.5
 
-    def complete(self, prompt: str, seed: int, picture: Tensor | None = None, *, before: str | None = None) -> str:
+    def complete(
+        self,
+        prompt: str,
+        seed: int,
+        picture: Tensor | None = None,
+        *,
+        before: str | None = None,
+        seen: Tensor | None = None,
+    ) -> str:
         """The prompt as a full sentence of the tiny world; see `vocabulary.complete`.
 
         A picture (3,H,W) settles a background that the prompt leaves open. ValueError if the prompt names another one
-        than the picture shows: a video begins as its prompt says.
+        than the picture shows: a video begins as its prompt says. Where things go that are there already is what is
+        `seen` of it, if there is something to be seen: they may have met a wall since they were told.
         """
-        seen = None if picture is None else background_in(picture)
-        named = background_of(prompt) if seen is not None else None
-        if named not in (None, seen):
+        shown = None if picture is None else background_in(picture)
+        named = background_of(prompt) if shown is not None else None
+        if named not in (None, shown):
             raise ValueError(
-                f"the prompt asks for a {named} background, but the picture that the video begins with has a {seen} "
+                f"the prompt asks for a {named} background, but the picture that the video begins with has a {shown} "
                 f"one: {prompt!r}"
             )
-        return complete(prompt, seed, background=seen, before=before)
+        going = None
+        if before is not None and seen is not None:
+            going = directions_in(seen, [one.color for one in parse_caption(before).objects])
+        return complete(prompt, seed, background=shown, before=before, going=going)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> text (B,length,width) float32, one row a describing word, zero rows after the last."""

@@ -205,7 +205,15 @@ class UMT5TextEncoder:
         """Whether the weights are in memory or mapped into it."""
         return self._model is not None
 
-    def complete(self, prompt: str, seed: int, picture: Tensor | None = None, *, before: str | None = None) -> str:
+    def complete(
+        self,
+        prompt: str,
+        seed: int,
+        picture: Tensor | None = None,
+        *,
+        before: str | None = None,
+        seen: Tensor | None = None,
+    ) -> str:
         """The prompt unchanged: it is free text."""
         return prompt
 

@@ -26,10 +26,18 @@ class WalkTextEncoder:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._codes = code_table().to(device, torch.float32) * 0.5**0.5
 
-    def complete(self, prompt: str, seed: int, picture: Tensor | None = None, *, before: str | None = None) -> str:
+    def complete(
+        self,
+        prompt: str,
+        seed: int,
+        picture: Tensor | None = None,
+        *,
+        before: str | None = None,
+        seen: Tensor | None = None,
+    ) -> str:
         """The prompt with everything that it leaves open as it was `before`, or else drawn. A picture says what is
         ahead better than words: only the rest is told then."""
-        del picture
+        del picture, seen
         scene = parse(prompt)
         if before is not None:
             was = parse(before)

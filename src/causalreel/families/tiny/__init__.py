@@ -29,6 +29,7 @@ FAMILY = Family(
         words=SLOTS,
         synonyms=SYNONYMS,
         mode="forget",
+        looks=3,
     ),
     size=(64, 64),
     fps=16.0,
