@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -53,10 +54,12 @@ def test_the_worlds_own_changes_are_faultless(changes: list) -> None:
     assert set(turned) == {1.0} and len(turned) > 10  # what has a wall or the other one in its way is not counted
     steady = [one.steady for one in found if one.steady is not None]
     assert set(steady) == {1.0} and len(steady) > 1
+    stayed = [one.stayed for one in found if one.stayed is not None]
+    assert set(stayed) == {1.0} and len(stayed) > 10
     for video, start, before, after in changes[:8]:
         open_ones = Caption(tuple(dataclasses.replace(o, color="", shape="", size=None) for o in after.objects))
         found_open = judge(video, start, before, after, open_ones)
-        assert found_open == Changed(0, None, found_open.turned, 1, found_open.steady)
+        assert found_open == Changed(0, None, found_open.turned, 1, found_open.steady, found_open.stayed)
 
 
 def test_what_is_not_told_where_to_go_goes_on() -> None:
@@ -115,14 +118,14 @@ def _paint(color: str) -> torch.Tensor:
         ),
         (
             "a green triangle and a red square moves left",
-            "a small green triangle moves quickly and a large red square moves left slowly on a dark background",
+            "a large red square moves left slowly and a small green triangle moves quickly on a dark background",
         ),
         (BEFORE.replace("red", "green"), BEFORE.replace("red", "green")),
     ],
 )
 def test_what_a_change_leaves_open_stays(text: str, after: str) -> None:
-    """By colour, then in order; what is not named goes; of a prompt that names no object all stay. Nobody knows where
-    things go, and none is told."""
+    """By colour, then in order, and in the order in which they stood; what is not named goes; of a prompt that names no
+    object all stay. Nobody knows where things go, and none is told."""
     unknown = [None, None]
     assert complete(text, 0, before=BEFORE, going=unknown) == after == complete(text, 7, before=BEFORE, going=unknown)
 
@@ -142,14 +145,57 @@ def test_what_a_change_leaves_open_stays(text: str, after: str) -> None:
         ),
         (
             "a green triangle moves down and a red square",
-            "a small green triangle moves down quickly and a large red square moves right slowly on a dark background",
-            "a small green triangle moves down quickly and a large red square moves slowly on a dark background",
+            "a large red square moves right slowly and a small green triangle moves down quickly on a dark background",
+            "a large red square moves slowly and a small green triangle moves down quickly on a dark background",
         ),
     ],
 )
 def test_where_things_go_stays_as_it_was_told_or_as_it_is_seen(text: str, as_told: str, as_seen: str) -> None:
     assert complete(text, 0, before=BEFORE) == as_told
     assert complete(text, 0, before=BEFORE, going=[None, "left"]) == as_seen
+
+
+def test_another_object_in_a_colour_that_stays_is_told(changes: list) -> None:
+    """Two objects that exchange their colours: each looks as it was said to, and none stayed."""
+    exchanged = 0
+    for video, start, _, _ in changes:
+        caption = _two(video[start - 1])
+        if caption is None:
+            continue
+        still = video[start - 1].expand(start + 20, -1, -1, -1).clone()
+        assert judge(still, start, caption, caption, caption).stayed == 1
+        one, other = (_paint(spec.color) for spec in caption.objects)
+        is_one, is_other = ((still - paint).abs().amax(1, keepdim=True) < 0.2 for paint in (one, other))
+        moved = torch.where(is_one, other, torch.where(is_other, one, still))
+        still[start:] = moved[start:]
+        exchanged += 1
+        assert judge(still, start, caption, caption, caption).stayed == 0
+    assert exchanged > 3
+
+
+def _two(picture: torch.Tensor) -> Caption | None:
+    """A caption of the two objects that a picture (3,H,W) shows, if it shows two apart."""
+    for colors in itertools.combinations(COLORS, 2):
+        caption = parse_caption(f"a {colors[0]} circle and a {colors[1]} circle on a grey background")
+        found = look(picture[None], caption)
+        if bool(found.found.all()) and (found.centre[0, 0] - found.centre[0, 1]).norm() > 25:
+            return caption
+    return None
+
+
+def test_what_is_said_stands_in_the_order_of_the_completed_sentence() -> None:
+    """The one who stays first, wherever the prompt names it: what is judged is the same object."""
+    turned_round = 0
+    for one in streams.draw(400, seed=17):
+        first, second = complete(one.first, one.seed), one.second
+        after, said = parse_caption(complete(second, one.seed, before=first)), said_of(second, before=first)
+        turned_round += said.objects != said_of(second).objects
+        for whole, spec in zip(after.objects, said.objects, strict=bool(said.objects)):
+            assert all(value in ("", None, getattr(whole, name)) for name, value in vars(spec).items())
+        colors = [spec.color for spec in parse_caption(first).objects]
+        places = [colors.index(spec.color) for spec in after.objects if spec.color in colors]
+        assert places == sorted(places)
+    assert turned_round > 10
 
 
 def test_what_comes_is_drawn_in_a_colour_of_its_own() -> None:
@@ -351,6 +397,22 @@ def test_numbers_of_streams_outlive_a_sheet_that_cannot_be_made(
     monkeypatch.setattr(streams, "play", lambda _, told, **how: (streams.Stream(t, unseen, frames) for t in told))
     streams.run(["two=tiny"], out=tmp_path, streams=2)
     held = json.loads((tmp_path / "changes-two.json").read_text(), parse_constant=pytest.fail)
-    assert held["means"] == {"clean": 1.0, "noise": 0.0, "shown": None, "turned": None, "kept": None, "steady": None}
-    assert held["errors"] == {"clean": 0.0, "noise": 0.0, "shown": None, "turned": None, "kept": None, "steady": None}
+    assert held["means"] == {
+        "clean": 1.0,
+        "noise": 0.0,
+        "shown": None,
+        "turned": None,
+        "kept": None,
+        "steady": None,
+        "stayed": None,
+    }
+    assert held["errors"] == {
+        "clean": 0.0,
+        "noise": 0.0,
+        "shown": None,
+        "turned": None,
+        "kept": None,
+        "steady": None,
+        "stayed": None,
+    }
     assert (tmp_path / "changes.md").is_file()

@@ -189,13 +189,14 @@ def complete(
     """Prompt -> a full sentence in the wording of training; what it leaves open is drawn by (prompt, seed).
 
     background: the one that holds unless the prompt names another. before: the sentence that holds until now, if the
-    prompt changes a video that goes on: then what it leaves open stays as it was (`_succeeding`). going: the directions
-    in which the objects of that sentence go by now, which is not always where it sent them; None: not known, and none
-    is told. Without it they are taken to go where they were sent.
+    prompt changes a video that goes on: then what it leaves open stays as it was, and things are named in the order in
+    which that sentence named them, those that come last (`_succeeding`). going: the directions in which the objects of
+    that sentence go by now, which is not always where it sent them; None: not known, and none is told. Without it they
+    are taken to go where they were sent.
 
     The world's captions name every attribute, and a model trained on them reads a shorter prompt poorly: this is to the
-    tiny world what rewriting prompts is to large models. A full sentence comes back as it was; `tokenize` refuses the
-    rest.
+    tiny world what rewriting prompts is to large models. A full sentence comes back as it was, but for that order;
+    `tokenize` refuses the rest.
     """
     chance = random.Random(f"{seed}/{' '.join(text.split()).lower()}")
     objects, named_background = _gather(text)
@@ -217,8 +218,8 @@ def complete(
 def _succeeding(
     objects: list[dict[str, str]], before: str, going: Sequence[str | None] | None
 ) -> tuple[list[dict[str, str]], str | None, set[int]]:
-    """The objects that a prompt names, filled from those of the sentence before it, the background that was, and the
-    numbers of the objects that were there. Of a prompt that names none all stay.
+    """The objects that a prompt names, filled from those of the sentence before it and in their order, the background
+    that was, and the numbers of the objects that were there. Of a prompt that names none all stay.
     """
     old, background = _gather(before)
     for one, way in zip(old, going or (), strict=going is not None):
@@ -226,8 +227,9 @@ def _succeeding(
         one |= {} if way is None else {"direction": way}
     objects = objects or [{} for _ in old]
     was = matched([one.get("color") for one in old], [one.get("color") for one in objects])
-    stays = {number: old[one] for number, one in enumerate(was) if one is not None}
-    return [stays.get(number, {}) | attributes for number, attributes in enumerate(objects)], background, set(stays)
+    order = _standing(was)
+    stays = {place: old[one] for place, one in enumerate(was[number] for number in order) if one is not None}
+    return [stays.get(place, {}) | objects[number] for place, number in enumerate(order)], background, set(stays)
 
 
 def matched(old: Sequence[str | None], new: Sequence[str | None]) -> list[int | None]:
@@ -245,9 +247,20 @@ def matched(old: Sequence[str | None], new: Sequence[str | None]) -> list[int | 
     return [left.pop(0) if one is None and left else one for one in found]
 
 
-def said_of(text: str) -> Caption:
-    """What a prompt says, with "" for a colour or a shape that it leaves open."""
+def _standing(was: Sequence[int | None]) -> list[int]:
+    """What `matched` found -> the numbers of the later objects, in the order in which they stood before; what comes is
+    last."""
+    return sorted(range(len(was)), key=lambda number: (was[number] is None, was[number] or 0))
+
+
+def said_of(text: str, *, before: str | None = None) -> Caption:
+    """What a prompt says, with "" for a colour or a shape that it leaves open; its objects in the order in which
+    `complete` has them behind the sentence `before`."""
     objects, background = _gather(text)
+    if before is not None:
+        old, _ = _gather(before)
+        was = matched([one.get("color") for one in old], [one.get("color") for one in objects])
+        objects = [objects[number] for number in _standing(was)]
     return Caption(tuple(ObjectSpec(**({"color": "", "shape": ""} | attributes)) for attributes in objects), background)
 
 

@@ -44,6 +44,8 @@ DRAWN = 0.2
 """Distance from the background above which a pixel is drawn on."""
 HEADED = 5
 """Frames before a change that show where things went."""
+STAYS = 4
+"""Pixels by which a centre may be off while its object changes, beside its movement."""
 NEAR = 12
 """Pixels between two objects that may bounce off each other at once."""
 REACH = 16
@@ -70,6 +72,8 @@ class Changed:
     """Share of what the new caption does not name (colour, shape, size, background) that is as before."""
     steady: float | None = None
     """Share of objects not told where to go, with room to go on, that go on as they went."""
+    stayed: float | None = None
+    """Share of objects in a colour that stays that are where they were, and not another one in their colour."""
 
 
 def judge(video: Tensor, start: int, before: Caption, after: Caption, said: Caption) -> Changed:
@@ -87,6 +91,7 @@ def judge(video: Tensor, start: int, before: Caption, after: Caption, said: Capt
         turned=_mean(_turned(new, after, said, video.shape[-2:])),
         kept=_mean(_kept(new, after, said)),
         steady=None if start < HEADED else _mean(_steady(video, start, new, before, after, said)),
+        stayed=_mean(_stayed(video[start - 1 : start], new, before, after)),
     )
 
 
@@ -176,6 +181,18 @@ def _kept(sight: Sight, after: Caption, said: Caption) -> Iterable[bool]:
             yield found and SHAPES.index(whole.shape) == int(sight.shape[at, i])
         if spec.size is None and whole.size is not None:
             yield found and SIZES.index(whole.size) == int(sight.size[at, i])
+
+
+def _stayed(last: Tensor, sight: Sight, before: Caption, after: Caption) -> Iterable[bool]:
+    """Of each object in a colour that both captions name: whether that colour goes on from where it was in the last
+    frame (1,3,H,W), from frame to frame until `SHOWN_BY`."""
+    old, colors = look(last, before), [one.color for one in after.objects]
+    for was, spec in enumerate(before.objects):
+        if spec.color in colors and bool(old.found[0, was]):
+            i, number = colors.index(spec.color), torch.arange(1, SHOWN_BY + 2)
+            away = (sight.centre[: SHOWN_BY + 1, i] - old.centre[0, was]).norm(dim=-1)
+            is_near = away <= max(SPEED_PIXELS) * number + STAYS
+            yield bool((sight.found[: SHOWN_BY + 1, i] & is_near).all())
 
 
 def _turned(sight: Sight, after: Caption, said: Caption, size: Sequence[int]) -> Iterable[bool]:

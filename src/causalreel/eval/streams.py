@@ -48,7 +48,7 @@ from causalreel.vocabulary import (
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("clean", "noise", "shown", "turned", "kept", "steady")
+COLUMNS = ("clean", "noise", "shown", "turned", "kept", "steady", "stayed")
 """Of the table: share of the streams without a foreign frame, then the means of `Changed`."""
 PAGE = ", examples of the page"
 """What is added to a model's name in the row of these."""
@@ -211,7 +211,7 @@ def _clips(pipeline: Pipeline, told: Sequence[Told], at: int) -> list[Stream]:
 def _judged(told: Told, frames: Tensor, before: str, after: str, start: int) -> Stream:
     """frames (T,H,W,3) uint8, of which the one at `start` is the first under the second prompt."""
     shown, new = frames.movedim(-1, 1), parse_caption(after)  # (T,3,H,W)
-    said = said_of(told.second)
+    said = said_of(told.second, before=before)
     if not said.objects:  # it names none, and all stay
         said = dataclasses.replace(said, objects=(ObjectSpec("", ""),) * len(new.objects))
     result = judge(shown / 127.5 - 1, start, parse_caption(before), new, said)
@@ -237,6 +237,7 @@ def _columns(streams: Sequence[Stream]) -> dict[str, Tensor]:
         "turned": column(r.turned for r in results),
         "kept": column(r.kept for r in results),
         "steady": column(r.steady for r in results),
+        "stayed": column(r.stayed for r in results),
     }
 
 
