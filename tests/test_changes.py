@@ -26,7 +26,7 @@ from causalreel.infer.schedule import Schedule
 from causalreel.rollout import Chunk, KeyedNoise
 from causalreel.serve.session import Session
 from causalreel.types import Conditioning
-from causalreel.vocabulary import COLORS, Caption, complete, parse_caption, said_of
+from causalreel.vocabulary import COLORS, Caption, complete, parse_caption, retold, said_of
 
 BEFORE = "a large red circle moves right slowly and a small blue square moves up quickly on a dark background"
 
@@ -181,6 +181,45 @@ def _two(picture: torch.Tensor) -> Caption | None:
         if bool(found.found.all()) and (found.centre[0, 0] - found.centre[0, 1]).norm() > 25:
             return caption
     return None
+
+
+@pytest.mark.parametrize(
+    ("after", "past"),
+    [
+        ("a red square on a grey background", BEFORE),
+        (
+            "a blue square on a grey background",
+            "a small blue square moves up quickly and a large red circle moves right slowly on a dark background",
+        ),
+        ("a green square and a yellow circle on a grey background", BEFORE),
+        ("a red circle and a green square on a grey background", BEFORE),
+        (
+            "a blue circle and a green square on a grey background",
+            "a small blue square moves up quickly and a large red circle moves right slowly on a dark background",
+        ),
+    ],
+)
+def test_the_past_is_told_in_the_order_of_what_becomes_of_it(after: str, past: str) -> None:
+    assert retold(BEFORE, after) == past and retold(past, after) == past
+
+
+@pytest.mark.parametrize(
+    "text", ["a red circle", "a green square and a red circle moves left", "a red circle moves up"]
+)
+def test_the_one_whose_colour_is_named_stays_where_it_is(tiny: Pipeline, text: str) -> None:
+    """Whether it was the first or the second, and another prompt at the same border leaves nothing behind."""
+    told = "a small blue square moves up slowly and a large red circle moves down slowly on a grey background"
+    session, frames = Session(tiny, Options(told, seed=4)), []
+    frames += [made.frames for made in (session.next_chunk() for _ in range(6)) if made is not None]
+    session.command("prompt", text="a small blue square moves left quickly on a dark background")
+    session.command("prompt", text=f"{text} on a grey background")
+    frames += [made.frames for made in (session.next_chunk() for _ in range(4)) if made is not None]
+    shown = torch.cat(frames)[20:].movedim(-1, 1) / 127.5 - 1
+    red = look(shown, parse_caption("a red circle on a grey background"))
+    assert bool(red.found.all())
+    assert float((red.centre[1:, 0] - red.centre[:-1, 0]).norm(dim=-1).max()) < 4
+    again = Session.replay(tiny, session.record())
+    assert all(torch.equal(chunk.frames, shown) for chunk, shown in zip(again, frames, strict=True))
 
 
 def test_what_is_said_stands_in_the_order_of_the_completed_sentence() -> None:

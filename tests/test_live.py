@@ -187,13 +187,19 @@ def test_switch_keeps_the_cache() -> None:
     assert (new - changed(made, "recompute")[2]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("is_retold", [False, True])
 @pytest.mark.parametrize(("chunk", "left"), [(1, 2), (2, 2), (4, 4)])
-def test_forget_begins_behind_two_frames_or_a_chunk_and_what_those_were_told(chunk: int, left: int) -> None:
+def test_forget_begins_behind_two_frames_or_a_chunk_and_what_those_were_told(
+    chunk: int, left: int, is_retold: bool
+) -> None:
+    """Or what they are told now in place of it."""
     made = pipeline(Sampling(chunk, (1000.0, 500.0)))
     texts = [encode_prompt(made, prompt, 3) for prompt in PROMPTS[:2]]
     live = Live(made, texts[0], seed=3, policy=Policy("renew", 16, 8))
     old = torch.cat([live.next_chunk().latents for _ in range(8 // chunk)], dim=1)
-    live.tell(texts[1], mode="forget")
+    past = encode_prompt(made, "a yellow square", 3) if is_retold else None
+    live.tell(texts[1], mode="forget", past=past)
+    texts[0] = texts[0] if past is None else past
     new = torch.cat([live.next_chunk().latents for _ in range(2)], dim=1)
     said = Conditioning(torch.stack(texts, dim=1), prompts=(0,) * left + (1,) * 2 * chunk)
     close(new, behind(made, old[:, -left:], 2 * chunk, base=8 - left, text=said))

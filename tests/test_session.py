@@ -26,6 +26,7 @@ from causalreel.serve import session as module
 from causalreel.serve.emitted import Timings
 from causalreel.serve.records import Recorded, checked_record, parse_record, read_record
 from causalreel.serve.session import Options, Session
+from causalreel.vocabulary import retold
 from causalreel.weights.export import Sampling
 from ceilings import examples, work_within
 from test_infer import PROMPTS, pipeline
@@ -99,7 +100,9 @@ def test_modes_reach_the_stream(mode: str, monkeypatch: pytest.MonkeyPatch) -> N
     one.command("prompt", text=PROMPTS[1], mode=mode, chunks=3)
     one.next_chunk()
     ((text, how),) = told
-    assert how == {"mode": mode, "chunks": 3} and torch.equal(text, one.pipeline.text.encode([PROMPTS[1]]))
+    past, encode = how.pop("past"), one.pipeline.text.encode
+    assert how == {"mode": mode, "chunks": 3} and torch.equal(text, encode([PROMPTS[1]]))
+    assert torch.equal(past, encode([retold(PROMPTS[0], PROMPTS[1])]))
 
 
 def test_pause_step_resume() -> None:

@@ -247,6 +247,16 @@ def matched(old: Sequence[str | None], new: Sequence[str | None]) -> list[int | 
     return [left.pop(0) if one is None and left else one for one in found]
 
 
+def retold(before: str, after: str) -> str:
+    """The completed sentence before a change, its objects in the order of those that they become in the one behind it,
+    those that go last: as true as it was, and what is there has its place in both."""
+    old, new = parse_caption(before), parse_caption(after)
+    became = matched([one.color for one in old.objects], [one.color for one in new.objects])
+    order = [one for one in became if one is not None]
+    order += [one for one in range(len(old.objects)) if one not in order]
+    return compose(Caption(tuple(old.objects[one] for one in order), old.background))
+
+
 def _standing(was: Sequence[int | None]) -> list[int]:
     """What `matched` found -> the numbers of the later objects, in the order in which they stood before; what comes is
     last."""

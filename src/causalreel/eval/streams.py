@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,7 +184,10 @@ def _live(pipeline: Pipeline, told: Sequence[Told], chunks: int, mode: Mode | No
 
     start = go_on(chunks)
     after = _second(pipeline, told, before, seen_in(pipeline, torch.cat(latents, dim=1)))
-    live.tell(pipeline.text.encode(after), mode=families.of(pipeline.export).text.mode if mode is None else mode)
+    family = families.of(pipeline.export).text
+    past = before if family.retold is None else [family.retold(*both) for both in zip(before, after, strict=True)]
+    how: dict[str, Any] = {"mode": family.mode if mode is None else mode, "past": pipeline.text.encode(past)}
+    live.tell(pipeline.text.encode(after), **how)
     go_on(-(-_behind(pipeline) // (pipeline.sampling.chunk or 1)))
     live.close()
     shown = torch.cat(frames, dim=1)

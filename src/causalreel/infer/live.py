@@ -157,8 +157,9 @@ class Live:
         self._origin: Tensor | None = None
         """c2w (1,1,4,4) of the segment's first frame."""
 
-    def tell(self, text: Tensor, *, mode: Mode = "recompute", chunks: int = 4) -> None:
-        """Another prompt from the next chunk on.
+    def tell(self, text: Tensor, *, mode: Mode = "recompute", chunks: int = 4, past: Tensor | None = None) -> None:
+        """Another prompt from the next chunk on. past, as text: what the latest frames are told in place of their own
+        where they are read again; none for a fade.
 
         switch: new frames read the new text; those of the past stay as they were read under the old one, and read that
         again where a new segment begins with them.
@@ -177,6 +178,9 @@ class Live:
             return
         self._fade = None
         self._say(text)
+        if past is not None and len(self._spans) > 1:
+            told = replace(self._conditioning, text=past.to(self.pipeline.device))
+            self._spans[-2] = self._spans[-2][0], self._prepare(told)
         if mode != "switch":
             self._renewal, self._segment = mode, None
 

@@ -233,12 +233,15 @@ class LiveVideo:
     def read_prompt(self, mode: Mode, chunks: int) -> None:
         """Go over to the text in force; see `Live.tell`. What it leaves open stays as the latest frames show it, if the
         encoder looks at them: that is known only now."""
-        if families.of(self.pipeline.export).text.looks:
+        family, past = families.of(self.pipeline.export).text, None
+        if family.looks:
             said = self._completed(self._before)
             with torch.no_grad():
                 self.scene, self.text = replace(self.scene, said=said), self.pipeline.text.encode([said])
+                if family.retold is not None and self._held[0] is not None:
+                    past = self.pipeline.text.encode([family.retold(self._held[0], said)])
         if self.live is not None:
-            self.live.tell(self.text, mode=mode, chunks=chunks)
+            self.live.tell(self.text, mode=mode, chunks=chunks, past=past)
 
     def sampling_of(self, steps: int) -> Sampling:
         """How chunks are made with so many steps; ValueError."""

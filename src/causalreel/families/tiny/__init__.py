@@ -9,7 +9,7 @@ from causalreel.codecs.wan_vae import vae_config
 from causalreel.families.family import Decoder, Family, Text
 from causalreel.nn.presets import PRESETS
 from causalreel.text.tiny import TinyTextEncoder
-from causalreel.vocabulary import SLOTS, SYNONYMS
+from causalreel.vocabulary import SLOTS, SYNONYMS, retold
 
 EXAMPLES = (
     "a large red circle moves right slowly on a dark background",
@@ -30,6 +30,7 @@ FAMILY = Family(
         synonyms=SYNONYMS,
         mode="forget",
         looks=3,
+        retold=retold,
     ),
     size=(64, 64),
     fps=16.0,
