@@ -208,8 +208,8 @@ class LiveVideo:
         """The prompt in force as it changes a video for which `before` holds.
 
         The encoder is shown the latest frames of a prompt that has held for some. One that has not is not obeyed yet:
-        things go where it sends them, and not where they are seen to go. This depends on no command that an earlier one
-        at the same chunk border hides, so that a record can do without it.
+        things go where it sends them, and not where they are seen to go. Commands that take effect at the same chunk
+        border count only by `before`, so that a record can do without those that are superseded.
         """
         said, held = self._held
         seen = None if held is None or before != said else seen_in(self.pipeline, held)
