@@ -310,8 +310,26 @@ def test_what_nobody_tells_where_to_go_goes_on_as_it_is_seen_to_go(tiny: Pipelin
     session.command("prompt", text="a square")
     go_on(3)
     assert parse_caption(session.video.scene.said or "").objects[0].direction == "up"
+    session.command("prompt", text="a circle moves down")
+    session.command("prompt", text="on a grey background")  # behind what no frame shows yet
+    session.take_commands()
+    assert parse_caption(session.video.scene.said or "").objects[0].direction == "down"
+    go_on(1)
     again = Session.replay(tiny, session.record())
     assert all(torch.equal(chunk.frames, shown) for chunk, shown in zip(again, frames, strict=True))
+
+
+def test_streams_are_told_as_a_session_tells_them(tiny: Pipeline) -> None:
+    """Behind a wall, of the second of two alone, and of two in the other order."""
+    pair = "a small blue square moves up slowly and a large red circle moves down slowly on a grey background"
+    told = [
+        streams.Told(1, "a large red circle moves right quickly on a dark background", "a blue square", at=14),
+        streams.Told(4, pair, "a red circle on a grey background", at=6),
+        streams.Told(5, pair, "a small red circle moves left quickly and a blue square on a dark background", at=4),
+    ]
+    wall, second, other = (stream.result for one in told for stream in streams.play(tiny, [one]))
+    assert wall.steady == 1 and second.stayed == 1
+    assert other.stayed == 1 and other.turned == 1
 
 
 @pytest.mark.parametrize("said", [{}, {"mode": None}, {"mode": "recompute"}])
