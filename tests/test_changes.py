@@ -319,11 +319,22 @@ def test_what_nobody_tells_where_to_go_goes_on_as_it_is_seen_to_go(tiny: Pipelin
     assert all(torch.equal(chunk.frames, shown) for chunk, shown in zip(again, frames, strict=True))
 
 
+def test_what_was_seen_before_a_video_begins_again_is_forgotten(tiny: Pipeline) -> None:
+    session = Session(tiny, Options("a large red circle moves left quickly on a dark background", seed=1))
+    for _ in range(8):
+        session.next_chunk()
+    session.command("restart")
+    session.next_chunk()
+    session.command("prompt", text="a blue square")
+    session.take_commands()
+    assert session.video.scene.said == "a large blue square moves left quickly on a dark background"
+
+
 def test_streams_are_told_as_a_session_tells_them(tiny: Pipeline) -> None:
     """Behind a wall, of the second of two alone, and of two in the other order."""
     pair = "a small blue square moves up slowly and a large red circle moves down slowly on a grey background"
     told = [
-        streams.Told(1, "a large red circle moves right quickly on a dark background", "a blue square", at=14),
+        streams.Told(1, "a large red circle moves left quickly on a dark background", "a blue square", at=8),
         streams.Told(4, pair, "a red circle on a grey background", at=6),
         streams.Told(5, pair, "a small red circle moves left quickly and a blue square on a dark background", at=4),
     ]

@@ -10,7 +10,7 @@ import torch
 from causalreel.data.world import WorldConfig, prompts, render, simulate
 from causalreel.text.tiny import WAYS, TinyTextEncoder, code_table, directions_in
 from causalreel.types import TextEncoder
-from causalreel.vocabulary import COLORS, DIRECTIONS, complete, parse_caption
+from causalreel.vocabulary import COLOR_RGB, COLORS, DIRECTIONS, complete, parse_caption
 
 PROMPT = "a large red circle moves right slowly and a small blue square moves up quickly on a dark background"
 
@@ -107,3 +107,11 @@ def test_where_things_go_is_read_from_the_last_frames() -> None:
     assert directions_in(one[:5], [COLORS[state.color[0, 0] - 1]]) == [None] or state.present[0, 1]  # not there
     assert directions_in(one[:1].expand(5, -1, -1, -1), [here]) == [None]  # stands
     assert directions_in(torch.full((9, 3, 32, 32), torch.nan), [here]) == [None]
+
+
+def test_what_has_just_turned_round_goes_nowhere_for_sure() -> None:
+    frames = torch.full((5, 3, 64, 64), -0.8)
+    for frame, left in zip(frames, (10, 16, 22, 21, 20), strict=True):
+        frame[:, 20:32, left : left + 12] = torch.tensor(COLOR_RGB[0]).view(3, 1, 1) / 127.5 - 1
+    assert directions_in(frames[:3].repeat_interleave(2, dim=0), [COLORS[0]]) == ["right"]
+    assert directions_in(frames, [COLORS[0]]) == [None]
