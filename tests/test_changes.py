@@ -409,14 +409,16 @@ def test_a_model_of_whole_clips_reads_the_second_prompt_from_the_change_on(monke
         read.append(conditioning)
         return as_it_is(self, plan, conditioning, noise, batch=batch)
 
-    told = streams.Told(5, "a large red circle moves right slowly on a dark background", "a blue square", at=14)
+    first, second = "a large red circle moves right slowly", "a small blue square moves up quickly"
+    told = streams.Told(5, f"{first} and {second} on a dark background", "a large blue square", at=14)
     monkeypatch.setattr(Pipeline, "rollout", rollout)
     (stream,) = streams.play(pipeline, [told])
     prompts, text = read[0].prompts, read[0].text
     assert stream.told.at == 12 - 5 == list(prompts).index(1) and set(prompts) == {0, 1} and len(prompts) == 12
     unseen = torch.empty(0, 3, 64, 64)
-    both = told.first, pipeline.text.complete(told.second, told.seed, before=told.first, seen=unseen)
-    assert both[1] == "a large blue square moves slowly on a dark background"
+    after = pipeline.text.complete(told.second, told.seed, before=told.first, seen=unseen)
+    assert after == "a large blue square moves quickly on a dark background"
+    both = f"{second} and {first} on a dark background", after  # what stays has its place in both
     assert torch.equal(text[-1].float(), pipeline.text.encode(both).float())  # the row that is not guided away from
     assert stream.frames.shape == (streams.BEFORE + streams.BEHIND, 3, 64, 64)
     with pytest.raises(ValueError, match="mode is of live videos"):

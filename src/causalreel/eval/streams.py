@@ -168,6 +168,12 @@ def _second(pipeline: Pipeline, told: Sequence[Told], before: list[str], seen: T
     return [pipeline.text.complete(one.second, one.seed, before=held, seen=frames) for one, held, frames in rows]
 
 
+def _retold(pipeline: Pipeline, before: list[str], after: list[str]) -> list[str]:
+    """What holds before each change, as it is told anew for it."""
+    tell = families.of(pipeline.export).text.retold
+    return before if tell is None else [tell(*both) for both in zip(before, after, strict=True)]
+
+
 def _live(pipeline: Pipeline, told: Sequence[Told], chunks: int, mode: Mode | None) -> list[Stream]:
     """Live videos that are told another prompt behind so many chunks."""
     before = _first(pipeline, told)
@@ -184,9 +190,9 @@ def _live(pipeline: Pipeline, told: Sequence[Told], chunks: int, mode: Mode | No
 
     start = go_on(chunks)
     after = _second(pipeline, told, before, seen_in(pipeline, torch.cat(latents, dim=1)))
-    family = families.of(pipeline.export).text
-    past = before if family.retold is None else [family.retold(*both) for both in zip(before, after, strict=True)]
-    how: dict[str, Any] = {"mode": family.mode if mode is None else mode, "past": pipeline.text.encode(past)}
+    usual = families.of(pipeline.export).text.mode
+    past = pipeline.text.encode(_retold(pipeline, before, after))
+    how: dict[str, Any] = {"mode": usual if mode is None else mode, "past": past}
     live.tell(pipeline.text.encode(after), **how)
     go_on(-(-_behind(pipeline) // (pipeline.sampling.chunk or 1)))
     live.close()
@@ -198,7 +204,8 @@ def _clips(pipeline: Pipeline, told: Sequence[Told], at: int) -> list[Stream]:
     """The same of a model that sees all frames at once, which read the first prompt and then the second one."""
     before = _first(pipeline, told)
     after = _second(pipeline, told, before, torch.empty(len(told), 0, 3, *pipeline.size))  # there is none yet
-    first, second = (Conditioning(pipeline.text.encode(said)).to(pipeline.device) for said in (before, after))
+    past = _retold(pipeline, before, after)
+    first, second = (Conditioning(pipeline.text.encode(said)).to(pipeline.device) for said in (past, after))
     changed = torch.ones(len(told), dtype=torch.bool, device=pipeline.device)
     told_by_frame = first.changing(second, changed, at, pipeline.export.frames)
     plan = pipeline.schedule()
