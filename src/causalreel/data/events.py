@@ -56,8 +56,6 @@ class Change:
     """(B,) long."""
     named: Tensor
     """(B,N) bool: the direction is said."""
-    swapped: Tensor
-    """(B,) bool: the caption names the second slot first."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Change:
         return Change(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
@@ -89,7 +87,6 @@ def nothing(classes: dict[str, Tensor], background: Tensor, present: Tensor, fra
         background=background,
         present=present,
         named=said,
-        swapped=torch.zeros_like(background, dtype=torch.bool),
         **classes,
     )
 
@@ -141,7 +138,6 @@ def wanted_events(first: Change, uniform: Tensor, config: WorldConfig) -> Change
         color=color,
         present=present,
         background=background,
-        swapped=torch.zeros_like(anew),
         **table,
     )
     return first.where(happens, _matched(first, wanted) if count > 1 else wanted)
@@ -188,7 +184,6 @@ def _matched(first: Change, wanted: Change) -> Change:
         speed=placed(wanted.speed),
         named=placed(wanted.named) | ~there,
         present=placed(wanted.present),
-        swapped=crossed & two,
     )
 
 

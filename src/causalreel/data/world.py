@@ -243,31 +243,28 @@ def captions(state: WorldState) -> list[str]:
 
 
 def told(state: WorldState) -> list[tuple[tuple[int, str], ...]]:
-    """State -> for every clip its captions, each with the latent frame from which it holds: (0, ...), (6, ...)."""
-    firsts = captions(state)
+    """State -> for every clip its captions, each with the latent frame from which it holds: (0, ...), (6, ...).
+
+    An object has one place in both, as in what sessions tell a model (`vocabulary.complete`, `vocabulary.retold`): of
+    two of which the second stays alone, the first caption names that one first.
+    """
+    firsts = specs(state)
     change = state.change
     if change is None:
-        return [((0, text),) for text in firsts]
+        return [((0, compose(first)),) for first in firsts]
     config, found = state.config, []
     later = specs(dataclasses.replace(state, **{f: getattr(change, f) for f in _CLASSES}))
-    rows = zip(
-        firsts,
-        later,
-        change.start.tolist(),
-        change.swapped.tolist(),
-        change.named.tolist(),
-        change.present.tolist(),
-        strict=True,
-    )
-    for text, new, start, is_swapped, said, present in rows:
+    rows = zip(firsts, later, change.start.tolist(), change.named.tolist(), change.present.tolist(), strict=True)
+    for first, new, start, said, present in rows:
         if start >= config.frames:
-            found.append(((0, text),))
+            found.append(((0, compose(first)),))
             continue
+        if not present[0]:  # the first one goes: the one that stays has its place in both
+            first = Caption(first.objects[::-1], first.background)
         kept = [is_said for is_said, is_there in zip(said, present, strict=True) if is_there]
         objects = [o if s else dataclasses.replace(o, direction=None) for o, s in zip(new.objects, kept, strict=True)]
-        objects = objects[::-1] if is_swapped else objects
         latent = (start - 1) // config.latent + 1
-        found.append(((0, text), (latent, compose(Caption(tuple(objects), new.background)))))
+        found.append(((0, compose(first)), (latent, compose(Caption(tuple(objects), new.background)))))
     return found
 
 
