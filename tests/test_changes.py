@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from causalreel.eval.changes import Changed, clean, judge
 from causalreel.eval.reading import look
 from causalreel.eval.run import many_step
 from causalreel.infer.commands import Options, Prompt, Restart
+from causalreel.infer.live import Live
 from causalreel.infer.live_video import LiveVideo
 from causalreel.infer.models import load
 from causalreel.infer.pipeline import Pipeline
@@ -204,6 +206,21 @@ def test_the_past_is_told_in_the_order_of_what_becomes_of_it(after: str, past: s
 
 
 @pytest.mark.parametrize(
+    ("after", "going", "now"),
+    [
+        ("moves right", "left", "left"),  # it has turned, and is to turn again
+        ("moves right", None, "right"),  # nowhere in particular
+        ("moves up", "left", "right"),  # another direction is told anyway
+        ("", "left", "right"),  # nobody says, and it goes on as it is seen to go
+    ],
+)
+def test_what_is_sent_again_where_it_was_sent_is_said_to_have_turned(after: str, going: str | None, now: str) -> None:
+    ways = [going, "down"]
+    told = complete(f"a red square {after} and a blue square", 0, before=BEFORE, going=ways)
+    assert retold(BEFORE, told, ways) == BEFORE.replace("right", now)
+
+
+@pytest.mark.parametrize(
     "text", ["a red circle", "a green square and a red circle moves left", "a red circle moves up"]
 )
 def test_the_one_whose_colour_is_named_stays_where_it_is(tiny: Pipeline, text: str) -> None:
@@ -328,6 +345,28 @@ def test_what_was_seen_before_a_video_begins_again_is_forgotten(tiny: Pipeline) 
     session.command("prompt", text="a blue square")
     session.take_commands()
     assert session.video.scene.said == "a large blue square moves left quickly on a dark background"
+
+
+def test_what_met_a_wall_is_said_to_have_turned_when_it_is_sent_there_again(
+    tiny: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the very same prompt, too: the past is said to go as it does. A session tells it as the evaluation does."""
+    first, pasts, as_it_is = "a large red circle moves left quickly on a dark background", [], Live.tell
+
+    def tell(self: Live, text: torch.Tensor, *, past: torch.Tensor | None = None, **how: Any) -> None:
+        pasts.append(past)
+        as_it_is(self, text, past=past, **how)
+
+    monkeypatch.setattr(Live, "tell", tell)
+    list(streams.play(tiny, [streams.Told(1, first, first, at=8)]))
+    session = Session(tiny, Options(first, seed=1))
+    for _ in range(8):
+        session.next_chunk()
+    session.command("prompt", text=first)
+    session.next_chunk()
+    assert len(pasts) == 2
+    for past in pasts:
+        assert torch.equal(past, tiny.text.encode([first.replace("left", "right")]))
 
 
 def test_streams_are_told_as_a_session_tells_them(tiny: Pipeline) -> None:

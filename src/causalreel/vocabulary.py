@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from causalreel.foreign import shown
@@ -247,14 +247,21 @@ def matched(old: Sequence[str | None], new: Sequence[str | None]) -> list[int | 
     return [left.pop(0) if one is None and left else one for one in found]
 
 
-def retold(before: str, after: str) -> str:
-    """The completed sentence before a change, its objects in the order of those that they become in the one behind it,
-    those that go last: as true as it was, and what is there has its place in both."""
+def retold(before: str, after: str, going: Sequence[str | None] | None = None) -> str:
+    """The completed sentence before a change, as it is told where it is read again: its objects in the order of those
+    that they become in the sentence behind it, those that go last, so that what is there has its place in both.
+
+    going: the directions in which its objects go by now; None: not known. One that has turned since it was told, and is
+    now told the same direction again, is said to go as it does: two sentences that say the same ask for nothing.
+    """
     old, new = parse_caption(before), parse_caption(after)
-    became = matched([one.color for one in old.objects], [one.color for one in new.objects])
+    objects, became = list(old.objects), matched([one.color for one in old.objects], [one.color for one in new.objects])
+    for is_to, was in zip(new.objects, became, strict=True):
+        if was is not None and going is not None and is_to.direction == objects[was].direction:
+            objects[was] = replace(objects[was], direction=going[was] or is_to.direction)
     order = [one for one in became if one is not None]
-    order += [one for one in range(len(old.objects)) if one not in order]
-    return compose(Caption(tuple(old.objects[one] for one in order), old.background))
+    order += [one for one in range(len(objects)) if one not in order]
+    return compose(Caption(tuple(objects[one] for one in order), old.background))
 
 
 def _standing(was: Sequence[int | None]) -> list[int]:

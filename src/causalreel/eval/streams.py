@@ -168,10 +168,10 @@ def _second(pipeline: Pipeline, told: Sequence[Told], before: list[str], seen: T
     return [pipeline.text.complete(one.second, one.seed, before=held, seen=frames) for one, held, frames in rows]
 
 
-def _retold(pipeline: Pipeline, before: list[str], after: list[str]) -> list[str]:
-    """What holds before each change, as it is told anew for it."""
-    tell = families.of(pipeline.export).text.retold
-    return before if tell is None else [tell(*both) for both in zip(before, after, strict=True)]
+def _retold(pipeline: Pipeline, before: list[str], after: list[str], seen: Tensor | None) -> list[str]:
+    """What holds before each change, as it is told anew for it; seen: as of `_second`."""
+    tell, shown = families.of(pipeline.export).text.retold, [None] * len(before) if seen is None else seen
+    return before if tell is None else [tell(*one) for one in zip(before, after, shown, strict=True)]
 
 
 def _live(pipeline: Pipeline, told: Sequence[Told], chunks: int, mode: Mode | None) -> list[Stream]:
@@ -189,9 +189,10 @@ def _live(pipeline: Pipeline, told: Sequence[Told], chunks: int, mode: Mode | No
         return sum(made.shape[1] for made in frames)
 
     start = go_on(chunks)
-    after = _second(pipeline, told, before, seen_in(pipeline, torch.cat(latents, dim=1)))
+    seen = seen_in(pipeline, torch.cat(latents, dim=1))
+    after = _second(pipeline, told, before, seen)
     usual = families.of(pipeline.export).text.mode
-    past = pipeline.text.encode(_retold(pipeline, before, after))
+    past = pipeline.text.encode(_retold(pipeline, before, after, seen))
     how: dict[str, Any] = {"mode": usual if mode is None else mode, "past": past}
     live.tell(pipeline.text.encode(after), **how)
     go_on(-(-_behind(pipeline) // (pipeline.sampling.chunk or 1)))
@@ -203,8 +204,9 @@ def _live(pipeline: Pipeline, told: Sequence[Told], chunks: int, mode: Mode | No
 def _clips(pipeline: Pipeline, told: Sequence[Told], at: int) -> list[Stream]:
     """The same of a model that sees all frames at once, which read the first prompt and then the second one."""
     before = _first(pipeline, told)
-    after = _second(pipeline, told, before, torch.empty(len(told), 0, 3, *pipeline.size))  # there is none yet
-    past = _retold(pipeline, before, after)
+    seen = torch.empty(len(told), 0, 3, *pipeline.size)  # there is none yet
+    after = _second(pipeline, told, before, seen)
+    past = _retold(pipeline, before, after, seen)
     first, second = (Conditioning(pipeline.text.encode(said)).to(pipeline.device) for said in (past, after))
     changed = torch.ones(len(told), dtype=torch.bool, device=pipeline.device)
     told_by_frame = first.changing(second, changed, at, pipeline.export.frames)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from causalreel.codecs.codec import Codec, CodecKind
 from causalreel.control.steering import Steering
@@ -59,9 +60,9 @@ class Text:
     """Whether another prompt changes a video that plays; where not, the live page begins again with it."""
     looks: int = 0
     """Latent frames that `complete` is shown when a prompt changes a video, decoded by themselves; 0: none."""
-    retold: Callable[[str, str], str] | None = None
-    """The completed prompts before and behind a change -> what frames of the past are told when they are read again, in
-    place of the former; None: the former."""
+    retold: Callable[[str, str, Tensor | None], str] | None = None
+    """The completed prompts before and behind a change, and what `complete` is shown -> what frames of the past are
+    told when they are read again, in place of the former; None: the former."""
 
 
 @dataclass(frozen=True)

@@ -202,21 +202,25 @@ class LiveVideo:
 
         Drawing what is open takes no picture: only a beginning has one.
         """
-        return self.scene.said == self._completed(before)
+        return self.scene.said == self._completed(before, self._seen(before))
 
-    def _completed(self, before: str | None) -> str:
-        """The prompt in force as it changes a video for which `before` holds.
+    def _seen(self, before: str | None) -> Tensor | None:
+        """What the encoder is shown of a video for which `before` holds: the latest frames (T,3,H,W), if that prompt
+        has held for some.
 
-        The encoder is shown the latest frames of a prompt that has held for some. One that has not is not obeyed yet:
-        things go where it sends them, and not where they are seen to go. Commands that take effect at the same chunk
-        border count only by `before`, so that a record can do without those that are superseded.
+        One that has not is not obeyed yet: things go where it sends them, and not where they are seen to go.
         """
         said, held = self._held
         seen = None if held is None or before != said else seen_in(self.pipeline, held)
-        scene = self.scene
-        return self.pipeline.text.complete(
-            scene.prompt, scene.seed, None, before=before, seen=None if seen is None else seen[0]
-        )
+        return None if seen is None else seen[0]
+
+    def _completed(self, before: str | None, seen: Tensor | None) -> str:
+        """The prompt in force as it changes a video for which `before` holds.
+
+        Commands that take effect at the same chunk border count only by `before`, so that a record can do without those
+        that are superseded.
+        """
+        return self.pipeline.text.complete(self.scene.prompt, self.scene.seed, None, before=before, seen=seen)
 
     @property
     def prompt_mode(self) -> Mode:
@@ -235,11 +239,12 @@ class LiveVideo:
         encoder looks at them: that is known only now."""
         family, past = families.of(self.pipeline.export).text, None
         if family.looks:
-            said = self._completed(self._before)
+            seen = self._seen(self._before)
+            said = self._completed(self._before, seen)
             with torch.no_grad():
                 self.scene, self.text = replace(self.scene, said=said), self.pipeline.text.encode([said])
                 if family.retold is not None and self._held[0] is not None:
-                    past = self.pipeline.text.encode([family.retold(self._held[0], said)])
+                    past = self.pipeline.text.encode([family.retold(self._held[0], said, seen)])
         if self.live is not None:
             self.live.tell(self.text, mode=mode, chunks=chunks, past=past)
 

@@ -25,6 +25,7 @@ from causalreel.vocabulary import (
     background_of,
     complete,
     parse_caption,
+    retold,
     tokenize,
 )
 
@@ -87,6 +88,12 @@ def directions_in(frames: Tensor, colors: Sequence[str]) -> list[str | None]:
         return DIRECTIONS[best] if is_sure else None
 
     return [direction(color) for color in colors]
+
+
+def told_anew(before: str, after: str, seen: Tensor | None) -> str:
+    """What held before a change as it is told anew, given the last frames (T,3,H,W); see `vocabulary.retold`."""
+    going = None if seen is None else directions_in(seen, [one.color for one in parse_caption(before).objects])
+    return retold(before, after, going)
 
 
 class TinyTextEncoder:

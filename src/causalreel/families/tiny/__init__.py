@@ -8,8 +8,8 @@ from __future__ import annotations
 from causalreel.codecs.wan_vae import vae_config
 from causalreel.families.family import Decoder, Family, Text
 from causalreel.nn.presets import PRESETS
-from causalreel.text.tiny import TinyTextEncoder
-from causalreel.vocabulary import SLOTS, SYNONYMS, retold
+from causalreel.text.tiny import TinyTextEncoder, told_anew
+from causalreel.vocabulary import SLOTS, SYNONYMS
 
 EXAMPLES = (
     "a large red circle moves right slowly on a dark background",
@@ -30,7 +30,7 @@ FAMILY = Family(
         synonyms=SYNONYMS,
         mode="forget",
         looks=3,
-        retold=retold,
+        retold=told_anew,
     ),
     size=(64, 64),
     fps=16.0,
