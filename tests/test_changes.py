@@ -369,6 +369,21 @@ def test_what_met_a_wall_is_said_to_have_turned_when_it_is_sent_there_again(
         assert torch.equal(past, tiny.text.encode([first.replace("left", "right")]))
 
 
+def test_what_is_sent_there_again_behind_a_prompt_that_no_frame_shows_is_recorded(tiny: Pipeline) -> None:
+    """The record leaves out the prompt that another one supersedes at the same border."""
+    first, frames = "a large red circle moves left quickly on a dark background", []
+    session = Session(tiny, Options(first, seed=1))
+    for number in range(11):
+        if number == 8:
+            session.command("prompt", text="a blue square")
+            session.command("prompt", text=first)
+        made = session.next_chunk()
+        assert made is not None
+        frames.append(made.frames)
+    again = [chunk.frames for chunk in Session.replay(tiny, session.record())]
+    assert len(again) == len(frames) and all(map(torch.equal, again, frames))
+
+
 def test_streams_are_told_as_a_session_tells_them(tiny: Pipeline) -> None:
     """Behind a wall, of the second of two alone, and of two in the other order."""
     pair = "a small blue square moves up slowly and a large red circle moves down slowly on a grey background"

@@ -239,12 +239,13 @@ class LiveVideo:
         encoder looks at them: that is known only now."""
         family, past = families.of(self.pipeline.export).text, None
         if family.looks:
-            seen = self._seen(self._before)
-            said = self._completed(self._before, seen)
+            was, _ = self._held
+            shown = self._seen(was)  # whatever was told behind it that no frame shows
+            said = self._completed(self._before, shown if self._before == was else None)
             with torch.no_grad():
                 self.scene, self.text = replace(self.scene, said=said), self.pipeline.text.encode([said])
-                if family.retold is not None and self._held[0] is not None:
-                    past = self.pipeline.text.encode([family.retold(self._held[0], said, seen)])
+                if family.retold is not None and was is not None:
+                    past = self.pipeline.text.encode([family.retold(was, said, shown)])
         if self.live is not None:
             self.live.tell(self.text, mode=mode, chunks=chunks, past=past)
 
