@@ -75,6 +75,7 @@ ZERO = {
     "same_background": "backgrounds are drawn as ever",
     "two_objects": "objects come and go as ever",
     "crowded": "changes need room",
+    "direction_alone": "directions change with the rest",
     "least_psnr": "any codec",
 }
 """Numbers that may be 0, and what it means."""

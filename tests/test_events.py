@@ -23,6 +23,7 @@ from causalreel.types import Conditioning
 from causalreel.vocabulary import BACKGROUND_RGB, DIRECTIONS, complete, parse_caption, retold
 
 EVENTS = WorldConfig(events=1.0)
+IN_PLACE = "1.0 in 4 frames, each in its place"
 CLASSES = ("shape", "color", "scale", "present", "background", "direction", "speed")
 
 
@@ -68,7 +69,7 @@ def test_events_may_leave_the_background_and_name_directions_more_often() -> Non
     assert usual[0] < 0.7 < 0.9 < other[0] < 1 and usual[1] < 0.9 and other[1] == 1.0
     assert shares(dataclasses.replace(EVENTS, same_background=1.0))[0] == 1.0
     facts = [flat(dataclasses.replace(EVENTS, same_background=share)).facts["events"] for share in (0.0, 0.9)]
-    assert facts == ["1.0 in 4 frames", "1.0 in 4 frames, directions named 0.75, the same background 0.9"]
+    assert facts == [IN_PLACE, f"{IN_PLACE}, directions named 0.75, the same background 0.9"]
 
 
 def test_events_may_end_with_two_objects_more_often() -> None:
@@ -79,7 +80,39 @@ def test_events_may_end_with_two_objects_more_often() -> None:
 
     shares = [ends(dataclasses.replace(EVENTS, two_objects=share)) for share in (0.0, 0.5, 1.0)]
     assert shares[0] < 0.5 < 0.6 < shares[1] < 0.9 and shares[2] == 1.0
-    assert flat(dataclasses.replace(EVENTS, two_objects=0.5)).facts["events"] == "1.0 in 4 frames, two objects 0.5"
+    assert flat(dataclasses.replace(EVENTS, two_objects=0.5)).facts["events"] == f"{IN_PLACE}, two objects 0.5"
+
+
+def test_events_may_say_nothing_but_another_direction() -> None:
+    """Of one object or of both; the caption of an object that is told none has no direction word."""
+    config = dataclasses.replace(EVENTS, direction_alone=1.0, two_objects=1.0, crowded=1.0)
+    state = simulate(600, seed=5, config=config)
+    change = change_of(state)
+    state = state[change.start < config.frames]
+    change, two = change_of(state), state.present.all(1)
+    for name in ("shape", "color", "scale", "speed", "present", "background"):
+        assert torch.equal(getattr(change, name), getattr(state, name)), name
+    assert change.named[~two].all() and 0.3 < two.float().mean() < 0.7
+    kinds, counts = change.named[two].unique(dim=0, return_counts=True)
+    assert kinds.tolist() == [[False, True], [True, False], [True, True]]
+    assert (counts / counts.sum() - 1 / 3).abs().max() < 0.1
+    asked = change.named & state.present
+    assert (change.direction != state.direction)[asked].float().mean() > 0.9  # the others had no room
+    for clip in torch.nonzero(two)[:20, 0].tolist():
+        captions_of = told(state)[clip]
+        before, behind = (parse_caption(said).objects for _, said in captions_of)
+        ways = [one.direction is not None for one in behind]
+        assert ways == change.named[clip].tolist()
+        assert [dataclasses.replace(one, direction=None) for one in before] == [
+            dataclasses.replace(one, direction=None) for one in behind
+        ]
+    usual = simulate(400, seed=5, config=EVENTS)
+    some = simulate(400, seed=5, config=dataclasses.replace(EVENTS, direction_alone=0.5))
+    same = [a == b for a, b in zip(told(usual), told(some), strict=True)]
+    assert 0.4 < sum(same) / len(same) < 0.7
+    assert (
+        flat(dataclasses.replace(EVENTS, direction_alone=0.5)).facts["events"] == f"{IN_PLACE}, a direction alone 0.5"
+    )
 
 
 def test_a_clip_with_an_event_depends_on_its_index_alone() -> None:
@@ -274,6 +307,7 @@ def test_data_keep_the_text_of_every_frame(tmp_path: Path) -> None:
         {"same_background": 2},
         {"two_objects": -0.5},
         {"crowded": 1.5},
+        {"direction_alone": -1},
         {"morph": 3},
         {"morph": 9},
         {"latent": 0},

@@ -78,6 +78,8 @@ class Encode(ThreadFlag):
     """Chance that such a change ends with two objects, where models show most that does not belong there."""
     crowded: Annotated[float, Range(0, 1)] = 0.0
     """Chance that such a change needs no room between objects, as with people's prompts."""
+    direction_alone: Annotated[float, Range(0, 1)] = 0.0
+    """Chance that such a change says nothing but another direction, as people steer."""
     least_psnr: Annotated[float, Range(0, 100)] = 0.0
     """Encode nothing if the codec gives clips of this world back with less (dB; a trained one reaches 35 to 42)."""
     batch: Annotated[int | None, BATCH] = None
@@ -88,17 +90,17 @@ class Encode(ThreadFlag):
 
 def encode(args: Encode) -> int:
     from causalreel.data.prepare import check_codec, prepare
-    from causalreel.data.world import WorldConfig
+    from causalreel.data.world import KINDS, WorldConfig
     from causalreel.data.worlds import WORLDS, flat
     from causalreel.infer.models import choose_device
     from causalreel.weights.export import codec_identity, load_codec
 
     if args.events and args.world != "flat":
         raise ValueError(f"--events are of the flat world, not of --world {args.world}")
-    kinds = {name: getattr(args, name) for name in ("named", "same_background", "two_objects", "crowded")}
+    kinds = {name: getattr(args, name) for name in KINDS}
     changes = WorldConfig(events=args.events, **kinds)
     if not args.events and changes != WorldConfig():
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in kinds)
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in KINDS)
         raise ValueError(f"{options} are of changes: give --events, the share of clips that have one")
     world = flat(changes) if args.events else WORLDS[args.world]()
     args.set_threads([], args.device)

@@ -140,7 +140,23 @@ def wanted_events(first: Change, uniform: Tensor, config: WorldConfig) -> Change
         background=background,
         **table,
     )
-    return first.where(happens, _matched(first, wanted) if count > 1 else wanted)
+    if count > 1:
+        wanted = _matched(first, wanted)
+    if config.direction_alone:
+        steered = _steered(first, start, [next(number) for _ in range(count + 1)])
+        wanted = wanted.where(next(number) < config.direction_alone, steered)
+    return first.where(happens, wanted)
+
+
+def _steered(first: Change, start: Tensor, number: list[Tensor]) -> Change:
+    """All stays as it is, but one object or both are told another direction."""
+    others = len(DIRECTIONS) - 1
+    turns = torch.stack([1 + (one * others).long() for one in number[:-1]], dim=1)  # (B,N)
+    named = torch.ones_like(first.present)
+    if named.shape[1] > 1:  # the first one, the second one, both
+        which = (number[-1] * 3).long()[:, None]
+        named = (torch.arange(2) == which) | (which == 2) | ~first.present.all(1, keepdim=True)
+    return replace(first, start=start, direction=(first.direction + turns) % len(DIRECTIONS), named=named)
 
 
 def _colors(old: Tensor, anew: Tensor, number: list[Tensor]) -> Tensor:

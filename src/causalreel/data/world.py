@@ -54,6 +54,10 @@ __all__ = [
 ]
 
 
+KINDS = ("named", "same_background", "two_objects", "crowded", "direction_alone")
+"""The chances of `WorldConfig` that are of events."""
+
+
 @dataclass(frozen=True)
 class WorldConfig:
     """What the world looks like and how uncertain it is."""
@@ -86,6 +90,9 @@ class WorldConfig:
     not belong there."""
     crowded: float = 0.0
     """Chance that an event happens whether or not two objects have room, as with people's prompts."""
+    direction_alone: float = 0.0
+    """Chance that an event says nothing but another direction, of one object or of both: what people ask for most who
+    steer, and what events drawn word by word hardly ever are."""
     morph: int = 4
     """Frames in which a change happens, 4 to 8."""
     latent: int = 4
@@ -108,7 +115,7 @@ class WorldConfig:
             raise ValueError(f"gap must be 0 to 4 pixels, got {self.gap}")
         if not 0 <= self.events <= 1:
             raise ValueError(f"events must be 0 to 1, got {self.events}")
-        for name in ("named", "same_background", "two_objects", "crowded"):
+        for name in KINDS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
         if not 4 <= self.morph <= 8:

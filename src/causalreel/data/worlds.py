@@ -47,11 +47,12 @@ def flat(config: world.WorldConfig = world.WorldConfig()) -> World:
         state = world.simulate(count, seed=seed, first=first, config=config, device=device)
         return Clips(drawing.render(state), [joined(clip) for clip in world.told(state)])
 
-    events = f"{config.events} in {config.morph} frames" if config.events else None
+    events = f"{config.events} in {config.morph} frames, each in its place" if config.events else None
     usual = world.WorldConfig()
     if events and (config.named, config.same_background) != (usual.named, usual.same_background):
         events += f", directions named {config.named}, the same background {config.same_background}"
-    for name, words in {"two_objects": "two objects", "crowded": "without room"}.items():
+    rest = {"two_objects": "two objects", "crowded": "without room", "direction_alone": "a direction alone"}
+    for name, words in rest.items():
         if events and getattr(config, name):
             events += f", {words} {getattr(config, name)}"
     return World(clips, {"world": None, "frames": config.frames, "size": config.size, "events": events})
