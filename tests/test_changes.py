@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from causalreel import families
-from causalreel.data.world import WorldConfig, WorldState, render, simulate, told
+from causalreel.data.drawing import BOUNDS, RADII
+from causalreel.data.world import SPEED_PIXELS, WorldConfig, WorldState, render, simulate, told
 from causalreel.eval import streams
 from causalreel.eval.changes import Changed, clean, judge
 from causalreel.eval.reading import look
@@ -28,7 +29,7 @@ from causalreel.infer.schedule import Schedule
 from causalreel.rollout import Chunk, KeyedNoise
 from causalreel.serve.session import Session
 from causalreel.types import Conditioning
-from causalreel.vocabulary import COLORS, Caption, complete, parse_caption, retold, said_of
+from causalreel.vocabulary import COLORS, DIRECTIONS, Caption, ObjectSpec, complete, parse_caption, retold, said_of
 
 BEFORE = "a large red circle moves right slowly and a small blue square moves up quickly on a dark background"
 
@@ -79,6 +80,28 @@ def test_what_is_not_told_where_to_go_goes_on() -> None:
     assert len(seen) > 5 and all(ways[0] == 1 and ways[2:] == [None, None] for ways in seen)
     assert {ways[1] for ways in seen} <= {0, None} and sum(ways[1] == 0 for ways in seen) > 5  # or a wall is behind it
     assert any(ways[0] is None for ways in found)  # a wall is in the way
+
+
+def test_who_goes_elsewhere_gains_no_room() -> None:
+    """Told to turn back, it goes on: that counts where it had room behind it when it was told, and only there."""
+    state = simulate(120, seed=8, config=WorldConfig(frames=27, quiet=12, turn_probability=0, max_objects=1, jitter=0))
+    found = set()
+    for clip, (video, said) in enumerate(zip(render(state), told(state), strict=True)):
+        caption, move = parse_caption(said[0][1]), state.velocity[clip, 13, 0]
+        axis, reach = int(move.abs().argmax()), RADII[state.scale[clip, 0]] * BOUNDS[state.shape[clip, 0]]
+        beside = state.position[clip, 13, 0, 1 - axis].item()
+        if bool((state.velocity[clip, 13:26, 0] != move).any()) or min(beside, 64 - beside) < reach + 2:
+            continue  # it meets a wall, or goes along one
+        at, forth = state.position[clip, 13, 0, axis].item(), bool(move[axis] > 0)
+        back = DIRECTIONS[axis + 2 if forth else axis]
+        after = Caption((dataclasses.replace(caption.objects[0], direction=back),), caption.background)
+        room = (at if forth else 64 - at) - reach
+        needed = 10 * SPEED_PIXELS[state.speed[clip, 0]]
+        if abs(room - needed) > 3:
+            turned = judge(video, 14, caption, after, after).turned
+            assert turned == (0 if room > needed else None), (clip, room, needed)
+            found.add(turned)
+    assert found == {0, None}
 
 
 def test_what_does_not_belong_there_is_found(changes: list) -> None:
@@ -310,6 +333,7 @@ def test_what_nobody_tells_where_to_go_goes_on_as_it_is_seen_to_go(tiny: Pipelin
         found = look(shown, parse_caption(session.video.scene.said or ""))
         move = found.centre[-1, 0] - found.centre[0, 0]
         is_sure = bool(found.found.all()) and float(move.abs().max()) > 0.95 * float(move.norm()) > 0.95
+        is_sure &= bool(move @ (found.centre[-1, 0] - found.centre[-3, 0]) > 0)  # not just back from a wall
         return (("right", "down"), ("left", "up"))[int(move.sum() < 0)][int(move.abs().argmax())] if is_sure else None
 
     for number in range(12):
@@ -410,13 +434,15 @@ def test_a_prompt_is_taken_as_suits_the_model_where_nobody_says(tiny: Pipeline, 
 
 def test_streams_are_played_and_judged(tmp_path: Path) -> None:
     rows = streams.run(["two=tiny"], out=tmp_path, streams=2, device="cpu")
-    assert set(rows) == {"two", "two, examples of the page"}
+    assert set(rows) == {"two", "two, directions alone", "two, examples of the page"}
     assert all(0 <= row["noise"].mean <= 1 for row in rows.values())
     page = json.loads((tmp_path / "changes-two-page.json").read_text())["streams"]
     shown = families.FAMILIES["tiny"].text.examples  # which a server tells the page
     assert [(one["first"], one["second"]) for one in page] == [(shown[0], shown[1]), (shown[0], shown[2])]
     every = streams.of_the_page(shown, 100, seed=0)
     assert len(every) == 4 * 12 and len({(one.first, one.second) for one in every}) == 12
+    steered = json.loads((tmp_path / "changes-two-directions.json").read_text())["streams"]
+    assert [one["second"] for one in steered] == [one.second for one in streams.steered(2, seed=0)]
     held = json.loads((tmp_path / "changes-two.json").read_text())
     assert [one["second"] for one in held["streams"]] == [one.second for one in streams.draw(2, seed=0)]
     assert (tmp_path / "changes-two.png").stat().st_size > 1000
@@ -424,6 +450,22 @@ def test_streams_are_played_and_judged(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "changes-two.json").read_text())["errors"].keys() == rows["two"].keys()
     with pytest.raises(ValueError, match="two rows would be called 'a-b', or"):
         streams.run(["a-b=tiny", "a b=tiny"], out=tmp_path, streams=2, device="cpu")
+
+
+def test_prompts_that_steer_say_what_is_there_and_where_it_goes() -> None:
+    """By colour and shape; one of two or both are sent, anywhere, so now and then where they were sent before."""
+    drawn = streams.steered(400, seed=3)
+    assert drawn[:5] == streams.steered(5, seed=3) != streams.steered(5, seed=4)
+    sent, again = {1: list[int](), 2: list[int]()}, list[bool]()
+    for one in drawn:
+        old, new = parse_caption(one.first).objects, parse_caption(one.second).objects
+        assert [ObjectSpec(o.color, o.shape) for o in old] == [dataclasses.replace(o, direction=None) for o in new]
+        ways = [n for n, o in enumerate(new) if o.direction is not None]
+        sent[len(new)].append(sum(1 << n for n in ways))
+        again += [new[n].direction == old[n].direction for n in ways]
+        assert 3 <= one.at < 15
+    assert set(sent[1]) == {1} and set(sent[2]) == {1, 2, 3} and len(sent[1]) > 100 < len(sent[2])
+    assert 0.15 < sum(again) / len(again) < 0.35
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny/chunk-4step"])
@@ -494,9 +536,8 @@ def test_models_are_compared_stream_by_stream(tmp_path: Path) -> None:
     rows = streams.run(
         ["one=tiny", "two=tiny/ar-frame@1", "three=tiny"], out=tmp_path, streams=3, seed=seed, device="cpu"
     )
-    assert list(rows)[6:] == [
-        f"{label} less one{kind}" for label in ("two", "three") for kind in ("", ", examples of the page")
-    ]
+    kinds = ("", ", directions alone", ", examples of the page")
+    assert list(rows)[9:] == [f"{label} less one{kind}" for label in ("two", "three") for kind in kinds]
     assert all(rows["three less one"][name].mean == 0 for name in ("clean", "noise"))
     told = [json.loads((tmp_path / f"changes-{name}.json").read_text())["streams"] for name in ("one", "two")]
     assert [[one["seed"] for one in ones] for ones in told] == [[seed, seed + 1, seed + 2]] * 2

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from causalreel import load
 from causalreel.eval.metrics import measure
+from causalreel.families import FAMILIES
 from causalreel.infer.accelerate import accelerate
 from causalreel.infer.commands import Prompt
 from causalreel.infer.live import ENDLESS, Live, Policy, encode_prompt
@@ -187,12 +188,14 @@ def test_switch_keeps_the_cache() -> None:
     assert (new - changed(made, "recompute")[2]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("begins_again", [False, True])
 @pytest.mark.parametrize("is_retold", [False, True])
 @pytest.mark.parametrize(("chunk", "left"), [(1, 2), (2, 2), (4, 4)])
 def test_forget_begins_behind_two_frames_or_a_chunk_and_what_those_were_told(
-    chunk: int, left: int, is_retold: bool
+    chunk: int, left: int, is_retold: bool, begins_again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or what they are told now in place of it."""
+    """Or what they are told now in place of it. In some families encoded again, as a clip that begins there."""
+    monkeypatch.setitem(FAMILIES, "tiny", dataclasses.replace(FAMILIES["tiny"], begins_again=begins_again))
     made = pipeline(Sampling(chunk, (1000.0, 500.0)))
     texts = [encode_prompt(made, prompt, 3) for prompt in PROMPTS[:2]]
     live = Live(made, texts[0], seed=3, policy=Policy("renew", 16, 8))
@@ -202,8 +205,30 @@ def test_forget_begins_behind_two_frames_or_a_chunk_and_what_those_were_told(
     texts[0] = texts[0] if past is None else past
     new = torch.cat([live.next_chunk().latents for _ in range(2)], dim=1)
     said = Conditioning(torch.stack(texts, dim=1), prompts=(0,) * left + (1,) * 2 * chunk)
-    close(new, behind(made, old[:, -left:], 2 * chunk, base=8 - left, text=said))
+    kept = old[:, -left:]
+    if begins_again:
+        shown = made.codec.decode(old[:, -left - 1 :])[:, -(4 * left - 3) :]
+        kept = made.codec.encode(shown)
+        assert kept.shape[1] == left and (kept - old[:, -left:]).abs().max() > 1e-3
+    close(new, behind(made, kept, 2 * chunk, base=8 - left, text=said))
     assert live.segments == 2 and live.frame == 8 + 2 * chunk
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_forget_encodes_nothing_again_of_a_clip_that_has_just_begun(given: int) -> None:
+    """Its two frames are those of a clip that begins with them as they are; behind three they are not."""
+    made = pipeline(TWO_STEP)
+    texts = [encode_prompt(made, prompt, 3) for prompt in PROMPTS[:2]]
+    first = torch.randn(1, given, *made.export.latent.shape) if given else None
+    for count in (2, 3):
+        live = Live(made, texts[0], seed=3, first=first, policy=Policy("renew", 16, 8))
+        old = [live.next_chunk().latents for _ in range(count - given)]
+        old = torch.cat(old if first is None else [first, *old], dim=1)
+        live.tell(texts[1], mode="forget")
+        said = Conditioning(torch.stack(texts, dim=1), prompts=(0, 0, 1))
+        shown = made.codec.decode(old)[:, -5:]
+        kept = old if count == 2 else made.codec.encode(shown)
+        close(live.next_chunk().latents, behind(made, kept, 1, base=count - 2, text=said))
 
 
 def test_forget_is_another_way_and_nothing_where_there_is_nothing_yet() -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from causalreel.data.drawing import BOUNDS, RADII
+from causalreel.data.events import ROOM
 from causalreel.data.world import SPEED_PIXELS, WorldConfig
 from causalreel.eval.reading import Sight, look
 from causalreel.vocabulary import (
@@ -88,7 +89,7 @@ def judge(video: Tensor, start: int, before: Caption, after: Caption, said: Capt
     return Changed(
         noise=1 - _mean(clean(behind, before, after).tolist(), 0.0),
         is_shown=_mean(_shown(new, after, said)) if after.objects else None,
-        turned=_mean(_turned(new, after, said, video.shape[-2:])),
+        turned=_mean(_turned(video[start - 1 : start], new, before, after, said)),
         kept=_mean(_kept(new, after, said)),
         steady=None if start < HEADED else _mean(_steady(video, start, new, before, after, said)),
         stayed=_mean(_stayed(video[start - 1 : start], new, before, after)),
@@ -195,14 +196,22 @@ def _stayed(last: Tensor, sight: Sight, before: Caption, after: Caption) -> Iter
             yield bool((sight.found[: SHOWN_BY + 1, i] & is_near).all())
 
 
-def _turned(sight: Sight, after: Caption, said: Caption, size: Sequence[int]) -> Iterable[bool]:
-    """Of each object that was told where to go and has room to go there: whether it does."""
+def _turned(last: Tensor, sight: Sight, before: Caption, after: Caption, said: Caption) -> Iterable[bool]:
+    """Of each object that was told where to go and has room to go there, as the world's own have, from where it is in
+    the last frame (1,3,H,W) before it was told: whether it does. What only gains room by going elsewhere has none."""
     ways = torch.tensor([(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)])
-    for i, spec in enumerate(said.objects):
-        if spec.direction is not None:
-            way = ways[DIRECTIONS.index(spec.direction)]
-            if _has_room(sight, after, i, way, size):
-                yield _goes(sight, i, way)
+    old, size = look(last, before), last.shape[-2:]
+    became = matched([one.color for one in before.objects], [one.color for one in after.objects])
+    for i, (spec, was) in enumerate(zip(said.objects, became, strict=True)):
+        if spec.direction is None:
+            continue
+        way = ways[DIRECTIONS.index(spec.direction)]
+        if was is not None and bool(old.found[0, was]):
+            goal = old.centre[0, was] + way * _pace(after.objects[i]) * ROOM
+            if not _inside(goal, _reach(after.objects[i]), size):
+                continue
+        if _has_room(sight, after, i, way, size):
+            yield _goes(sight, i, way)
 
 
 def _steady(video: Tensor, start: int, sight: Sight, before: Caption, after: Caption, said: Caption) -> Iterable[bool]:
@@ -223,8 +232,7 @@ def _steady(video: Tensor, start: int, sight: Sight, before: Caption, after: Cap
         way = move / move.norm()
         reach = max(_reach(whole), _reach(before.objects[was])) + 2
         goal = old.centre[-1, was] + way * _pace(whole) * (TURNED_BY + 1)
-        room = torch.tensor([video.shape[-1], video.shape[-2]]) - reach
-        if ((goal >= reach) & (goal <= room)).all() and _has_room(sight, after, i, way, video.shape[-2:]):
+        if _inside(goal, reach, video.shape[-2:]) and _has_room(sight, after, i, way, video.shape[-2:]):
             yield _goes(sight, i, way)
 
 
@@ -243,8 +251,13 @@ def _has_room(sight: Sight, after: Caption, i: int, way: Tensor, size: Sequence[
         return True
     begin, reach = sight.centre[MIDDLE, i], _reach(after.objects[i])
     path = begin + way * _pace(after.objects[i]) * torch.arange(TURNED_BY - MIDDLE + 1)[:, None]  # (7,2)
-    room = torch.tensor([size[1], size[0]]) - reach - 1
-    return bool(((path[-1] >= reach + 1) & (path[-1] <= room)).all()) and not _meets(sight, after, i, path)
+    return _inside(path[-1], reach + 1, size) and not _meets(sight, after, i, path)
+
+
+def _inside(at: Tensor, reach: float, size: Sequence[int]) -> bool:
+    """Whether a circle around x and y (2,) lies in a picture of H and W."""
+    room = torch.tensor([size[1], size[0]]) - reach
+    return bool(((at >= reach) & (at <= room)).all())
 
 
 def _meets(sight: Sight, after: Caption, i: int, path: Tensor) -> bool:

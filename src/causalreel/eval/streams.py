@@ -1,7 +1,8 @@
 """`causalreel eval --changes`: videos of the tiny world that are told another prompt, judged around that moment.
 
 Half of the second prompts name everything, half of them a few words; what these leave open should stay. The moment is
-drawn too. The examples that the live page shows are told behind each other, and reported apart. Models that are not
+drawn too. Reported apart are prompts that say what is there and where it goes, and nothing else, as people steer, and
+the examples that the live page shows, told behind each other. Models that are not
 autoregressive make clips whose later frames read the second prompt, as in training; all others live videos. A table,
 every stream's numbers and contact sheets of the frames around the change are written.
 """
@@ -42,7 +43,9 @@ from causalreel.vocabulary import (
     SHAPES,
     SIZES,
     SPEEDS,
+    Caption,
     ObjectSpec,
+    compose,
     parse_caption,
     said_of,
 )
@@ -51,8 +54,9 @@ log = logging.getLogger(__name__)
 
 COLUMNS = ("clean", "noise", "shown", "turned", "kept", "steady", "stayed")
 """Of the table: share of the streams without a foreign frame, then the means of `Changed`."""
+ALONE = ", directions alone"
 PAGE = ", examples of the page"
-"""What is added to a model's name in the row of these."""
+"""What is added to a model's name in the rows of these."""
 ROUNDS = 4
 """How often each pair of them is played, at other moments and by other seeds."""
 TOGETHER = 16
@@ -101,6 +105,20 @@ def of_the_page(examples: Sequence[str], count: int, *, seed: int) -> list[Told]
         chance = random.Random(f"{seed}/{number}/page")
         found.append(Told(seed + number, first, second, chance.randrange(3, 15)))
     return found[:count]
+
+
+def steered(count: int, *, seed: int) -> list[Told]:
+    """What `count` streams are told that are only sent elsewhere: the things that are there, by colour and shape, and
+    where one of them or all of them go, drawn of all directions. So a quarter is told the same one again."""
+    found = []
+    for number, first in enumerate(prompts(count, seed=seed + 19)):
+        chance = random.Random(f"{seed}/{number}/steered")
+        objects = [ObjectSpec(one.color, one.shape) for one in parse_caption(first).objects]
+        told = [[n] for n in range(len(objects))] + [list(range(len(objects)))]
+        for n in chance.choice(told):
+            objects[n] = dataclasses.replace(objects[n], direction=chance.choice(DIRECTIONS))
+        found.append(Told(seed + number, first, compose(Caption(tuple(objects))), chance.randrange(3, 15)))
+    return found
 
 
 def _open(chance: random.Random) -> str:
@@ -288,7 +306,11 @@ def run(
         for name, (label, model, steps) in zip(names, specs, strict=True):
             pipeline = many_step(with_steps(load(model, device=device), steps), guidance=guidance)
             page = of_the_page(page_examples(pipeline), streams, seed=seed)
-            sets = {(label, name): draw(streams, seed=seed), (f"{label}{PAGE}", f"{name}-page"): page}
+            sets = {
+                (label, name): draw(streams, seed=seed),
+                (f"{label}{ALONE}", f"{name}-directions"): steered(streams, seed=seed),
+                (f"{label}{PAGE}", f"{name}-page"): page,
+            }
             for (row, file), told in sets.items():
                 found = list[Stream]()
                 for one in play(pipeline, told, mode=mode, rows=TOGETHER):
@@ -300,7 +322,7 @@ def run(
                 _write(found, rows[row], out / f"changes-{file}")
         (first, _, _), *others = specs
         for label, _, _ in others:
-            for kind in ("", PAGE):
+            for kind in ("", ALONE, PAGE):
                 one, other = columns[f"{label}{kind}"], columns[f"{first}{kind}"]
                 rows[f"{label} less {first}{kind}"] = compare(one, other)
         write_text(out / "changes.md", table(rows) + "\n")

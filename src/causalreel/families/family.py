@@ -126,6 +126,9 @@ class Family:
     longer: str | None = None
     """Context policy beyond a training clip's length, as `--policy` reads it, of models whose own keeps everything:
     what was measured to drift least, and of equals the fastest; None: a window of that length."""
+    begins_again: bool = False
+    """What a prompt taken by `forget` keeps is encoded again from its frames, as clips begin: for models whose clips
+    all begin with a picture, and whose codec is light."""
     control: Steering | None = None
     """The keys of its models that take cameras and actions, unless an export says otherwise."""
     kinds: tuple[CodecKind, ...] = ()

@@ -130,6 +130,8 @@ class Live:
                 f"a frame-wise model (chunk 1) takes any picture"
             )
         self._chunk = chunk
+        self._forgotten_to = math.ceil(FORGOTTEN_TO / chunk) * chunk
+        self._begins_again = families.of(pipeline.export).begins_again
         self.frame = 0 if first is None else first.shape[1]
         """Latent frames of the stream so far."""
         self.segments = 0
@@ -150,6 +152,8 @@ class Live:
         self._renewal: Mode | None = None
         """How a prompt that waits for the next chunk has a segment begin; None: it goes on."""
         self._kept = None if first is None else first[:, -self.policy.keep :]  # (1,<=keep,C,H,W)
+        self._latest = None if first is None or not self._begins_again else first[:, -self._forgotten_to - 1 :]
+        """The last latents, one more than `forget` keeps, where it encodes them again."""
         self._is_first = True
         self._base = 0
         self._segment: Iterator[Chunk] | None = None
@@ -165,8 +169,10 @@ class Live:
         again where a new segment begins with them.
         recompute: the last `policy.keep` frames are read again under the new text, in a new segment.
         forget: a new segment begins behind the last two latent frames, or the last chunk if that has more; they keep
-        their own text. Little is left that says how things moved. fade: as switch, but the text moves from the old to
-        the new embedding in `chunks` equal moves, the last of which is the new text.
+        their own text. Little is left that says how things moved. In families of which `begins_again` says so, they
+        are the latents of a clip that begins with their frames: the first of them is a picture, as in training.
+        fade: as switch, but the text moves from the old to the new embedding in `chunks` equal moves, the last of which
+        is the new text.
         """
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -229,12 +235,15 @@ class Live:
             made = next(self._segment)
         kept = made.latents if self._kept is None else torch.cat([self._kept, made.latents], dim=1)
         self._kept, self._is_first = kept[:, -self.policy.keep :], False
+        if self._begins_again:
+            latest = made.latents if self._latest is None else torch.cat([self._latest, made.latents], dim=1)
+            self._latest = latest[:, -self._forgotten_to - 1 :]
         self.frame = self._base + made.start + made.latents.shape[1]
         return Chunk(self._base + made.start, made.latents)
 
     def close(self) -> None:
         """Let go of the cache and of what is kept."""
-        self._segment = self._kept = None
+        self._segment = self._kept = self._latest = None
 
     def _renew(self) -> None:
         """What the segment to come is to see, as the last prompt that began one said: others that were told before the
@@ -242,7 +251,10 @@ class Live:
         if self._renewal == "recompute":
             self._spans = self._spans[-1:]
         if self._renewal == "forget" and self._kept is not None:
-            self._kept = self._kept[:, -math.ceil(FORGOTTEN_TO / self._chunk) * self._chunk :]
+            self._kept = self._kept[:, -self._forgotten_to :]
+            if self._latest is not None and self._latest.shape[1] > self._forgotten_to:
+                frames = self.pipeline.geometry.frames_of(self._forgotten_to)
+                self._kept = self.pipeline.codec.encode(self.pipeline.codec.decode(self._latest)[:, -frames:])
         self._renewal = None
 
     def _begin(self) -> None:

@@ -36,4 +36,5 @@ FAMILY = Family(
     fps=16.0,
     policy="slide",
     longer="infinity-rope",
+    begins_again=True,
 )
