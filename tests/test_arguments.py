@@ -76,7 +76,6 @@ ZERO = {
     "two_objects": "objects come and go as ever",
     "crowded": "changes need room",
     "direction_alone": "directions change with the rest",
-    "early": "changes come at any time",
     "least_psnr": "any codec",
 }
 """Numbers that may be 0, and what it means."""

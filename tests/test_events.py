@@ -115,19 +115,6 @@ def test_events_may_say_nothing_but_another_direction() -> None:
     )
 
 
-def test_events_may_begin_behind_two_latent_frames() -> None:
-    def starts(share: float, **facts: int) -> torch.Tensor:
-        state = simulate(400, seed=5, config=dataclasses.replace(EVENTS, early=share, crowded=1.0, **facts))
-        start = change_of(state).start
-        return start[start < state.config.frames]
-
-    assert set(starts(1.0).tolist()) == {5} and 0.45 < (starts(0.5) == 5).float().mean() < 0.65
-    assert set(starts(1.0, frames=5).tolist()) == {1}
-    state = simulate(20, seed=5, config=dataclasses.replace(EVENTS, early=1.0))
-    assert {latent for clip in told(state) for latent, _ in clip} == {0, 2}
-    assert flat(dataclasses.replace(EVENTS, early=0.5)).facts["events"] == f"{IN_PLACE}, early 0.5"
-
-
 def test_a_clip_with_an_event_depends_on_its_index_alone() -> None:
     whole, part = simulate(12, seed=1, config=EVENTS), simulate(3, seed=1, first=7, config=EVENTS)
     assert torch.equal(whole.position[7:10], part.position)
@@ -321,7 +308,6 @@ def test_data_keep_the_text_of_every_frame(tmp_path: Path) -> None:
         {"two_objects": -0.5},
         {"crowded": 1.5},
         {"direction_alone": -1},
-        {"early": 2},
         {"morph": 3},
         {"morph": 9},
         {"latent": 0},

@@ -80,8 +80,6 @@ class Encode(ThreadFlag):
     """Chance that such a change needs no room between objects, as with people's prompts."""
     direction_alone: Annotated[float, Range(0, 1)] = 0.0
     """Chance that such a change says nothing but another direction, as people steer."""
-    early: Annotated[float, Range(0, 1)] = 0.0
-    """Chance that such a change comes behind two latent frames, which is what live videos keep at a change."""
     least_psnr: Annotated[float, Range(0, 100)] = 0.0
     """Encode nothing if the codec gives clips of this world back with less (dB; a trained one reaches 35 to 42)."""
     batch: Annotated[int | None, BATCH] = None

@@ -34,8 +34,6 @@ ANEW = 0.5
 SOME = 0.3
 CHUNK = 3
 """Half of the events begin at a multiple of so many latent frames, the others at any."""
-EARLY = 2
-"""Latent frames before an early event."""
 DRAWS = 64
 """Random numbers of an event."""
 
@@ -147,9 +145,6 @@ def wanted_events(first: Change, uniform: Tensor, config: WorldConfig) -> Change
     if config.direction_alone:
         steered = _steered(first, start, [next(number) for _ in range(count + 1)])
         wanted = wanted.where(next(number) < config.direction_alone, steered)
-    if config.early:
-        soon = 1 + config.latent * (min(EARLY, latents - 1) - 1)
-        wanted = replace(wanted, start=torch.where(next(number) < config.early, soon, wanted.start))
     return first.where(happens, wanted)
 
 

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 
-KINDS = ("named", "same_background", "two_objects", "crowded", "direction_alone", "early")
+KINDS = ("named", "same_background", "two_objects", "crowded", "direction_alone")
 """The chances of `WorldConfig` that are of events."""
 
 
@@ -93,8 +93,6 @@ class WorldConfig:
     direction_alone: float = 0.0
     """Chance that an event says nothing but another direction, of one object or of both: what people ask for most who
     steer, and what events drawn word by word hardly ever are."""
-    early: float = 0.0
-    """Chance that an event begins at latent frame `EARLY`: sessions keep as much of a video when its prompt changes."""
     morph: int = 4
     """Frames in which a change happens, 4 to 8."""
     latent: int = 4

@@ -51,12 +51,7 @@ def flat(config: world.WorldConfig = world.WorldConfig()) -> World:
     usual = world.WorldConfig()
     if events and (config.named, config.same_background) != (usual.named, usual.same_background):
         events += f", directions named {config.named}, the same background {config.same_background}"
-    rest = {
-        "two_objects": "two objects",
-        "crowded": "without room",
-        "direction_alone": "a direction alone",
-        "early": "early",
-    }
+    rest = {"two_objects": "two objects", "crowded": "without room", "direction_alone": "a direction alone"}
     for name, words in rest.items():
         if events and getattr(config, name):
             events += f", {words} {getattr(config, name)}"
