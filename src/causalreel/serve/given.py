@@ -22,7 +22,7 @@ from causalreel.serve.wire import SessionRequest
 if TYPE_CHECKING:
     from causalreel.infer.pipeline import Pipeline
 
-STRENGTH = 0.6
+STRENGTH = 0.5
 """Where a request names none."""
 FILM_BYTES = 256 * MIB
 """Of a video's frames, as large as the model's."""
